@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+export DS_ACCELERATOR ?= cpu
+export RAY_USAGE_STATS_ENABLED ?= 0
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test test-all lint lock clean
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: .venv/.ready ## the environment in .venv, from constraints.txt
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup      ## scenes, ingest, embed with two LLMs, train, sample, evaluate: about 15 minutes on 2 cores
+	$(BIN)/lidit demo
+
+test: setup lint ## everything but the slow tests
+	$(BIN)/python -m pytest
+
+test-all: setup lint ## the slow tests too
+	$(BIN)/python -m pytest -m ''
+
+lint: setup      ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: setup      ## write constraints.txt anew from the installed environment
+	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/^\(torch==[^+]*\)+.*/\1/' > constraints.txt
+
+clean:           ## the environment and the demo's files
+	rm -rf .venv demo

@@ -1,0 +1,1 @@
+"""LI-DiT: what is computed. Imports neither ray, deepspeed nor mlflow."""

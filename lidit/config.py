@@ -1,0 +1,352 @@
+"""Every setting of the system, one pydantic tree. Unknown keys, wrong types and values out of range are refused.
+
+A recipe (YAML) is one `Recipe`; `pipelines` and `jobs` pass its sections on as they are. Sections are frozen, so a
+setting can be read anywhere and changed nowhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lidit.errors import InputError
+
+PAPER_INSTRUCTION = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, "
+    "and spatial relationships of the objects:"
+)
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Kind = TypeVar("Kind", bound="Settings")
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is computed once per corpus
+
+
+class IngestSettings(Settings):
+    """How sources become a corpus (design: the corpus on disk)."""
+
+    unit_samples: int = Field(1024, ge=1, description="most samples in one unit")
+    resolution: int = Field(256, ge=8, description="base side of the aspect buckets, pixels")
+    bucket_multiple: int = Field(16, ge=1, description="bucket sides are multiples of this: codec factor x patch size")
+    min_side: int = Field(0, ge=0, description="images with a shorter side are quarantined; 0 keeps all")
+    min_aesthetic: float | None = Field(None, description="the paper keeps 4.7 and above; None keeps all")
+    refuse_url_captions: bool = False
+    refuse_tag_captions: bool = False
+    max_caption_chars: int = Field(100_000, ge=1)
+    class_template: str | None = Field(None, description='for class names as captions: "a photo of {class}"')
+    max_pixels: int = Field(64_000_000, ge=1, description="larger images are refused before they are decoded")
+
+
+class EncoderSettings(Settings):
+    """Everything that determines the states of one LLM, except the digests of its files (paper 3.1)."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="name of the text family")
+    model: str = Field(description="hub id, folder, or package:NAME")
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="commit of a hub id")
+    kind: Literal["causal", "unmasked", "encoder"] = "causal"
+    layer: int = Field(-3, description="block whose output is stored; negative counts from the last block (-1)")
+    system_prompt: str = ""
+    instruction: str = PAPER_INSTRUCTION
+    chat_template: bool = Field(False, description="wrap system prompt and instruction in the model's chat template")
+    max_tokens: int = Field(256, ge=1, description="caption tokens kept; longer captions are cut and counted")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
+    storage: Literal["compute", "float32", "bfloat16", "int8"] = "bfloat16"
+
+
+class PoolSettings(Settings):
+    """The actors of one job and what each of them gets."""
+
+    actors: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+    token_budget: int = Field(8192, ge=1, description="padded tokens in one forward pass")
+    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each actor")
+    label_selector: dict[str, str] = Field(default_factory=dict, description="Ray node labels each actor asks for")
+
+
+class CodecSettings(Settings):
+    """Image <-> latents. `pixels` is the identity on [-1, 1]; everything else is a diffusers autoencoder."""
+
+    name: str = Field("pixels", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    model: str | None = Field(None, description="hub id or folder of a diffusers autoencoder; None for pixels")
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    posterior: Literal["mean", "sample"] = "sample"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class RefinerSettings(Settings):
+    """Linguistic token refiner (paper 3.1; tables 2, 3 and 5)."""
+
+    depth: int = Field(2, ge=0, description="blocks N; 0 leaves the refiner out")
+    causal: bool = Field(False, description="keep the causal mask (table 3)")
+    gated: bool = Field(True, description="adaptive gates, zero at start (table 5)")
+    mixing: bool = Field(True, description="False: attention sees only the own token (parameter-matched control)")
+
+
+class FusionSettings(Settings):
+    """How several LLMs become one text condition (paper 3.1; table 6)."""
+
+    mode: Literal["none", "concatenation", "refiner"] = Field(
+        "refiner", description="none: exactly one LLM; concatenation: along the sequence; refiner: collaborative"
+    )
+    depth: int = Field(1, ge=1)
+
+
+class ModelSettings(Settings):
+    """LI-DiT's shape. A preset fills width, depth, heads and patch size; single values override it."""
+
+    preset: Literal["tiny", "S", "B", "L", "1B", "10B"] = "tiny"
+    width: int | None = Field(None, ge=8)
+    depth: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    patch_size: int | None = Field(None, ge=1)
+    refiner: RefinerSettings = RefinerSettings()
+    fusion: FusionSettings = FusionSettings()
+    activation_checkpointing: bool = False
+
+
+class ObjectiveSettings(Settings):
+    """What the network predicts and how the loss weighs it (paper appendix A.1 and two more)."""
+
+    kind: Literal["ddpm", "rectified_flow", "clean"] = "ddpm"
+    timesteps: Literal["uniform", "logit_normal"] | None = Field(
+        None, description="None: uniform for ddpm, logit_normal for the others"
+    )
+    train_steps: int = Field(1000, ge=2, description="ddpm: discrete noise levels")
+
+
+class SamplerSettings(Settings):
+    steps: int = Field(25, ge=1)
+    guidance_scale: float = Field(3.0, ge=0)
+    guidance_interval: tuple[Fraction, Fraction] = Field((0.0, 1.0), description="timesteps where guidance acts")
+    guidance_rescale: Fraction = 0.0
+    scheduler: Literal["auto", "ddpm", "ddim", "dpm_solver", "euler"] = Field(
+        "auto", description="auto: ddim for ddpm, euler for the others"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class DataSettings(Settings):
+    seed: int = Field(0, ge=0)
+    window_units: int = Field(16, ge=1, description="units shuffled together")
+    caption_dropout: Fraction = 0.1
+    origin_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="caption origin -> weight; empty: every caption alike"
+    )
+    prefetch_batches: int = Field(4, ge=0)
+    validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of samples kept out of training")
+
+
+class OptimizerSettings(Settings):
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(1.0, ge=0, description="0 leaves gradients unclipped")
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine", "constant_linear"] = Field(
+        "constant", description="constant_linear: constant to 60 % of the steps, then linear to 10 %"
+    )
+
+
+class EngineSettings(Settings):
+    """Workers and how DeepSpeed shards them."""
+
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["float32", "bfloat16"] = "float32"
+    accumulation: int = Field(1, ge=1)
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    fused_optimizer: bool = Field(False, description="DeepSpeed's fused AdamW; compiles on first use")
+    compile: bool = False
+    max_failures: int = Field(3, ge=0, description="worker failures survived before the run fails")
+    resources: dict[str, float] = Field(default_factory=dict)
+    label_selector: dict[str, str] = Field(default_factory=dict)
+
+
+class TrainSettings(Settings):
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(32, ge=1, description="global: over all workers and accumulation steps")
+    optimizer: OptimizerSettings = OptimizerSettings()
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="upper bound; early steps use (n+1)/(n+10)")
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(10, ge=1)
+    sample_every: int = Field(0, ge=0, description="0: sample only at the end")
+    sample_prompts: tuple[str, ...] = ()
+    validate_every: int = Field(0, ge=0)
+    validation_samples: int = Field(256, ge=1)
+    non_finite: Literal["stop", "skip"] = "stop"
+    init_from: str | None = Field(None, description="model folder whose weights start the run")
+
+
+class EvaluateSettings(Settings):
+    per_tag: int = Field(24, ge=1, description="prompts per category")
+    images_per_prompt: int = Field(1, ge=1)
+    layout: Literal["simple", "free"] = "simple"
+    tags: tuple[str, ...] = ()
+    seed: int = Field(1, ge=0)
+    batch_size: int = Field(64, ge=1)
+
+
+class TrackingSettings(Settings):
+    """Where MLflow's store is. None: a sqlite file in the run's folder."""
+
+    uri: str | None = None
+    experiment: str = "lidit"
+    registered_model: str | None = None
+    alias: str = "latest"
+
+
+class Recipe(Settings):
+    """One training run and everything it depends on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="run name: the same name resumes the run")
+    output: str = Field("runs", description="folder of runs; the run's files are in OUTPUT/NAME")
+    corpus: str
+    sources: tuple[str, ...] = Field((), description="what `lidit run` ingests when the corpus does not exist")
+    ingest: IngestSettings = IngestSettings()
+    encoders: tuple[EncoderSettings, ...] = Field(min_length=1)
+    pool: PoolSettings = PoolSettings()
+    codec: CodecSettings = CodecSettings()
+    model: ModelSettings = ModelSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    engine: EngineSettings = EngineSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [encoder.name for encoder in self.encoders]
+        if len(set(names)) != len(names):
+            raise ValueError(f"encoders: the names must differ, found {names}")
+        if self.model.fusion.mode == "none" and len(names) != 1:
+            raise ValueError(f"model.fusion.mode: 'none' takes exactly one encoder, found {len(names)}: {names}")
+        parts = self.engine.workers * self.engine.accumulation
+        if self.train.batch_size % parts:
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size} must be divisible by engine.workers x "
+                f"engine.accumulation = {parts}"
+            )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output) / self.name
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError where there is none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    return content
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`key.path=value` words put into a settings tree; values are read as YAML (`1e-4` counts as a number)."""
+    for word in overrides:
+        path, equals, text = word.partition("=")
+        if not equals or not path:
+            raise InputError(f"{word!r}: an override is key.path=value, such as train.steps=200")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            raise InputError(f"{word!r}: the value is not valid YAML") from None
+        _put(tree, path.split("."), value, word)
+    return tree
+
+
+def _put(node: Any, keys: list[str], value: Any, word: str) -> None:
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise InputError(f"{word!r}: {key!r} is not an index of a list of {len(node)}")
+        index: Any = int(key)
+    elif isinstance(node, dict):
+        index = key
+        if rest:
+            node.setdefault(key, {})
+    else:
+        raise InputError(f"{word!r}: nothing can be set below a single value")
+    if rest:
+        _put(node[index], rest, value, word)
+    else:
+        node[index] = value
+
+
+def validate(kind: type[Kind], tree: dict[str, Any], origin: str) -> Kind:
+    """`tree` as settings of `kind`. InputError names the key's path, what was found and what is allowed."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(explain(kind, error, origin)) from None
+
+
+def explain(kind: type[Settings], error: ValidationError, origin: str) -> str:
+    """One line per mistake: file, key path, reason, remedy."""
+    lines = []
+    mistakes = error.errors(include_url=False)
+    inner = {item["loc"][:depth] for item in mistakes for depth in range(len(item["loc"]))}
+    for item in (item for item in mistakes if item["loc"] not in inner):  # a list is not "too short" by a bad entry
+        path = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            allowed = _fields_at(kind, item["loc"][:-1])
+            close = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            message = f"unknown key; {hint}allowed: {', '.join(allowed)}"
+        elif item["type"] != "missing" and path:
+            message = f"{message}, found {item['input']!r}"
+        lines.append(f"{origin}: {path + ': ' if path else ''}{message}")
+    return "\n".join(lines)
+
+
+def _fields_at(kind: type[Settings], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = kind.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, Settings))
+    return list(kind.model_fields)
+
+
+def flatten(settings: BaseModel) -> dict[str, str]:
+    """Dotted key -> text, as experiment trackers want parameters."""
+
+    def walk(prefix: str, value: Any) -> dict[str, str]:
+        if isinstance(value, dict) and value:
+            return {k: v for key, child in value.items() for k, v in walk(f"{prefix}{key}.", child).items()}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return walk(prefix, {child.get("name", i): child for i, child in enumerate(value)})
+        return {prefix[:-1]: str(value)}
+
+    return walk("", settings.model_dump(mode="json"))

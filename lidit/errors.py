@@ -1,0 +1,9 @@
+"""The two ways a job can end badly. Everything else is a bug and shows its traceback."""
+
+
+class InputError(Exception):
+    """A user's mistake: says what is wrong, where, and what to do, in one or two lines. Exit code 2."""
+
+
+class JobError(Exception):
+    """The input was right and the job failed all the same. Exit code 1."""

@@ -1,0 +1,1 @@
+"""How the work is spread over a cluster: the only place that imports ray, deepspeed and mlflow."""

@@ -1,0 +1,33 @@
+"""Where jobs meet Ray: join the cluster we were submitted to, or start an embedded one."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+CLUSTER_ADDRESS = "RAY_ADDRESS"
+
+
+def connect(cpus: int | None = None, temp_dir: str | None = None) -> None:
+    """Join the cluster named by RAY_ADDRESS; without one, embed a Ray of `cpus` logical CPUs in this process.
+
+    An embedded cluster may be told of more CPUs than the machine has: actors that wait for each other (a trainer and
+    its readers) need a logical CPU each, and too few means waiting for ever.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
+    if os.environ.get(CLUSTER_ADDRESS):
+        ray.init(address="auto", logging_level=logging.ERROR)
+    else:
+        ray.init(num_cpus=max(cpus or 0, os.cpu_count() or 1), _temp_dir=temp_dir, **quiet)
+
+
+def total(resource: str) -> float:
+    """How much of a resource ("CPU", "GPU") the whole cluster has."""
+    return float(ray.cluster_resources().get(resource, 0))

@@ -1,0 +1,45 @@
+"""One Ray cluster for the whole session; environment set before anything imports torch or ray."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.update(
+    {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "False",
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "Agg",
+        "COLUMNS": "160",
+    }
+)
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Prompt lists of public benchmarks and resource schemas, where a checkout has them beside it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no shared/data beside this checkout: the public prompt lists are not here")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """An embedded Ray with 4 logical CPUs, the same start-up code the jobs use."""
+    import ray
+
+    from pipelines.cluster import connect
+
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        connect(cpus=4, temp_dir=folder)
+        yield
+        ray.shutdown()
