@@ -1,0 +1,360 @@
+"""The KubeRay manifests: schemas, the operator's rules, security of every pod, closed networks, honest overlays."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from manifests import KUBERAY, REPOSITORY, Network, find, render
+
+from infra.kuberay.validate import check, load_schemas, pod_templates, rule_errors, security_errors
+
+OVERLAYS = ("small", "large")
+RAY_PORTS = (6379, 8265, 10001, 10002, 52365)
+
+
+@pytest.fixture(scope="module")
+def schemas(shared_data: Path) -> dict[str, Any]:
+    folder = shared_data / "kuberay"
+    if not folder.is_dir():
+        pytest.skip("no KubeRay CRD schemas beside this checkout")
+    return load_schemas(folder)
+
+
+@pytest.fixture(params=OVERLAYS)
+def documents(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return render(KUBERAY / "overlays" / request.param)
+
+
+@pytest.fixture
+def small() -> list[dict[str, Any]]:
+    return render(KUBERAY / "overlays" / "small")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_our_renderer_agrees_with_kustomize(overlay: str) -> None:
+    if not shutil.which("kubectl"):
+        pytest.skip("no kubectl here: its built-in kustomize is the reference")
+    folder = KUBERAY / "overlays" / overlay
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "unknown command" in done.stderr:
+        pytest.skip("this kubectl has no kustomize")
+    assert done.returncode == 0, done.stderr
+    reference = {(d["kind"], d["metadata"]["name"]): d for d in yaml.safe_load_all(done.stdout)}
+    ours = {(d["kind"], d["metadata"]["name"]): d for d in render(folder)}
+    assert ours == reference
+
+
+def test_manifests_pass_schema_rules_and_security(documents: list[dict[str, Any]], schemas: dict[str, Any]) -> None:
+    assert [error for document in documents for error in check(document, schemas)] == []
+
+
+def test_the_base_alone_has_no_pinned_image() -> None:
+    errors = [error for document in render(KUBERAY / "base") for error in check(document, None)]
+    assert errors
+    assert all("not pinned by digest" in error for error in errors)
+
+
+TYPOS = [
+    ("RayJob", "lidit-embed", ["spec", "activeDeadlineSeconds"], "activeDeadlineSecond"),
+    ("RayJob", "lidit-train", ["spec", "rayClusterSpec", "workerGroupSpecs", 1, "minReplicas"], "minReplica"),
+    ("RayJob", "lidit-embed", ["spec", "rayClusterSpec", "authOptions", "secretName"], "secretname"),
+    (
+        "RayCluster",
+        "lidit-interactive",
+        ["spec", "headGroupSpec", "template", "spec", "containers", 0, "securityContext", "readOnlyRootFilesystem"],
+        "readOnlyRootFileSystem",
+    ),
+    ("StatefulSet", "lidit-redis", ["spec", "template", "spec", "securityContext", "runAsNonRoot"], "runAsNonroot"),
+    ("NetworkPolicy", "operator-to-dashboard", ["spec", "ingress", 0, "from"], "form"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "path", "typo"), TYPOS, ids=[typo[-1] for typo in TYPOS])
+def test_a_planted_typo_fails(
+    small: list[dict[str, Any]], schemas: dict[str, Any], kind: str, name: str, path: list[Any], typo: str
+) -> None:
+    document = copy.deepcopy(find(small, kind, name))
+    node = document
+    for step in path[:-1]:
+        node = node[step]
+    node[typo] = node.pop(path[-1])
+    assert any(typo in error for error in check(document, schemas))
+
+
+def put(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A deep copy with one value set; `None` removes the key."""
+    changed = copy.deepcopy(document)
+    node: Any = changed
+    *steps, last = path.split("/")
+    for step in steps:
+        node = node[int(step)] if isinstance(node, list) else node.setdefault(step, {})
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return changed
+
+
+BROKEN_RULES = [
+    ("metadata/name", "Lidit_Embed", "DNS-1035"),
+    ("metadata/name", "l" * 48, "DNS-1035"),
+    ("spec/shutdownAfterJobFinishes", False, "needs shutdownAfterJobFinishes"),
+    ("spec/ttlSecondsAfterFinished", -1, "negative"),
+    ("spec/activeDeadlineSeconds", 0, "not positive"),
+    ("spec/backoffLimit", -1, "backoffLimit is negative"),
+    ("spec/clusterSelector", {"ray.io/cluster": "x"}, "does not go with clusterSelector"),
+    ("spec/submissionMode", "InteractiveMode", "does not go with InteractiveMode"),
+    ("spec/submissionMode", "SidecarMode", "SidecarMode takes no"),
+    ("spec/managedBy", "somebody", "managedBy"),
+    ("spec/rayClusterSpec/managedBy", "somebody", "managedBy"),
+    ("spec/runtimeEnvYAML", "just text", "runtimeEnvYAML"),
+    ("spec/deletionStrategy", {}, "needs both"),
+    ("spec/deletionStrategy", {"onSuccess": {"policy": "DeleteSelf"}}, "needs both"),
+    ("spec/deletionStrategy", {"deletionRules": [{"policy": "DeleteSelf", "condition": {}}]}, "exactly one"),
+    (
+        "spec/deletionStrategy",
+        {"deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]},
+        "do not go with shutdown",
+    ),
+    ("spec/rayClusterSpec/rayVersion", "2.51.0", "2.52"),
+    ("spec/rayClusterSpec/headGroupSpec/rayStartParams/labels", "a=b", "not in rayStartParams"),
+    ("spec/rayClusterSpec/headGroupSpec/resources", {"CPU": "0"}, "both in rayStartParams"),
+    ("spec/rayClusterSpec/headGroupSpec/template/spec/restartPolicy", "Always", "restartPolicy Never"),
+    ("spec/rayClusterSpec/workerGroupSpecs/1/minReplicas", 5000, "minReplicas"),
+    ("spec/rayClusterSpec/workerGroupSpecs/1/groupName", "cpu", "share a name"),
+    ("spec/rayClusterSpec/workerGroupSpecs/1/labels", {"lidit/pool": "two words"}, "label value"),
+    ("spec/rayClusterSpec/workerGroupSpecs/1/suspend", True, "cannot be suspended"),
+    ("spec/rayClusterSpec/workerGroupSpecs/1/template/spec/containers", [], "no container"),
+    ("spec/rayClusterSpec/headGroupSpec/rayStartParams/redis-password", "x", "gcsFaultToleranceOptions only"),
+    ("spec/rayClusterSpec/gcsFaultToleranceOptions/backend", "rocksdb", "takes no redis"),
+    ("spec/rayClusterSpec", None, "rayClusterSpec and clusterSelector"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BROKEN_RULES)
+def test_every_operator_rule_fires(small: list[dict[str, Any]], path: str, value: Any, message: str) -> None:
+    job = find(small, "RayJob", "lidit-embed")
+    assert list(rule_errors(job)) == []
+    assert any(message in error for error in rule_errors(put(job, path, value)))
+
+
+POD_BREAKAGES: list[tuple[str, Any, str]] = [
+    ("securityContext/runAsNonRoot", False, "runAsNonRoot"),
+    ("securityContext/runAsUser", 0, "runAsUser"),
+    ("securityContext/seccompProfile", {"type": "Unconfined"}, "seccompProfile"),
+    ("automountServiceAccountToken", None, "automountServiceAccountToken"),
+    ("hostNetwork", True, "hostNetwork"),
+    ("containers/0/securityContext/readOnlyRootFilesystem", False, "readOnlyRootFilesystem"),
+    ("containers/0/securityContext/allowPrivilegeEscalation", True, "allowPrivilegeEscalation"),
+    ("containers/0/securityContext/capabilities", {"drop": ["ALL"], "add": ["SYS_PTRACE"]}, "capabilities"),
+    ("containers/0/resources/requests/cpu", "1m", "requests must equal limits"),
+    ("containers/0/image", "rayproject/ray:2.60.0", "not pinned by digest"),
+    ("containers/0/env", [{"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"}], "must come from a Secret"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), POD_BREAKAGES)
+def test_every_security_promise_is_checked_on_every_pod(
+    documents: list[dict[str, Any]], path: str, value: Any, message: str
+) -> None:
+    """Break one promise in one pod template at a time, in all of them: the finding names that template."""
+    broken = 0
+    for document in documents:
+        for where, _ in pod_templates(document):
+            changed = copy.deepcopy(document)
+            template = dict(pod_templates(changed))[where]
+            template["spec"] = put(template["spec"], path, value)
+            assert any(where in error and message in error for error in security_errors(changed)), where
+            broken += 1
+    assert broken == 13  # embed 5 (submitter, head, three pools), train 4, interactive 3, redis 1
+
+
+RAY_BREAKAGES: list[tuple[str, Any, str]] = [
+    ("authOptions", {"mode": "disabled"}, "authOptions"),
+    ("gcsFaultToleranceOptions", None, "gcsFaultToleranceOptions"),
+    ("headGroupSpec/serviceType", "LoadBalancer", "ClusterIP"),
+    ("headGroupSpec/enableIngress", True, "ingress"),
+    ("headGroupSpec/rayStartParams/num-cpus", "4", "no tasks"),
+    ("headGroupSpec/template/spec/containers/0/volumeMounts", [], "must be an emptyDir"),
+    ("workerGroupSpecs/0/template/spec/volumes/2/emptyDir", {}, "Memory emptyDir"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), RAY_BREAKAGES)
+def test_ray_promises_are_checked_on_every_cluster(
+    small: list[dict[str, Any]], path: str, value: Any, message: str
+) -> None:
+    for kind, name, prefix in (
+        ("RayJob", "lidit-embed", "spec/rayClusterSpec/"),
+        ("RayJob", "lidit-train", "spec/rayClusterSpec/"),
+        ("RayCluster", "lidit-interactive", "spec/"),
+    ):
+        changed = put(find(small, kind, name), prefix + path, value)
+        assert any(message in error for error in security_errors(changed)), name
+
+
+def test_training_is_one_gang(documents: list[dict[str, Any]]) -> None:
+    job = find(documents, "RayJob", "lidit-train")
+    assert job["spec"]["suspend"] is True
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "lidit"
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "lidit-train"
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"] is False
+    for group in cluster["workerGroupSpecs"]:
+        assert group["minReplicas"] == group["replicas"] == group["maxReplicas"] > 0
+    queues = {d["kind"]: d for d in yaml.safe_load_all((KUBERAY / "kueue" / "queues.yaml").read_text())}
+    assert queues["LocalQueue"]["metadata"]["name"] == "lidit"
+    assert queues["WorkloadPriorityClass"]["metadata"]["name"] == "lidit-train"
+    quota = {
+        r["name"]: r["nominalQuota"]
+        for r in queues["ClusterQueue"]["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+    }
+    train = cluster["workerGroupSpecs"][1]
+    gpus = int(train["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) * train["replicas"]
+    assert gpus <= quota["nvidia.com/gpu"]
+
+
+def test_encoder_pools_are_separate_spot_and_may_be_empty(documents: list[dict[str, Any]]) -> None:
+    groups = {
+        g["groupName"]: g
+        for g in find(documents, "RayJob", "lidit-embed")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    }
+    for name in ("encode-large", "encode-small"):
+        pod = groups[name]["template"]["spec"]
+        assert groups[name]["minReplicas"] == 0
+        assert groups[name]["labels"] == {"lidit/pool": name}
+        assert pod["nodeSelector"]["lidit/capacity"] == "spot"
+        assert {"key": "lidit/capacity", "operator": "Equal", "value": "spot", "effect": "NoSchedule"} in pod[
+            "tolerations"
+        ]
+        assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
+    assert groups["cpu"]["minReplicas"] >= 1
+    assert "nodeSelector" not in groups["cpu"]["template"]["spec"]
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+SPACE = "lidit"
+
+
+def ray_pod(job: str, node: str) -> dict[str, str]:
+    return {"lidit/job": job, "ray.io/node-type": node, "app.kubernetes.io/part-of": "lidit"}
+
+
+@pytest.fixture
+def network(small: list[dict[str, Any]]) -> Network:
+    return Network(small)
+
+
+def test_pods_of_one_cluster_reach_each_other(network: Network) -> None:
+    for job in ("embed", "train", "interactive"):
+        for port in RAY_PORTS:
+            assert network.allows(ray_pod(job, "worker"), ray_pod(job, "head"), port, SPACE, SPACE)
+            assert network.allows(ray_pod(job, "head"), ray_pod(job, "worker"), port, SPACE, SPACE)
+
+
+@pytest.mark.parametrize("port", RAY_PORTS)
+@pytest.mark.parametrize(
+    ("source", "space"),
+    [
+        ({}, SPACE),
+        ({"app": "notebook"}, "default"),
+        ({"app": "prometheus"}, "monitoring"),
+        ({"app": "another"}, "kuberay-operator"),
+        (ray_pod("train", "worker"), SPACE),
+        (ray_pod("embed", "worker"), "another-team"),
+        ({"lidit/job": "train", "lidit/role": "submitter"}, SPACE),
+        ({"lidit/role": "redis"}, SPACE),
+    ],
+)
+def test_ray_ports_are_closed_to_everyone_else(network: Network, source: dict[str, str], space: str, port: int) -> None:
+    assert not network.allows(source, ray_pod("embed", "head"), port, space, SPACE)
+
+
+def test_only_the_named_doors_are_open(network: Network) -> None:
+    head, worker = ray_pod("embed", "head"), ray_pod("embed", "worker")
+    submitter = {"lidit/job": "embed", "lidit/role": "submitter"}
+    operator = {"app.kubernetes.io/name": "kuberay-operator"}
+    doors = [
+        (submitter, SPACE, head, 8265),
+        (operator, "kuberay-operator", head, 8265),
+        ({}, "monitoring", worker, 8080),
+    ]
+    for source, space, target, open_port in doors:
+        reached = [p for p in (*RAY_PORTS, 8080) if network.allows(source, target, p, space, SPACE)]
+        assert reached == [open_port]
+
+
+def test_redis_serves_heads_only(network: Network) -> None:
+    redis = {"lidit/role": "redis"}
+    assert network.allows(ray_pod("train", "head"), redis, 6379, SPACE, SPACE)
+    assert not network.allows(ray_pod("train", "worker"), redis, 6379, SPACE, SPACE)
+    assert not network.allows({}, redis, 6379, SPACE, SPACE)
+
+
+def test_what_ray_pods_may_call(network: Network, small: list[dict[str, Any]]) -> None:
+    mlflow = {"lidit/role": "mlflow"}
+    assert network.allows(ray_pod("train", "worker"), mlflow, 5000, SPACE, "lidit-mlflow")
+    assert not network.allows(ray_pod("train", "worker"), mlflow, 5432, SPACE, "lidit-mlflow")
+    assert not network.allows(ray_pod("train", "worker"), {"app": "x"}, 80, SPACE, "default")
+    assert not network.allows(ray_pod("train", "head"), {"app": "api"}, 6443, SPACE, "default")  # no autoscaler
+    assert network.allows(ray_pod("embed", "head"), {"app": "api"}, 6443, SPACE, "default")
+    (block,) = [
+        peer["ipBlock"]
+        for rule in find(small, "NetworkPolicy", "ray-out")["spec"]["egress"]
+        for peer in rule["to"]
+        if "ipBlock" in peer
+    ]
+    assert "169.254.0.0/16" in block["except"]  # the cloud's metadata service hands out credentials
+
+
+def test_every_pod_template_is_covered_by_its_cluster_policy(documents: list[dict[str, Any]]) -> None:
+    """A pod whose label a policy does not know would still be closed, and its cluster would never come up."""
+    network = Network(documents)
+    for document in documents:
+        if document["kind"] in ("RayJob", "RayCluster"):
+            for where, template in pod_templates(document):
+                labels = template["metadata"]["labels"]
+                node = {"submitter": {}, "head": {"ray.io/node-type": "head"}}.get(
+                    where, {"ray.io/node-type": "worker"}
+                )
+                head = {"lidit/job": labels["lidit/job"], "ray.io/node-type": "head"}
+                assert network.allows({**labels, **node}, head, 8265, SPACE, SPACE), where
+
+
+# --- secrets and the command -----------------------------------------------------------------------------------------
+
+
+def test_referenced_secrets_and_maps_are_documented_and_never_shipped(documents: list[dict[str, Any]]) -> None:
+    assert not [d for d in documents if d["kind"] == "Secret"]
+    text = yaml.safe_dump(documents)
+    page = (REPOSITORY / "docs" / "cluster.md").read_text()
+    for name in (
+        "lidit-ray-auth",
+        "lidit-redis",
+        "lidit-mlflow-client",
+        "lidit-object-store",
+        "lidit-recipe",
+        "lidit-models",
+    ):
+        assert name in text
+        assert name in page
+
+
+def test_the_command_reports_findings_and_exits_with_2(small: list[dict[str, Any]], tmp_path: Path) -> None:
+    command = [sys.executable, str(KUBERAY / "validate.py")]
+    good = yaml.safe_dump_all(small)
+    assert subprocess.run(command, input=good, text=True, capture_output=True, check=False).returncode == 0
+    job = put(find(small, "RayJob", "lidit-train"), "spec/suspend", True)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump_all([put(job, "spec/shutdownAfterJobFinishes", False)]))
+    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert "RayJob/lidit-train: suspend needs shutdownAfterJobFinishes" in done.stdout
