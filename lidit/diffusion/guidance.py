@@ -1,0 +1,64 @@
+"""Classifier-free guidance in one batched forward.
+
+Shapes: B batch, C latent channels, H x W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lidit.config import SamplerSettings
+from lidit.models import LIDiT, TextStates
+
+
+class GuidedPredictor:
+    """predict(x_t, t) for `sample`: unconditional + scale * (conditional - unconditional).
+
+    The empty caption's states and the captions' are stacked once and run as the two halves of one batch. Outside the
+    guidance interval, or at scale 1, only the captions run.
+
+    Args:
+        model: the network. text: states of B captions per encoder. empty: of B (or one) empty captions.
+        sampler: guidance_scale, guidance_interval (timesteps, 0 data, 1 noise), guidance_rescale (arXiv 2305.08891).
+    """
+
+    def __init__(
+        self,
+        model: LIDiT,
+        text: Mapping[str, TextStates],
+        empty: Mapping[str, TextStates],
+        sampler: SamplerSettings,
+    ) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.text = dict(text)
+        self.both: dict[str, TextStates] = {}
+        if sampler.guidance_scale != 1:
+            self.both = {name: _repeat(empty[name], len(text[name].states)).stack(text[name]) for name in text}
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t [B, C, H, W], t [B] the same value throughout -> float32 prediction [B, C, H, W]."""
+        low, high = self.sampler.guidance_interval
+        if not self.both or not low <= float(t[0]) <= high:
+            return self.model(x_t, t, self.text).float()
+        doubled = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self.both)
+        unconditional, conditional = doubled.float().chunk(2)
+        guided = unconditional + self.sampler.guidance_scale * (conditional - unconditional)
+        if self.sampler.guidance_rescale > 0:
+            return rescale(guided, conditional, self.sampler.guidance_rescale)
+        return guided
+
+
+def rescale(guided: torch.Tensor, conditional: torch.Tensor, amount: float) -> torch.Tensor:
+    """Pull each sample's deviation back to the conditional prediction's (arXiv 2305.08891, section 3.4)."""
+    dims = tuple(range(1, guided.dim()))
+    matched = guided * (conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
+    return amount * matched + (1 - amount) * guided
+
+
+def _repeat(empty: TextStates, batch: int) -> TextStates:
+    if len(empty.states) == batch:
+        return empty
+    return TextStates(empty.states.expand(batch, -1, -1), empty.mask.expand(batch, -1), empty.prefix)

@@ -1,0 +1,220 @@
+"""LLM states -> the transformer's text condition (paper 3.1).
+
+projection -> linguistic refiner, per LLM; collaborative refiner over all; cut the instruction; concatenate; pool.
+
+Shapes: B batch, P prefix tokens, T caption tokens, W width of an LLM, S condition tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from lidit.errors import InputError
+from lidit.models.fusion import CollaborativeRefiner
+from lidit.models.layers import TimestepEmbedder
+from lidit.models.refiner import LinguisticRefiner
+from lidit.models.states import PromptCondition, TextStates, attendable, masked_mean
+
+STANDARDISED_LIMIT = 10.0
+
+
+class StateProjection(nn.Module):
+    """Raw states of one LLM, standardised per channel and clamped, then projected to the transformer's width.
+
+    An LLM's residual stream has channels hundreds of deviations wide; the statistics are the family's own.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, encoder_width: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(encoder_width))
+        self.register_buffer("deviation", torch.ones(encoder_width))
+        self.linear = nn.Linear(encoder_width, width)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Casts the weights but never the statistics below float32: a mean of 500 is off by 2 in bfloat16."""
+        exact = {name: getattr(self, name) for name in ("mean", "deviation")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            dtype = torch.promote_types(before.dtype, after.dtype)
+            movable = not before.is_meta and not after.is_meta
+            setattr(self, name, before.to(after.device, dtype) if movable else after.to(dtype))
+        return self
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., W] of any floating dtype -> [..., D] in the weights' dtype."""
+        standardised = (states - self.mean) / self.deviation
+        standardised = standardised.clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
+        return self.linear(standardised.to(self.linear.weight.dtype))
+
+
+class AdaptiveCondition(nn.Module):
+    """Mean of the caption's valid tokens + timestep embedding: what drives gates and modulation (paper 3.1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(width)
+        self.text = nn.Linear(width, width)
+
+    def forward(self, caption: torch.Tensor, mask: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Projected caption tokens [B, T, D], bool [B, T], float [B] -> [B, D]."""
+        pooled = masked_mean(caption, mask).to(caption.dtype)
+        return self.timestep_embedder(timestep) + self.text(pooled)
+
+
+class EncoderBranch(nn.Module):
+    """Everything that belongs to one LLM alone: projection, adaptive condition, linguistic refiner."""
+
+    def __init__(
+        self, encoder_width: int, width: int, heads: int, refiner: LinguisticRefiner | None, adaptive: bool
+    ) -> None:
+        super().__init__()
+        self.projection = StateProjection(encoder_width, width)
+        self.condition = AdaptiveCondition(width) if adaptive else None
+        self.refiner = refiner
+
+    def forward(
+        self, text: TextStates, timestep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """-> refined tokens [B, P + T, D], their mask, the adaptive condition [B, D] (None where nothing needs it)."""
+        batch, prefix_length = len(text.states), len(text.prefix)
+        hidden = ~text.mask[..., None]
+        # Zeros before the arithmetic, so that even a NaN behind the mask stays there; and after it, for the bias.
+        caption = self.projection(text.states.masked_fill(hidden, 0)).masked_fill(hidden, 0)  # [B, T, D]
+        condition = None if self.condition is None else self.condition(caption, text.mask, timestep)
+        prefix = self.projection(text.prefix).expand(batch, -1, -1)  # [B, P, D]
+        tokens = torch.cat([prefix, caption], dim=1)
+        mask = torch.cat([text.mask.new_ones(batch, prefix_length), text.mask], dim=1)
+        if self.refiner is not None:
+            tokens = self.refiner(tokens, mask, condition)
+        return tokens, mask, condition
+
+
+class PromptConditioner(ModelMixin, ConfigMixin):
+    """States of one or several LLMs -> one text condition.
+
+    Args:
+        encoders: name -> width of its states. Branches are kept in the order of the names.
+        width, heads: the transformer's.
+        refiner_depth, refiner_causal, refiner_gated, refiner_mixing: see `LinguisticRefiner`; depth 0 leaves it out.
+        fusion_mode: "refiner" (collaborative), "concatenation", or "none" for exactly one encoder (table 6). With one
+            encoder there is nothing to fuse and all three are the same.
+        fusion_depth: blocks of the collaborative refiner.
+    Raises:
+        InputError: no encoder, or several with fusion mode "none".
+    """
+
+    _keep_in_fp32_modules = ["mean", "deviation"]
+    _no_split_modules = ["EncoderBranch"]
+
+    @register_to_config
+    def __init__(
+        self,
+        encoders: dict[str, int],
+        width: int,
+        heads: int,
+        refiner_depth: int = 2,
+        refiner_causal: bool = False,
+        refiner_gated: bool = True,
+        refiner_mixing: bool = True,
+        fusion_mode: Literal["none", "concatenation", "refiner"] = "refiner",
+        fusion_depth: int = 1,
+    ) -> None:
+        super().__init__()
+        if not encoders:
+            raise InputError("the model needs at least one encoder")
+        if fusion_mode == "none" and len(encoders) > 1:
+            raise InputError(f"fusion mode 'none' takes exactly one encoder, found {sorted(encoders)}")
+        self.names = sorted(encoders)  # a saved configuration sorts its keys, so no other order would survive
+        fuse = fusion_mode == "refiner" and len(encoders) > 1
+        adaptive = fuse or (refiner_depth > 0 and refiner_gated)
+        self.branches = nn.ModuleList(
+            EncoderBranch(
+                encoders[name],
+                width,
+                heads,
+                LinguisticRefiner(width, heads, refiner_depth, refiner_causal, refiner_gated, refiner_mixing)
+                if refiner_depth > 0
+                else None,
+                adaptive,
+            )
+            for name in self.names
+        )
+        self.fusion = CollaborativeRefiner(len(encoders), width, heads, fusion_depth) if fuse else None
+
+    def set_statistics(self, name: str, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Each channel's mean and deviation [W] of encoder `name`, kept with the weights.
+
+        A channel with deviation 0 is constant; it is only centred. Raises InputError for an unknown encoder, a wrong
+        width, or values that are negative or not finite.
+        """
+        projection = self.branch(name).projection
+        for label, values in (("mean", mean), ("deviation", deviation)):
+            if values.shape != projection.mean.shape:
+                raise InputError(
+                    f"encoder {name!r}: {label} has shape {list(values.shape)}, "
+                    f"the model expects {list(projection.mean.shape)}"
+                )
+            if not torch.isfinite(values).all() or (label == "deviation" and (values < 0).any()):
+                raise InputError(f"encoder {name!r}: {label} holds values that are negative or not finite")
+        projection.mean.copy_(mean)
+        projection.deviation.copy_(torch.where(deviation == 0, torch.ones_like(deviation), deviation))
+
+    def branch(self, name: str) -> Any:
+        """The branch of encoder `name`. Raises InputError naming what exists."""
+        if name not in self.names:
+            raise InputError(f"the model has no encoder {name!r}; it was built for {', '.join(self.names)}")
+        return self.branches[self.names.index(name)]
+
+    def forward(self, text: Mapping[str, TextStates], timestep: torch.Tensor) -> PromptCondition:
+        """`text` one entry per encoder, `timestep` float [B] in [0, 1] (0 data, 1 noise).
+
+        Raises InputError naming the encoder whose states are missing, unknown or of a wrong shape.
+        """
+        self.check(text)
+        states, masks, conditions = [], [], []
+        for name, branch in zip(self.names, self.branches, strict=True):
+            tokens, mask, condition = branch(text[name], timestep)
+            states.append(tokens)
+            masks.append(mask)
+            conditions.append(condition)
+        if self.fusion is not None:
+            states = self.fusion(states, masks, conditions)
+        # Only now the instruction is cut off: both refiners have seen it.
+        tokens = torch.cat([states[i][:, len(text[name].prefix) :] for i, name in enumerate(self.names)], dim=1)
+        mask = torch.cat([_visible(text[name]) for name in self.names], dim=1)  # [B, S]
+        return PromptCondition(tokens, attendable(mask), masked_mean(tokens, mask).to(tokens.dtype))
+
+    def check(self, text: Mapping[str, TextStates]) -> None:
+        """Raises InputError unless `text` fits this model."""
+        missing = [name for name in self.names if name not in text]
+        unknown = [name for name in text if name not in self.names]
+        if missing or unknown:
+            found = f"states of {missing} are missing" if missing else f"states of {unknown} are not used by this model"
+            raise InputError(f"{found}; it was built for the encoders {', '.join(self.names)}")
+        for name, branch in zip(self.names, self.branches, strict=True):
+            entry, width = text[name], branch.projection.linear.in_features
+            for label, tensor in (("states", entry.states), ("prefix", entry.prefix)):
+                if tensor.shape[-1] != width:
+                    raise InputError(
+                        f"encoder {name!r}: {label} are {tensor.shape[-1]} wide, the model expects {width}"
+                    )
+            for label, tokens in (("mask", entry.mask), ("visible", entry.visible)):
+                if tokens is not None and (tokens.shape != entry.states.shape[:2] or tokens.dtype != torch.bool):
+                    raise InputError(
+                        f"encoder {name!r}: {label} must be bool {list(entry.states.shape[:2])}, "
+                        f"found {tokens.dtype} {list(tokens.shape)}"
+                    )
+
+
+def _visible(text: TextStates) -> torch.Tensor:
+    return text.mask if text.visible is None else text.mask & text.visible

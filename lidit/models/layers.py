@@ -1,0 +1,126 @@
+"""Layers shared by the refiners and the transformer.
+
+Shapes: B batch, L query tokens, S key tokens, H heads, E width of a head, D = H * E.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+EPSILON = 1e-6
+FREQUENCIES = 256
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with RMSNorm on queries and keys (paper 3.2, "QK-norm"). [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.query_norm = nn.RMSNorm(width // heads, eps=EPSILON)
+        self.key_norm = nn.RMSNorm(width // heads, eps=EPSILON)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`mask` bool, broadcastable to [B, H, L, L], True where a query may attend."""
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, H, E]
+        query, key, value = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, E]
+        query, key = self.query_norm(query), self.key_norm(key)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.output(attended.transpose(1, 2).flatten(2))  # [B, L, D]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention with RMSNorm on queries and keys. [B, L, D], [B, S, D] -> [B, L, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.query_norm = nn.RMSNorm(width // heads, eps=EPSILON)
+        self.key_norm = nn.RMSNorm(width // heads, eps=EPSILON)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` bool [B, S], True at keys that exist, at least one per row."""
+        query = self.query(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, E]
+        key_value = self.key_value(context).unflatten(-1, (2, self.heads, -1))  # [B, S, 2, H, E]
+        key, value = key_value.transpose(1, 3).unbind(2)  # each [B, H, S, E]
+        query, key = self.query_norm(query), self.key_norm(key)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
+        return self.output(attended.transpose(1, 2).flatten(2))  # [B, L, D]
+
+
+class FeedForward(nn.Module):
+    """Linear to four times the width, GELU, Linear back. [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.contract(F.gelu(self.expand(hidden_states), approximate="tanh"))
+
+
+class Modulation(nn.Module):
+    """`count` vectors from a condition, zero at start (adaLN-Zero). [B, D] -> `count` times [B, 1, D]."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(width, count * width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All zero: a gate starts closed, a shift at 0, a scale at 1; the layer starts as identity."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(F.silu(condition))[:, None, :].chunk(self.count, dim=-1)
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Shift and scale of a normalised [B, L, D] by [B, 1, D] each."""
+    return hidden_states * (1 + scale) + shift
+
+
+def normalise(hidden_states: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last dimension, without parameters: the modulation takes their place."""
+    return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=EPSILON)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of 1000 t, then two linear layers. t float [B] in [0, 1] -> [B, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(FREQUENCIES, width)
+        self.contract = nn.Linear(width, width)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        frequencies = get_timestep_embedding(
+            timestep, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000
+        )  # [B, 256], float32 whatever the model's dtype: t in bfloat16 would merge neighbouring steps
+        return self.contract(F.silu(self.expand(frequencies.to(self.expand.weight.dtype))))
+
+
+def initialise(module: nn.Module) -> None:
+    """Starting weights of the whole model; call once, on the root.
+
+    Xavier-uniform linear layers with zero bias as in DiT; then every `Modulation` back to zero.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for part in module.modules():
+        if isinstance(part, Modulation):
+            part.reset_parameters()

@@ -1,0 +1,92 @@
+"""LI-DiT: conditioner and transformer as one trainable model.
+
+Shapes: B batch, C latent channels, H x W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from lidit.config import ModelSettings
+from lidit.models.conditioner import PromptConditioner
+from lidit.models.layers import initialise
+from lidit.models.presets import resolve_shape
+from lidit.models.states import TextStates
+from lidit.models.transformer import LIDiTTransformer
+
+
+class LIDiT(ModelMixin, ConfigMixin):
+    """Noisy latents + timestep + LLM states of the captions -> prediction. Arguments as in its two parts."""
+
+    _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules = PromptConditioner._keep_in_fp32_modules
+    _no_split_modules = ["LIDiTBlock", "EncoderBranch"]
+    _repeated_blocks = ["LIDiTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        encoders: dict[str, int],
+        channels: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch_size: int,
+        refiner_depth: int = 2,
+        refiner_causal: bool = False,
+        refiner_gated: bool = True,
+        refiner_mixing: bool = True,
+        fusion_mode: Literal["none", "concatenation", "refiner"] = "refiner",
+        fusion_depth: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conditioner = PromptConditioner(
+            encoders,
+            width,
+            heads,
+            refiner_depth,
+            refiner_causal,
+            refiner_gated,
+            refiner_mixing,
+            fusion_mode,
+            fusion_depth,
+        )
+        self.transformer = LIDiTTransformer(channels, width, depth, heads, patch_size)
+        initialise(self)
+        # The model starts by predicting zero, as DiT does.
+        nn.init.zeros_(self.transformer.final_linear.weight)
+
+    @classmethod
+    def from_settings(cls, settings: ModelSettings, encoders: Mapping[str, int], channels: int) -> LIDiT:
+        """A new model for encoders (name -> width) and latents of `channels`; weights from torch's global seed."""
+        shape = resolve_shape(settings)
+        model = cls(
+            encoders=dict(encoders),
+            channels=channels,
+            width=shape.width,
+            depth=shape.depth,
+            heads=shape.heads,
+            patch_size=shape.patch_size,
+            refiner_depth=settings.refiner.depth,
+            refiner_causal=settings.refiner.causal,
+            refiner_gated=settings.refiner.gated,
+            refiner_mixing=settings.refiner.mixing,
+            fusion_mode=settings.fusion.mode,
+            fusion_depth=settings.fusion.depth,
+        )
+        if settings.activation_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, TextStates]) -> torch.Tensor:
+        """`latents` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise), `text` per encoder -> [B, C, H, W].
+
+        Raises InputError naming the encoder whose states are missing or of a wrong width.
+        """
+        return self.transformer(latents, timestep, self.conditioner(text, timestep))

@@ -1,0 +1,94 @@
+"""What enters and leaves the conditioner: LLM states per encoder, and the one text condition of the transformer.
+
+Shapes: B batch, T caption tokens, P prefix tokens, W width of an LLM, S condition tokens, D width of the transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """The states of one encoder for a batch of captions, as stored: neither normalised nor projected.
+
+    `states` [B, T, W] caption tokens, `mask` bool [B, T] True at real tokens (what stands elsewhere never matters),
+    `prefix` [P, W] states of the instruction, one copy for all rows (P may be 0). `visible` bool [B, T], if given,
+    hides caption tokens from the transformer (cross-attention and pooled text) while the refiners still see them.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor
+    prefix: torch.Tensor
+    visible: torch.Tensor | None = None
+
+    @classmethod
+    def collate(cls, captions: Sequence[torch.Tensor], prefix: torch.Tensor) -> TextStates:
+        """Captions of unequal lengths, each [T_i, W], padded on the right into one batch."""
+        lengths = torch.tensor([len(caption) for caption in captions])
+        states = pad_sequence(list(captions), batch_first=True)  # [B, T, W]
+        mask = torch.arange(states.shape[1])[None, :] < lengths[:, None]  # [B, T]
+        return cls(states, mask.to(states.device), prefix)
+
+    def to(self, device: torch.device | str) -> TextStates:
+        """The same states on `device`; the dtype stays, because the conditioner normalises in float32."""
+        visible = None if self.visible is None else self.visible.to(device, non_blocking=True)
+        return TextStates(
+            self.states.to(device, non_blocking=True),
+            self.mask.to(device, non_blocking=True),
+            self.prefix.to(device, non_blocking=True),
+            visible,
+        )
+
+    def stack(self, other: TextStates) -> TextStates:
+        """The rows of both, padded to the longer one: the two halves of a guided batch. The prefix is this one's."""
+        tokens = max(self.states.shape[1], other.states.shape[1])
+        first, second = self.pad_to(tokens), other.pad_to(tokens)
+        visible = None
+        if first.visible is not None or second.visible is not None:
+            parts = [half.mask if half.visible is None else half.visible for half in (first, second)]
+            visible = torch.cat(parts)
+        return TextStates(
+            torch.cat([first.states, second.states.to(first.states.dtype)]),
+            torch.cat([first.mask, second.mask]),
+            self.prefix,
+            visible,
+        )
+
+    def pad_to(self, tokens: int) -> TextStates:
+        """The same rows with padding behind them, `tokens` long in all."""
+        missing = tokens - self.states.shape[1]
+        pad = torch.nn.functional.pad
+        visible = None if self.visible is None else pad(self.visible, (0, missing))
+        padded_states = pad(self.states, (0, 0, 0, missing))
+        return replace(self, states=padded_states, mask=pad(self.mask, (0, missing)), visible=visible)
+
+
+@dataclass(frozen=True)
+class PromptCondition:
+    """`tokens` [B, S, D] refined caption tokens of all encoders, `mask` bool [B, S], `pooled` [B, D] their mean."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    pooled: torch.Tensor
+
+
+def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the True tokens of [B, T, D] -> [B, D], at least float32; zero where a row has none."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    total = (tokens * mask[..., None]).sum(1, dtype=dtype)
+    return total / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def attendable(mask: torch.Tensor) -> torch.Tensor:
+    """Key mask [B, T] with at least one True per row.
+
+    A softmax over nothing is NaN. Rows without any token get their first position, which holds zeros.
+    """
+    first = torch.zeros_like(mask)
+    first[:, 0] = True
+    return mask | (first & ~mask.any(1, keepdim=True))

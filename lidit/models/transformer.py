@@ -1,0 +1,126 @@
+"""The diffusion transformer (paper 3.2).
+
+Shapes: B batch, C latent channels, H x W latent size, p patch size, h = H / p, w = W / p, N = h * w image tokens,
+S condition tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from lidit.errors import InputError
+from lidit.models.layers import (
+    CrossAttention,
+    FeedForward,
+    Modulation,
+    SelfAttention,
+    TimestepEmbedder,
+    modulate,
+    normalise,
+)
+from lidit.models.states import PromptCondition
+
+
+class PositionBlock(nn.Module):
+    """A convolutional ResBlock in place of a position table: zero padding at the border tells where a token is.
+
+    Being a convolution, it takes any height and width (paper 3.2). [B, D, h, w] -> [B, D, h, w].
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        groups = math.gcd(32, width)
+        self.norm1 = nn.GroupNorm(groups, width)
+        self.convolution1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, width)
+        self.convolution2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        residual = self.convolution1(F.silu(self.norm1(image)))
+        return image + self.convolution2(F.silu(self.norm2(residual)))
+
+
+class LIDiTBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; shift, scale and gate for each of the three."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(width, 9)
+        self.self_attention = SelfAttention(width, heads)
+        self.cross_attention = CrossAttention(width, heads)
+        self.feed_forward = FeedForward(width)
+
+    def forward(
+        self, hidden_states: torch.Tensor, context: torch.Tensor, context_mask: torch.Tensor, condition: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, N, D], [B, S, D], bool [B, S], [B, D] -> [B, N, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition)
+        hidden_states = hidden_states + gate1 * self.self_attention(modulate(normalise(hidden_states), shift1, scale1))
+        hidden_states = hidden_states + gate2 * self.cross_attention(
+            modulate(normalise(hidden_states), shift2, scale2), context, context_mask
+        )
+        return hidden_states + gate3 * self.feed_forward(modulate(normalise(hidden_states), shift3, scale3))
+
+
+class LIDiTTransformer(ModelMixin, ConfigMixin):
+    """Noisy latents + timestep + text condition -> prediction of the same shape.
+
+    Args:
+        channels: latent channels C, in and out. width, depth, heads: D, number of blocks, attention heads.
+        patch_size: p; heights and widths must be divisible by it, any such size works.
+    Raises:
+        InputError: width not divisible by heads.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["LIDiTBlock"]
+    _repeated_blocks = ["LIDiTBlock"]
+
+    @register_to_config
+    def __init__(self, channels: int, width: int, depth: int, heads: int, patch_size: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise InputError(f"width {width} is not divisible by {heads} heads")
+        patch_values = channels * patch_size**2
+        self.patch_size = patch_size
+        self.patch_embedder = nn.Linear(patch_values, width)
+        self.position = PositionBlock(width)
+        self.timestep_embedder = TimestepEmbedder(width)
+        self.pooled_embedder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(LIDiTBlock(width, heads) for _ in range(depth))
+        self.final_modulation = Modulation(width, 2)
+        self.final_linear = nn.Linear(width, patch_values)
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, condition: PromptCondition) -> torch.Tensor:
+        """`hidden_states` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise) -> [B, C, H, W].
+
+        The result has the weights' dtype. Raises InputError where height or width is not divisible by the patch size.
+        """
+        height, width = (side // self.patch_size for side in hidden_states.shape[2:])
+        if (height * self.patch_size, width * self.patch_size) != tuple(hidden_states.shape[2:]):
+            raise InputError(
+                f"latents of {hidden_states.shape[2]} x {hidden_states.shape[3]} cannot be cut into patches of "
+                f"{self.patch_size}: both sides must be multiples of it"
+            )
+        patches = F.pixel_unshuffle(hidden_states.to(self.patch_embedder.weight.dtype), self.patch_size)
+        tokens = self.patch_embedder(patches.flatten(2).transpose(1, 2))  # [B, N, D]
+        image = tokens.transpose(1, 2).unflatten(2, (height, width))  # [B, D, h, w], channels last in memory
+        tokens = self.position(image).flatten(2).transpose(1, 2)  # [B, N, D]
+
+        vector = self.timestep_embedder(timestep) + self.pooled_embedder(condition.pooled)  # [B, D]
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, condition.tokens, condition.mask, vector)
+            else:
+                tokens = block(tokens, condition.tokens, condition.mask, vector)
+
+        shift, scale = self.final_modulation(vector)
+        patches = self.final_linear(modulate(normalise(tokens), shift, scale))  # [B, N, C p p]
+        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height, width)), self.patch_size)
