@@ -55,7 +55,7 @@ class EncoderSettings(Settings):
     kind: Literal["causal", "unmasked", "encoder"] = "causal"
     layer: int = Field(-3, description="block whose output is stored; negative counts from the last block (-1)")
     system_prompt: str = ""
-    instruction: str = PAPER_INSTRUCTION
+    instruction: str | None = Field(None, description="None: the paper's for language models, none for kind encoder")
     chat_template: bool = Field(False, description="wrap system prompt and instruction in the model's chat template")
     max_tokens: int = Field(256, ge=1, description="caption tokens kept; longer captions are cut and counted")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")

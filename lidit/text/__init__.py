@@ -1,1 +1,16 @@
 """Captions to LLM states: encoder spec, instruction prefix, tokens, batches, truncated trunk (paper section 3.1)."""
+
+from lidit.text.encoder import CaptionStates, PromptEncoder
+from lidit.text.packaged import packaged_model_folder
+from lidit.text.prompts import CaptionTokens, PromptTokenizer
+from lidit.text.specs import EncoderSpec, resolve_encoder
+
+__all__ = [
+    "CaptionStates",
+    "CaptionTokens",
+    "EncoderSpec",
+    "PromptEncoder",
+    "PromptTokenizer",
+    "packaged_model_folder",
+    "resolve_encoder",
+]

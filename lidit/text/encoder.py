@@ -1,0 +1,128 @@
+"""Captions to LLM states: the output of one block of a frozen language model (paper sections 3.1 and 5.1).
+
+Legend: T caption tokens, P prefix tokens, C context tokens, B batch, N tokens of many captions, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lidit.text.batching import Padding, padding_of, plan_batches
+from lidit.text.prompts import CaptionTokens, PromptTokenizer
+from lidit.text.specs import EncoderSpec, default_device
+from lidit.text.trunk import Trunk
+
+TOKEN_BUDGET = 8192
+
+
+@dataclass(frozen=True)
+class CaptionStates:
+    """One encoded caption: states [T, W] on the CPU in the compute dtype; truncated: cut to the spec's max_tokens."""
+
+    token_ids: tuple[int, ...]
+    states: torch.Tensor
+    truncated: bool
+
+
+class PromptEncoder:
+    """One frozen LLM, ready to encode. A caption's states depend on no other caption, batch or padding, to rounding."""
+
+    def __init__(self, spec: EncoderSpec, tokenizer: PromptTokenizer, trunk: Trunk) -> None:
+        self.spec, self.tokenizer, self.trunk = spec, tokenizer, trunk
+        self._prefix: torch.Tensor | None = None
+        if spec.kind == "causal":
+            states = self.trunk.read_context(self._padded([tokenizer.context_ids]))  # [1, C, W]
+            self._prefix = states[0, : len(tokenizer.prefix_ids)].cpu()  # [P, W]; P = 0 with BOS as context
+
+    @classmethod
+    def load(cls, spec: EncoderSpec, device: str | None = None) -> PromptEncoder:
+        """The blocks the spec needs, on `device` (default: a GPU where there is one), with the prefix run once.
+
+        Raises InputError where the folder holds no complete model or tokenizer.
+        """
+        tokenizer = PromptTokenizer(spec)
+        return cls(spec, tokenizer, Trunk(spec, device or default_device()))
+
+    def prefix_states(self) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Token ids and states [P, W] of the prefix. P = 0 where the states behind it do not leave it constant:
+        with the causal mask removed the prefix sees the caption, and encoders have none."""
+        if self._prefix is None:
+            return (), torch.zeros(0, self.spec.width, dtype=getattr(torch, self.spec.dtype))
+        return self.tokenizer.prefix_ids, self._prefix
+
+    def empty_states(self) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Token ids and states [T, W], T >= 1, of the empty caption, for guidance."""
+        ids = self.tokenizer.empty_ids
+        _, states = next(self.encode_tokens([ids]))
+        return ids, states
+
+    def encode(self, captions: Sequence[str], token_budget: int = TOKEN_BUDGET) -> list[CaptionStates]:
+        """States of each caption, in the captions' order."""
+        tokens = self.tokenizer.tokenize(captions)
+        found: list[torch.Tensor | None] = [None] * len(tokens)
+        ids = [row.token_ids for row in tokens]
+        for rows, flat in self.encode_tokens(ids, token_budget):
+            for row, states in zip(rows, flat.split([len(ids[row]) for row in rows]), strict=True):
+                found[row] = states
+        return [_caption_states(row, states) for row, states in zip(tokens, found, strict=True)]
+
+    def encode_tokens(
+        self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Batches as they are done: the rows in a batch and their states one after the other, [N, W] on the CPU.
+
+        On a GPU the copy of one batch overlaps the computation of the next.
+        """
+        lengths = [len(ids) for ids in token_ids]
+        waiting: tuple[list[int], torch.Tensor, torch.cuda.Event | None] | None = None
+        for rows in plan_batches(lengths, token_budget):
+            flat = self._forward([token_ids[row] for row in rows])  # [N, W]
+            done = None
+            if flat.is_cuda:
+                host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+                flat = host.copy_(flat, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record()
+            if waiting:
+                yield _arrived(*waiting)
+            waiting = (rows, flat, done)
+        if waiting:
+            yield _arrived(*waiting)
+
+    def padding(self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET) -> Padding:
+        """How much of the work for these captions is padding."""
+        lengths = [len(ids) for ids in token_ids]
+        return padding_of(lengths, plan_batches(lengths, token_budget))
+
+    def _forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        lengths = torch.tensor([len(row) for row in rows])
+        if self.spec.kind == "causal":
+            states = self.trunk.after_context(self._padded(rows))  # [B, T, W]
+            start = 0
+        else:
+            context = self.tokenizer.context_ids
+            start = len(context)
+            ids = self._padded([(*context, *row) for row in rows])  # [B, C + T]
+            valid = torch.arange(ids.shape[1]) < (lengths + start)[:, None]  # [B, C + T]
+            states = self.trunk.whole(ids, valid.to(ids.device))[:, start:]  # [B, T, W]
+        keep = torch.arange(states.shape[1]) < lengths[:, None]  # [B, T]
+        return states[keep.to(states.device)]  # [N, W]
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        longest = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_id
+        return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]).to(self.trunk.device)
+
+
+def _arrived(rows: list[int], flat: torch.Tensor, done: torch.cuda.Event | None) -> tuple[list[int], torch.Tensor]:
+    if done is not None:
+        done.synchronize()
+    return rows, flat
+
+
+def _caption_states(tokens: CaptionTokens, states: torch.Tensor | None) -> CaptionStates:
+    assert states is not None
+    return CaptionStates(tokens.token_ids, states, tokens.truncated)

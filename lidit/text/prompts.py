@@ -1,0 +1,124 @@
+"""From captions to token ids: instruction prefix, caption tokens, the empty caption (paper section 3.1, instruction).
+
+The prefix (system prompt, instruction and whatever a chat template puts before the caption) and the caption are
+tokenised separately and joined as ids. So the prefix is the same for every caption and its states are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lidit.errors import InputError
+from lidit.text.specs import EncoderSpec
+
+CAPTION_MARK = "\N{LEFT WHITE LENTICULAR BRACKET}caption\N{RIGHT WHITE LENTICULAR BRACKET}"
+
+
+@dataclass(frozen=True)
+class CaptionTokens:
+    """token_ids: at least one, at most the spec's max_tokens; truncated: whether the caption was longer."""
+
+    token_ids: tuple[int, ...]
+    truncated: bool
+
+
+class PromptTokenizer:
+    """The tokenizer of one encoder and what it does to prompts. Needs no weights, so it runs on CPU workers.
+
+    prefix_ids: stored and seen by the refiner. context_ids: what the model reads before a caption; the prefix or, where
+    there is none, the beginning-of-sequence token. The first token of a sequence is an attention sink with states a
+    hundred times larger than any other's: without a token before it, that would be the first word of the caption.
+    """
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        from transformers import AutoTokenizer
+
+        self.spec = spec
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                spec.folder, local_files_only=True, trust_remote_code=False, padding_side="right"
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{spec.folder}: no tokenizer could be loaded ({reason})") from None
+        self.prefix_ids = self._prefix()
+        self.context_ids: tuple[int, ...] = ()
+        if spec.kind != "encoder":
+            self.context_ids = self.prefix_ids or (self._first_special("bos_token_id", "eos_token_id"),)
+        self.empty_ids = self.tokenize([""])[0].token_ids
+
+    @property
+    def pad_id(self) -> int:
+        """Stands behind the mask; any valid id would do."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def tokenize(self, captions: Sequence[str]) -> list[CaptionTokens]:
+        """Token ids of each caption. Text that looks like a special token is read as plain text."""
+        if not captions:
+            return []
+        if self.spec.kind == "encoder":
+            return self._tokenize_whole(list(captions))
+        rows = self.tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        limit = self.spec.max_tokens
+        return [CaptionTokens(tuple(ids[:limit]) or (self._nothing(),), len(ids) > limit) for ids in rows]
+
+    def _tokenize_whole(self, captions: list[str]) -> list[CaptionTokens]:
+        """With the model's own special tokens around the caption, as encoders expect it; they count as tokens."""
+        longest = min(self.spec.max_tokens, self.tokenizer.model_max_length)
+        options = {"truncation": True, "max_length": longest, "split_special_tokens": True}
+        rows = self.tokenizer(captions, **options)["input_ids"]
+        full = [i for i, ids in enumerate(rows) if len(ids) >= longest]  # only these can have been longer
+        whole = self.tokenizer([captions[i] for i in full], split_special_tokens=True)["input_ids"] if full else []
+        cut = {i for i, ids in zip(full, whole, strict=True) if len(ids) > longest}
+        return [CaptionTokens(tuple(ids) or (self._nothing(),), i in cut) for i, ids in enumerate(rows)]
+
+    def _nothing(self) -> int:
+        """What an empty caption is read as: the end of the text."""
+        return self._first_special("eos_token_id", "bos_token_id")
+
+    def _first_special(self, *names: str) -> int:
+        for name in (*names, "cls_token_id", "pad_token_id", "unk_token_id"):
+            found = getattr(self.tokenizer, name, None)
+            if found is not None:
+                return int(found)
+        raise InputError(
+            f"{self.spec.folder}: the tokenizer has no special token at all; an empty caption or a prompt without "
+            "instruction cannot be encoded with it"
+        )
+
+    def _prefix(self) -> tuple[int, ...]:
+        spec = self.spec
+        if spec.chat_template:
+            ids = self.tokenizer(self._templated(), add_special_tokens=False)["input_ids"]
+            return tuple(ids)
+        parts = [part for part in (spec.system_prompt, spec.instruction) if part]
+        if not parts:
+            return ()
+        # The line break keeps the last word of the prefix and the first of the caption apart in every tokenizer.
+        ids = self.tokenizer("\n".join(parts) + "\n", add_special_tokens=True)["input_ids"]
+        if ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
+            ids = ids[:-1]  # the text goes on with the caption
+        return tuple(ids)
+
+    def _templated(self) -> str:
+        """The conversation up to where the caption begins."""
+        spec = self.spec
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                f"encoder {spec.name}: {spec.folder} has no chat template (a base model?): set chat_template: false"
+            )
+        user = {"role": "user", "content": "\n".join(part for part in (spec.instruction, CAPTION_MARK) if part)}
+        system = [{"role": "system", "content": spec.system_prompt}] if spec.system_prompt else []
+        try:
+            text = self.tokenizer.apply_chat_template([*system, user], tokenize=False)
+        except Exception as error:  # a template raises whatever its author chose
+            raise InputError(
+                f"encoder {spec.name}: the model's chat template refuses this conversation ({error}); leave "
+                "system_prompt empty or set chat_template: false"
+            ) from None
+        before, mark, _ = str(text).partition(CAPTION_MARK)
+        if not mark:
+            raise InputError(f"encoder {spec.name}: the chat template drops the user's text: set chat_template: false")
+        return before

@@ -1,0 +1,180 @@
+"""The part of a language model that prompt states need: its blocks up to the wanted one, and nothing behind it.
+
+The blocks behind it and the output head are never read from disk. The block's output is taken by a hook, so it is the
+raw residual stream whatever the model calls its final norm; with all blocks it is the model's own last state.
+
+Legend: B batch, T tokens, P context tokens, H heads, D head width, W width.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lidit.errors import InputError
+from lidit.text.specs import EncoderSpec
+
+
+class Trunk:
+    """A truncated model and the three ways of running it. All tensors are on `device`, states in the spec's dtype."""
+
+    def __init__(self, spec: EncoderSpec, device: str) -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+        self.model = _load(spec, self.device)
+        self._output: torch.Tensor | None = None
+        if not spec.final:
+            _block_list(self.model, spec.blocks)[-1].register_forward_hook(self._keep_output)
+        if spec.kind == "unmasked":
+            _remove_causal_mask(self.model)
+        self._context: Any = None
+        # Some models let later layers read an earlier layer's keys and values from the cache.
+        self._release_keys = not getattr(self.model.config, "num_kv_shared_layers", 0)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def _keep_output(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._output = output[0] if isinstance(output, tuple) else output
+
+    def _states(self, **inputs: Any) -> torch.Tensor:
+        result = self.model(**inputs)
+        if self.spec.final:
+            last: torch.Tensor = result.last_hidden_state
+            return last
+        kept, self._output = self._output, None
+        assert kept is not None
+        return kept
+
+    @torch.inference_mode()
+    def read_context(self, ids: torch.Tensor) -> torch.Tensor:
+        """Run the context [1, P] once, keep its keys and values for `after_context`; returns its states [1, P, W]."""
+        from transformers import DynamicCache
+
+        self._context = DynamicCache(config=self.model.config)
+        return self._states(input_ids=ids, past_key_values=self._context, use_cache=True)
+
+    @torch.inference_mode()
+    def after_context(self, ids: torch.Tensor) -> torch.Tensor:
+        """States [B, T, W] of right-padded captions [B, T] behind the context.
+
+        Needs no padding mask: a causal model never looks at what stands to the right, and padding only stands there.
+        """
+        cache = _shared_context(self._context, ids.shape[0], self._release_keys)
+        return self._states(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    @torch.inference_mode()
+    def whole(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """States [B, T, W] of right-padded sequences [B, T] with a boolean padding mask [B, T]."""
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
+        if self.spec.kind == "unmasked":
+            inputs["use_cache"] = False
+        return self._states(**inputs)
+
+
+def _load(spec: EncoderSpec, device: torch.device) -> Any:
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+    from transformers.utils import logging
+
+    whole = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
+    encoder = spec.kind == "encoder"
+    config = type(whole).from_dict(_truncated(whole.to_dict(), spec, encoder))
+    auto = AutoModelForTextEncoding if encoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of the blocks that are left out on purpose
+    try:
+        model, report = auto.from_pretrained(
+            spec.folder,
+            config=config,
+            dtype=getattr(torch, spec.dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"encoder {spec.name}: {spec.folder}: the model cannot be loaded ({reason})") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise InputError(
+            f"encoder {spec.name}: {spec.folder}: the weight files lack {len(absent)} tensors of the model, such as "
+            f"{absent[0]}; fetch the model again"
+        )
+    part: Any = _text_part(model, encoder)
+    return part.eval().requires_grad_(False)
+
+
+def _truncated(config: dict[str, Any], spec: EncoderSpec, encoder: bool) -> dict[str, Any]:
+    """The config of the same model with `spec.blocks` blocks, also where it is the text part of a larger one."""
+    config = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = _truncated(config["text_config"], spec, encoder)
+        return config
+    names = ["num_hidden_layers", "n_layer", "num_layers", "n_layers"]
+    for name in names:
+        if config.get(name) == spec.total_blocks:
+            config[name] = spec.blocks
+    for key, value in config.items():  # layer_types and the like: one entry per block
+        if isinstance(value, list) and len(value) == spec.total_blocks:
+            config[key] = value[: spec.blocks]
+    return config
+
+
+def _text_part(model: nn.Module, encoder: bool) -> nn.Module:
+    """The language model inside a model that has other parts too."""
+    names = ("text_model", "language_model") if encoder else ("language_model", "text_model")
+    for name in names:
+        part = getattr(model, name, None)
+        if isinstance(part, nn.Module):
+            return part
+    return model
+
+
+def _block_list(model: nn.Module, blocks: int) -> nn.ModuleList:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of {blocks} transformer blocks found in this model")
+    return lists[0]  # modules() walks from the outside in
+
+
+def _remove_causal_mask(model: Any) -> None:
+    """Attention in both directions (LLM2Vec, arXiv 2404.05961, first step): in the masks and in the kernels' flag."""
+    model.config.is_causal = False
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+
+
+def _shared_context(context: Any, batch: int, release: bool) -> Any:
+    """A cache that starts with the context for each of `batch` rows, without copying it."""
+    cache = copy.copy(context)
+    cache.layers = [_context_layer(layer, batch, release) for layer in context.layers]
+    return cache
+
+
+def _context_layer(layer: Any, batch: int, release: bool) -> Any:
+    fresh = copy.copy(layer)
+    if layer.keys is None:
+        return fresh
+    fresh.keys = layer.keys.expand(batch, -1, -1, -1)  # [1, H, P, D] -> [B, H, P, D], a view
+    fresh.values = layer.values.expand(batch, -1, -1, -1)
+    if release:
+        # A block's keys and values of the whole batch would otherwise live until the last block has run.
+        update = fresh.update
+
+        def update_and_release(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = update(*args, **kwargs)
+            fresh.keys, fresh.values = keys[..., :0, :], values[..., :0, :]
+            return keys, values
+
+        fresh.update = update_and_release
+    return fresh
