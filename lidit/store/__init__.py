@@ -1,0 +1,49 @@
+"""The corpus on disk: what a platform team keeps, whatever model it trains later."""
+
+from lidit.store.corpus import Corpus, FamilyHandle, publish_corpus, publish_unit, spec_differences
+from lidit.store.families import LatentFamily, TextFamily
+from lidit.store.latents import Crop, latents_table
+from lidit.store.publish import CRASH_POINTS, crash_point
+from lidit.store.records import CommitRecord, UnitStatistics
+from lidit.store.rows import ImageReference, Refusal, Sample, caption_digest, normalise, unit_tables
+from lidit.store.schema import canonical_json, digest_of
+from lidit.store.states import (
+    SharedStates,
+    StorageError,
+    channel_statistics,
+    shared_table,
+    storage_error,
+    text_table,
+)
+from lidit.store.writer import FamilyWriter
+
+__all__ = [
+    "CRASH_POINTS",
+    "CommitRecord",
+    "Corpus",
+    "Crop",
+    "FamilyHandle",
+    "FamilyWriter",
+    "ImageReference",
+    "LatentFamily",
+    "Refusal",
+    "Sample",
+    "SharedStates",
+    "StorageError",
+    "TextFamily",
+    "UnitStatistics",
+    "canonical_json",
+    "caption_digest",
+    "channel_statistics",
+    "crash_point",
+    "digest_of",
+    "latents_table",
+    "normalise",
+    "publish_corpus",
+    "publish_unit",
+    "shared_table",
+    "spec_differences",
+    "storage_error",
+    "text_table",
+    "unit_tables",
+]

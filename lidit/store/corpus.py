@@ -1,0 +1,273 @@
+"""A corpus: all units of one ingest, and the families computed over them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from lidit.errors import InputError
+from lidit.store.folder import Folder, is_url
+from lidit.store.publish import FileDigest, publish_bytes, publish_table
+from lidit.store.schema import FORMAT_VERSION, UNITS, canonical_json, digest_of, unit_name
+
+if TYPE_CHECKING:
+    from lidit.store.families import LatentFamily, TextFamily
+
+CORPUS_FILE = "corpus.json"
+FAMILY_FILE = "family.json"
+MANIFEST_FILE = "MANIFEST.json"
+
+
+@dataclass(frozen=True)
+class FamilyHandle:
+    """A family's directory as it stands, complete or not."""
+
+    kind: str
+    directory: str
+    name: str
+    fingerprint: str
+    spec: dict[str, Any]
+    complete: bool
+
+
+class Corpus:
+    """Read access to a corpus. Open with `Corpus.open`; `folder` says where it is, `facts` is corpus.json."""
+
+    def __init__(self, folder: Folder, facts: dict[str, Any]) -> None:
+        self.folder = folder
+        self.facts = facts
+        self.digest: str = facts["digest"]
+        self.digits: int = facts["unit_digits"]
+        self.root: str = facts["root"]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | Folder, root: str | None = None) -> Corpus:
+        """`path`: local folder or fsspec URL; `root`: where the source files are now, if they have moved.
+
+        Raises InputError where there is no finished corpus, or one of another format version.
+        """
+        folder = Folder.at(path)
+        try:
+            facts = json.loads(folder.read_bytes(CORPUS_FILE))
+        except (FileNotFoundError, NotADirectoryError):
+            state = "is not a corpus" if folder.exists() else "does not exist"
+            raise InputError(
+                f"{folder.location}: {state} (no {CORPUS_FILE}); make one with: lidit ingest SOURCE --corpus "
+                f"{folder.location}"
+            ) from None
+        except ValueError:
+            raise InputError(f"{folder.location}/{CORPUS_FILE}: not valid JSON; ingest the sources again") from None
+        version = facts.get("format")
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"{folder.location}/{CORPUS_FILE}: format version {version}, this release reads {FORMAT_VERSION}"
+            )
+        corpus = cls(folder, facts)
+        if root is not None:
+            corpus.root = root.rstrip("/")
+        return corpus
+
+    @cached_property
+    def units(self) -> pa.Table:
+        """One row per unit: unit, source, samples, captions, and bytes and sha256 of the unit's two files."""
+        return read_named_table(self.folder, self.facts["units"])
+
+    @cached_property
+    def sources(self) -> pa.Table:
+        """One row per source file: file, bytes, sha256, samples, captions, refused."""
+        return read_named_table(self.folder, self.facts["sources"])
+
+    @property
+    def num_units(self) -> int:
+        return int(self.facts["totals"]["units"])
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.facts["totals"]["samples"])
+
+    def unit_name(self, unit: int) -> str:
+        return unit_name(unit, self.digits)
+
+    def samples(self, unit: int) -> pa.Table:
+        """The unit's samples, columns of `schema.SAMPLES`."""
+        return self._unit_table("samples", unit)
+
+    def captions(self, unit: int) -> pa.Table:
+        """The unit's distinct captions: text, sha256."""
+        return self._unit_table("captions", unit)
+
+    def quarantine(self) -> Iterator[pa.Table]:
+        """The refused samples, one table per source file that has any."""
+        folder = self.folder.child("quarantine")
+        for name in sorted(folder.sizes()):
+            if name.endswith(".arrow"):
+                yield folder.read_table(name)
+
+    def _unit_table(self, group: str, unit: int) -> pa.Table:
+        if not 0 <= unit < self.num_units:
+            raise InputError(f"{self.folder.location}: no unit {unit}; there are {self.num_units}, from 0")
+        name = f"{group}/{self.unit_name(unit)}.arrow"
+        try:
+            table = self.folder.read_table(name)
+        except FileNotFoundError:
+            raise InputError(f"{self.folder.where(name)}: missing; run lidit repair, then lidit ingest again") from None
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{self.folder.where(name)}: damaged ({error}); run lidit verify") from None
+        expected = self.units[group][unit].as_py()
+        if table.num_rows != expected:
+            raise InputError(f"{self.folder.where(name)}: {table.num_rows} rows, the unit table says {expected}")
+        return table
+
+    def image_path(self, file: str) -> str:
+        """Absolute path or URL of a source file named in `image.file`."""
+        if is_url(file) or Path(file).is_absolute():
+            return file
+        return f"{self.root}/{file}"
+
+    def families(self, kind: str) -> list[FamilyHandle]:
+        """Every family directory of a kind ("text", "latents"), sorted by name; half-made ones too."""
+        parent = self.folder.child(kind)
+        found = []
+        for directory in parent.folders():
+            try:
+                facts = json.loads(parent.read_bytes(f"{directory}/{FAMILY_FILE}"))
+            except (FileNotFoundError, ValueError):
+                continue  # nothing was ever computed here: the spec is written first
+            complete = parent.exists(f"{directory}/{MANIFEST_FILE}")
+            found.append(FamilyHandle(kind, directory, facts["name"], facts["fingerprint"], facts["spec"], complete))
+        return found
+
+    def text_families(self) -> list[FamilyHandle]:
+        return self.families("text")
+
+    def latent_families(self) -> list[FamilyHandle]:
+        return self.families("latents")
+
+    def text_family(self, wanted: str) -> TextFamily:
+        """A complete text family by name, fingerprint (at least 12 digits) or directory name."""
+        from lidit.store.families import TextFamily
+
+        return TextFamily(self, self._find("text", wanted))
+
+    def latent_family(self, wanted: str) -> LatentFamily:
+        """A complete latents family by name, fingerprint (at least 12 digits) or directory name."""
+        from lidit.store.families import LatentFamily
+
+        return LatentFamily(self, self._find("latents", wanted))
+
+    def _find(self, kind: str, wanted: str) -> FamilyHandle:
+        families = self.families(kind)
+        job = "embed" if kind == "text" else "latents"
+        matches = [
+            family
+            for family in families
+            if wanted in (family.name, family.directory)
+            or (len(wanted) >= 12 and family.fingerprint.startswith(wanted))
+        ]
+        known = ", ".join(f"{f.directory}{'' if f.complete else ' (incomplete)'}" for f in families) or "none"
+        if not matches:
+            raise InputError(
+                f"{self.folder.location}: no {kind} family {wanted!r}; there are: {known}. Make it with: lidit {job}"
+            )
+        complete = [family for family in matches if family.complete]
+        if not complete:
+            raise InputError(
+                f"{self.folder.location}/{kind}/{matches[0].directory}: incomplete (no {MANIFEST_FILE}); run the same "
+                f"lidit {job} command again to finish it"
+            )
+        if len(complete) > 1:
+            names = ", ".join(family.directory for family in complete)
+            fields = "; ".join(spec_differences(complete[0].spec, complete[1].spec))
+            raise InputError(
+                f"{self.folder.location}: {kind} family {wanted!r} is ambiguous: {names} (differing: {fields}); name "
+                "the directory"
+            )
+        return complete[0]
+
+
+def spec_differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Readable differences of two JSON values, one line per leaf: `key.path: a -> b`."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = sorted(set(one) | set(other))
+        return [
+            line
+            for key in keys
+            for line in spec_differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if one == other else [f"{path}: {json.dumps(one)} -> {json.dumps(other)}"]
+
+
+def named(file: FileDigest) -> dict[str, Any]:
+    """How a JSON file names another file: name, size, sha256."""
+    return {"file": file.name, "bytes": file.bytes, "sha256": file.sha256}
+
+
+def read_named_table(folder: Folder, reference: dict[str, Any]) -> pa.Table:
+    """The Arrow table that a JSON file names, after checking its bytes. InputError where they differ."""
+    where = folder.where(reference["file"])
+    try:
+        content = folder.map(reference["file"])
+    except FileNotFoundError:
+        raise InputError(f"{where}: missing; run lidit verify") from None
+    if hashlib.sha256(content).hexdigest() != reference["sha256"]:
+        raise InputError(f"{where}: the bytes are not those that were written (sha256 differs); run lidit verify")
+    return pa.ipc.open_file(pa.py_buffer(content)).read_all()
+
+
+def publish_unit(
+    folder: Folder, unit: int, digits: int, source: str, samples: pa.Table, captions: pa.Table
+) -> dict[str, Any]:
+    """Write one unit's two files; returns the unit's row of the unit table."""
+    counted = samples["bucket"].value_counts().to_pylist()
+    buckets = sorted(({"bucket": c["values"], "samples": c["counts"]} for c in counted), key=lambda b: str(b["bucket"]))
+    row: dict[str, Any] = {"unit": unit, "source": source, "buckets": buckets}
+    for group, table in (("samples", samples), ("captions", captions)):
+        child = folder.child(group)
+        child.create()
+        file = publish_table(child, f"{unit_name(unit, digits)}.arrow", table)
+        row |= {group: table.num_rows, f"{group}_bytes": file.bytes, f"{group}_sha256": file.sha256}
+    return row
+
+
+def publish_corpus(
+    folder: Folder,
+    unit_rows: Sequence[dict[str, Any]],
+    digits: int,
+    root: str,
+    sources: pa.Table,
+    settings: dict[str, Any],
+    totals: dict[str, Any],
+) -> Corpus:
+    """Write the unit table, the source table and, last, corpus.json. The corpus exists from then on.
+
+    The digest covers format, settings and every unit's bytes; not `root`, so a corpus may move with its sources.
+    """
+    folder.create()
+    units = pa.Table.from_pylist(sorted(unit_rows, key=lambda row: row["unit"]), schema=UNITS)
+    units_file = publish_table(folder, lambda sha256: f"units-{sha256[:12]}.arrow", units)
+    sources_file = publish_table(folder, lambda sha256: f"sources-{sha256[:12]}.arrow", sources)
+    facts = {
+        "format": FORMAT_VERSION,
+        "digest": digest_of({"format": FORMAT_VERSION, "settings": settings, "units": units_file.sha256}),
+        "root": root,
+        "settings": settings,
+        "unit_digits": digits,
+        "totals": {
+            "units": units.num_rows,
+            "samples": sum(units["samples"].to_pylist()),
+            "captions": sum(units["captions"].to_pylist()),
+            **totals,
+        },
+        "units": named(units_file),
+        "sources": named(sources_file),
+    }
+    publish_bytes(folder, CORPUS_FILE, (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
+    return Corpus(folder, json.loads(canonical_json(facts)))

@@ -1,0 +1,181 @@
+"""Reading a complete family: torch tensors, row by row, without a copy where the storage dtype allows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from lidit.errors import InputError
+from lidit.store.corpus import FAMILY_FILE, MANIFEST_FILE, Corpus, FamilyHandle, read_named_table
+from lidit.store.latents import LatentFile
+from lidit.store.schema import digest_of
+from lidit.store.states import SharedStates, read_shared
+from lidit.store.unitfile import TextFile
+
+_OPEN_FILES = 8
+
+
+class Family:
+    """What text and latents families share. Open through `Corpus.text_family` and `Corpus.latent_family`."""
+
+    def __init__(self, corpus: Corpus, handle: FamilyHandle) -> None:
+        self.corpus, self.kind, self.directory, self.name = corpus, handle.kind, handle.directory, handle.name
+        self.folder = corpus.folder.child(handle.kind).child(handle.directory)
+        self.spec, self.fingerprint = handle.spec, handle.fingerprint
+        self._files: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._verified: set[int] = set()
+        facts = self._json(FAMILY_FILE)
+        self.manifest = self._json(MANIFEST_FILE)
+        where = self.folder.location
+        if digest_of(self.spec) != self.fingerprint or self.manifest.get("fingerprint") != self.fingerprint:
+            raise InputError(f"{where}: the fingerprint does not belong to the spec in {FAMILY_FILE}; run lidit verify")
+        for name, found in ((FAMILY_FILE, facts), (MANIFEST_FILE, self.manifest)):
+            if found.get("corpus") != corpus.digest:
+                raise InputError(f"{where}/{name}: made for another corpus; delete this directory and compute it again")
+        self.digest: str = self.manifest["digest"]
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            facts: dict[str, Any] = json.loads(self.folder.read_bytes(name))
+        except FileNotFoundError:
+            raise InputError(f"{self.folder.where(name)}: missing; run lidit verify") from None
+        except ValueError:
+            raise InputError(f"{self.folder.where(name)}: not valid JSON; run lidit repair") from None
+        return facts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_files")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._files, self._lock = OrderedDict(), threading.Lock()
+
+    @cached_property
+    def records(self) -> pa.Table:
+        """The table of all commit records, ordered by unit: unit, file, rows, tokens, bytes, sha256, ..."""
+        table = read_named_table(self.folder, self.manifest["records"])
+        if table["unit"].to_pylist() != list(range(self.corpus.num_units)):
+            raise InputError(f"{self.folder.location}: the manifest does not cover every unit; run lidit repair")
+        return table
+
+    def record(self, unit: int) -> dict[str, Any]:
+        if not 0 <= unit < self.records.num_rows:
+            raise InputError(f"{self.folder.location}: no unit {unit}; there are {self.records.num_rows}, from 0")
+        row: dict[str, Any] = self.records.slice(unit, 1).to_pylist()[0]
+        return row
+
+    def verify_unit(self, unit: int) -> None:
+        """Check size and sha256 of a unit's file, once per unit and object. InputError names the file."""
+        if unit in self._verified:
+            return
+        record = self.record(unit)
+        where = self.folder.where(record["file"])
+        try:
+            content = self.folder.map(record["file"])
+        except FileNotFoundError:
+            raise InputError(f"{where}: missing; {self._remedy}") from None
+        if len(content) != record["bytes"]:
+            raise InputError(f"{where}: {len(content)} bytes, its record says {record['bytes']}; {self._remedy}")
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            raise InputError(f"{where}: damaged (sha256 differs from its record); {self._remedy}")
+        self._verified.add(unit)
+
+    @property
+    def _remedy(self) -> str:
+        job = "embed" if self.kind == "text" else "latents"
+        return f"run lidit repair {self.corpus.folder.location}, then lidit {job} to compute this unit again"
+
+    def _open(self, unit: int) -> Any:
+        with self._lock:
+            if unit in self._files:
+                self._files.move_to_end(unit)
+                return self._files[unit]
+        record = self.record(unit)
+        where = self.folder.where(record["file"])
+        try:
+            file = self._file_type.load(self.folder.map(record["file"]), where)
+        except FileNotFoundError:
+            raise InputError(f"{where}: missing; {self._remedy}") from None
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{where}: damaged ({error}); {self._remedy}") from None
+        if file.rows != record["rows"]:
+            raise InputError(f"{where}: {file.rows} rows, its record says {record['rows']}; {self._remedy}")
+        with self._lock:
+            self._files[unit] = file
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
+
+    _file_type: type[TextFile] | type[LatentFile]
+
+
+class TextFamily(Family):
+    """States of one encoder, row-aligned with `captions/`."""
+
+    _file_type = TextFile
+
+    @property
+    def width(self) -> int:
+        return self.shared().mean.shape[0]
+
+    def shared(self) -> SharedStates:
+        """Prefix and empty states, mean and deviation; checked against the manifest's sha256."""
+        return self._shared
+
+    @cached_property
+    def _shared(self) -> SharedStates:
+        reference = self.manifest["shared"]
+        if reference is None:
+            raise InputError(f"{self.folder.location}: no shared states; run lidit repair, then lidit embed")
+        table = read_named_table(self.folder, reference)
+        return read_shared(table, reference["sha256"], self.folder.where(reference["file"]))
+
+    def read(self, unit: int, rows: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """States [tokens, width] of the given rows of `captions/`, or of all, in the family's logical dtype.
+
+        float32 and bfloat16 are views of a private memory map: nothing is copied, and writing to them never reaches
+        the file. Raises InputError for a missing or damaged file; `verify_unit` finds flipped bits.
+        """
+        shared = self.shared()
+        states: list[torch.Tensor] = self._open(unit).states(rows, shared.mean, shared.deviation)
+        return states
+
+    def token_ids(self, unit: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+        """The token ids behind `read`, without the prefix."""
+        ids: list[list[int]] = self._open(unit).token_ids(rows)
+        return ids
+
+    def lengths(self, unit: int) -> list[int]:
+        """Tokens of each row of the unit."""
+        lengths: list[int] = self._open(unit).lengths.tolist()
+        return lengths
+
+
+class LatentFamily(Family):
+    """Latents of one codec, row-aligned with `samples/`."""
+
+    _file_type = LatentFile
+
+    def read(
+        self, unit: int, rows: Sequence[int] | None = None, seeds: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Latents [C, H, W] float32, scaled as the diffusion model sees them, of the given rows of `samples/` or all.
+
+        For codecs with a posterior: the mean, or with `seeds` (one per row) mean + deviation x noise of that seed.
+        """
+        latents: list[torch.Tensor] = self._open(unit).latents(rows, seeds)
+        return latents
+
+    def shapes(self, unit: int) -> list[tuple[int, int, int]]:
+        """(channels, height, width) of each row of the unit."""
+        shapes: list[tuple[int, int, int]] = self._open(unit).shapes
+        return shapes

@@ -1,0 +1,126 @@
+"""Commit records: one small JSON file per finished unit, and the table of all of them that a manifest names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from lidit.store.schema import RECORDS, canonical_json
+from lidit.store.states import StorageError, storage_error, value_range
+
+Content = bytes  # the class below has a field of that name
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """One finished unit: its data file, what is in it and how it came to be.
+
+    minimum and maximum are over the values before storage; shared is the sha256 of the shared.arrow the unit was made
+    with; error are the sums of `StorageError`; counts are numbers a job wants added up, such as truncated captions.
+    """
+
+    unit: int
+    file: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+    seconds: float
+    minimum: float
+    maximum: float
+    shared: str | None = None
+    error: dict[str, float] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> Content:
+        return (canonical_json(asdict(self)) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: Content) -> CommitRecord | None:
+        """None where the bytes are no whole record: such a unit counts as not computed."""
+        try:
+            facts = json.loads(content)
+            record = cls(**facts)
+        except (ValueError, TypeError):
+            return None
+        expected = {f.name: f.type for f in fields(cls)}
+        numbers = [name for name, kind in expected.items() if kind in ("int", "float")]
+        if not all(isinstance(facts[name], int | float) for name in numbers):
+            return None
+        return record if isinstance(record.file, str) and isinstance(record.sha256, str) else None
+
+
+@dataclass
+class UnitStatistics:
+    """What a writer learns about a unit's values while it makes them; filled table by table."""
+
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    error: StorageError | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self,
+        values: Sequence[torch.Tensor],
+        table: pa.Table | None = None,
+        mean: torch.Tensor | None = None,
+        deviation: torch.Tensor | None = None,
+        counts: dict[str, int] | None = None,
+    ) -> None:
+        """Take in one table's tensors; with table, mean and deviation the storage error is measured too."""
+        if any(v.numel() for v in values):
+            low, high = value_range(values)
+            self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        if table is not None and mean is not None and deviation is not None:
+            measured = storage_error(values, table, mean, deviation)
+            self.error = measured if self.error is None else self.error + measured
+        for name, number in (counts or {}).items():
+            self.counts[name] = self.counts.get(name, 0) + number
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return (self.minimum, self.maximum) if self.minimum <= self.maximum else (0.0, 0.0)
+
+
+def records_table(records: Sequence[CommitRecord]) -> pa.Table:
+    """The manifest's table, ordered by unit."""
+    ordered = sorted(records, key=lambda record: record.unit)
+    return pa.Table.from_arrays(
+        [pa.array([getattr(record, column.name) for record in ordered], column.type) for column in RECORDS],
+        schema=RECORDS,
+    )
+
+
+def totals(records: Sequence[CommitRecord]) -> dict[str, Any]:
+    """The sums and extremes a manifest states, and the storage error over all units that measured it."""
+    measured = [StorageError(**record.error) for record in records if record.error]  # type: ignore[arg-type]
+    counts: dict[str, int] = {}
+    for record in records:
+        for name, number in record.counts.items():
+            counts[name] = counts.get(name, 0) + number
+    facts: dict[str, Any] = {
+        "units": len(records),
+        "rows": sum(record.rows for record in records),
+        "tokens": sum(record.tokens for record in records),
+        "bytes": sum(record.bytes for record in records),
+        "seconds": sum(record.seconds for record in records),
+        "minimum": min((record.minimum for record in records), default=0.0),
+        "maximum": max((record.maximum for record in records), default=0.0),
+        "counts": counts,
+    }
+    if measured:
+        error = measured[0]
+        for other in measured[1:]:
+            error += other
+        facts["storage_error"] = {
+            "standardised_rms": error.standardised_rms,
+            "centred_cosine": error.centred_cosine,
+            "lowest_centred_cosine": error.lowest_cosine,
+        }
+    return facts

@@ -1,0 +1,301 @@
+"""Storage dtypes of text states: float32, bfloat16 (as uint16 bits) and int8, and what each of them costs.
+
+int8: every channel is standardised with the family's mean and deviation, then each token gets one scale,
+max |z| / 127. Without the standardisation a few channels in the hundreds would eat the eight bits.
+
+Legend: T tokens of one caption, N tokens of many captions, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lidit.errors import InputError, JobError
+from lidit.store.schema import read_metadata, with_metadata
+
+STORAGES = ("float32", "bfloat16", "int8")
+ARROW_TYPES = {"float32": pa.float32(), "bfloat16": pa.uint16(), "int8": pa.int8()}
+TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.uint16, "int8": torch.int8}
+SHARED_ROLES = ("prefix", "empty", "mean", "deviation")
+
+
+def states_schema(storage: str, width: int) -> pa.Schema:
+    """Columns and metadata of one unit of a text family. InputError for an unknown storage."""
+    if storage not in STORAGES:
+        raise InputError(f"storage {storage!r}: choose one of {', '.join(STORAGES)}")
+    fields = [
+        ("tokens", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("states", pa.large_list(ARROW_TYPES[storage])),
+    ]
+    if storage == "int8":
+        fields.append(("scale", pa.large_list(pa.float32())))
+    logical = "bfloat16" if storage == "bfloat16" else "float32"
+    return with_metadata(pa.schema(fields), kind="text", storage=storage, logical=logical, width=width)
+
+
+def text_table(
+    token_ids: Sequence[Sequence[int]],
+    states: Sequence[torch.Tensor],
+    storage: str,
+    width: int | None = None,
+    mean: torch.Tensor | None = None,
+    deviation: torch.Tensor | None = None,
+) -> pa.Table:
+    """Rows of a text family, ready to publish.
+
+    states: one [T, W] floating tensor per caption, T = len(token_ids) of that caption, zero tokens allowed.
+    width: needed only when there is no caption at all. mean, deviation: [W] float32, for int8.
+    Raises JobError for states that are not finite or do not fit their token ids, InputError for a wrong storage.
+    """
+    if width is None:
+        if not states:
+            raise ValueError("text_table: width is needed for a table without rows")
+        width = states[0].shape[-1]
+    for row, (tokens, state) in enumerate(zip(token_ids, states, strict=True)):
+        if state.shape != (len(tokens), width):
+            raise JobError(
+                f"row {row}: {len(tokens)} token ids, width {width}, but states of shape {list(state.shape)}"
+            )
+    schema = states_schema(storage, width)
+    flat = torch.cat([s.detach().cpu() for s in states]) if states else torch.zeros(0, width)  # [N, W]
+    if not torch.isfinite(flat).all():
+        bad = next(row for row, state in enumerate(states) if not torch.isfinite(state).all())
+        raise JobError(
+            f"row {bad}: the encoder produced NaN or infinite states; float16 overflow is the usual cause: compute in "
+            "bfloat16 or float32"
+        )
+    lengths = np.asarray([len(ids) for ids in token_ids], dtype=np.int64)
+    ids = np.asarray([i for row in token_ids for i in row], dtype=np.int32)
+    values, scale = encode(flat, storage, mean, deviation)
+    columns = [
+        pa.array(lengths.astype(np.int32)),
+        pa.ListArray.from_arrays(pa.array(_offsets(lengths).astype(np.int32)), pa.array(ids)),
+        pa.LargeListArray.from_arrays(pa.array(_offsets(lengths) * width), pa.array(values.numpy().reshape(-1))),
+    ]
+    if scale is not None:
+        columns.append(pa.LargeListArray.from_arrays(pa.array(_offsets(lengths)), pa.array(scale.numpy())))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def encode(
+    flat: torch.Tensor, storage: str, mean: torch.Tensor | None, deviation: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[N, W] states -> stored values [N, W] and, for int8, scale [N]."""
+    if storage == "float32":
+        return flat.to(torch.float32).contiguous(), None
+    if storage == "bfloat16":
+        return flat.to(torch.bfloat16).contiguous().view(torch.uint16), None
+    standardised = (flat.float() - _need(mean)) / _need(deviation)  # [N, W]
+    scale = standardised.abs().amax(-1) / 127 if flat.shape[0] else torch.zeros(0)  # [N]
+    quantised = (standardised / torch.where(scale > 0, scale, 1.0)[:, None]).round().clamp(-127, 127)
+    return quantised.to(torch.int8), scale
+
+
+def decode(
+    values: torch.Tensor,
+    storage: str,
+    scale: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    deviation: torch.Tensor | None,
+) -> torch.Tensor:
+    """Stored values [N, W] -> states [N, W] in the logical dtype; a view of `values` except for int8."""
+    if storage == "float32":
+        return values
+    if storage == "bfloat16":
+        return values.view(torch.bfloat16)
+    assert scale is not None
+    return torch.addcmul(_need(mean), values.float().mul_(scale[:, None]), _need(deviation))
+
+
+def _need(statistic: torch.Tensor | None) -> torch.Tensor:
+    if statistic is None:
+        raise InputError("storage int8 needs the family's mean and deviation: publish the shared states first")
+    return statistic
+
+
+@dataclass(frozen=True)
+class StorageError:
+    """Sums from which the storage error of any number of units follows.
+
+    Error: RMS of the difference in units of each channel's deviation. Cosine: between states with the mean taken off,
+    averaged over tokens.
+    """
+
+    squared_error: float
+    values: int
+    cosine: float
+    lowest_cosine: float
+    tokens: int
+
+    def __add__(self, other: StorageError) -> StorageError:
+        return StorageError(
+            self.squared_error + other.squared_error,
+            self.values + other.values,
+            self.cosine + other.cosine,
+            min(self.lowest_cosine, other.lowest_cosine),
+            self.tokens + other.tokens,
+        )
+
+    @property
+    def standardised_rms(self) -> float:
+        return float((self.squared_error / max(self.values, 1)) ** 0.5)
+
+    @property
+    def centred_cosine(self) -> float:
+        return self.cosine / self.tokens if self.tokens else 1.0
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+NO_ERROR = StorageError(0.0, 0, 0.0, 1.0, 0)
+
+
+def storage_error(
+    states: Sequence[torch.Tensor], table: pa.Table, mean: torch.Tensor, deviation: torch.Tensor
+) -> StorageError:
+    """What storing `states` ([T, W] each) as `table` (from `text_table`) has cost. mean, deviation: [W] float32."""
+    if not table.num_rows or not sum(table["tokens"].to_pylist()):
+        return NO_ERROR
+    total = NO_ERROR
+    stored = decode_table(table, mean, deviation)
+    for original, back in zip(states, stored, strict=True):
+        if not len(original):
+            continue
+        exact, approximate = original.detach().cpu().float() - mean, back.float() - mean  # [T, W]
+        difference = ((approximate - exact) / deviation).double().square().sum()
+        cosine = torch.nn.functional.cosine_similarity(exact.double(), approximate.double(), dim=-1)  # [T]
+        same = (exact == approximate).all(-1)  # a state equal to the mean has no direction, and no error
+        cosine = torch.where(same, 1.0, cosine)
+        total += StorageError(float(difference), exact.numel(), float(cosine.sum()), float(cosine.min()), len(exact))
+    return total
+
+
+def decode_table(
+    table: pa.Table, mean: torch.Tensor | None = None, deviation: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """One [T, W] tensor per row of a text table held in memory."""
+    facts = read_metadata(table.schema, "table")
+    storage, width = facts["storage"], facts["width"]
+    values = torch.from_numpy(_flat(table["states"]).copy()).view(-1, width)  # [N, W]
+    scale = torch.from_numpy(_flat(table["scale"]).copy()) if storage == "int8" else None
+    lengths = table["tokens"].to_pylist()
+    return list(decode(values, storage, scale, mean, deviation).split(lengths))
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    flattened = column.combine_chunks().flatten()
+    return flattened.to_numpy(zero_copy_only=False)
+
+
+def value_range(states: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Smallest and largest value; (0, 0) where there is none."""
+    full = [s for s in states if s.numel()]
+    if not full:
+        return 0.0, 0.0
+    return min(float(s.min()) for s in full), max(float(s.max()) for s in full)
+
+
+def channel_statistics(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [W] float32 over the tokens of a calibration sample ([T, W] each), summed in float64.
+
+    A channel that never varies gets deviation 1. Raises JobError without a single token.
+    """
+    tokens = sum(len(s) for s in states)
+    if not tokens:
+        raise JobError("the calibration sample has no token: every caption is empty")
+    mean = torch.stack([s.double().sum(0) for s in states]).sum(0) / tokens  # [W]
+    variance = torch.stack([(s.double() - mean).square().sum(0) for s in states]).sum(0) / tokens
+    deviation = variance.sqrt().float()
+    return mean.float(), torch.where(deviation > 0, deviation, 1.0)
+
+
+@dataclass(frozen=True)
+class SharedStates:
+    """What all captions of a text family have in common.
+
+    prefix [P, W] and empty [T, W] in the compute dtype with their token ids; mean, deviation [W] float32;
+    sha256 of the file they came from, which every unit's record repeats.
+    """
+
+    prefix: torch.Tensor
+    empty: torch.Tensor
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    prefix_ids: tuple[int, ...]
+    empty_ids: tuple[int, ...]
+    sha256: str
+
+
+def shared_table(
+    prefix_ids: Sequence[int],
+    prefix: torch.Tensor,
+    empty_ids: Sequence[int],
+    empty: torch.Tensor,
+    mean: torch.Tensor,
+    deviation: torch.Tensor,
+) -> pa.Table:
+    """`shared.arrow`: prefix [P, W] and empty [T, W] exactly as computed, mean and deviation [W].
+
+    Values are float32, which holds every bfloat16 exactly, so mean and deviation keep their precision; the compute
+    dtype is in the metadata. Raises JobError where a value is not finite.
+    """
+    compute = str(prefix.dtype).removeprefix("torch.")
+    width = mean.shape[0]
+    rows = {"prefix": prefix, "empty": empty, "mean": mean[None], "deviation": deviation[None]}
+    for role, value in rows.items():
+        if value.ndim != 2 or value.shape[1] != width or not torch.isfinite(value).all():
+            raise JobError(f"{role} states: shape {list(value.shape)} at width {width}, or not finite")
+    ids = [list(prefix_ids), list(empty_ids), [], []]
+    columns = [
+        pa.array(list(rows)),
+        pa.array([len(value) for value in rows.values()], pa.int32()),
+        pa.array(ids, pa.list_(pa.int32())),
+        pa.array([v.detach().cpu().float().reshape(-1).numpy() for v in rows.values()], pa.large_list(pa.float32())),
+    ]
+    schema = pa.schema(
+        [
+            ("role", pa.string()),
+            ("tokens", pa.int32()),
+            ("token_ids", pa.list_(pa.int32())),
+            ("states", pa.large_list(pa.float32())),
+        ]
+    )
+    facts = with_metadata(schema, kind="shared", storage="float32", logical=compute, width=width)
+    return pa.Table.from_arrays(columns, schema=facts)
+
+
+def read_shared(table: pa.Table, sha256: str, where: str) -> SharedStates:
+    """The inverse of `shared_table`. InputError where a role is missing."""
+    facts = read_metadata(table.schema, where)
+    width, compute = facts["width"], getattr(torch, facts["logical"])
+    rows = {role: i for i, role in enumerate(table["role"].to_pylist())}
+    if set(rows) != set(SHARED_ROLES):
+        raise InputError(f"{where}: roles {sorted(rows)}, expected {sorted(SHARED_ROLES)}")
+
+    def tensor(role: str) -> torch.Tensor:
+        values = table["states"][rows[role]].values.to_numpy(zero_copy_only=False)
+        return torch.from_numpy(values.copy()).view(-1, width)
+
+    def ids(role: str) -> tuple[int, ...]:
+        return tuple(table["token_ids"][rows[role]].as_py())
+
+    return SharedStates(
+        tensor("prefix").to(compute),
+        tensor("empty").to(compute),
+        tensor("mean")[0],
+        tensor("deviation")[0],
+        ids("prefix"),
+        ids("empty"),
+        sha256,
+    )
