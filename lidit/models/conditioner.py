@@ -201,8 +201,8 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         if missing or unknown:
             found = f"states of {missing} are missing" if missing else f"states of {unknown} are not used by this model"
             raise InputError(f"{found}; it was built for the encoders {', '.join(self.names)}")
-        for name, branch in zip(self.names, self.branches, strict=True):
-            entry, width = text[name], branch.projection.linear.in_features
+        for name in self.names:
+            entry, width = text[name], self.branch(name).projection.linear.in_features
             for label, tensor in (("states", entry.states), ("prefix", entry.prefix)):
                 if tensor.shape[-1] != width:
                     raise InputError(

@@ -37,9 +37,8 @@ class CollaborativeRefiner(nn.Module):
 
     def __init__(self, branches: int, width: int, heads: int, depth: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(FusionBranch(width, heads) for _ in range(branches)) for _ in range(depth)
-        )
+        self.branches = branches
+        self.blocks = nn.ModuleList(FusionBranch(width, heads) for _ in range(depth * branches))  # block by block
 
     def forward(
         self,
@@ -54,11 +53,13 @@ class CollaborativeRefiner(nn.Module):
         states = list(hidden_states)
         indices = range(len(states))
         keys = [attendable(torch.cat([masks[j] for j in indices if j != i], dim=1)) for i in indices]
-        for block in self.blocks:
+        for first in range(0, len(self.blocks), self.branches):
             normalised = [normalise(branch_states) for branch_states in states]
             others = [torch.cat([normalised[j] for j in indices if j != i], dim=1) for i in indices]
             states = [
-                branch(states[i], others[i], keys[i], conditions[i]).masked_fill(~masks[i][..., None], 0)
-                for i, branch in enumerate(block)
+                self.blocks[first + i](states[i], others[i], keys[i], conditions[i]).masked_fill(
+                    ~masks[i][..., None], 0
+                )
+                for i in indices
             ]
         return states
