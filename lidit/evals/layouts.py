@@ -1,6 +1,6 @@
 """Where the objects of a scene stand: fixed slots ("simple") or free placement without contact ("free").
 
-Simple: small-scale.md, what a model of a million parameters learns in minutes. Free: evaluation.md section 3.
+Simple is what a model of a million parameters learns in minutes; free is the benchmark.
 """
 
 from __future__ import annotations

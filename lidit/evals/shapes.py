@@ -120,7 +120,7 @@ class Vocabulary:
 
 
 def vocabulary_for(size: int, layout: str = "free") -> Vocabulary:
-    """What can be told apart at an image side of `size` pixels (evaluation.md, recommended sizes).
+    """What can be told apart at an image side of `size` pixels.
 
     The simple layout always uses six colours and four shapes. Raises InputError for an unknown layout.
     """

@@ -1,0 +1,203 @@
+"""Scores many images, sums them up as GenEval does, and puts the chance floor beside every number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lidit.errors import InputError
+from lidit.evals.analysis import analyse
+from lidit.evals.generator import draw_scene
+from lidit.evals.scorer import Item, SceneScore, judge, score_image
+from lidit.evals.shapes import vocabulary_for
+from lidit.evals.statistics import Interval, bootstrap_mean
+
+GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+HELD_OUT = ("none", "pair", "template")
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    prompt: int
+    item: Item
+    score: SceneScore
+    filename: str
+
+
+@dataclass(frozen=True)
+class TagScore:
+    """One category: means over images with 95 % intervals (prompts resampled), and what another scene would score."""
+
+    tag: str
+    prompts: int
+    images: int
+    lax: Interval
+    strict: Interval
+    floor_lax: float
+    floor_strict: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per category, and overall = unweighted mean of the categories, as GenEval defines it.
+
+    `correct_images` is the share of images, `correct_prompts` of prompts with any correct image (both lax).
+    `by_held_out`: overall lax and strict score of the seen prompts ("none"), of those that name a colour-shape pair
+    never trained ("pair") and of those in a caption template never trained ("template").
+    """
+
+    tags: tuple[TagScore, ...]
+    overall_lax: float
+    overall_strict: float
+    floor_lax: float
+    floor_strict: float
+    correct_images: float
+    correct_prompts: float
+    by_held_out: dict[str, tuple[float, float]]
+    images: tuple[ScoredImage, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for a tracker."""
+        flat = {
+            "overall/lax": self.overall_lax,
+            "overall/strict": self.overall_strict,
+            "overall/floor_lax": self.floor_lax,
+            "overall/floor_strict": self.floor_strict,
+            "overall/correct_images": self.correct_images,
+            "overall/correct_prompts": self.correct_prompts,
+        }
+        for tag in self.tags:
+            flat |= {f"{tag.tag}/lax": tag.lax.value, f"{tag.tag}/strict": tag.strict.value}
+            flat |= {f"{tag.tag}/floor_lax": tag.floor_lax, f"{tag.tag}/floor_strict": tag.floor_strict}
+        for name, (lax, strict) in self.by_held_out.items():
+            flat |= {f"held_out_{name}/lax": lax, f"held_out_{name}/strict": strict}
+        return flat
+
+    def table(self) -> str:
+        """A Markdown table: one row per category, then the overall mean."""
+        lines = [
+            "| category | prompts | images | lax | strict | floor lax | floor strict |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for t in self.tags:
+            lines.append(
+                f"| {t.tag} | {t.prompts} | {t.images} | {t.lax} | {t.strict} "
+                f"| {t.floor_lax:.3f} | {t.floor_strict:.3f} |"
+            )
+        lines.append(
+            f"| **overall** | {sum(t.prompts for t in self.tags)} | {len(self.images)} | {self.overall_lax:.3f} | "
+            f"{self.overall_strict:.3f} | {self.floor_lax:.3f} | {self.floor_strict:.3f} |"
+        )
+        return "\n".join(lines)
+
+
+def chance_floor(items: Sequence[Item], size: int, draws: int = 8, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Per category, the mean (lax, strict) score of a prompt against a true image of ANOTHER scene of its category.
+
+    What a model gets that draws perfect pictures and does not read its prompt. `draws` scenes per prompt.
+    """
+    scores: dict[str, list[tuple[bool, bool]]] = {}
+    for number, item in enumerate(items):
+        layout = item.get("layout", "free")
+        vocabulary = vocabulary_for(size, layout)
+        rng = Random(f"floor/{seed}/{number}")
+        for _ in range(draws):
+            scene = draw_scene(rng, item["tag"], size, layout, vocabulary, "any")
+            score = judge(analyse(scene.render(), vocabulary), item)
+            scores.setdefault(item["tag"], []).append((score.lax, score.strict))
+    return {
+        tag: (float(lax), float(strict)) for tag, (lax, strict) in ((t, np.mean(v, axis=0)) for t, v in scores.items())
+    }
+
+
+def evaluate_images(
+    items: Sequence[Item],
+    images: Sequence[Sequence[NDArray[np.uint8]]],
+    floor: dict[str, tuple[float, float]] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Scores `images[i]`, the uint8 [S, S, 3] images drawn for prompt `items[i]` (from `benchmark_prompts`).
+
+    `floor`: from `chance_floor`, measured here where None. `progress` is called with the images scored so far. Raises
+    InputError where a prompt has no image, or an image cannot be scored.
+    """
+    if not items or len(items) != len(images):
+        raise InputError(f"{len(items)} prompts and {len(images)} groups of images: one group is needed per prompt")
+    scored: list[ScoredImage] = []
+    for prompt, (item, group) in enumerate(zip(items, images)):
+        if not len(group):
+            raise InputError(f"prompt {prompt} ({item['prompt']!r}): no images")
+        for number, image in enumerate(group):
+            scored.append(ScoredImage(prompt, item, score_image(image, item), f"{prompt:05d}/samples/{number:04d}.png"))
+            if progress is not None:
+                progress(len(scored))
+    if floor is None:
+        floor = chance_floor(items, len(images[0][0]))
+    return _sum_up(scored, floor)
+
+
+def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) -> Evaluation:
+    tags = []
+    for tag in dict.fromkeys(one.item["tag"] for one in scored):
+        chosen = [one for one in scored if one.item["tag"] == tag]
+        prompts = [one.prompt for one in chosen]
+        tags.append(
+            TagScore(
+                tag=tag,
+                prompts=len(set(prompts)),
+                images=len(chosen),
+                lax=bootstrap_mean([one.score.lax for one in chosen], prompts),
+                strict=bootstrap_mean([one.score.strict for one in chosen], prompts),
+                floor_lax=floor[tag][0],
+                floor_strict=floor[tag][1],
+            )
+        )
+    held_out = {}
+    for name in HELD_OUT:
+        chosen = [one for one in scored if one.item.get("held_out", "none") == name]
+        if chosen:
+            held_out[name] = (_overall(chosen, lambda s: s.lax), _overall(chosen, lambda s: s.strict))
+    correct_prompts = {one.prompt for one in scored if one.score.lax}
+    return Evaluation(
+        tags=tuple(tags),
+        overall_lax=_overall(scored, lambda s: s.lax),
+        overall_strict=_overall(scored, lambda s: s.strict),
+        floor_lax=float(np.mean([tag.floor_lax for tag in tags])),
+        floor_strict=float(np.mean([tag.floor_strict for tag in tags])),
+        correct_images=float(np.mean([one.score.lax for one in scored])),
+        correct_prompts=len(correct_prompts) / len({one.prompt for one in scored}),
+        by_held_out=held_out,
+        images=tuple(scored),
+    )
+
+
+def _overall(scored: Iterable[ScoredImage], rule: Callable[[SceneScore], bool]) -> float:
+    """Unweighted mean over categories of the mean over images."""
+    groups: dict[str, list[bool]] = {}
+    for one in scored:
+        groups.setdefault(one.item["tag"], []).append(rule(one.score))
+    return float(np.mean([np.mean(group) for group in groups.values()]))
+
+
+def write_results(path: Path, evaluation: Evaluation) -> None:
+    """One JSON line per image in the format of GenEval's results file (`correct` is the lax rule), plus `strict`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for one in evaluation.images:
+            record = {
+                "filename": one.filename,
+                "tag": one.item["tag"],
+                "prompt": one.item["prompt"],
+                "correct": one.score.lax,
+                "reason": one.score.reason,
+                "metadata": json.dumps(dict(one.item)),
+                "details": json.dumps(one.score.details()),
+                "strict": one.score.strict,
+            }
+            file.write(json.dumps(record) + "\n")

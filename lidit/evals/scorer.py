@@ -1,0 +1,162 @@
+"""Does an image show what its prompt says: GenEval's rule (lax), and the same with nothing else shown (strict).
+
+The lax rule follows evaluate_images.py of djghosh13/geneval clause by clause; classes are shape names, a detection's
+confidence is its IoU. Extra objects are not punished there, so an image with everything everywhere does well: strict
+also counts the objects and limits clutter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lidit.errors import InputError
+from lidit.evals.analysis import Analysis, Found, analyse
+from lidit.evals.layouts import OPPOSITE
+from lidit.evals.scene import list_length
+from lidit.evals.shapes import Vocabulary, vocabulary_for
+
+POSITION_THRESHOLD = 0.1
+CLUTTER_SHARE = 0.25
+Item = Mapping[str, Any]
+Box = Sequence[float]
+
+
+@dataclass(frozen=True)
+class SceneScore:
+    """`reason` says what is wrong under the strict rule; `clauses`: per include clause, whether an object meets it."""
+
+    lax: bool
+    strict: bool
+    reason: str
+    clauses: tuple[bool, ...]
+    analysis: Analysis
+
+    def details(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(item) for item in self.analysis.objects]
+
+
+def relative_position(box: Box, other: Box) -> set[str]:
+    """GenEval's relations of `box` to `other`, both (left, top, right, bottom); a diagonal may satisfy two."""
+    corners = np.array([box, other], dtype=float).reshape(2, 2, 2)  # [box, corner, (x, y)]
+    centres = corners.mean(axis=1)
+    extents = np.abs(np.diff(corners, axis=1))[:, 0]
+    offset = centres[0] - centres[1]
+    shrunk = np.maximum(np.abs(offset) - POSITION_THRESHOLD * extents.sum(axis=0), 0) * np.sign(offset)
+    if np.all(np.abs(shrunk) < 1e-3):
+        return set()
+    dx, dy = shrunk / np.linalg.norm(offset)
+    named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {relation for relation, true in named.items() if true}
+
+
+def score_image(image: NDArray[np.uint8], item: Item, vocabulary: Vocabulary | None = None) -> SceneScore:
+    """Scores a uint8 image [S, S, 3] against a prompt's record in GenEval's schema.
+
+    `vocabulary` defaults to the one of the image's side and the item's `layout` ("free" where it names none). Raises
+    InputError for an image or a record that cannot be scored.
+    """
+    if vocabulary is None:
+        vocabulary = vocabulary_for(len(image), item.get("layout", "free"))
+    return judge(analyse(image, vocabulary), item)
+
+
+def judge(analysis: Analysis, item: Item) -> SceneScore:
+    """The two rules on what was found. Raises InputError where the record is not in GenEval's schema."""
+    try:
+        include, exclude = item["include"], item.get("exclude", [])
+        wanted = sum(clause["count"] for clause in include)
+        problems = _lax_problems(analysis.objects, include, exclude)
+        clauses = tuple(_clause_met(clause, analysis.objects) for clause in include)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"prompt record {dict(item)!r}: not in GenEval's schema ({error!r})") from None
+    extra = []
+    if len(analysis.objects) != wanted:
+        extra.append(f"expected {wanted} objects in all, found {len(analysis.objects)}")
+    if analysis.clutter > CLUTTER_SHARE * analysis.valid_area:
+        extra.append(f"{analysis.clutter:.0f} px of clutter beside {analysis.valid_area:.0f} px of objects")
+    return SceneScore(not problems, not (problems or extra), "; ".join(problems + extra), clauses, analysis)
+
+
+def _lax_problems(objects: Sequence[Found], include: list[dict], exclude: list[dict]) -> list[str]:
+    problems: list[str] = []
+    matched: list[list[Found] | None] = []
+    names = [clause["class"] for clause in include]
+    for clause in include:
+        name, count = clause["class"], clause["count"]
+        candidates = [item for item in objects if item.shape == name]
+        if names.count(name) > 1:
+            # lists name a class twice in two colours, which GenEval never does: there the colour chooses the objects
+            candidates = [item for item in candidates if item.colour == clause.get("color", item.colour)]
+        found = candidates[:count]
+        met = True
+        if len(found) < count:
+            problems.append(f"expected {name}>={count}, found {len(found)}")
+            met = False
+        else:
+            for key, values in (("color", [f.colour for f in found]), ("size", [f.size for f in found])):
+                if key in clause and values.count(clause[key]) < count:
+                    problems.append(f"expected {clause[key]} {name}>={count}, found {', '.join(values)}")
+                    met = False
+            if met and "position" in clause:
+                relation, target = clause["position"]
+                reference = matched[target]
+                if reference is None:
+                    problems.append(f"no target for {name} to be {relation}")
+                    met = False
+                elif not all(relation in relative_position(f.box, t.box) for f in found for t in reference):
+                    problems.append(f"expected {name} {relation} target")
+                    met = False
+        matched.append(found if met else None)
+    for clause in exclude:
+        count = sum(item.shape == clause["class"] for item in objects)
+        if count >= clause["count"]:
+            problems.append(f"expected {clause['class']}<{clause['count']}, found {count}")
+    return problems
+
+
+def _clause_met(clause: dict, objects: Sequence[Found]) -> bool:
+    """Whether enough objects have the clause's class, colour and size; positions are left out."""
+    fitting = [
+        item
+        for item in objects
+        if item.shape == clause["class"]
+        and item.colour == clause.get("color", item.colour)
+        and item.size == clause.get("size", item.size)
+    ]
+    return len(fitting) >= clause["count"]
+
+
+def wrong_item(item: Item, vocabulary: Vocabulary, rng: Random) -> dict[str, Any]:
+    """The record of a caption that is wrong in one thing, the thing the category is about (wrong-caption control).
+
+    single_object, two_object: one shape; counting: one more or less; colors and lists: another colour; position: the
+    opposite relation; color_attr, size_attr: colours or sizes swapped.
+    """
+    tag, include = item["tag"], [dict(clause) for clause in item["include"]]
+    changed = {**item, "include": include}
+    if tag == "counting":
+        clause = include[0]
+        clause["count"] += 1 if clause["count"] == 1 else rng.choice((-1, 1))
+        changed["exclude"] = [{"class": clause["class"], "count": clause["count"] + 1}]
+    elif any("position" in clause for clause in include):
+        for clause in include:
+            if "position" in clause:
+                clause["position"] = [OPPOSITE[clause["position"][0]], clause["position"][1]]
+    elif tag in ("color_attr", "size_attr"):
+        key = "color" if tag == "color_attr" else "size"
+        include[0][key], include[1][key] = include[1][key], include[0][key]
+    elif tag == "colors" or list_length(tag):
+        clause = rng.choice(include)
+        shown = {other["color"] for other in include if other["class"] == clause["class"]}
+        clause["color"] = rng.choice([colour for colour in vocabulary.colours if colour not in shown])
+    else:
+        shown = {clause["class"] for clause in include}
+        rng.choice(include)["class"] = rng.choice([shape for shape in vocabulary.shapes if shape not in shown])
+    return changed
