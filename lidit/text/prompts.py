@@ -70,7 +70,11 @@ class PromptTokenizer:
         options = {"truncation": True, "max_length": longest, "split_special_tokens": True}
         rows = self.tokenizer(captions, **options)["input_ids"]
         full = [i for i, ids in enumerate(rows) if len(ids) >= longest]  # only these can have been longer
-        whole = self.tokenizer([captions[i] for i in full], split_special_tokens=True)["input_ids"] if full else []
+        whole = (
+            self.tokenizer([captions[i] for i in full], split_special_tokens=True, verbose=False)["input_ids"]
+            if full
+            else []
+        )
         cut = {i for i, ids in zip(full, whole, strict=True) if len(ids) > longest}
         return [CaptionTokens(tuple(ids) or (self._nothing(),), i in cut) for i, ids in enumerate(rows)]
 

@@ -92,8 +92,8 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
     blocks = settings.layer if settings.layer >= 0 else total + 1 + settings.layer
     if not 1 <= blocks <= total:
         raise InputError(
-            f"encoder {settings.name}: layer {settings.layer}: {settings.model} has {total} blocks; choose 1 to {total}, "
-            f"or -1 (the last, with the final norm) to {-total}"
+            f"encoder {settings.name}: layer {settings.layer}: {settings.model} has {total} blocks; choose 1 to "
+            f"{total}, or -1 (the last, with the final norm) to {-total}"
         )
     if settings.dtype != "auto":
         dtype = settings.dtype
@@ -164,8 +164,8 @@ def _download(model: str, revision: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{model} at {revision[:12]}: cannot be fetched from the hub ({reason}); check the id, the revision and the "
-            "connection, or give a folder"
+            f"{model} at {revision[:12]}: cannot be fetched from the hub ({reason}); check the id, the revision and "
+            "the connection, or give a folder"
         ) from None
 
 
