@@ -1,0 +1,206 @@
+"""Dashboard and alert rules speak only of metrics we declare, the rules fire on real series, and a job exports them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from manifests import REPOSITORY
+
+from pipelines.metrics import METRICS
+
+MONITORING = REPOSITORY / "infra" / "monitoring"
+OURS = re.compile(r"\bray_(lidit_\w+)")
+HISTOGRAM_SUFFIXES = ("_bucket", "_count", "_sum")
+
+
+def panels() -> list[dict[str, Any]]:
+    return [p for p in json.loads((MONITORING / "dashboard.json").read_text())["panels"] if p["type"] != "row"]
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def expressions() -> dict[str, str]:
+    found = {f"panel {p['title']} {t['refId']}": t["expr"] for p in panels() for t in p["targets"]}
+    return found | {f"alert {rule['alert']}": rule["expr"] for rule in rules()}
+
+
+def exported_names() -> set[str]:
+    """The series names Ray makes of our declarations."""
+    names: set[str] = set()
+    for name, declared in METRICS.items():
+        names |= {name + suffix for suffix in HISTOGRAM_SUFFIXES} if declared.kind == "histogram" else {name}
+    return names
+
+
+def test_every_metric_named_is_declared_with_its_label() -> None:
+    for where, expression in expressions().items():
+        named = OURS.findall(expression)
+        assert named, f"{where} watches nothing of ours"
+        for name in named:
+            assert name in exported_names(), f"{where} names {name}, which pipelines/metrics.py does not declare"
+            base = name if name in METRICS else name.rsplit("_", 1)[0]
+            assert METRICS[base].tag in expression, f"{where}: {name} is labelled by {METRICS[base].tag}"
+
+
+def test_every_declared_metric_is_watched() -> None:
+    watched = {name for expression in expressions().values() for name in OURS.findall(expression)}
+    for name in METRICS:
+        assert {name, *(name + suffix for suffix in HISTOGRAM_SUFFIXES)} & watched, f"nobody looks at {name}"
+
+
+def test_counters_end_in_total_as_ray_exports_them() -> None:
+    for name, declared in METRICS.items():
+        assert name.startswith("lidit_")
+        assert name.endswith("_total") == (declared.kind == "counter")
+
+
+def test_the_dashboard_is_well_formed() -> None:
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    cells = [
+        (panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y)
+        for panel in dashboard["panels"]
+        for x in range(panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["h"])
+    ]
+    assert len(set(cells)) == len(cells), "two panels overlap"
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    for panel in panels():
+        for target in panel["targets"]:
+            used = set(re.findall(r"\$\{?(\w+)", target["expr"] + target["datasource"]["uid"]))
+            assert used <= variables
+
+
+def test_every_alert_says_what_to_do() -> None:
+    wanted = {"LiditEmbeddingStalled", "LiditLossNotFinite", "LiditCheckpointTooOld", "LiditQuarantineAboveThreshold"}
+    assert wanted <= {rule["alert"] for rule in rules()}
+    for rule in rules():
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "remedy"}
+
+
+@pytest.fixture
+def promtool() -> str:
+    path = shutil.which("promtool")
+    if path is None:
+        pytest.skip("no promtool here (Debian: apt-get install prometheus)")
+    return path
+
+
+def test_alerts_fire_when_they_should_and_only_then(promtool: str) -> None:
+    done = subprocess.run(
+        [promtool, "test", "rules", "alerts_test.yaml"], cwd=MONITORING, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tested = {
+        case["alertname"]
+        for test in yaml.safe_load((MONITORING / "alerts_test.yaml").read_text())["tests"]
+        for case in test["alert_rule_test"]
+    }
+    assert tested == {rule["alert"] for rule in rules()}
+
+
+def test_panel_expressions_parse(promtool: str, tmp_path: Path) -> None:
+    records = [
+        {"record": f"panel:{i}", "expr": expression.replace("$encoder", ".*").replace("$run", ".*")}
+        for i, expression in enumerate(t["expr"] for p in panels() for t in p["targets"])
+    ]
+    path = tmp_path / "panels.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": records}]}))
+    done = subprocess.run([promtool, "check", "rules", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_ray_nothing_happens() -> None:
+    code = (
+        "from pipelines.metrics import EmbedMetrics, TrainMetrics, _metric\n"
+        "EmbedMetrics('a').unit_done(1, 2, 3, 4.0, 5)\n"
+        "TrainMetrics('b').step(1.0, 0.1, float('nan'))\n"
+        "assert _metric.cache_info().currsize == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+JOB = """
+import sys, time, urllib.request
+import ray
+from pipelines.metrics import EmbedMetrics, TrainMetrics
+
+ray.init(num_cpus=2, include_dashboard=True, dashboard_port=0, _temp_dir=sys.argv[1], logging_level=40)
+
+@ray.remote
+def train():
+    metrics = TrainMetrics("run-1")
+    metrics.step(seconds=0.3, data_wait_seconds=0.06, loss=1.5, mfu=0.4)
+    metrics.step(seconds=0.5, data_wait_seconds=0.14, loss=float("nan"))
+    metrics.checkpoint_saved(1.0e9)
+    time.sleep(30)
+
+running = train.remote()
+metrics = EmbedMetrics("smollm2")
+metrics.units_left(10)
+metrics.unit_done(captions=5, tokens=45, padded_tokens=60, seconds=2.0, left=9)
+metrics.unit_done(captions=5, tokens=45, padded_tokens=50, seconds=2.0, left=8)
+metrics.quarantined(2)
+node = ray.nodes()[0]
+url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+for _ in range(60):
+    time.sleep(1)
+    text = urllib.request.urlopen(url).read().decode()
+    if text.count("# HELP ray_lidit_") == int(sys.argv[2]):
+        break
+print(text)
+"""
+
+
+@pytest.mark.slow
+def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+    home = tmp_path_factory.mktemp("m")
+    env = os.environ | {"HOME": str(home), "RAY_metrics_report_interval_ms": "1000", "RAY_AUTH_MODE": "disabled"}
+    env["PYTHONPATH"] = str(REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", JOB, str(home / "r"), str(len(METRICS))],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("ray_lidit_"):
+            series, value = line.rsplit(" ", 1)
+            name, labels = series.split("{", 1)
+            samples[name.removeprefix("ray_")] = (labels, float(value))
+    assert set(samples) == exported_names()
+    for expression in expressions().values():
+        assert set(OURS.findall(expression)) <= set(samples)
+    values = {name: value for name, (_, value) in samples.items()}
+    assert values["lidit_captions_total"] == 10
+    assert values["lidit_tokens_total"] == 90
+    assert values["lidit_padding_waste_ratio"] == pytest.approx(0.1)
+    assert values["lidit_units_done_total"] == 2
+    assert values["lidit_units_left"] == 8
+    assert values["lidit_quarantined_rows_total"] == 2
+    assert values["lidit_step_seconds_count"] == 2
+    assert values["lidit_train_seconds_total"] == pytest.approx(0.8)
+    assert values["lidit_data_wait_seconds_total"] == pytest.approx(0.2)
+    assert values["lidit_loss"] == 1.5
+    assert values["lidit_loss_nonfinite_total"] == 1
+    assert values["lidit_last_checkpoint_timestamp_seconds"] == 1.0e9
+    assert 'encoder="smollm2"' in samples["lidit_captions_total"][0]
+    assert 'run="run-1"' in samples["lidit_loss"][0]
