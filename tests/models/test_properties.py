@@ -1,0 +1,288 @@
+"""What must hold for any weights: masks, batches, padding, symmetry, gradients, precision, clear refusals."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lidit.config import ModelSettings
+from lidit.errors import InputError
+from lidit.models import LIDiT, TextStates
+
+VARIANTS = [
+    {},
+    {"refiner": {"causal": True}},
+    {"refiner": {"mixing": False}},
+    {"refiner": {"depth": 0}},
+    {"fusion": {"mode": "concatenation"}},
+]
+EXACT = {"rtol": 0, "atol": 0}
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def latents(batch=3, size=(8, 8)):
+    return torch.randn(batch, 3, *size)
+
+
+def run(model, text, x, t=None):
+    return model(x, torch.linspace(0.1, 0.9, len(x)) if t is None else t, text)
+
+
+def rows(text, order):
+    return {name: replace(e, states=e.states[order], mask=e.mask[order]) for name, e in text.items()}
+
+
+def test_refiner_and_fusion_start_as_the_plain_projection(make_model, make_text):
+    model, text = make_model(awake=False), make_text()
+    condition = model.conditioner(text, torch.rand(3))
+    parts = [
+        branch.projection(text[name].states).masked_fill(~text[name].mask[..., None], 0)
+        for name, branch in zip(model.conditioner.names, model.conditioner.branches, strict=True)
+    ]
+    torch.testing.assert_close(condition.tokens, torch.cat(parts, dim=1), **EXACT)
+
+
+def test_model_starts_by_predicting_zero(make_model, make_text):
+    assert not run(make_model(awake=False), make_text(), latents()).any()
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+@pytest.mark.parametrize("garbage", [1e4, torch.nan, torch.inf])
+def test_content_behind_a_mask_changes_no_output_and_no_gradient(make_model, make_text, settings, garbage):
+    model, clean, x = make_model(**settings), make_text(lengths=(4, 1, 0)), latents()
+    dirty = {
+        name: replace(entry, states=torch.where(entry.mask[..., None], entry.states, garbage))
+        for name, entry in clean.items()
+    }
+    results = []
+    for text in (clean, dirty):
+        model.zero_grad()
+        prediction = run(model, text, x)
+        prediction.square().sum().backward()
+        results.append([prediction, *(parameter.grad for parameter in model.parameters())])
+    for expected, found in zip(*results, strict=True):
+        assert torch.isfinite(expected).all()
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_every_valid_caption_token_and_the_prefix_matter(make_model, make_text, settings):
+    model, text, x = make_model(**settings), make_text(), latents()
+    before = run(model, text, x)
+    last = text["first"].mask[0].sum() - 1
+    states = text["first"].states.clone()
+    states[0, last] += 1
+    assert (run(model, {**text, "first": replace(text["first"], states=states)}, x)[0] - before[0]).abs().max() > 1e-4
+    if settings.get("refiner", {}).get("depth") == 0 or settings.get("refiner", {}).get("mixing") is False:
+        return  # without a refiner that mixes, only fusion could see the prefix; asserted below for the mixing ones
+    prefix = text["first"].prefix + 1
+    changed = run(model, {**text, "first": replace(text["first"], prefix=prefix)}, x)
+    assert (changed - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_permuting_a_batch_permutes_the_outputs(make_model, make_text, settings):
+    model, text, x, t = make_model(**settings), make_text(), latents(), torch.tensor([0.1, 0.5, 0.9])
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(
+        run(model, rows(text, order), x[order], t[order]), run(model, text, x, t)[order], **ROUNDING
+    )
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_padding_to_more_tokens_or_running_alone_changes_nothing(make_model, make_text, settings):
+    model, text = make_model(dtype=torch.float64, **settings), make_text(dtype=torch.float64)
+    x, t = latents().double(), torch.tensor([0.1, 0.5, 0.9])
+    expected = run(model, text, x, t)
+    padded = {name: entry.pad_to(entry.states.shape[1] + 9) for name, entry in text.items()}
+    torch.testing.assert_close(run(model, padded, x, t), expected, rtol=1e-9, atol=1e-9)
+    for i in range(3):
+        alone = {
+            name: TextStates.collate([entry.states[i][entry.mask[i]]], entry.prefix) for name, entry in text.items()
+        }
+        torch.testing.assert_close(
+            run(model, alone, x[i : i + 1], t[i : i + 1]), expected[i : i + 1], rtol=1e-9, atol=1e-9
+        )
+
+
+def test_one_llm_with_itself_twice_is_symmetric():
+    model = LIDiT.from_settings(
+        ModelSettings(width=32, depth=1, heads=4, patch_size=2), {"left": 20, "right": 20, "third": 20}, 3
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    left, right, _ = model.conditioner.branches
+    right.load_state_dict(left.state_dict())
+    model.conditioner.fusion.blocks[1].load_state_dict(model.conditioner.fusion.blocks[0].state_dict())
+    entries = [TextStates.collate([torch.randn(n, 20) for n in (3, 5)], torch.randn(4, 20)) for _ in range(3)]
+    t = torch.tensor([0.3, 0.6])
+    same = model.conditioner({"left": entries[0], "right": entries[0], "third": entries[1]}, t).tokens
+    torch.testing.assert_close(same[:, :5], same[:, 5:10], **ROUNDING)
+    straight = model.conditioner({"left": entries[0], "right": entries[1], "third": entries[2]}, t).tokens
+    swapped = model.conditioner({"left": entries[1], "right": entries[0], "third": entries[2]}, t).tokens
+    torch.testing.assert_close(straight[:, :5], swapped[:, 5:10], **ROUNDING)
+    torch.testing.assert_close(straight[:, 5:10], swapped[:, :5], **ROUNDING)
+    assert (straight[:, :5] - straight[:, 5:10]).abs().max() > 0.1
+
+
+def test_a_branch_reads_only_the_others(make_model, make_text):
+    """Query from one's own tokens, keys and values from the other LLM's: without the others' content nothing mixes."""
+    model, text = make_model(), make_text()
+    fusion = model.conditioner.fusion
+    states = [torch.randn(1, 3, 32), torch.randn(1, 4, 32)]
+    masks = [torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)]
+    conditions = [torch.randn(1, 32)] * 2
+    before = fusion(states, masks, conditions)
+    changed = states[0].clone()
+    changed[:, 0] += torch.randn(32)
+    after = fusion([changed, states[1]], masks, conditions)
+    torch.testing.assert_close(after[0][:, 1:], before[0][:, 1:], **EXACT)
+    assert (after[1] - before[1]).abs().min(dim=-1).values.max() > 0
+    assert (after[1] - before[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("settings", [*VARIANTS, {"refiner": {"gated": False}}, {"activation_checkpointing": True}])
+def test_gradients_reach_every_parameter_after_one_step_from_zero(make_model, make_text, settings):
+    model, text, x = make_model(awake=False, **settings), make_text(), latents()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    target = torch.randn_like(x)
+    for _ in range(4):  # output, then gates, then what is behind them, then the fusion's own gates
+        optimizer.zero_grad()
+        (run(model, text, x) - target).square().mean().backward()
+        optimizer.step()
+    unmoved_by_design = ("query_norm", "key_norm") if settings.get("refiner", {}).get("mixing") is False else ()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if name.startswith("conditioner") and any(word in name for word in unmoved_by_design):
+            continue  # a softmax over the own token alone is 1 whatever its query and key are
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_activation_checkpointing_changes_no_gradient(make_model, make_text):
+    torch.manual_seed(1)
+    plain = make_model()
+    checkpointed = LIDiT.from_config(plain.config)
+    checkpointed.load_state_dict(plain.state_dict())
+    checkpointed.enable_gradient_checkpointing()
+    assert checkpointed.transformer.gradient_checkpointing
+    text, x = make_text(), latents()
+    calls = []
+    checkpointed.transformer.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for model in (plain, checkpointed):
+        run(model, text, x).square().mean().backward()
+    assert len(calls) == 2, "the block did not run again in the backward pass"
+    for expected, found in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, **ROUNDING)
+
+
+def test_any_size_divisible_by_the_patch_in_one_process(make_model, make_text):
+    model, text = make_model(), make_text()
+    for size in [(4, 4), (8, 16), (16, 8), (2, 30), (10, 14)]:
+        assert run(model, text, latents(size=size)).shape == (3, 3, *size)
+    with pytest.raises(InputError, match="7 x 8 cannot be cut into patches of 2"):
+        run(model, text, latents(size=(7, 8)))
+
+
+def test_a_token_knows_its_position(make_model, make_text):
+    """The same content in every patch still gives different outputs: the ResBlock's border reaches inwards."""
+    prediction = run(make_model(), make_text(), torch.ones(3, 3, 8, 8))
+    corner, middle = prediction[:, :, :2, :2], prediction[:, :, 2:4, 2:4]
+    assert (corner - middle).abs().max() > 1e-2
+
+
+def test_one_token_and_empty_captions(make_model, make_text):
+    model, x = make_model(), latents()
+    assert torch.isfinite(run(model, make_text(lengths=(1, 1, 1)), x)).all()
+    nothing = make_text(lengths=(0, 2, 0), count=1)
+    alone = make_model(1)
+    prediction = run(alone, nothing, x)
+    prediction.sum().backward()
+    assert torch.isfinite(prediction).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in alone.parameters())
+
+
+def test_bfloat16_stays_within_three_percent_of_float32(make_model, make_text):
+    model, text, x = make_model(awake=False, width=96, depth=4), make_text(), latents()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))  # gates open as far as early training opens them
+    exact = run(model, text, x)
+    rounded = run(model.to(torch.bfloat16), text, x)
+    assert rounded.dtype == torch.bfloat16
+    assert ((rounded.float() - exact).norm() / exact.norm()).item() < 0.03
+
+
+def test_statistics_survive_a_cast_to_bfloat16(make_model):
+    model = make_model()
+    projection = model.conditioner.branches[0].projection
+    mean = projection.mean.clone() + 500
+    model.conditioner.set_statistics("first", mean, projection.deviation)
+    model.to(torch.bfloat16)
+    assert projection.mean.dtype == torch.float32
+    assert projection.linear.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(projection.mean, mean, **EXACT)
+
+
+def test_standardisation_is_clamped_at_ten_and_constant_channels_are_centred(make_model):
+    model = make_model(1)
+    width = 20
+    deviation = torch.ones(width)
+    deviation[3] = 0
+    model.conditioner.set_statistics("first", torch.full((width,), 7.0), deviation)
+    projection = model.conditioner.branches[0].projection
+    states = torch.full((1, width), 7.0)
+    states[0, 0], states[0, 1] = 1e6, -1e6
+    expected = torch.zeros(1, width)
+    expected[0, 0], expected[0, 1] = 10, -10
+    torch.testing.assert_close(projection(states), projection.linear(expected), **EXACT)
+
+
+def test_wrong_states_are_refused_by_the_encoders_name(make_model, make_text):
+    model, text, x = make_model(), make_text(), latents()
+    with pytest.raises(InputError, match="second.*missing"):
+        run(model, {"first": text["first"]}, x)
+    with pytest.raises(InputError, match="third.*not used"):
+        run(model, {**text, "third": text["first"]}, x)
+    narrow = replace(text["second"], states=text["second"].states[..., :5])
+    with pytest.raises(InputError, match="'second': states are 5 wide, the model expects 12"):
+        run(model, {**text, "second": narrow}, x)
+    prefix = replace(text["second"], prefix=torch.randn(2, 20))
+    with pytest.raises(InputError, match="'second': prefix are 20 wide"):
+        run(model, {**text, "second": prefix}, x)
+    with pytest.raises(InputError, match="'first': mask must be bool"):
+        run(model, {**text, "first": replace(text["first"], mask=text["first"].mask.float())}, x)
+    with pytest.raises(InputError, match="'first': mean has shape \\[3\\]"):
+        model.conditioner.set_statistics("first", torch.zeros(3), torch.ones(20))
+    with pytest.raises(InputError, match="'first': deviation holds"):
+        model.conditioner.set_statistics("first", torch.zeros(20), torch.full((20,), torch.nan))
+    with pytest.raises(InputError, match="no encoder 'fourth'; it was built for first, second"):
+        model.conditioner.set_statistics("fourth", torch.zeros(20), torch.ones(20))
+
+
+def test_impossible_models_are_refused():
+    with pytest.raises(InputError, match="'none' takes exactly one encoder"):
+        LIDiT.from_settings(ModelSettings.model_validate({"fusion": {"mode": "none"}}), {"a": 4, "b": 4}, 3)
+    with pytest.raises(InputError, match="at least one encoder"):
+        LIDiT.from_settings(ModelSettings(), {}, 3)
+    with pytest.raises(InputError, match="width 30 is not divisible by 4 heads"):
+        LIDiT.from_settings(ModelSettings(width=30, heads=4), {"a": 4}, 3)
+
+
+def test_the_prefix_is_expanded_not_copied(make_model, make_text):
+    """One projection of [P, W], whatever the batch: the rows share its memory."""
+    model, text = make_model(1), make_text(count=1)
+    seen = []
+    projection = model.conditioner.branches[0].projection
+    projection.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    run(model, text, latents())
+    assert torch.Size([3, 20]) in seen
+
+
+@pytest.mark.parametrize("settings", [{}, {"refiner": {"causal": True}}, {"refiner": {"depth": 0}}])
+def test_compiles_into_one_graph(make_model, make_text, settings):
+    """fullgraph refuses any graph break; the eager backend keeps code generation out of the test."""
+    model, text, x = make_model(**settings), make_text(), latents()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(compiled, text, x), run(model, text, x), **ROUNDING)
