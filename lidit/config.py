@@ -39,10 +39,20 @@ class IngestSettings(Settings):
     bucket_multiple: int = Field(16, ge=1, description="bucket sides are multiples of this: codec factor x patch size")
     min_side: int = Field(0, ge=0, description="images with a shorter side are quarantined; 0 keeps all")
     min_aesthetic: float | None = Field(None, description="the paper keeps 4.7 and above; None keeps all")
+    max_aspect: float = Field(4.0, ge=1, description="widest bucket, long side / short side")
     refuse_url_captions: bool = False
     refuse_tag_captions: bool = False
+    min_caption_chars: int = Field(1, ge=0)
     max_caption_chars: int = Field(100_000, ge=1)
     class_template: str | None = Field(None, description='for class names as captions: "a photo of {class}"')
+    class_names: str | None = Field(None, description="text file: one class name per line, or `label name` pairs")
+    caption_fields: dict[str, str] = Field(
+        {"caption": "original", "text": "original", "synthetic_caption": "synthetic", "recaption": "synthetic"},
+        description="field of a JSON member, row or table that holds a caption -> its origin",
+    )
+    image_fields: tuple[str, ...] = ("image", "jpg", "png", "image_path", "file_name", "path")
+    captions_only: bool = Field(False, description="take captions and leave images where they are")
+    unique_keys: Literal["corpus", "file"] = Field("corpus", description="file: keys may start anew in every file")
     max_pixels: int = Field(64_000_000, ge=1, description="larger images are refused before they are decoded")
 
 
@@ -244,6 +254,8 @@ class Recipe(Settings):
             raise ValueError(f"encoders: the names must differ, found {names}")
         if self.model.fusion.mode == "none" and len(names) != 1:
             raise ValueError(f"model.fusion.mode: 'none' takes exactly one encoder, found {len(names)}: {names}")
+        if self.train.non_finite == "skip" and self.engine.accumulation > 1:
+            raise ValueError("train.non_finite: 'skip' needs engine.accumulation = 1; use 'stop' or fewer micro-steps")
         parts = self.engine.workers * self.engine.accumulation
         if self.train.batch_size % parts:
             raise ValueError(
