@@ -1,21 +1,18 @@
 """Captions of scenes in several styles, from alt text to long prose, and which styles training never sees.
 
-A style is a way of saying what the scene's category names: colours only where the category is about colours, and so on.
-Styles in which attributes come after their nouns exist because LI-DiT's claim about causal states is about exactly
-those (paper 2.2 and A.3): a causal LLM's state of the noun cannot hold what is said later.
+A style says what the scene's category is about and no more: colours only where the category names colours, and so on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
 from lidit.errors import InputError
-from lidit.evals.scene import Scene, SceneObject, names_colours
-
-COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+from lidit.evals.long_captions import LATE_STYLES
+from lidit.evals.phrases import core, noun, with_article
+from lidit.evals.scene import Scene, names_colours
 
 
 @dataclass(frozen=True)
@@ -23,38 +20,6 @@ class Caption:
     text: str
     origin: str  # "original" or "synthetic"
     style: str
-
-
-def plural(shape: str) -> str:
-    return f"{shape}es" if shape.endswith(("s", "x")) else f"{shape}s"
-
-
-def with_article(phrase: str) -> str:
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
-
-
-def attributes(scene: Scene, item: SceneObject) -> str:
-    """What the scene's category says about an object: its colour, its size, or nothing."""
-    if names_colours(scene.tag):
-        return item.colour
-    return item.size if scene.tag == "size_attr" else ""
-
-
-def noun(scene: Scene, item: SceneObject) -> str:
-    return f"{attributes(scene, item)} {item.shape}".strip()
-
-
-def join(parts: Sequence[str], separator: str = ", ") -> str:
-    return parts[0] if len(parts) == 1 else f"{separator.join(parts[:-1])} and {parts[-1]}"
-
-
-def core(scene: Scene) -> str:
-    """The scene in the fewest words: "a red circle and a blue square", "a circle left of a cross", "three rings"."""
-    if scene.tag == "counting":
-        shape, count = scene.objects[0].shape, len(scene.objects)
-        return f"{COUNTS[count]} {shape if count == 1 else plural(shape)}"
-    phrases = [with_article(noun(scene, item)) for item in scene.objects]
-    return f" {scene.relation} ".join(phrases) if scene.relation else join(phrases)
 
 
 def bare(scene: Scene, rng: Random) -> str:
@@ -99,6 +64,7 @@ STYLES: dict[str, Callable[[Scene, Random], str]] = {
     "dense": dense,
     "there_is": there_is,
     "relation_first": relation_first,
+    **LATE_STYLES,
 }
 HELD_OUT_STYLES = ("there_is", "relation_first")
 
@@ -109,7 +75,7 @@ def style_fits(style: str, scene: Scene) -> bool:
         raise InputError(f"caption style {style!r} is unknown: choose from {', '.join(STYLES)}")
     if style == "relation_first":
         return scene.relation is not None
-    return True
+    return style not in LATE_STYLES or names_colours(scene.tag) or scene.tag == "size_attr"
 
 
 def write_caption(scene: Scene, style: str, rng: Random) -> str:

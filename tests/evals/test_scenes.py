@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from lidit.errors import InputError
-from lidit.evals.captions import COUNTS, HELD_OUT_STYLES, STYLES, CaptionStyles, style_fits, write_caption
+from lidit.evals.captions import HELD_OUT_STYLES, STYLES, CaptionStyles, style_fits, write_caption
 from lidit.evals.generator import draw_scene
 from lidit.evals.layouts import OPPOSITE, RELATIONS
+from lidit.evals.phrases import COUNTS, ORDINALS, core, references
 from lidit.evals.scene import FREE_TAGS, SIMPLE_TAGS, Scene, SceneObject, names_colours
 from lidit.evals.scenes import benchmark_prompts, write_scene_shards
 from lidit.evals.shapes import COLOURS, SHAPES, coverage, vocabulary_for
@@ -225,6 +226,46 @@ def test_every_style_names_every_object_with_its_attributes(tag: str) -> None:
             assert (tag != "size_attr") or item.size in text
         if scene.relation:
             assert scene.relation in text
+
+
+@pytest.mark.parametrize("tag", ["color_attr", "color_attr_position", "size_attr", "list4", "list6", "list8"])
+def test_late_styles_say_the_same_after_the_nouns(tag: str) -> None:
+    for seed in range(10):
+        scene = draw_scene(Random(seed), tag, 64, "free", vocabulary_for(64))
+        said = [item.size if tag == "size_attr" else item.colour for item in scene.objects]
+        names = references(scene)
+        text = write_caption(scene, "clauses", Random(seed))
+        nouns, _, clauses = text.partition("; ")
+        assert not any(word in nouns for word in said)
+        assert sorted(clauses.split(", ")) == sorted(f"{name} is {word}" for name, word in zip(names, said))
+        text = write_caption(scene, "ordinals", Random(seed))
+        assert re.findall(r"the (\w+) is (\w+)", text) == list(zip(ORDINALS, said))
+        text = write_caption(scene, "long", Random(seed))
+        sentences = [sentence.lower() for sentence in text.split(". ")]
+        assert not any(word in sentences[1].split() for word in said)
+        for name, word in zip(names, said):
+            assert any(sentence.startswith(name) and sentence.endswith(f" {word}") for sentence in sentences)
+        before = write_caption(scene, "long_before", Random(seed))
+        assert core(scene) in before
+        if tag.startswith("list"):
+            assert 40 < len(before.split()) < len(text.split()) < 180
+
+
+def test_places_in_prose_are_true() -> None:
+    scene = Scene(
+        "color_attr",
+        30,
+        (SceneObject("circle", "red", 5, 5, 40), SceneObject("cross", "blue", 15, 25, 40)),
+    )
+    text = write_caption(scene, "long", Random(0))
+    assert re.search(r"The circle [a-z ]+ the upper left corner\.", text)
+    assert re.search(r"The cross [a-z ]+ the bottom\.", text)
+
+
+def test_late_styles_are_refused_where_nothing_is_said() -> None:
+    scene = draw_scene(Random(0), "two_object", 32, "free", vocabulary_for(32))
+    with pytest.raises(InputError, match="cannot describe a two_object scene"):
+        write_caption(scene, "clauses", Random(0))
 
 
 def test_simple_captions_are_short(tmp_path: Path) -> None:
