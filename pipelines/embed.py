@@ -1,0 +1,296 @@
+"""Embedding a corpus: one LLM's states for every distinct caption, by Ray Data over units.
+
+CPU tasks read and tokenise a unit, a pool of encoder actors computes and publishes it, and only its commit record
+comes back: states never pass through the object store. Which units are missing is asked of the corpus first, so a
+finished family starts neither a model nor Ray, and an interrupted one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lidit.config import EncoderSettings, PoolSettings
+from lidit.errors import InputError, JobError
+from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics
+from lidit.text import CaptionTokens, EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
+from lidit.text.family import ensure_shared, unit_tables
+from pipelines.progress import Progress
+
+log = logging.getLogger(__name__)
+
+ACTOR_RESTARTS = 3  # a caption that kills the process must not be tried for ever
+MOST_BLOCKS = 10_000
+CALLS_PER_ACTOR = 2  # one unit is packed and written while the next one computes
+TOKENIZED = pa.schema(
+    [("unit", pa.int32()), ("token_ids", pa.list_(pa.list_(pa.int32()))), ("truncated", pa.list_(pa.bool_()))]
+)
+
+
+@dataclass(frozen=True)
+class EmbedSummary:
+    """One finished family. computed_units: by this call; relatives: other families of the name -> differing fields."""
+
+    name: str
+    directory: str
+    fingerprint: str
+    units: int
+    computed_units: int
+    captions: int
+    tokens: int
+    truncated: int
+    bytes: int
+    seconds: float
+    padding_waste: float
+    storage_error: dict[str, float] = field(default_factory=dict)
+    relatives: dict[str, list[str]] = field(default_factory=dict)
+
+
+def run_embed(
+    corpus: str, settings: EncoderSettings, pool: PoolSettings | None = None, progress: bool = True
+) -> EmbedSummary:
+    """Compute and publish what is missing of one text family. Call again after any interruption.
+
+    Raises:
+        InputError: no corpus, no model, settings the model cannot serve, resources this machine does not have.
+        JobError: the disk is full, an encoder died too often, states are not finite; finished units are kept.
+    """
+    pool = pool or PoolSettings()
+    started = time.monotonic()
+    Corpus.open(corpus)  # before any model is fetched
+    spec = resolve_encoder(settings, _device(pool))
+    writer = _writer(corpus, spec)
+    computed: list[int] = []
+    relatives = writer.relatives()
+    if not writer.complete():
+        for directory, fields in relatives.items():
+            log.info("%s is a new family; %s differs in: %s", writer.directory, directory, "; ".join(fields))
+        pending = writer.pending()
+        if pending:
+            computed = _compute(corpus, settings, spec, pool, pending, progress)
+    # A fresh writer: the one above may remember that there were no shared states.
+    provenance = {"encoder": settings.model_dump(mode="json"), "folder": spec.folder}
+    manifest = _writer(corpus, spec).finish(extra=provenance)
+    counts = manifest["counts"]
+    work = counts.get("computed_tokens", 0)
+    return EmbedSummary(
+        name=spec.name,
+        directory=writer.directory,
+        fingerprint=spec.fingerprint,
+        units=manifest["units"],
+        computed_units=len(computed),
+        captions=manifest["rows"],
+        tokens=manifest["tokens"],
+        truncated=counts.get("truncated", 0),
+        bytes=manifest["bytes"],
+        seconds=time.monotonic() - started,
+        padding_waste=1 - manifest["tokens"] / work if work else 0.0,
+        storage_error=manifest.get("storage_error", {}),
+        relatives=relatives,
+    )
+
+
+def _device(pool: PoolSettings) -> str:
+    return "cuda" if pool.gpus else "cpu"
+
+
+def _writer(corpus: str, spec: EncoderSpec) -> FamilyWriter:
+    return FamilyWriter.open_or_create(corpus, "text", spec.name, spec.to_dict())
+
+
+def _compute(
+    corpus: str, settings: EncoderSettings, spec: EncoderSpec, pool: PoolSettings, pending: list[int], progress: bool
+) -> list[int]:
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    from pipelines import cluster
+
+    cluster.connect(cpus=math.ceil(pool.actors * pool.cpus) + 1)
+    _check_resources(pool)
+    job = EncodeJob(corpus, settings, spec, pool)
+    # An actor of its own kind of device publishes the shared states; with several, exactly one must come first.
+    if pool.actors > 1 and _writer(corpus, spec).shared() is None:
+        _run(lambda: ray.get(ray.remote(**_demands(pool))(prepare).remote(job)))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_fallback_to_arrow_object_ext_type = False  # it would pickle what Arrow cannot hold
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    dataset = ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=_blocks(len(pending)))
+    dataset = dataset.map_batches(
+        tokenize_units, batch_size=1, batch_format="pyarrow", fn_kwargs={"job": job}, num_cpus=1
+    ).map_batches(
+        EncodeUnits,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=pool.actors,
+            max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
+            max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
+            enable_true_multi_threading=True,
+        ),
+        fn_constructor_kwargs={"job": job},
+        max_restarts=ACTOR_RESTARTS,
+        max_task_retries=ACTOR_RESTARTS,
+        **_demands(pool),
+    )
+    return _run(lambda: _consume(dataset, corpus, spec, pending, progress))
+
+
+def _consume(dataset: Any, corpus: str, spec: EncoderSpec, pending: list[int], progress: bool) -> list[int]:
+    counts = Corpus.open(corpus).units["captions"].to_pylist()
+    missing, total = sum(counts[unit] for unit in pending), sum(counts)
+    done: list[int] = []
+    tokens = truncated = 0
+    bar = Progress(f"embed {spec.name}", total, "captions", start=total - missing) if progress else None
+    with bar or contextlib.nullcontext():
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                done.append(row["unit"])
+                tokens, truncated = tokens + row["tokens"], truncated + row["truncated"]
+                note = f"{tokens:,} tokens" + (f", {truncated:,} captions cut" if truncated else "")
+                if bar:
+                    bar.advance(counts[row["unit"]], note)
+    return done
+
+
+def _run(work: Any) -> Any:
+    """Ray's wrapped exceptions as the ones that were raised."""
+    from ray.exceptions import RayError
+
+    try:
+        return work()
+    except (InputError, JobError):
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, InputError | JobError):
+                raise type(cause)(*cause.args) from None
+            inner = getattr(cause, "cause", None)
+            cause = inner if isinstance(inner, BaseException) else cause.__cause__
+        if isinstance(error, RayError):
+            reason = " ".join(str(error).split())[-500:]
+            raise JobError(
+                f"embedding stopped: {reason}. Finished units are kept: run the same command again"
+            ) from error
+        raise
+
+
+def _blocks(units: int) -> int:
+    return min(units, MOST_BLOCKS)
+
+
+def _demands(pool: PoolSettings) -> dict[str, Any]:
+    """What one encoder actor asks of the cluster."""
+    demands: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
+    if pool.resources:
+        demands["resources"] = dict(pool.resources)
+    if pool.label_selector:
+        demands["label_selector"] = dict(pool.label_selector)
+    return demands
+
+
+def _check_resources(pool: PoolSettings) -> None:
+    """A cluster of our own never grows: asking it for more would wait for ever."""
+    import os
+
+    from pipelines import cluster
+
+    if os.environ.get(cluster.CLUSTER_ADDRESS):
+        return
+    for resource, wanted in (("CPU", pool.actors * pool.cpus), ("GPU", pool.actors * pool.gpus)):
+        if wanted > cluster.total(resource):
+            raise InputError(
+                f"pool: {pool.actors} actors ask for {wanted:g} {resource}, this machine offers "
+                f"{cluster.total(resource):g}; lower pool.actors, pool.cpus or pool.gpus, or set "
+                f"{cluster.CLUSTER_ADDRESS} to a cluster"
+            )
+
+
+# -- what runs on the cluster ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What every task and actor of one embedding is told."""
+
+    corpus: str
+    settings: EncoderSettings
+    spec: EncoderSpec
+    pool: PoolSettings
+
+    def local_spec(self) -> EncoderSpec:
+        """The spec with the model's folder on this node, which may have its own download."""
+        if Path(self.spec.folder).is_dir():
+            return self.spec
+        found = resolve_encoder(self.settings, _device(self.pool))
+        if found.fingerprint != self.spec.fingerprint:
+            raise InputError(f"{self.settings.model}: this node has other model files than the node the job started on")
+        return found
+
+    def load(self) -> PromptEncoder:
+        import torch
+
+        torch.set_num_threads(max(1, int(self.pool.cpus)))
+        return PromptEncoder.load(self.local_spec(), _device(self.pool))
+
+    def writer(self) -> FamilyWriter:
+        return FamilyWriter(self.corpus, "text", self.spec.name, self.spec.to_dict())
+
+
+def prepare(job: EncodeJob) -> None:
+    """Publish the shared states."""
+    ensure_shared(job.load(), job.writer(), job.pool.token_budget)
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(spec: EncoderSpec) -> PromptTokenizer:
+    return PromptTokenizer(spec)  # a large vocabulary takes seconds to parse: once per worker process
+
+
+def tokenize_units(batch: pa.Table, job: EncodeJob) -> pa.Table:
+    """Unit numbers -> the token ids of their captions."""
+    corpus = Corpus.open(job.corpus)
+    rows = []
+    for unit in batch["unit"].to_pylist():
+        tokens = _tokenizer(job.local_spec()).tokenize(corpus.captions(unit)["text"].to_pylist())
+        rows.append(
+            {"unit": unit, "token_ids": [t.token_ids for t in tokens], "truncated": [t.truncated for t in tokens]}
+        )
+    return pa.Table.from_pylist(rows, schema=TOKENIZED)
+
+
+class EncodeUnits:
+    """An actor: one model, units in, records out. Two calls at a time, of which one has the device."""
+
+    def __init__(self, job: EncodeJob) -> None:
+        self.job = job
+        self.encoder = job.load()
+        self.shared = ensure_shared(self.encoder, job.writer(), job.pool.token_budget)
+        self.writer = job.writer()
+        self.device = threading.Lock()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._unit(row) for row in batch.to_pylist()])
+
+    def _unit(self, row: dict[str, Any]) -> dict[str, Any]:
+        record = self.writer.committed(row["unit"])  # by a call that died after publishing, or by another job
+        if record is None:
+            record = self._encode(row)
+        return {"unit": record.unit, "tokens": record.tokens, "truncated": record.counts.get("truncated", 0)}
+
+    def _encode(self, row: dict[str, Any]) -> CommitRecord:
+        statistics = UnitStatistics()
+        captions = [CaptionTokens(tuple(i), cut) for i, cut in zip(row["token_ids"], row["truncated"], strict=True)]
+        tables = unit_tables(self.encoder, self.shared, captions, statistics, self.job.pool.token_budget, self.device)
+        return self.writer.publish(row["unit"], tables, statistics=statistics)
