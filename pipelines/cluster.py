@@ -19,10 +19,11 @@ def connect(cpus: int | None = None, temp_dir: str | None = None) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
     if os.environ.get(CLUSTER_ADDRESS):
+        # Only here: an embedded Ray makes its own token, but refuses to start when the mode is set and none exists.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(address="auto", logging_level=logging.ERROR)
     else:
         ray.init(num_cpus=max(cpus or 0, os.cpu_count() or 1), _temp_dir=temp_dir, **quiet)
