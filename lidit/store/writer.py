@@ -148,6 +148,10 @@ class FamilyWriter:
             self._clean(listing, {record.file for record in valid.values()})
         return [unit for unit in range(self.corpus.num_units) if unit not in valid]
 
+    def committed(self, unit: int) -> CommitRecord | None:
+        """The unit's record where it stands and fits its file: such a unit need not be computed."""
+        return self._record_on_disk(unit)
+
     def publish(
         self,
         unit: int,
