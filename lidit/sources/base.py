@@ -1,0 +1,177 @@
+"""What every source gives: samples as found, one at a time, and refusals in words."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import fsspec
+
+from lidit.store import ImageReference
+from lidit.store.folder import is_url
+
+# Text members and rows larger than this are refused unread: no caption or metadata record needs more.
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+MAX_IMAGE_BYTES = 512 * 1024 * 1024
+ORIGINAL = "original"
+KEY_FIELDS = ("key", "__key__", "id", "image_id")
+
+
+class BadRecordError(Exception):
+    """A row or member that cannot be used; the message is the reason, for a quarantine row."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file (or folder of images) to read.
+
+    path: local path or URL; name: the same relative to the corpus's root; kind: which reader takes it.
+    """
+
+    kind: str
+    path: str
+    name: str
+    bytes: int
+    modified: str
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """Which fields hold captions (field -> origin) and images, and whether images are wanted at all."""
+
+    captions: dict[str, str]
+    images: tuple[str, ...]
+    captions_only: bool
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample before any check. captions: (text, origin); image: its bytes, or None where the source has no images."""
+
+    key: str
+    captions: tuple[tuple[str, str], ...]
+    image: bytes | None = None
+    reference: ImageReference | None = None
+    label: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class OpenedSource:
+    """A source file being read and hashed on the way, so that a remote file is fetched once."""
+
+    def __init__(self, source: SourceFile) -> None:
+        self.source = source
+        self._hash = hashlib.sha256()
+        self._stream: io.BufferedReader | None = None
+        self.ignored: dict[str, int] = {}
+
+    def stream(self) -> io.BufferedReader:
+        """The bytes from the start, to be read in order."""
+        self._stream = io.BufferedReader(_HashingReader(open_binary(self.source.path), self._hash), 1 << 20)
+        return self._stream
+
+    def hash(self, content: bytes) -> None:
+        """For readers that do not use `stream`: what they read, in a fixed order."""
+        self._hash.update(content)
+
+    def ignore(self, kind: str) -> None:
+        """Count a member that is no part of a sample, such as a .npy beside an image."""
+        self.ignored[kind] = self.ignored.get(kind, 0) + 1
+
+    def finish(self) -> None:
+        """Read what is left, so that the hash is that of the whole file."""
+        while self._stream is not None and self._stream.read(1 << 20):
+            pass
+
+    @property
+    def sha256_read(self) -> str:
+        """Of everything read so far."""
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+class _HashingReader(io.RawIOBase):
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self.file, self.digest = file, digest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.file.read(len(buffer))
+        buffer[: len(content)] = content
+        self.digest.update(content)
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def open_binary(path: str) -> BinaryIO:
+    """A local file or an object behind a URL, for reading."""
+    if is_url(path):
+        opened: BinaryIO = fsspec.open(path, "rb").open()
+        return opened
+    return open(path, "rb")  # noqa: PTH123
+
+
+def parse_json(content: bytes) -> Any:
+    """One JSON value. Raises BadRecordError with the reason."""
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=str)
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"invalid UTF-8: byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError(f"invalid JSON: {' '.join(str(error).split())}") from None
+
+
+def captions_in(record: dict[str, Any], fields: dict[str, str]) -> list[tuple[str, str]]:
+    """Captions of a JSON record or table row, as (text, origin).
+
+    Taken from the configured fields, and from `captions`: a list of texts or of {"text": ..., "origin": ...}.
+    """
+    found = [(record[name], origin) for name, origin in fields.items() if isinstance(record.get(name), str)]
+    several = record.get("captions")
+    for entry in several if isinstance(several, list) else []:
+        if isinstance(entry, str):
+            found.append((entry, ORIGINAL))
+        elif isinstance(entry, dict) and isinstance(entry.get("text"), str):
+            found.append((entry["text"], str(entry.get("origin", ORIGINAL))))
+    return found
+
+
+def key_in(record: dict[str, Any], otherwise: str) -> str:
+    """The record's own key, or `otherwise`."""
+    for name in KEY_FIELDS:
+        if isinstance(record.get(name), str | int):
+            return str(record[name])
+    return otherwise
+
+
+def label_in(record: dict[str, Any]) -> str | None:
+    """A class label, for class template captions."""
+    for name in ("class", "label", "class_name", "cls"):
+        if isinstance(record.get(name), str | int):
+            return str(record[name])
+    return None
+
+
+def lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines from 1, without their end; None for a line longer than MAX_TEXT_BYTES."""
+    number = 0
+    while line := stream.readline(MAX_TEXT_BYTES + 1):
+        number += 1
+        if len(line) > MAX_TEXT_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(MAX_TEXT_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield number, None
+        else:
+            yield number, line.rstrip(b"\r\n")

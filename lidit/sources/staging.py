@@ -1,0 +1,192 @@
+"""One source file read, checked and written down, before units are numbered.
+
+A staged source is three files under CORPUS/ingest/: NNNNN-samples.arrow, NNNNN-refused.arrow and, last, NNNNN.json.
+They hold text and references only; images stay where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lidit.config import IngestSettings
+from lidit.errors import InputError, JobError
+from lidit.sources import FieldNames, OpenedSource, RawSample, SourceFile, read_source
+from lidit.sources.filters import SampleChecker
+from lidit.store import Refusal, Sample
+from lidit.store.folder import Folder
+from lidit.store.publish import arrow_writer, publish_bytes, publish_table, published
+from lidit.store.rows import quarantine_table
+from lidit.store.schema import IMAGE_REFERENCE, canonical_json
+
+STAGING = "ingest"
+_CHUNK_ROWS = 4096
+STAGED = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("key_hash", pa.binary(16)),
+        ("captions", pa.list_(pa.struct([("text", pa.large_string()), ("origin", pa.string())]))),
+        ("image", IMAGE_REFERENCE),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bucket", pa.string()),
+        ("meta", pa.large_string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class StagedSource:
+    """What a staged source file came to."""
+
+    index: int
+    name: str
+    bytes: int
+    modified: str
+    sha256: str
+    samples: int
+    images: int
+    refused: dict[str, int]
+    refused_captions: int
+    ignored: dict[str, int]
+
+
+def read_class_names(path: str | None) -> dict[str, str]:
+    """Class label -> name. Lines are names, labelled 0, 1, ..., or all of the form `n01440764 tench`.
+
+    Raises InputError where the file is not there or empty.
+    """
+    if path is None:
+        return {}
+    try:
+        found = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: class names cannot be read: {error}") from None
+    if not found:
+        raise InputError(f"{path}: no class name in the file")
+    pairs = [line.split(maxsplit=1) for line in found]
+    if all(len(pair) == 2 and any(c.isdigit() for c in pair[0]) for pair in pairs):
+        return dict(pairs)
+    return {str(index): name for index, name in enumerate(found)}
+
+
+def staged_name(index: int) -> str:
+    return f"{index:06d}"
+
+
+def read_staged(folder: Folder, source: SourceFile, index: int) -> StagedSource | None:
+    """The record of an earlier, finished reading; None where there is none.
+
+    Raises InputError where the source has changed since.
+    """
+    try:
+        staged = StagedSource(**json.loads(folder.read_bytes(f"{staged_name(index)}.json")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    if (staged.name, staged.bytes, staged.modified) != (source.name, source.bytes, source.modified):
+        raise InputError(
+            f"{source.path}: has changed since this ingest began; delete {folder.location} to read everything again"
+        )
+    return staged
+
+
+def stage_source(folder: Folder, source: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
+    """Read one source file to its end. Raises JobError where it cannot be read at all."""
+    standing = read_staged(folder, source, index)
+    if standing is not None:
+        return standing
+    reader = _SourceReader(source, settings)
+    name = staged_name(index)
+    try:
+        with published(folder, lambda _: f"{name}-samples.arrow", arrow_writer(reader.tables())):
+            pass
+    except OSError as error:
+        raise JobError(f"{source.path}: cannot be read: {error}") from None
+    finally:
+        reader.opened.close()
+    publish_table(folder, f"{name}-refused.arrow", quarantine_table(reader.refusals))
+    staged = StagedSource(
+        index=index,
+        name=source.name,
+        bytes=source.bytes,
+        modified=source.modified,
+        sha256=reader.opened.sha256_read,
+        samples=reader.samples,
+        images=reader.images,
+        refused=dict(Counter(category(r.reason) for r in reader.refusals if r.what != "caption")),
+        refused_captions=sum(r.what == "caption" for r in reader.refusals),
+        ignored=reader.opened.ignored,
+    )
+    publish_bytes(folder, f"{name}.json", canonical_json(asdict(staged)).encode())
+    return staged
+
+
+def category(reason: str) -> str:
+    """The part of a reason before its details."""
+    return reason.partition(":")[0]
+
+
+class _SourceReader:
+    """Counts while it passes accepted samples on in tables of bounded size."""
+
+    def __init__(self, source: SourceFile, settings: IngestSettings) -> None:
+        self.source, self.settings = source, settings
+        self.fields = FieldNames(settings.caption_fields, settings.image_fields, settings.captions_only)
+        self.checker = SampleChecker(settings, read_class_names(settings.class_names))
+        self.opened = OpenedSource(source)
+        self.refusals: list[Refusal] = []
+        self.samples = self.images = 0
+
+    def tables(self) -> Iterator[pa.Table]:
+        chunk: list[Sample] = []
+        for found in self._checked():
+            chunk.append(found)
+            if len(chunk) == _CHUNK_ROWS:
+                yield _table(chunk)
+                chunk = []
+        yield _table(chunk)
+        self.opened.finish()
+
+    def _checked(self) -> Iterator[Sample]:
+        for found in read_source(self.opened, self.fields):
+            if isinstance(found, Refusal):
+                self.refusals.append(found)
+                continue
+            sample, refusals = self.checker.check(found, self.source.name, self._has_image(found))
+            self.refusals += refusals
+            if sample is not None:
+                self.samples += 1
+                self.images += sample.image is not None
+                yield self._keyed(sample)
+
+    def _has_image(self, raw: RawSample) -> bool:
+        if self.settings.captions_only:
+            return False
+        # A tar or a folder is about images; a table or text file has them exactly where its reader found them.
+        return raw.reference is not None or self.source.kind in ("tar", "folder")
+
+    def _keyed(self, sample: Sample) -> Sample:
+        if self.settings.unique_keys == "corpus":
+            return sample
+        return Sample(**{**vars(sample), "key": f"{self.source.name}/{sample.key}"})
+
+
+def _table(samples: list[Sample]) -> pa.Table:
+    columns: Mapping[str, list[Any]] = {
+        "key": [s.key for s in samples],
+        "key_hash": [hashlib.sha256(s.key.encode("utf-8")).digest()[:16] for s in samples],
+        "captions": [[{"text": text, "origin": origin} for text, origin in s.captions] for s in samples],
+        "image": [s.image and vars(s.image) for s in samples],
+        "width": [s.width for s in samples],
+        "height": [s.height for s in samples],
+        "bucket": [s.bucket for s in samples],
+        "meta": [s.meta for s in samples],
+    }
+    return pa.table([pa.array(columns[f.name], f.type) for f in STAGED], schema=STAGED)

@@ -1,0 +1,137 @@
+"""Line-based sources: JSONL and CSV rows (with image paths or without), and plain text with one caption per line."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lidit.sources.base import (
+    MAX_TEXT_BYTES,
+    ORIGINAL,
+    BadRecordError,
+    FieldNames,
+    OpenedSource,
+    RawSample,
+    captions_in,
+    key_in,
+    label_in,
+    lines,
+    open_binary,
+    parse_json,
+)
+from lidit.store import ImageReference, Refusal
+from lidit.store.folder import is_url
+
+
+def read_text(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
+    """One caption per line; no images."""
+    name = opened.source.name
+    for number, line in lines(opened.stream()):
+        key = f"{name}:{number}"
+        if line is None:
+            yield Refusal(key, name, f"line too long: line {number} has more than {MAX_TEXT_BYTES} bytes")
+            continue
+        try:
+            yield RawSample(key, ((line.decode("utf-8"), ORIGINAL),))
+        except UnicodeDecodeError as error:
+            yield Refusal(key, name, f"invalid UTF-8: line {number}, byte {error.start}")
+
+
+def read_jsonl(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
+    """One JSON object per line; blank lines are no rows. The first row decides whether the file has images."""
+    name = opened.source.name
+    image_field: str | None = None
+    first = True
+    for number, line in lines(opened.stream()):
+        key = f"{name}:{number}"
+        if line is not None and not line.strip():
+            continue
+        try:
+            if line is None:
+                raise BadRecordError(f"line too long: more than {MAX_TEXT_BYTES} bytes")
+            record = parse_json(line)
+            if not isinstance(record, dict):
+                raise BadRecordError(f"invalid JSON: expected an object, found {type(record).__name__}")
+        except BadRecordError as error:
+            yield Refusal(key, name, f"{error} (line {number})")
+            continue
+        if first:
+            image_field, first = _image_field(record, fields), False
+        yield _row(opened, record, key, image_field, fields)
+
+
+def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
+    """Rows of a CSV or TSV file with a header line."""
+    name = opened.source.name
+    csv.field_size_limit(MAX_TEXT_BYTES)
+    # Invalid bytes become surrogates, which the caption check refuses row by row; strict decoding would lose the file.
+    text = io.TextIOWrapper(opened.stream(), encoding="utf-8", errors="surrogateescape", newline="")
+    rows = csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",")
+    image_field = _image_field(dict.fromkeys(rows.fieldnames or [], ""), fields)
+    while True:
+        key = f"{name}:{rows.line_num + 1}"
+        try:
+            record = next(rows, None)
+        except csv.Error as error:
+            yield Refusal(key, name, f"invalid CSV: line {rows.line_num}: {error}")
+            continue
+        if record is None:
+            break
+        yield _row(opened, {k: v for k, v in record.items() if k}, key, image_field, fields)
+    text.detach()
+
+
+def _image_field(record: dict[str, Any], fields: FieldNames) -> str | None:
+    if fields.captions_only:
+        return None
+    return next((name for name in fields.images if name in record), None)
+
+
+def _row(
+    opened: OpenedSource, record: dict[str, Any], otherwise: str, image_field: str | None, fields: FieldNames
+) -> RawSample | Refusal:
+    name = opened.source.name
+    key = key_in(record, otherwise)
+    captions = tuple(captions_in(record, fields.captions))
+    if image_field is None:
+        return RawSample(key, captions, label=label_in(record), meta=record)
+    path = record.get(image_field)
+    if not isinstance(path, str) or not path:
+        return Refusal(key, name, f"no image: field {image_field!r} is empty")
+    try:
+        content, reference = beside(opened.source.path, name, path)
+    except BadRecordError as error:
+        return Refusal(key, name, str(error))
+    return RawSample(key, captions, content, reference, label_in(record), record)
+
+
+def beside(table_path: str, table_name: str, image: str) -> tuple[bytes, ImageReference]:
+    """An image named by a row, relative to the folder of the table it stands in; never outside that folder.
+
+    Raises BadRecordError with the reason.
+    """
+    pure = PurePosixPath(image)
+    if pure.is_absolute() or ".." in pure.parts or "\0" in image or "\\" in image or is_url(image):
+        raise BadRecordError(f"unsafe name: {image!r} leaves the folder of its table")
+    parent, _, _ = table_path.rpartition("/")
+    folder_name, slash, _ = table_name.rpartition("/")
+    content = read_inside(parent, image)
+    return content, ImageReference(f"{folder_name}{slash}{image}", "", 0, len(content))
+
+
+def read_inside(folder: str, image: str) -> bytes:
+    """A file below `folder`, also after following symlinks. Raises BadRecordError with the reason."""
+    if not is_url(folder):
+        real = Path(folder, image).resolve()
+        if not real.is_relative_to(Path(folder).resolve()):
+            raise BadRecordError(f"unsafe name: {image!r} is a link out of its folder")
+        if not real.is_file():
+            raise BadRecordError(f"no image: {image!r} does not exist")
+    try:
+        with open_binary(f"{folder}/{image}") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise BadRecordError(f"no image: {image!r} does not exist") from None

@@ -1,0 +1,123 @@
+"""From staged sources to numbered units: duplicate keys resolved over the whole corpus, then units written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lidit.sources.staging import StagedSource, staged_name
+from lidit.store import ImageReference, Refusal, Sample, publish_unit, unit_tables
+from lidit.store.folder import Folder
+from lidit.store.publish import publish_table
+from lidit.store.rows import quarantine_table
+
+# Keys compared at once: bounds the driver's memory to about a gigabyte whatever the corpus holds.
+KEYS_AT_ONCE = 20_000_000
+QUARANTINE = "quarantine"
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source file's part of the corpus. duplicates: staged row -> the source file that has its key first."""
+
+    index: int
+    name: str
+    first_unit: int
+    units: int
+    duplicates: dict[int, str]
+
+
+def find_duplicates(
+    folder: Folder, staged: Sequence[StagedSource], keys_at_once: int = KEYS_AT_ONCE
+) -> dict[int, dict[int, str]]:
+    """Source index -> {row: source file of the first sample with that key}, over all sources in order.
+
+    Keys are compared by 128 bits of their sha256, in as many passes as memory asks for.
+    """
+    passes = max(1, -(-sum(s.samples for s in staged) // keys_at_once))
+    found: dict[int, dict[int, str]] = {}
+    for part in range(passes):
+        high, low, source, row = [], [], [], []
+        for position, entry in enumerate(staged):
+            hashes = _key_hashes(folder, entry)  # [samples, 2] uint64
+            mine = np.flatnonzero(hashes[:, 0] % np.uint64(passes) == part)
+            high.append(hashes[mine, 0])
+            low.append(hashes[mine, 1])
+            source.append(np.full(len(mine), position, np.int32))
+            row.append(mine.astype(np.int32))
+        keys = np.stack([np.concatenate(high), np.concatenate(low)])
+        sources, rows = np.concatenate(source), np.concatenate(row)
+        order = np.lexsort((rows, sources, keys[1], keys[0]))
+        same = np.zeros(len(order), bool)
+        same[1:] = (keys[:, order[1:]] == keys[:, order[:-1]]).all(0)
+        first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
+        for place in np.flatnonzero(same):
+            original, copy = order[first[place]], order[place]
+            entry = staged[int(sources[copy])]
+            found.setdefault(entry.index, {})[int(rows[copy])] = staged[int(sources[original])].name
+    return found
+
+
+def _key_hashes(folder: Folder, staged: StagedSource) -> np.ndarray:
+    column = folder.read_table(f"{staged_name(staged.index)}-samples.arrow")["key_hash"]
+    halves = [
+        np.frombuffer(chunk.buffers()[1], dtype=np.uint64)[chunk.offset * 2 : (chunk.offset + len(chunk)) * 2]
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    return np.concatenate([np.zeros(0, np.uint64), *halves]).reshape(-1, 2)
+
+
+def plan_units(
+    staged: Sequence[StagedSource], duplicates: dict[int, dict[int, str]], unit_samples: int
+) -> list[SourcePlan]:
+    """Consecutive unit numbers for every source file, in order; a file without a sample gets none."""
+    plans, first = [], 0
+    for entry in staged:
+        copies = duplicates.get(entry.index, {})
+        units = -(-(entry.samples - len(copies)) // unit_samples)
+        plans.append(SourcePlan(entry.index, entry.name, first, units, copies))
+        first += units
+    return plans
+
+
+def write_units(
+    corpus: Folder, staging: Folder, plan: SourcePlan, unit_samples: int, digits: int
+) -> list[dict[str, Any]]:
+    """Write all units of one source and its quarantine file; returns rows of the unit table.
+
+    Writing again gives the same bytes, so a rerun after a crash simply overwrites.
+    """
+    rows, unit, refusals = [], plan.first_unit, []
+    chunk: list[Sample] = []
+    for position, sample in enumerate(_samples(staging, plan.index)):
+        if position in plan.duplicates:
+            where = plan.duplicates[position]
+            refusals.append(Refusal(sample.key, plan.name, f"duplicate key: the first sample with it is in {where}"))
+            continue
+        chunk.append(sample)
+        if len(chunk) == unit_samples:
+            rows.append(publish_unit(corpus, unit, digits, plan.name, *unit_tables(chunk)))
+            unit, chunk = unit + 1, []
+    if chunk:
+        rows.append(publish_unit(corpus, unit, digits, plan.name, *unit_tables(chunk)))
+    refused = staging.read_table(f"{staged_name(plan.index)}-refused.arrow")
+    if refused.num_rows or refusals:
+        table = pa.concat_tables([refused, quarantine_table(refusals)]).combine_chunks()
+        folder = corpus.child(QUARANTINE)
+        folder.create()
+        publish_table(folder, f"{staged_name(plan.index)}.arrow", table)
+    return rows
+
+
+def _samples(staging: Folder, index: int) -> Iterator[Sample]:
+    table = staging.read_table(f"{staged_name(index)}-samples.arrow")
+    for batch in table.to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            captions = tuple((caption["text"], caption["origin"]) for caption in row["captions"])
+            image = ImageReference(**row["image"]) if row["image"] else None
+            yield Sample(row["key"], captions, image, row["width"], row["height"], row["bucket"], row["meta"])
