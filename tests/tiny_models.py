@@ -1,7 +1,7 @@
-"""Tiny random language models with their tokenizers, as ordinary Hugging Face folders: no download, milliseconds to run.
+"""Tiny random language models with their tokenizers, as ordinary Hugging Face folders.
 
-Every family has its own habits: some tokenizers prepend BOS and some do not, some pad on the left, some models have
-sliding windows (16 tokens here) or mix them with full attention.
+No download, milliseconds to run. Every family has its own habits: some tokenizers prepend BOS and some do not, some pad
+on the left, some models have sliding windows (16 tokens here) or mix them with full attention.
 """
 
 import json
@@ -58,8 +58,9 @@ CORPUS = (
     "a red circle and a blue square on a green field",
     "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships",
     "two yellow triangles left of a large white star, photographed in the evening light",
-    "ein großer Würfel", "一个红色的圆形和一个蓝色的正方形",
-)  # fmt: skip
+    "ein großer Würfel",
+    "一个红色的圆形和一个蓝色的正方形",
+)
 
 
 def tiny_llm(folder: Path, family: str = "llama", layers: int = LAYERS, width: int = 64, seed: int = 0) -> Path:
@@ -154,15 +155,19 @@ def _build(family: str, vocabulary: int, layers: int, width: int) -> torch.nn.Mo
                 pad_token_id=3,
                 eos_token_id=2,
                 decoder_start_token_id=3,
-            )  # fmt: skip
+            )
         )
     text = {**shape, "max_position_embeddings": 48}
     if family == "clip_text":
         return CLIPTextModel(CLIPTextConfig(**text))
     vision = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
         "patch_size": 8,
-    }  # fmt: skip
+    }
     if family == "clip":
         return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
     if family == "llava":

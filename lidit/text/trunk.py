@@ -77,6 +77,7 @@ class Trunk:
 
 
 def _load(spec: EncoderSpec, device: torch.device) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
     from transformers.utils import logging
@@ -98,7 +99,7 @@ def _load(spec: EncoderSpec, device: torch.device) -> Any:
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"encoder {spec.name}: {spec.folder}: the model cannot be loaded ({reason})") from None
     finally:
