@@ -79,8 +79,9 @@ def draw_cases(
 ) -> list[Case]:
     """`count` scenes of a category with a true and a wrong caption in one style, the same words but for the error.
 
-    kind: "binding" swaps the colours (or sizes) of two segments, "attribute" gives one segment a colour no segment has,
-    "relation" names the opposite relation. The segment in question goes round, so every position is met equally often.
+    kind: "binding" swaps the colours (or sizes) of two segments, "attribute" gives one segment a colour that neither it
+    nor, where there are colours enough, any other has, "relation" names the opposite relation. The segment in question
+    goes round, so every position is met equally often.
     With split="train" neither caption names a held-out pair, so novelty cannot give the wrong one away. Scenes are
     drawn with seeds no training set uses. Raises InputError where kind, category or style do not go together.
     """
@@ -129,7 +130,10 @@ def _alter(
         assert scene.relation is not None
         return dataclasses.replace(scene, relation=OPPOSITE[scene.relation]), (0, 1)
     if kind == "attribute":
-        free = [colour for colour in colours if all(colour != item.colour for item in objects)]
+        absent = [colour for colour in colours if all(colour != item.colour for item in objects)]
+        # long lists use every colour: then one that no object of this shape has
+        same = [item.colour for item in objects if item.shape == objects[index].shape]
+        free = absent or [colour for colour in colours if colour not in same]
         if not free:
             return None
         objects[index] = dataclasses.replace(objects[index], colour=rng.choice(free))

@@ -7,7 +7,7 @@ also counts the objects and limits clutter.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -38,21 +38,31 @@ class SceneScore:
     clauses: tuple[bool, ...]
     analysis: Analysis
 
-    def details(self) -> list[dict[str, Any]]:
-        return [dataclasses.asdict(item) for item in self.analysis.objects]
+    def details(self) -> dict[str, list[list[float]]]:
+        """GenEval's details: class -> detections, each (left, top, right, bottom, confidence)."""
+        found: dict[str, list[list[float]]] = {}
+        for item in self.analysis.objects:
+            found.setdefault(item.shape, []).append([*map(float, item.box), item.iou])
+        return found
 
 
 def relative_position(box: Box, other: Box) -> set[str]:
-    """GenEval's relations of `box` to `other`, both (left, top, right, bottom); a diagonal may satisfy two."""
-    corners = np.array([box, other], dtype=float).reshape(2, 2, 2)  # [box, corner, (x, y)]
-    centres = corners.mean(axis=1)
-    extents = np.abs(np.diff(corners, axis=1))[:, 0]
-    offset = centres[0] - centres[1]
-    shrunk = np.maximum(np.abs(offset) - POSITION_THRESHOLD * extents.sum(axis=0), 0) * np.sign(offset)
-    if np.all(np.abs(shrunk) < 1e-3):
+    """GenEval's relations of `box` to `other`, both (left, top, right, bottom); a diagonal may satisfy two.
+
+    Per axis, the offset of the centres less a tenth of the summed extents, over the distance of the centres, must
+    exceed one half.
+    """
+    offsets, shrunk = [], []
+    for low, high in ((0, 2), (1, 3)):
+        offset = (box[low] + box[high] - other[low] - other[high]) / 2
+        slack = POSITION_THRESHOLD * (box[high] - box[low] + other[high] - other[low])
+        offsets.append(offset)
+        shrunk.append(math.copysign(max(abs(offset) - slack, 0.0), offset))
+    distance = math.hypot(*offsets)
+    if distance == 0:
         return set()
-    dx, dy = shrunk / np.linalg.norm(offset)
-    named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    x, y = shrunk[0] / distance, shrunk[1] / distance
+    named = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {relation for relation, true in named.items() if true}
 
 

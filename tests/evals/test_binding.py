@@ -102,6 +102,15 @@ def test_wrong_captions_of_other_kinds() -> None:
         assert case.positions == (index % 4,)
 
 
+@pytest.mark.parametrize("kind", ["binding", "attribute"])
+def test_wrong_captions_describe_another_scene_even_where_shapes_repeat(kind: str) -> None:
+    for case in draw_cases(kind, "list8", 30, 32, "free"):
+        assert set(case.caption.replace(" and ", ", ").split(", ")) != set(
+            case.wrong.replace(" and ", ", ").split(", ")
+        )
+        assert len(case.positions) == (2 if kind == "binding" else 1)
+
+
 def test_neither_caption_names_a_held_out_pair() -> None:
     held_out = vocabulary_for(32).held_out_pairs()
     named = [f"{colour} {shape}" for colour, shape in held_out]

@@ -245,6 +245,7 @@ def test_late_styles_say_the_same_after_the_nouns(tag: str) -> None:
         assert not any(word in sentences[1].split() for word in said)
         for name, word in zip(names, said):
             assert any(sentence.startswith(name) and sentence.endswith(f" {word}") for sentence in sentences)
+        assert len(sentences) == 3 + 2 * len(names)
         before = write_caption(scene, "long_before", Random(seed))
         assert core(scene) in before
         if tag.startswith("list"):

@@ -316,6 +316,8 @@ def test_evaluation_sums_up_as_geneval_does(tmp_path: Path) -> None:
     assert lines[3]["filename"] == "00001/samples/0001.png"
     assert json.loads(lines[0]["metadata"])["include"] == items[0]["include"]
     assert sum(line["correct"] for line in lines) == 11
+    (detections,) = json.loads(lines[0]["details"]).values()
+    assert [len(detection) for detection in detections] == [5]
     with pytest.raises(InputError, match="no images"):
         evaluate_images(items, [[]] * len(items))
 
