@@ -53,7 +53,7 @@ class TextStates:
             parts = [half.mask if half.visible is None else half.visible for half in (first, second)]
             visible = torch.cat(parts)
         return TextStates(
-            torch.cat([first.states, second.states.to(first.states.dtype)]),
+            torch.cat([first.states, second.states]),  # of two dtypes the wider one is taken
             torch.cat([first.mask, second.mask]),
             self.prefix,
             visible,
