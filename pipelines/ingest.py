@@ -122,13 +122,13 @@ def _finished(corpus: Corpus, plan: dict[str, Any], root: str) -> IngestSummary:
 
 def _claim(folder: Folder, staging: Folder, plan: dict[str, Any]) -> None:
     """Make the folder ours, or make sure that it is the same ingest, interrupted."""
+    if folder.local and folder.path.is_file():
+        raise InputError(f"{folder.location}: is a file; name a folder for --corpus")
     try:
         before = json.loads(staging.read_bytes(PLAN_FILE))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         if [name for name in folder.folders() if name != STAGING] or folder.sizes():
             raise InputError(f"{folder.location}: not empty and not a corpus; name a new folder for --corpus") from None
-        if folder.local and folder.exists() and not folder.path.is_dir():
-            raise InputError(f"{folder.location}: is a file; name a folder for --corpus") from None
         staging.create()
         publish_bytes(staging, PLAN_FILE, canonical_json(plan).encode())
         return

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -54,8 +55,12 @@ def decode_image(content: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decode
         raise
     except Image.DecompressionBombError:
         raise BadImageError(f"image too large: more pixels than PIL accepts; max_pixels={max_pixels}") from None
+    except UnidentifiedImageError:
+        raise BadImageError(f"broken image: not one of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise almost anything on hostile bytes
-        raise BadImageError(f"broken image: {' '.join(str(error).split()) or type(error).__name__}") from None
+        # Without object addresses: the same bytes must give the same reason in every process.
+        reason = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
+        raise BadImageError(f"broken image: {reason or type(error).__name__}") from None
     return DecodedImage(rgb, tuple(notes + note))
 
 
