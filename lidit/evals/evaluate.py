@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lidit.errors import InputError
-from lidit.evals.analysis import analyse
+from lidit.evals.analysis import Analysis, analyse
 from lidit.evals.generator import draw_scene
 from lidit.evals.scorer import Item, SceneScore, judge, score_image
 from lidit.evals.shapes import vocabulary_for
@@ -97,23 +97,25 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def chance_floor(items: Sequence[Item], size: int, draws: int = 8, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Per category, the mean (lax, strict) score of a prompt against a true image of ANOTHER scene of its category.
+def chance_floor(items: Sequence[Item], size: int, scenes: int = 64, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Per category, the mean (lax, strict) score of its prompts against true images of OTHER scenes of the category.
 
-    What a model gets that draws perfect pictures and does not read its prompt. `draws` scenes per prompt.
+    What a model gets that draws perfect pictures and does not read its prompt. `scenes`: images per category, each
+    judged under every prompt.
     """
+    shown: dict[tuple[str, str], list[Analysis]] = {}
     scores: dict[str, list[tuple[bool, bool]]] = {}
-    for number, item in enumerate(items):
-        layout = item.get("layout", "free")
-        vocabulary = vocabulary_for(size, layout)
-        rng = Random(f"floor/{seed}/{number}")
-        for _ in range(draws):
-            scene = draw_scene(rng, item["tag"], size, layout, vocabulary, "any")
-            score = judge(analyse(scene.render(), vocabulary), item)
-            scores.setdefault(item["tag"], []).append((score.lax, score.strict))
-    return {
-        tag: (float(lax), float(strict)) for tag, (lax, strict) in ((t, np.mean(v, axis=0)) for t, v in scores.items())
-    }
+    for item in items:
+        tag, layout = item["tag"], item.get("layout", "free")
+        if (tag, layout) not in shown:
+            vocabulary, rng = vocabulary_for(size, layout), Random(f"floor/{seed}/{layout}/{size}/{tag}")
+            drawn = [draw_scene(rng, tag, size, layout, vocabulary, "any") for _ in range(scenes)]
+            shown[tag, layout] = [analyse(scene.render(), vocabulary) for scene in drawn]
+        for analysis in shown[tag, layout]:
+            score = judge(analysis, item)
+            scores.setdefault(tag, []).append((score.lax, score.strict))
+    means = {tag: np.mean(group, axis=0) for tag, group in scores.items()}
+    return {tag: (float(lax), float(strict)) for tag, (lax, strict) in means.items()}
 
 
 def evaluate_images(

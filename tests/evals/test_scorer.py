@@ -324,7 +324,7 @@ def test_evaluation_sums_up_as_geneval_does(tmp_path: Path) -> None:
 
 def test_chance_floor_is_low_and_measured_at_the_same_threshold() -> None:
     items = benchmark_prompts(32, "free", seed=0, per_tag=8, tags=MAIN_TAGS)
-    floor = chance_floor(items, 32, draws=6)
+    floor = chance_floor(items, 32)
     assert set(floor) == set(MAIN_TAGS)
     assert 0.1 < floor["single_object"][0] < 0.45  # four shapes
     assert floor["color_attr"][0] < 0.06

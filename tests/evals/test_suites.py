@@ -188,7 +188,9 @@ def test_t2i_compbench_three_in_one(tmp_path: Path) -> None:
     write_answers(folder / "annotation_obj_detection/vqa_result.json", [0.2] * 30)
     write_answers(folder / "annotation_clip/vqa_result.json", [0.4] * 30)
     prompts = ["The hat is on the rack.", "The dog chases the cat.", "The cat is near a dog. It sleeps."]
-    result = t2i_compbench.three_in_one(tmp_path, prompts, ["the hat is on the rack."], ["the dog CHASES the cat."])
+    result = t2i_compbench.three_in_one(
+        tmp_path, prompts, ["the hat is on the rack"], ["The dog CHASES the cat. Then both rest."]
+    )
     # (.6 + .2) / 2, (.6 + .4) / 2, (.6 + .2 + .4) / 3
     assert result.score.value == pytest.approx((0.4 + 0.5 + 0.4) / 3)
     with pytest.raises(InputError, match="30 scores for 2 prompts, expected 20"):
@@ -291,14 +293,14 @@ def test_dpg_zeroing_is_transitive(tmp_path: Path) -> None:
 
 
 def test_dpg_category_scores_with_and_without_the_official_quirk(graph: dpg_bench.Graph) -> None:
-    answers = {"whoops7": [{1: True, 2: True, 3: True, 4: False}] * 3 + [{1: False, 2: True, 3: True, 4: True}]}
+    answers = {"whoops7": [{1: True, 2: True, 3: True, 4: False}] * 3 + [{1: False, 2: True, 3: True, 4: False}]}
     official = dpg_bench.score(graph, answers)
-    # only the last crop, before zeroing: dog no, mat yes; blue yes; on a mat yes
-    assert official.detailed == {"attribute - color": 100, "entity - whole": 50, "relation - spatial": 100}
+    # only the last crop, before zeroing: dog no, mat no; blue yes; on a mat yes
+    assert official.detailed == {"attribute - color": 100, "entity - whole": 0, "relation - spatial": 100}
     fair = dpg_bench.score(graph, answers, official_quirks=False)
-    assert fair.detailed == {"attribute - color": 75, "entity - whole": 50, "relation - spatial": 75}
-    assert fair.broad == {"attribute": 75, "entity": 50, "relation": 75}
-    assert fair.overall == official.overall == pytest.approx(100 * (3 * 0.75 + 0.25) / 4)
+    assert fair.detailed == {"attribute - color": 75, "entity - whole": 37.5, "relation - spatial": 75}
+    assert fair.broad == {"attribute": 75, "entity": 37.5, "relation": 75}
+    assert fair.overall == official.overall == pytest.approx(100 * (3 * 0.75 + 0) / 4)
 
 
 def test_dpg_first_row_is_skipped_and_its_item_dropped_where_others_depend_on_it(graph: dpg_bench.Graph) -> None:
