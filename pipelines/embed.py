@@ -13,6 +13,7 @@ import logging
 import math
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,17 @@ log = logging.getLogger(__name__)
 ACTOR_RESTARTS = 3  # a caption that kills the process must not be tried for ever
 MOST_BLOCKS = 10_000
 CALLS_PER_ACTOR = 2  # one unit is packed and written while the next one computes
+# A user's mistake travels as a row: Ray would strip an exception of its class and bury its text.
+PROBLEM = pa.field("problem", pa.struct([("text", pa.string()), ("input", pa.bool_())]))
 TOKENIZED = pa.schema(
-    [("unit", pa.int32()), ("token_ids", pa.list_(pa.list_(pa.int32()))), ("truncated", pa.list_(pa.bool_()))]
+    [
+        ("unit", pa.int32()),
+        ("token_ids", pa.list_(pa.list_(pa.int32()))),
+        ("truncated", pa.list_(pa.bool_())),
+        PROBLEM,
+    ]
 )
+ENCODED = pa.schema([("unit", pa.int32()), ("tokens", pa.int64()), ("truncated", pa.int64()), PROBLEM])
 
 
 @dataclass(frozen=True)
@@ -120,12 +129,13 @@ def _compute(
     job = EncodeJob(corpus, settings, spec, pool)
     # An actor of its own kind of device publishes the shared states; with several, exactly one must come first.
     if pool.actors > 1 and _writer(corpus, spec).shared() is None:
-        _run(lambda: ray.get(ray.remote(**_demands(pool))(prepare).remote(job)))
+        _raise_problem(ray.get(ray.remote(**_demands(pool))(prepare).remote(job)))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_fallback_to_arrow_object_ext_type = False  # it would pickle what Arrow cannot hold
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=_blocks(len(pending)))
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated", module=__name__)
     dataset = dataset.map_batches(
         tokenize_units, batch_size=1, batch_format="pyarrow", fn_kwargs={"job": job}, num_cpus=1
     ).map_batches(
@@ -143,7 +153,11 @@ def _compute(
         max_task_retries=ACTOR_RESTARTS,
         **_demands(pool),
     )
-    return _run(lambda: _consume(dataset, corpus, spec, pending, progress))
+    try:
+        return _consume(dataset, corpus, spec, pending, progress)
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[-500:]
+        raise JobError(f"embedding stopped: {reason}. Finished units are kept: run the same command again") from error
 
 
 def _consume(dataset: Any, corpus: str, spec: EncoderSpec, pending: list[int], progress: bool) -> list[int]:
@@ -155,6 +169,7 @@ def _consume(dataset: Any, corpus: str, spec: EncoderSpec, pending: list[int], p
     with bar or contextlib.nullcontext():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
+                _raise_problem(row)
                 done.append(row["unit"])
                 tokens, truncated = tokens + row["tokens"], truncated + row["truncated"]
                 note = f"{tokens:,} tokens" + (f", {truncated:,} captions cut" if truncated else "")
@@ -163,27 +178,13 @@ def _consume(dataset: Any, corpus: str, spec: EncoderSpec, pending: list[int], p
     return done
 
 
-def _run(work: Any) -> Any:
-    """Ray's wrapped exceptions as the ones that were raised."""
-    from ray.exceptions import RayError
+def _problem(unit: int, error: InputError | JobError) -> dict[str, Any]:
+    return {"unit": unit, "problem": {"text": str(error), "input": isinstance(error, InputError)}}
 
-    try:
-        return work()
-    except (InputError, JobError):
-        raise
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, InputError | JobError):
-                raise type(cause)(*cause.args) from None
-            inner = getattr(cause, "cause", None)
-            cause = inner if isinstance(inner, BaseException) else cause.__cause__
-        if isinstance(error, RayError):
-            reason = " ".join(str(error).split())[-500:]
-            raise JobError(
-                f"embedding stopped: {reason}. Finished units are kept: run the same command again"
-            ) from error
-        raise
+
+def _raise_problem(row: dict[str, Any]) -> None:
+    if problem := row["problem"]:
+        raise (InputError if problem["input"] else JobError)(problem["text"])
 
 
 def _blocks(units: int) -> int:
@@ -248,9 +249,13 @@ class EncodeJob:
         return FamilyWriter(self.corpus, "text", self.spec.name, self.spec.to_dict())
 
 
-def prepare(job: EncodeJob) -> None:
+def prepare(job: EncodeJob) -> dict[str, Any]:
     """Publish the shared states."""
-    ensure_shared(job.load(), job.writer(), job.pool.token_budget)
+    try:
+        ensure_shared(job.load(), job.writer(), job.pool.token_budget)
+    except (InputError, JobError) as error:
+        return _problem(-1, error)
+    return {"problem": None}
 
 
 @functools.lru_cache(maxsize=2)
@@ -263,7 +268,11 @@ def tokenize_units(batch: pa.Table, job: EncodeJob) -> pa.Table:
     corpus = Corpus.open(job.corpus)
     rows = []
     for unit in batch["unit"].to_pylist():
-        tokens = _tokenizer(job.local_spec()).tokenize(corpus.captions(unit)["text"].to_pylist())
+        try:
+            tokens = _tokenizer(job.local_spec()).tokenize(corpus.captions(unit)["text"].to_pylist())
+        except (InputError, JobError) as error:
+            rows.append(_problem(unit, error))
+            continue
         rows.append(
             {"unit": unit, "token_ids": [t.token_ids for t in tokens], "truncated": [t.truncated for t in tokens]}
         )
@@ -274,19 +283,28 @@ class EncodeUnits:
     """An actor: one model, units in, records out. Two calls at a time, of which one has the device."""
 
     def __init__(self, job: EncodeJob) -> None:
-        self.job = job
-        self.encoder = job.load()
-        self.shared = ensure_shared(self.encoder, job.writer(), job.pool.token_budget)
+        self.job, self.device = job, threading.Lock()
+        self.problem: InputError | JobError | None = None
         self.writer = job.writer()
-        self.device = threading.Lock()
+        try:
+            self.encoder = job.load()
+            self.shared = ensure_shared(self.encoder, job.writer(), job.pool.token_budget)
+        except (InputError, JobError) as error:  # Ray would only report that the actor died
+            self.problem = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._unit(row) for row in batch.to_pylist()])
+        return pa.Table.from_pylist([self._unit(row) for row in batch.to_pylist()], schema=ENCODED)
 
     def _unit(self, row: dict[str, Any]) -> dict[str, Any]:
-        record = self.writer.committed(row["unit"])  # by a call that died after publishing, or by another job
-        if record is None:
-            record = self._encode(row)
+        if row["problem"]:
+            return {"unit": row["unit"], "problem": row["problem"]}
+        try:
+            if self.problem:
+                raise self.problem
+            # Where a call died after publishing, or another job was faster, the record stands already.
+            record = self.writer.committed(row["unit"]) or self._encode(row)
+        except (InputError, JobError) as error:
+            return _problem(row["unit"], error)
         return {"unit": record.unit, "tokens": record.tokens, "truncated": record.counts.get("truncated", 0)}
 
     def _encode(self, row: dict[str, Any]) -> CommitRecord:
