@@ -29,9 +29,7 @@ class Declaration:
 METRICS = {
     "lidit_captions_total": Declaration("counter", "encoder", "Captions embedded and published"),
     "lidit_tokens_total": Declaration("counter", "encoder", "Caption tokens embedded, padding excluded"),
-    "lidit_padding_waste_ratio": Declaration(
-        "gauge", "encoder", "Share of computed tokens that was padding"
-    ),
+    "lidit_padding_waste_ratio": Declaration("gauge", "encoder", "Share of computed tokens that was padding"),
     "lidit_units_done_total": Declaration("counter", "encoder", "Units published by this job"),
     "lidit_units_left": Declaration("gauge", "encoder", "Units still to do"),
     "lidit_quarantined_rows_total": Declaration("counter", "encoder", "Rows refused and written to quarantine"),

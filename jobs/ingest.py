@@ -1,0 +1,48 @@
+"""`lidit ingest`: image-text data into a corpus."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.start import run
+from lidit.config import IngestSettings, apply_overrides, validate
+
+
+def command(
+    source: Annotated[list[str], typer.Argument(help="Folders, files, globs or s3:// addresses.")],
+    corpus: Annotated[str, typer.Option(help="Corpus folder; created.")],
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting: resolution=512")] = None,
+) -> None:
+    """Read image-text sources into a corpus: units of samples, their distinct captions, and what was refused and why.
+
+    **Reads** WebDataset tars and other sources; images stay where they are. **Writes** CORPUS/samples, captions,
+    quarantine and, last, corpus.json. The same command again does only what is missing.
+
+    **Example:** `lidit ingest scenes --corpus corpus --set resolution=32 --set bucket_multiple=8`
+    """
+    settings = validate(IngestSettings, apply_overrides({}, setting or []), "lidit ingest")
+    ingest(source, corpus, settings)
+
+
+def ingest(sources: list[str], corpus: str, settings: IngestSettings) -> None:
+    """Run the ingest with a progress bar and say what came of it, refusals included."""
+    from pipelines.ingest import run_ingest
+    from pipelines.progress import Progress
+
+    with Progress("ingest", 0, "files") as progress:
+
+        def report(done: int, total: int, note: str) -> None:
+            progress.total = total
+            progress.update(done, note)
+
+        made = run_ingest(sources, corpus, settings, report)
+    state = "already there" if made.skipped else f"made in {made.seconds:.0f} s"
+    print(f"{corpus}: {made.samples} samples, {made.captions} captions in {made.units} units, {state}")
+    for reason, count in made.reasons.items():
+        print(f"  refused {count} x {reason} (see {corpus}/quarantine)")
+
+
+if __name__ == "__main__":
+    run(command)

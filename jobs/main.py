@@ -1,0 +1,33 @@
+"""The `lidit` command: one sub-command per job."""
+
+from __future__ import annotations
+
+import typer
+
+from jobs import demo, embed, evaluate, ingest, inspect, latents, sample, scenes, train
+from jobs.start import environment, guarded
+
+app = typer.Typer(
+    help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on them, track every run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(demo.command)
+for name, job in (
+    ("scenes", scenes),
+    ("ingest", ingest),
+    ("embed", embed),
+    ("latents", latents),
+    ("train", train),
+    ("sample", sample),
+    ("evaluate", evaluate),
+    ("inspect", inspect),
+):
+    app.command(name)(job.command)
+
+
+def main() -> None:
+    environment()
+    guarded(app)

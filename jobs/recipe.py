@@ -1,0 +1,53 @@
+"""Recipe files: found by path or by the name of one that ships with the package, checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lidit.config import EncoderSettings, Recipe, apply_overrides, load_yaml, validate
+from lidit.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+ENCODERS = RECIPES / "encoders"
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe with `key.path=value` overrides. `encoders` entries may be names of shipped encoder files."""
+    path = find(recipe, RECIPES, "recipe")
+    tree = apply_overrides(_with_encoders(load_yaml(path), path), overrides or [])
+    return validate(Recipe, _with_encoders(tree, path), str(recipe))
+
+
+def load_encoder(name: str, overrides: list[str] | None = None) -> EncoderSettings:
+    """An encoder file by path or shipped name."""
+    path = find(name, ENCODERS, "encoder")
+    return validate(EncoderSettings, apply_overrides(load_yaml(path), overrides or []), str(name))
+
+
+def find(name: str, shipped: Path, what: str) -> Path:
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"{name}: no such {what} file")
+        return path
+    path = shipped / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+        raise InputError(f"{name!r}: no such {what}; give a YAML file or one of {known}")
+    return path
+
+
+def _with_encoders(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Names in `encoders` become the settings they stand for; relative files are looked up beside the recipe."""
+    entries = tree.get("encoders")
+    if not isinstance(entries, list):
+        return tree
+    full = []
+    for entry in entries:
+        if isinstance(entry, str):
+            beside = path.parent / entry
+            full.append(load_yaml(beside if beside.is_file() else find(entry, ENCODERS, "encoder")))
+        else:
+            full.append(entry)
+    return {**tree, "encoders": full}

@@ -1,0 +1,1 @@
+"""Reading a corpus for training: order, draws, collation, feed."""

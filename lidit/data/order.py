@@ -1,0 +1,140 @@
+"""The order of training: which samples make up global batch number `step`, for every step, without any history.
+
+An epoch permutes the units, cuts them into windows of `window_units`, and permutes the rows of each window. The rows
+of one aspect bucket, in that order over all windows and epochs, form one endless stream per bucket; consecutive chunks
+of the global batch size are its batches, so leftovers carry over by themselves (also into the next epoch) and every
+sample is seen exactly once per epoch. A window emits the batches whose last row lies in it, in permuted order.
+
+Batch counts per window follow from the unit table alone (samples per unit and bucket), so batch `step` is found by
+prefix sums: the resume state is the step number, and nothing is replayed.
+
+Letters: U units, K buckets, W windows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lidit.data.draws import Purpose, permutation
+
+Ints = NDArray[np.int64]
+WINDOWS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One global batch: parallel arrays over its samples, all of one aspect bucket."""
+
+    step: int
+    bucket: int
+    epoch: Ints
+    unit: Ints
+    row: Ints
+
+    def slice(self, start: int, stop: int) -> GlobalBatch:
+        return GlobalBatch(self.step, self.bucket, self.epoch[start:stop], self.unit[start:stop], self.row[start:stop])
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What one epoch looks like before any row is read."""
+
+    units: Ints  # [U] permuted unit numbers
+    before: Ints  # [W + 1, K] rows of each bucket before each window, within the epoch
+
+
+class Order:
+    """`counts` [U, K]: samples of each bucket in each unit. `buckets_of(unit)` -> bucket of each row, -1 = left out.
+
+    Memory: the counts, one permutation and W x K prefix sums; rows are looked at only for windows in use.
+    """
+
+    def __init__(
+        self, counts: Ints, buckets_of: Callable[[int], Ints], batch_size: int, seed: int, window_units: int
+    ) -> None:
+        self.counts, self.buckets_of = counts, buckets_of
+        self.batch_size, self.seed, self.window_units = batch_size, seed, window_units
+        self.per_epoch = counts.sum(0, dtype=np.int64)  # [K]
+        self.num_windows = -(-len(counts) // window_units)
+        self._plans: OrderedDict[int, EpochPlan] = OrderedDict()
+        self._rows: OrderedDict[tuple[int, int], list[tuple[Ints, Ints]]] = OrderedDict()
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return int(self.per_epoch.sum())
+
+    def batches_before(self, epoch: int) -> int:
+        """Global batches that are complete before `epoch` starts."""
+        return int((self.per_epoch * epoch // self.batch_size).sum())
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch in which batch `step` is completed."""
+        low, high = 0, 1
+        while self.batches_before(high) <= step:
+            high *= 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.batches_before(middle) <= step else (low, middle)
+        return low
+
+    def batch(self, step: int) -> GlobalBatch:
+        """Global batch number `step`, counted from 0 over all epochs."""
+        epoch = self.epoch_of(step)
+        plan = self._plan(epoch)
+        done = (self.per_epoch * epoch + plan.before) // self.batch_size  # [W + 1, K] batches of each bucket
+        totals = done.sum(1)  # [W + 1]
+        window = int(np.searchsorted(totals, step, side="right")) - 1
+        emitted = done[window + 1] - done[window]  # [K] batches each bucket completes in this window
+        shuffled = permutation(int(emitted.sum()), self.seed, Purpose.BATCHES, epoch, window)
+        place = int(shuffled[step - totals[window]])
+        bucket = int(np.searchsorted(np.cumsum(emitted), place, side="right"))
+        number = int(done[window, bucket] + place - emitted[:bucket].sum())
+        return self._chunk(step, bucket, number * self.batch_size)
+
+    def _chunk(self, step: int, bucket: int, position: int) -> GlobalBatch:
+        """The batch_size rows of one bucket's endless stream that start at `position`."""
+        epochs, units, rows, wanted = [], [], [], self.batch_size
+        while wanted:
+            epoch, within = divmod(position, int(self.per_epoch[bucket]))
+            before = self._plan(epoch).before[:, bucket]
+            window = int(np.searchsorted(before, within, side="right")) - 1
+            unit, row = self._window(epoch, window)[bucket]
+            start = within - int(before[window])
+            taken = min(wanted, len(unit) - start)
+            epochs.append(np.full(taken, epoch))
+            units.append(unit[start : start + taken])
+            rows.append(row[start : start + taken])
+            position, wanted = position + taken, wanted - taken
+        return GlobalBatch(step, bucket, np.concatenate(epochs), np.concatenate(units), np.concatenate(rows))
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        if epoch not in self._plans:
+            units = permutation(len(self.counts), self.seed, Purpose.UNITS, epoch)
+            starts = np.arange(0, len(units), self.window_units)
+            per_window = np.add.reduceat(self.counts[units], starts, axis=0, dtype=np.int64)  # [W, K]
+            before = np.concatenate([np.zeros((1, per_window.shape[1]), np.int64), per_window.cumsum(0)])
+            self._plans[epoch] = EpochPlan(units, before)
+            while len(self._plans) > 2:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(epoch)
+        return self._plans[epoch]
+
+    def _window(self, epoch: int, window: int) -> list[tuple[Ints, Ints]]:
+        """Per bucket the (unit, row) pairs of a window, permuted."""
+        if (epoch, window) not in self._rows:
+            members = self._plan(epoch).units[window * self.window_units : (window + 1) * self.window_units]
+            buckets = [self.buckets_of(int(unit)) for unit in members]
+            unit = np.repeat(members, [len(b) for b in buckets])
+            row = np.concatenate([np.arange(len(b)) for b in buckets])
+            shuffled = permutation(len(unit), self.seed, Purpose.ROWS, epoch, window)
+            unit, row, bucket = unit[shuffled], row[shuffled], np.concatenate(buckets)[shuffled]
+            self._rows[epoch, window] = [(unit[bucket == k], row[bucket == k]) for k in range(self.counts.shape[1])]
+            while len(self._rows) > WINDOWS_KEPT:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end((epoch, window))
+        return self._rows[epoch, window]

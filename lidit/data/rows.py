@@ -1,0 +1,109 @@
+"""The samples of a corpus as training sees them: buckets, captions and the rows held out for validation."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lidit.config import DataSettings
+from lidit.data.draws import Purpose, draw, uniform
+from lidit.data.order import Ints
+from lidit.errors import InputError
+from lidit.store import Corpus
+
+UNITS_KEPT = 64
+LEFT_OUT = -1
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """One unit's samples. Captions of row r: `caption[offset[r]:offset[r + 1]]`, chosen by `weight`."""
+
+    keys: list[str]
+    bucket: Ints  # [rows]
+    offset: Ints  # [rows + 1]
+    caption: Ints  # [captions of all rows] indices into captions/
+    weight: NDArray[np.float64]
+
+    def choose(self, row: int, u: float) -> int:
+        """The caption of `row` that the uniform number `u` picks, by origin weight."""
+        start, stop = self.offset[row], self.offset[row + 1]
+        cumulative = np.cumsum(self.weight[start:stop])
+        if cumulative[-1] == 0:  # none of its origins has a weight: the sample still must be seen
+            cumulative = np.arange(1.0, stop - start + 1)
+        return int(self.caption[start + np.searchsorted(cumulative, u * cumulative[-1], side="right")])
+
+
+class Rows:
+    """Training rows (`part="train"`) or the held-out ones (`part="validation"`) of every unit of a corpus.
+
+    Held out are, per unit and bucket, the rows with the smallest draws: how many follows from the counts alone, so
+    that the order of a billion samples needs the unit table and no row.
+    """
+
+    def __init__(self, corpus: Corpus, settings: DataSettings, part: str = "train") -> None:
+        self.corpus, self.settings, self.part = corpus, settings, part
+        self.buckets, totals = bucket_counts(corpus)
+        units = np.arange(len(totals))[:, None]
+        spread = uniform(settings.seed, Purpose.HOLDOUT, units, np.arange(len(self.buckets)))
+        self.held_out = np.floor(totals * settings.validation_fraction + spread * (totals > 0)).astype(np.int64)
+        if settings.validation_fraction == 0:
+            self.held_out[:] = 0
+        self.counts = self.held_out if part == "validation" else totals - self.held_out
+        self._cache: OrderedDict[int, UnitRows] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def unit(self, unit: int) -> UnitRows:
+        with self._lock:
+            if unit not in self._cache:
+                self._cache[unit] = self._read(unit)
+                while len(self._cache) > UNITS_KEPT:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(unit)
+            return self._cache[unit]
+
+    def buckets_of(self, unit: int) -> Ints:
+        """Bucket of each row of the unit; LEFT_OUT for rows of the other part."""
+        rows = self.unit(unit)
+        out = np.zeros(len(rows.bucket), bool)
+        drawn = draw(self.settings.seed, Purpose.HOLDOUT, unit, np.arange(len(rows.bucket)))
+        for bucket, count in enumerate(self.held_out[unit]):
+            members = np.flatnonzero(rows.bucket == bucket)
+            out[members[np.argsort(drawn[members], kind="stable")[:count]]] = True
+        return np.where(out == (self.part == "validation"), rows.bucket, LEFT_OUT)
+
+    def _read(self, unit: int) -> UnitRows:
+        table = self.corpus.samples(unit)
+        captions = table.column("captions").combine_chunks()
+        flat = captions.flatten()
+        origins = flat.field("origin").to_pylist()
+        weights = self.settings.origin_weights
+        names = {name: index for index, name in enumerate(self.buckets)}
+        lengths = captions.value_lengths().to_numpy(zero_copy_only=False)
+        return UnitRows(
+            keys=table.column("key").to_pylist(),
+            bucket=np.array([names[name] for name in table.column("bucket").to_pylist()], np.int64),
+            offset=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            caption=flat.field("index").to_numpy(zero_copy_only=False).astype(np.int64),
+            weight=np.array([weights.get(origin, 0.0) if weights else 1.0 for origin in origins]),
+        )
+
+
+def bucket_counts(corpus: Corpus) -> tuple[list[str], Ints]:
+    """The corpus's buckets, sorted, and the samples of each in each unit [units, buckets], from the unit table."""
+    column = corpus.units.column("buckets").combine_chunks()
+    flat = column.flatten()
+    if len(flat) == 0:
+        raise InputError(
+            f"{corpus.folder.location}: the corpus has captions but no images, nothing can be trained on it"
+        )
+    names = flat.field("bucket").to_numpy(zero_copy_only=False).astype(str)
+    buckets, index = np.unique(names, return_inverse=True)
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    counts = np.zeros((len(column), len(buckets)), np.int64)
+    counts[np.repeat(np.arange(len(column)), lengths), index] = flat.field("samples").to_numpy(zero_copy_only=False)
+    return [str(name) for name in buckets], counts

@@ -1,0 +1,156 @@
+"""LI-DiT and its objective under DeepSpeed: one class for ZeRO 0 to 3, on CPU (gloo) and GPU (nccl)."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lidit.config import Recipe, TrainSettings
+from lidit.data.feed import TrainingBatch
+from lidit.diffusion import Objective
+from lidit.models import LIDiT
+from pipelines.shards import ShardedEMA, owned_fragments
+
+DECAY_START, DECAY_END = 0.6, 0.1
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the global batch. `finite` is False when the step was not taken."""
+
+    loss: float
+    gradient_norm: float
+    finite: bool
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """Rate of the step with this number, counted from 0: linear warm-up, then the schedule."""
+    optimizer, progress = settings.optimizer, step / settings.steps
+    factor = 1.0
+    if optimizer.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * progress))
+    elif optimizer.schedule == "constant_linear" and progress > DECAY_START:
+        factor = 1 - (1 - DECAY_END) * (progress - DECAY_START) / (1 - DECAY_START)
+    warmup = min(1.0, (step + 1) / optimizer.warmup_steps) if optimizer.warmup_steps else 1.0
+    return optimizer.lr * factor * warmup
+
+
+def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed settings a recipe means."""
+    engine, train = recipe.engine, recipe.train
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    for part, target in (("optimizer", engine.offload_optimizer), ("param", engine.offload_parameters)):
+        if target != "none":
+            zero[f"offload_{part}"] = {"device": target, "pin_memory": True}
+            if target == "nvme":
+                zero[f"offload_{part}"]["nvme_path"] = engine.nvme_path
+    config: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.batch_size // (world_size * engine.accumulation),
+        "gradient_accumulation_steps": engine.accumulation,
+        "gradient_clipping": train.optimizer.gradient_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if engine.offload_optimizer != "none" and not engine.fused_optimizer:
+        config["zero_force_ds_cpu_optimizer"] = False
+    if engine.precision == "bfloat16":
+        # Without ZeRO there is no fp32 master copy, so bfloat16 weights would lose small updates: autocast instead.
+        kind = "torch_autocast" if engine.zero_stage == 0 else "bf16"
+        config[kind] = {"enabled": True} | ({"dtype": "bfloat16"} if engine.zero_stage == 0 else {})
+    if engine.fused_optimizer:
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {
+                "lr": train.optimizer.lr,
+                "betas": list(train.optimizer.betas),
+                "weight_decay": train.optimizer.weight_decay,
+            },
+        }
+    return config
+
+
+class Engine:
+    """Takes global steps. `prefixes` of the text are in the batches; `device` is this worker's."""
+
+    def __init__(self, recipe: Recipe, model: LIDiT, objective: Objective, device: torch.device) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu" if device.type == "cpu" else "cuda")
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+        if device.type == "cpu":  # it would be compiled for a minute and gains nothing at one process per core
+            __compatible_ops__["deepspeed_shm_comm"] = False
+        self.recipe, self.objective, self.device = recipe, objective, device
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        settings = recipe.train.optimizer
+        optimizer = None
+        if not recipe.engine.fused_optimizer:
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+            )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            dist_init_required=False,
+            config=deepspeed_config(recipe, self.world_size),
+        )
+        if recipe.engine.compile:
+            self.deepspeed.compile()
+        self.ema = ShardedEMA(owned_fragments(self.deepspeed), recipe.train.ema_decay)
+        self._own_norm = recipe.engine.zero_stage == 0
+
+    @property
+    def module(self) -> LIDiT:
+        module: LIDiT = self.deepspeed.module
+        return module
+
+    def loss(self, batch: TrainingBatch) -> torch.Tensor:
+        """Mean loss of (a part of) a batch, float32 scalar."""
+        t = self.objective.timesteps(batch.u)
+        noisy = self.objective.add_noise(batch.latents, batch.noise, t)
+        prediction = self.deepspeed(noisy.to(self.compute_dtype), t, batch.text)
+        return self.objective.loss(prediction, batch.latents, batch.noise, t, noisy).mean()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        low = self.recipe.engine.precision == "bfloat16" and self.recipe.engine.zero_stage > 0
+        return torch.bfloat16 if low else torch.float32
+
+    def train_step(self, batch: TrainingBatch) -> StepResult:
+        """One optimizer step on this worker's part of a global batch.
+
+        A loss that is not finite is noticed by all workers before anything is changed; the step is then not taken.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe.train, batch.step)
+        parts = batch.split(self.recipe.engine.accumulation)
+        total, norm = torch.zeros((), device=self.device), None
+        for part in parts:
+            loss = self.loss(part)
+            total += loss.detach() / len(parts)
+            if not self._finite_everywhere(loss):
+                return StepResult(float(loss), math.nan, finite=False)
+            self.deepspeed.backward(loss)
+            norm = self._gradient_norm() if self._own_norm else None
+            self.deepspeed.step()
+        if not self._own_norm:
+            norm = self.deepspeed.get_global_grad_norm()
+        dist.all_reduce(total)
+        self.ema.update()
+        return StepResult(float(total) / self.world_size, float(norm or 0.0), finite=True)
+
+    def _finite_everywhere(self, loss: torch.Tensor) -> bool:
+        bad = (~torch.isfinite(loss.detach())).float()
+        dist.all_reduce(bad)
+        return bad.item() == 0
+
+    def _gradient_norm(self) -> torch.Tensor:
+        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,259 @@
+"""Training LI-DiT, the driver: checks what can be checked, starts Ray Train, shows progress, publishes the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train as rt
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from lidit.config import EncoderSettings, Recipe, flatten
+from lidit.errors import InputError, JobError
+from lidit.store import Corpus, TextFamily, digest_of, spec_differences
+from pipelines import checkpoints, tracking
+from pipelines.cluster import connect
+from pipelines.progress import Progress
+from pipelines.prompts import prompt_states
+from pipelines.watch import Board
+from pipelines.worker import train_worker
+
+log = logging.getLogger(__name__)
+FACTS = "run.json"
+# Settings that decide where and how fast a run goes, never what it computes.
+FREE_SETTINGS = {
+    "output": ..., "sources": ..., "ingest": ..., "pool": ..., "sampler": ..., "evaluate": ..., "tracking": ...,
+    "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
+    "engine": {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources", "label_selector",
+               "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
+    "data": {"prefetch_batches"},
+    "train": {"checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "sample_prompts",
+              "validate_every", "validation_samples"},
+}  # fmt: skip
+CHECKED_BY_ENV = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "LIDIT_CACHE", "MLFLOW_TRACKING_TOKEN",
+                  "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """`model`: the folder people load. `trained`: False when everything was there already."""
+
+    model: Path
+    step: int
+    tracking_uri: str
+    run_id: str
+    trained: bool
+
+
+def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
+    """What a run is made of: config, corpus digest, family fingerprints. Raises InputError for a missing family."""
+    texts = {encoder.name: matching_family(corpus, encoder) for encoder in recipe.encoders}
+    latents = corpus.latent_family(recipe.codec.name)
+    return {
+        "config": recipe.model_dump(mode="json", exclude=FREE_SETTINGS),  # type: ignore[arg-type]
+        "corpus": corpus.digest,
+        "text": {name: family.fingerprint for name, family in sorted(texts.items())},
+        "latents": latents.fingerprint,
+    }
+
+
+def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
+    """The corpus's family with these settings. InputError prints the fields in which the ones there differ."""
+    wanted = encoder.model_dump(
+        include={"kind", "system_prompt", "instruction", "chat_template", "max_tokens", "storage", "dtype"}
+    )
+    wanted = {k: v for k, v in wanted.items() if v not in ("auto", "compute", None)}
+    differences = []
+    for handle in corpus.text_families():
+        if handle.name != encoder.name:
+            continue
+        spec = handle.spec
+        blocks = encoder.layer if encoder.layer >= 0 else spec["total_blocks"] + 1 + encoder.layer
+        found = {**{key: spec[key] for key in wanted}, "blocks": spec["blocks"]}
+        if found == {**wanted, "blocks": blocks}:
+            return corpus.text_family(handle.fingerprint)
+        differences += [f"{handle.directory}: {line}" for line in spec_differences(found, {**wanted, "blocks": blocks})]
+    if differences:
+        listed = "\n  ".join(differences)
+        raise InputError(
+            f"{corpus.folder.location}: no text family {encoder.name!r} with the recipe's settings; "
+            f"found -> wanted:\n  {listed}\n"
+            "compute it with lidit embed, or change the recipe's encoder"
+        )
+    return corpus.text_family(encoder.name)  # raises, naming what there is
+
+
+def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
+    """Refuse to continue a run with other settings or data than it was started with; print what differs."""
+    path = folder / FACTS
+    if not path.exists():
+        return
+    differences = spec_differences(json.loads(path.read_text()), facts)
+    if differences and not allow_drift:
+        listed = "\n  ".join(differences)
+        raise InputError(
+            f"{folder}: this run was started with other settings or data:\n  {listed}\n"
+            "give the run another name (name=...), or continue it all the same with --allow-drift"
+        )
+
+
+def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:
+    """Train `recipe` to its last step, from wherever the run of this name stands."""
+    corpus = Corpus.open(recipe.corpus)
+    facts = run_facts(recipe, corpus)
+    folder = recipe.run_folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = recipe.model_copy(update={"output": str(folder.parent), "corpus": str(Path(recipe.corpus).resolve())})
+    check_drift(folder, facts, allow_drift)
+    uri = recipe.tracking.uri or tracking.local_store(folder.parent)
+    finished = finished_step(folder)
+    if finished is not None and finished >= recipe.train.steps:
+        return FitResult(folder / "model", finished, uri, read_run_id(folder), trained=False)
+    (folder / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True))
+
+    connect(cpus=recipe.engine.workers + 2)
+    with _tracked(recipe, corpus, facts, uri, folder) as tracker:
+        (folder / "mlflow-run").write_text(tracker.handle.run_id)
+        _train(recipe, facts, tracker, folder)
+        _publish_model(folder)
+        tracker.artifact(folder / "model", "model")
+        if recipe.tracking.registered_model:
+            tracker.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
+        return FitResult(folder / "model", recipe.train.steps, uri, tracker.handle.run_id, trained=True)
+
+
+def finished_step(folder: Path) -> int | None:
+    """The step of the exported model; None before there is one."""
+    try:
+        return int(json.loads((folder / "model" / "finished.json").read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def read_run_id(folder: Path) -> str:
+    path = folder / "mlflow-run"
+    return path.read_text() if path.exists() else ""
+
+
+@contextmanager
+def _tracked(
+    recipe: Recipe, corpus: Corpus, facts: dict[str, Any], uri: str, folder: Path
+) -> Iterator[tracking.Tracker]:
+    tags = {
+        "lidit.job": "train",
+        "lidit.corpus_digest": corpus.digest,
+        "lidit.latents": facts["latents"],
+        **{f"lidit.text.{name}": fingerprint for name, fingerprint in facts["text"].items()},
+        "lidit.ray_job": os.environ.get("RAY_JOB_ID", "embedded"),
+    }
+    key = digest_of({"name": recipe.name, "output": recipe.output})[:32]
+    with tracking.tracked_run(uri, recipe.tracking.experiment, recipe.name, key, flatten(recipe), tags, folder) as run:
+        run.dataset(Path(recipe.corpus).name, corpus.digest, recipe.corpus)
+        (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1))
+        run.artifact(folder / "recipe.json")
+        yield run
+
+
+def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, folder: Path) -> None:
+    prompts = prompt_states(recipe, recipe.train.sample_prompts, folder / "prompts")
+    _mend_snapshot(folder)
+    board = Board.remote()
+    engine, gpus = recipe.engine, recipe.engine.gpus_per_worker
+    resources = {"CPU": engine.cpus_per_worker, **({"GPU": gpus} if gpus else {}), **engine.resources}
+    scaling: dict[str, Any] = {"label_selector": engine.label_selector} if engine.label_selector else {}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "facts": facts,
+            "tracking": tracker.handle if tracker.handle.run_id else None,
+            "board": board,
+            "prompts": prompts,
+        },
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=rt.ScalingConfig(
+            num_workers=engine.workers, use_gpu=bool(gpus), resources_per_worker=resources, **scaling
+        ),
+        run_config=rt.RunConfig(
+            name=recipe.name,
+            storage_path=recipe.output,
+            failure_config=rt.FailureConfig(max_failures=engine.max_failures),
+            checkpoint_config=rt.CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
+            worker_runtime_env={"env_vars": {n: os.environ[n] for n in CHECKED_BY_ENV if n in os.environ}},
+        ),
+    )
+    newest = checkpoints.newest_complete(folder)
+    start = checkpoints.read_position(newest).step if newest else 0
+    with (
+        Progress(f"train {recipe.name}", recipe.train.steps, "steps", start=start) as progress,
+        _shown(board, progress),
+    ):
+        try:
+            trainer.fit()
+        except rt.TrainingFailedError as error:
+            raise _plain(error) from error
+
+
+def _plain(error: BaseException) -> Exception:
+    """The mistake or failure below Ray's wrappers, where it is one of ours."""
+    text = str(error)
+    for kind in (InputError, JobError):
+        marker = f"{kind.__module__}.{kind.__name__}: "
+        if marker in text:
+            return kind(text.rsplit(marker, 1)[1].strip().splitlines()[0])
+    return JobError(f"training failed: {text.strip().splitlines()[-1] if text.strip() else error!r}")
+
+
+@contextmanager
+def _shown(board: Any, progress: Progress) -> Iterator[None]:
+    """Rank 0's messages as progress, read by a thread while the driver waits in fit()."""
+    stop = threading.Event()
+
+    def show() -> None:
+        while not stop.is_set():
+            stop.wait(1.0)
+            for message in ray.get(board.take.remote()):
+                values = message["values"]
+                if "loss" in values:
+                    note = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
+                    progress.update(message["step"], f"{note}, data wait {values['data_wait_share']:.0%}")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def _mend_snapshot(folder: Path) -> None:
+    """Ray Train writes its snapshot in place; one torn by a kill would keep the run from ever starting again."""
+    for path in folder.glob("*snapshot*.json"):
+        try:
+            json.loads(path.read_text())
+        except ValueError:
+            log.warning("%s was torn by a crash and is set aside", path)
+            path.rename(path.with_suffix(".torn"))
+
+
+def _publish_model(folder: Path) -> None:
+    """Move the exported model out of the last checkpoint; the run is finished when its folder is in place."""
+    last = checkpoints.candidates(folder)[0]
+    if not (last / "model").is_dir():
+        raise JobError(f"{last}: the last checkpoint holds no exported model; run the same command again")
+    target, fresh = folder / "model", folder / "model.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(last / "model", fresh)
+    (fresh / "finished.json").write_text(json.dumps({"step": checkpoints.read_position(last).step}))
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)

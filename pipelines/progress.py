@@ -1,0 +1,87 @@
+"""What a person sees while long work runs: a bar with a rate and an ETA; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """`with Progress("embed smollm2", total=1944, unit="captions") as progress: progress.update(done, note)`.
+
+    `done` counts from 0 to `total`. Work found finished at the start (a resumed job) is given as `start`, so that the
+    rate and the ETA speak only of what this process did.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
+        self.title, self.total, self.unit, self.start = title, total, unit, start
+        self.done, self.note = start, ""
+        self.began = self.last_line = time.monotonic()
+        self.bar: Bar | None = None
+        self.task = TaskID(0)
+
+    def __enter__(self) -> Progress:
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self.bar = Bar(
+                SpinnerColumn(),
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.start, rate="", note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+        else:
+            self._line()
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` units are finished in all; `note` says what else matters now (loss, quarantined rows, ...)."""
+        self.done, self.note = done, note or self.note
+        if self.bar:
+            self.bar.update(self.task, completed=done, rate=self._rate(), note=self.note)
+        elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
+            self._line()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.update(self.done + count, note)
+
+    def _rate(self) -> str:
+        elapsed = time.monotonic() - self.began
+        finished = self.done - self.start
+        if finished <= 0 or elapsed <= 0:
+            return "starting"
+        rate = finished / elapsed
+        left = duration((self.total - self.done) / rate)
+        shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}" if rate < 1 else f"{rate:.1f}"
+        return f"{shown} {self.unit}/s, {left} left" if self.done < self.total else f"{shown} {self.unit}/s"
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        elapsed = duration(self.last_line - self.began)
+        parts = [f"{self.done}/{self.total} {self.unit}", self._rate(), f"{elapsed} gone", self.note]
+        print(f"{self.title}: " + ", ".join(part for part in parts if part), file=sys.stderr, flush=True)

@@ -1,0 +1,42 @@
+"""States of a run's fixed prompts, computed once before training, so that no trainer ever loads an LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+
+from lidit.config import EncoderSettings, Recipe
+from lidit.store import digest_of
+from lidit.text import PromptEncoder, resolve_encoder
+from pipelines.cluster import connect
+
+
+def prompt_states(recipe: Recipe, prompts: Sequence[str], folder: Path) -> dict[str, list[torch.Tensor]]:
+    """States [tokens, width] of each prompt per encoder, kept in `folder` for the next start of the run."""
+    found: dict[str, list[torch.Tensor]] = {}
+    missing = []
+    for encoder in recipe.encoders if prompts else ():
+        path = folder / f"{encoder.name}-{digest_of([encoder.model_dump(mode='json'), list(prompts)])[:12]}.safetensors"
+        if path.exists():
+            tensors = load_file(path)
+            found[encoder.name] = [tensors[str(index)] for index in range(len(prompts))]
+        else:
+            missing.append((encoder, path))
+    if missing:
+        connect()
+        folder.mkdir(parents=True, exist_ok=True)
+    for encoder, path in missing:
+        task = _encode.options(num_cpus=recipe.pool.cpus, num_gpus=recipe.pool.gpus, resources=recipe.pool.resources)
+        found[encoder.name] = ray.get(task.remote(encoder, list(prompts)))
+        save_file({str(index): states for index, states in enumerate(found[encoder.name])}, path)
+    return found
+
+
+@ray.remote
+def _encode(settings: EncoderSettings, prompts: list[str]) -> list[torch.Tensor]:
+    encoder = PromptEncoder.load(resolve_encoder(settings))
+    return [caption.states.clone() for caption in encoder.encode(prompts)]

@@ -1,0 +1,159 @@
+"""The fp32 numbers of a DeepSpeed engine as named fragments: (parameter name, start, length), whatever the ZeRO stage.
+
+ZeRO keeps master weights and optimizer moments in flat buffers, cut at other places for every stage and world size.
+Named by parameter and offset, the same numbers can be averaged (EMA), saved and loaded without knowing stage or world
+size, so a checkpoint moves from any (stage, workers) to any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + length) of a flattened parameter; they lie at `offset` of the flat buffer `flat`."""
+
+    name: str
+    start: int
+    length: int
+    flat: torch.Tensor
+    offset: int
+
+    @property
+    def master(self) -> torch.Tensor:
+        """The fp32 weights, a live view [length]."""
+        return self.flat.detach().view(-1).narrow(0, self.offset, self.length)
+
+    def moment(self, optimizer: torch.optim.Optimizer, kind: str) -> torch.Tensor:
+        """An optimizer moment, a live view [length]. KeyError before the first step."""
+        return optimizer.state[self.flat][kind].view(-1).narrow(0, self.offset, self.length)
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer below DeepSpeed's wrappers."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def live_fragments(engine: Any) -> list[Fragment]:
+    """Every fp32 number this rank holds; under stage 0 that is everything."""
+    stage = engine.zero_optimization_stage()
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    if stage == 0:
+        return [Fragment(name, 0, p.numel(), p, 0) for name, p in named]
+    if stage == 3:
+        return [f for name, p in named if (f := _stage3(engine.optimizer, name, p))]
+    return [f for name, p in named if (f := _stage12(engine.optimizer, name, p))]
+
+
+def owned_fragments(engine: Any) -> list[Fragment]:
+    """This rank's share: over all ranks, every number exactly once."""
+    live = live_fragments(engine)
+    if engine.zero_optimization_stage() > 0:
+        return live
+    world, rank = dist.get_world_size(), dist.get_rank()
+    owned = []
+    for fragment in live:
+        share = -(-fragment.length // world)
+        start, stop = min(rank * share, fragment.length), min((rank + 1) * share, fragment.length)
+        if stop > start:
+            owned.append(Fragment(fragment.name, start, stop - start, fragment.flat, start))
+    return owned
+
+
+def _stage12(optimizer: Any, name: str, parameter: torch.Tensor) -> Fragment | None:
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:  # another rank holds all of this parameter
+        return None
+    flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+    place = mapping.hp_fragment_address
+    lp = mapping.lp_fragment_address
+    return Fragment(name, lp.start, lp.numel, flats[mapping.param_group_index], place.start)
+
+
+def _stage3(optimizer: Any, name: str, parameter: Any) -> Fragment | None:
+    group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = length * dist.get_rank()
+    length = min(length, parameter.ds_numel - start)  # the last shard is padded
+    if length <= 0:
+        return None
+    return Fragment(name, start, length, optimizer.fp32_partitioned_groups_flat[group], offset)
+
+
+class ShardedEMA:
+    """Exponential moving average of the fp32 weights, each rank its share (decay min(d, (n+1)/(n+10)))."""
+
+    def __init__(self, fragments: list[Fragment], decay: float) -> None:
+        self.fragments, self.decay, self.updates = fragments, decay, 0
+        self.average = [fragment.master.clone() for fragment in fragments]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
+        torch._foreach_lerp_(self.average, [f.master.to(a) for f, a in zip(self.fragments, self.average)], 1 - decay)
+        self.updates += 1
+
+
+def gather_full(
+    shapes: dict[str, torch.Size], fragments: list[Fragment], values: list[torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """Fragments of all ranks put together on rank 0, one parameter at a time, on the CPU; None on other ranks."""
+    held: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for fragment, value in zip(fragments, values):
+        held.setdefault(fragment.name, []).append((fragment.start, value))
+    device = values[0].device if values else torch.device("cpu")
+    full: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        flat = torch.zeros(shape.numel(), device=device)
+        for start, value in held.get(name, []):
+            flat[start : start + len(value)] = value
+        dist.reduce(flat, 0)
+        if dist.get_rank() == 0:
+            full[name] = flat.view(shape).cpu()
+    return full if dist.get_rank() == 0 else None
+
+
+def full_shapes(engine: Any) -> dict[str, torch.Size]:
+    """Shapes of the trained parameters, also where ZeRO-3 has emptied them."""
+    return {n: getattr(p, "ds_shape", p.shape) for n, p in engine.module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_numbers(engine: Any, ema: ShardedEMA, read: Any, step: int) -> None:
+    """Put saved numbers back. `read(kind, name)` gives the full flat fp32 tensor, kind "master", "ema" or a moment."""
+    optimizer = inner_optimizer(engine)
+    for fragment in live_fragments(engine):
+        cut = slice(fragment.start, fragment.start + fragment.length)
+        fragment.master.copy_(read("master", fragment.name)[cut])
+        if step == 0:
+            continue
+        state = optimizer.state[fragment.flat]
+        for kind in MOMENTS:
+            if kind not in state:
+                state[kind] = torch.zeros_like(fragment.flat, memory_format=torch.preserve_format).detach()
+            fragment.moment(optimizer, kind).copy_(read(kind, fragment.name)[cut])
+        state["step"] = torch.tensor(float(step))
+    for fragment, average in zip(ema.fragments, ema.average):
+        average.copy_(read("ema", fragment.name)[fragment.start : fragment.start + fragment.length])
+    for name, parameter in _writable_parameters(engine):
+        parameter.data.copy_(read("master", name).view(parameter.shape))
+
+
+def _writable_parameters(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The computing copies of the parameters, whole, one after the other."""
+    if engine.zero_optimization_stage() < 3:
+        yield from ((n, p) for n, p in engine.module.named_parameters() if p.requires_grad)
+        return
+    import deepspeed
+
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                yield name, parameter

@@ -1,0 +1,104 @@
+"""Run by tests/pipelines/test_engine.py in `world_size` real processes: trains tiny models, writes losses as JSON.
+
+python engine_process.py RANK WORLD_SIZE FOLDER JOBS.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lidit.config import Recipe
+from lidit.data.feed import TrainingBatch
+from lidit.diffusion import build_objective
+from lidit.models import LIDiT, TextStates
+from pipelines import checkpoints
+from pipelines.engine import Engine
+from pipelines.shards import full_shapes, gather_full
+
+BATCH, CHANNELS, SIDE = 12, 3, 8
+
+
+def recipe_of(job: dict, world_size: int) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "engine",
+            "corpus": "none",
+            "encoders": [{"name": "a", "model": "none"}, {"name": "b", "model": "none"}],
+            "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 4},
+            "objective": {"kind": "clean"},
+            "train": {
+                "steps": 20,
+                "batch_size": BATCH,
+                "ema_decay": 0.9,
+                "optimizer": {"lr": 3e-3, "weight_decay": 0.01, "warmup_steps": 3, **job.get("optimizer", {})},
+            },
+            "engine": {"workers": world_size, **job["engine"]},
+        }
+    )
+
+
+def global_batch(step: int, poison: bool) -> TrainingBatch:
+    generator = torch.Generator().manual_seed(step)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    mask = torch.arange(5)[None] < torch.randint(1, 6, (BATCH, 1), generator=generator)
+    text = {
+        "a": TextStates(draw(BATCH, 5, 16), mask, draw(3, 16)),
+        "b": TextStates(draw(BATCH, 5, 24), mask, draw(0, 24)),
+    }
+    u = torch.rand(BATCH, generator=generator)
+    latents = draw(BATCH, CHANNELS, SIDE, SIDE)
+    if poison:
+        latents[0] = float("nan")
+    noise = draw(BATCH, CHANNELS, SIDE, SIDE)
+    return TrainingBatch(step, tuple(str(i) for i in range(BATCH)), latents, noise, u, text, tokens=int(mask.sum()) * 2)
+
+
+def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
+    recipe = recipe_of(job, world_size)
+    torch.manual_seed(0)
+    model = LIDiT.from_settings(recipe.model, {"a": 16, "b": 24}, CHANNELS)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine = Engine(recipe, model, build_objective(recipe.objective), torch.device("cpu"))
+    start = 0
+    if "restore" in job:
+        start = checkpoints.CheckpointReader(folder / job["restore"]).restore(engine.deepspeed, engine.ema).step
+    losses, norms, finite = [], [], []
+    shapes, plain = full_shapes(engine.deepspeed), None
+    for step in range(start, job["steps"]):
+        part = global_batch(step, poison=step == job.get("poison")).split(world_size)[rank]
+        result = engine.train_step(part)
+        losses.append(result.loss)
+        norms.append(result.gradient_norm)
+        finite.append(result.finite)
+        if job.get("watch_average"):  # the textbook average, of whole weights on one process
+            whole = gather_full(shapes, engine.ema.fragments, [f.master for f in engine.ema.fragments])
+            decay = min(0.9, (step + 1) / (step + 10))
+            if rank == 0:
+                plain = plain or initial
+                plain = {n: decay * plain[n] + (1 - decay) * w for n, w in whole.items()}
+        if "save" in job and step + 1 == job["save_at"]:
+            target = folder / job["save"]
+            target.mkdir(exist_ok=True)
+            dist.barrier()
+            position = checkpoints.Position(step + 1, world_size, engine.ema.updates, {})
+            checkpoints.save(target, engine.deepspeed, engine.ema, rank, position)
+            dist.barrier()
+    masters = [fragment.master for fragment in engine.ema.fragments]
+    weights, average = (gather_full(shapes, engine.ema.fragments, v) for v in (masters, engine.ema.average))
+    if rank == 0:
+        torch.save({"weights": weights, "ema": average, "plain": plain or {}}, folder / f"{job['name']}.pt")
+    return {"losses": losses, "norms": norms, "finite": finite}
+
+
+if __name__ == "__main__":
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size)
+    results = {job["name"]: run(job, rank, world_size, folder) for job in json.loads(Path(sys.argv[4]).read_text())}
+    if rank == 0:
+        (folder / f"results-{world_size}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,116 @@
+"""ZeRO 0 to 3 are one computation; checkpoints move between stages and worker counts. Real processes, real gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROCESS = Path(__file__).with_name("engine_process.py")
+ROOT = Path(__file__).parents[2]
+
+
+def launch(folder: Path, world_size: int, jobs: list[dict]) -> dict:
+    """Run the jobs one after the other in `world_size` processes; each job's losses, norms and flags."""
+    (folder / f"store-{world_size}").unlink(missing_ok=True)
+    listing = folder / f"jobs-{world_size}.json"
+    listing.write_text(json.dumps(jobs))
+    command = [str(world_size), str(folder), str(listing)]
+    # DeepSpeed looks for a launcher's variables before it believes the process group that is there.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROCESS), str(rank), *command],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    return json.loads((folder / f"results-{world_size}.json").read_text())
+
+
+def tensors(folder: Path, job: str) -> dict[str, dict[str, torch.Tensor]]:
+    return torch.load(folder / f"{job}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict:
+    """All jobs of this file: three process groups, started once."""
+    stage = lambda n, **more: {"zero_stage": n, **more}  # noqa: E731
+    two = [{"name": "accumulated", "engine": stage(2, accumulation=3), "steps": 20}]
+    two += [{"name": "poisoned", "engine": stage(2), "steps": 3, "poison": 1}]
+    two += [{"name": f"bf16-{n}", "engine": stage(n, precision="bfloat16"), "steps": 20} for n in range(3)]
+    for n in range(4):  # stage 3 last: DeepSpeed then replaces torch's linear for the whole process
+        two += [{"name": f"two-{n}", "engine": stage(n), "steps": 20, "save": f"two-{n}", "save_at": 10}]
+        two[-1]["watch_average"] = True
+        two += [{"name": f"again-{n}", "engine": stage(n), "steps": 20, "restore": f"two-{n}"}]
+    two += [{"name": "bf16-3", "engine": stage(3, precision="bfloat16"), "steps": 20}]
+    two += [{"name": "three-to-one", "engine": stage(1), "steps": 20, "restore": "two-3"}]
+    found = launch(folder, 2, two)
+    one = [{"name": "one", "engine": stage(0), "steps": 20, "save": "one", "save_at": 10}]
+    one += [{"name": f"two-to-one-{n}", "engine": stage(n), "steps": 20, "restore": f"two-{n}"} for n in (1, 2, 3)]
+    found |= launch(folder, 1, one)
+    three = [{"name": f"to-three-{n}", "engine": stage(n), "steps": 20, "restore": f"two-{n}"} for n in (1, 2, 3)]
+    three += [{"name": "one-to-three", "engine": stage(3), "steps": 20, "restore": "one"}]
+    return found | launch(folder, 3, three)
+
+
+def close(found: list[float], expected: list[float], relative: float) -> None:
+    assert found == pytest.approx(expected, rel=relative)
+
+
+@pytest.mark.parametrize("job", ["two-0", "two-1", "two-2", "two-3", "accumulated"])
+def test_every_stage_and_split_gives_the_same_curve(results: dict, job: str) -> None:
+    close(results[job]["losses"], results["one"]["losses"], 1e-5)
+    close(results[job]["norms"], results["one"]["norms"], 1e-3)
+    assert min(results[job]["norms"]) > 0
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_resume_is_bit_identical(results: dict, folder: Path, stage: int) -> None:
+    assert results[f"again-{stage}"]["losses"] == results[f"two-{stage}"]["losses"][10:]
+    straight, resumed = tensors(folder, f"two-{stage}"), tensors(folder, f"again-{stage}")
+    for part in ("weights", "ema"):
+        for name, value in straight[part].items():
+            assert torch.equal(value, resumed[part][name]), f"{part} {name}"
+
+
+@pytest.mark.parametrize(
+    "job",
+    ["two-to-one-1", "two-to-one-2", "two-to-one-3", "to-three-1", "to-three-2", "to-three-3", "one-to-three",
+     "three-to-one"],
+)  # fmt: skip
+def test_another_number_of_workers_goes_on_with_the_same_curve(results: dict, job: str) -> None:
+    close(results[job]["losses"], results["one"]["losses"][10:], 1e-5)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_sharded_average_is_the_plain_one(folder: Path, results: dict, stage: int) -> None:
+    saved = tensors(folder, f"two-{stage}")
+    assert saved["plain"].keys() == saved["ema"].keys()
+    for name, value in saved["plain"].items():
+        torch.testing.assert_close(saved["ema"][name], value, rtol=1e-5, atol=1e-7, msg=name)
+    moved = [name for name, value in saved["ema"].items() if not torch.equal(value, saved["weights"][name])]
+    assert len(moved) > len(saved["ema"]) / 2, "the average is just the weights"
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(results: dict) -> None:
+    assert results["poisoned"]["finite"] == [True, False, True]
+    assert results["poisoned"]["losses"][0] == results["two-2"]["losses"][0]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bfloat16_follows_float32(results: dict, stage: int) -> None:
+    close(results[f"bf16-{stage}"]["losses"], results["one"]["losses"], 0.03)
