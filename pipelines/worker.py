@@ -23,6 +23,7 @@ from lidit.diffusion import build_objective
 from lidit.errors import InputError, JobError
 from lidit.models import LIDiT
 from lidit.pipeline import save_pipeline
+from lidit.prompts import ModelEncoder
 from lidit.store import Corpus, LatentFamily, TextFamily
 from pipelines import checkpoints
 from pipelines.engine import Engine
@@ -187,8 +188,7 @@ class TrainingJob:
         save_pipeline(
             folder,
             model,
-            encoders=self.recipe.encoders,
-            families=self.texts,
+            encoders=[ModelEncoder.of_family(encoder, self.texts[encoder.name]) for encoder in self.recipe.encoders],
             objective=self.recipe.objective,
             sampler=self.recipe.sampler,
             codec=self.recipe.codec,

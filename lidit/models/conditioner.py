@@ -22,6 +22,7 @@ from lidit.models.refiner import LinguisticRefiner
 from lidit.models.states import PromptCondition, TextStates, attendable, masked_mean
 
 STANDARDISED_LIMIT = 10.0
+CONSTANT = 1e-6
 
 
 class StateProjection(nn.Module):
@@ -154,8 +155,8 @@ class PromptConditioner(ModelMixin, ConfigMixin):
     def set_statistics(self, name: str, mean: torch.Tensor, deviation: torch.Tensor) -> None:
         """Each channel's mean and deviation [W] of encoder `name`, kept with the weights.
 
-        A channel with deviation 0 is constant; it is only centred. Raises InputError for an unknown encoder, a wrong
-        width, or values that are negative or not finite.
+        A channel whose deviation is within float32 rounding of its mean is constant; it is only centred. Raises
+        InputError for an unknown encoder, a wrong width, or values that are negative or not finite.
         """
         projection = self.branch(name).projection
         for label, values in (("mean", mean), ("deviation", deviation)):
@@ -167,7 +168,8 @@ class PromptConditioner(ModelMixin, ConfigMixin):
             if not torch.isfinite(values).all() or (label == "deviation" and (values < 0).any()):
                 raise InputError(f"encoder {name!r}: {label} holds values that are negative or not finite")
         projection.mean.copy_(mean)
-        projection.deviation.copy_(torch.where(deviation == 0, torch.ones_like(deviation), deviation))
+        varies = deviation > CONSTANT * mean.abs()
+        projection.deviation.copy_(torch.where(varies, deviation, torch.ones_like(deviation)))
 
     def branch(self, name: str) -> Any:
         """The branch of encoder `name`. Raises InputError naming what exists."""

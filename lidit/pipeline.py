@@ -1,0 +1,267 @@
+"""Prompt -> image: the object a user loads, and the folder it is loaded from.
+
+    FOLDER/model_index.json   class, objective, sampler and codec settings, training size
+           model/             LIDiT: config.json + safetensors
+           vae/               the autoencoder, unless latents are pixels
+           encoders/NAME.*    one LLM each: its identity, and the prefix and empty states training used
+           README.md          model card
+
+Shapes: B batch, C latent channels, H x W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+
+from lidit.card import model_card
+from lidit.codecs import AutoencoderCodec, Codec, load_codec
+from lidit.config import CodecSettings, ObjectiveSettings, SamplerSettings, validate
+from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
+from lidit.errors import InputError
+from lidit.models import LIDiT, TextStates
+from lidit.prompts import ModelEncoder
+from lidit.text import PromptEncoder
+
+ENCODERS, VAE = "encoders", "vae"
+INDEX = "model_index.json"
+
+
+class LIDiTPipeline(DiffusionPipeline):
+    """Draws images of prompts. Load with `from_pretrained`; call with prompts, or with states computed before.
+
+    Args:
+        model: the network. objective, sampler, codec: their settings as plain values (they go into model_index.json).
+        height, width: the training size in pixels, the default size of an image.
+    """
+
+    model_cpu_offload_seq = "model"
+    encoders: dict[str, ModelEncoder]
+
+    def __init__(
+        self,
+        model: LIDiT,
+        objective: dict[str, Any] | None = None,
+        sampler: dict[str, Any] | None = None,
+        codec: dict[str, Any] | None = None,
+        height: int = 256,
+        width: int = 256,
+    ) -> None:
+        super().__init__()
+        self.register_modules(model=model)
+        self.register_to_config(objective=objective, sampler=sampler, codec=codec, height=height, width=width)
+        self.objective = build_objective(validate(ObjectiveSettings, objective or {}, f"{INDEX}: objective"))
+        self.sampler = validate(SamplerSettings, sampler or {}, f"{INDEX}: sampler")
+        self.codec_settings = validate(CodecSettings, codec or {}, f"{INDEX}: codec")
+        self.encoders = {}
+        self._codec: Codec | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        encoders: Mapping[str, str | PromptEncoder] | None = None,
+    ) -> Self:
+        """Load a folder written by `save_pipeline`, or a hub id. No LLM is loaded before a prompt needs it.
+
+        dtype: of the weights, as saved if None. encoders: per name an encoder that is already loaded, to share it, or
+        the folder or hub id where its files are on this machine.
+
+        Raises InputError where the folder is no model, a family is missing, or an encoder is another one.
+        """
+        path = _local_folder(folder, revision)
+        if not (path / INDEX).is_file():
+            raise InputError(f"{path}: no {INDEX}, so this is not a model folder written by lidit train")
+        pipeline = super().from_pretrained(str(path), torch_dtype=dtype)
+        pipeline.model.eval()
+        if pipeline.codec_settings.model == VAE:
+            pipeline.codec_settings = pipeline.codec_settings.model_copy(update={"model": str(path / VAE)})
+        names = pipeline.model.conditioner.names
+        pipeline.encoders = {name: ModelEncoder.load(path / ENCODERS, name) for name in names}
+        for name, replacement in (encoders or {}).items():
+            if name not in pipeline.encoders:
+                raise InputError(f"the model has no encoder {name!r}; it was trained with {', '.join(names)}")
+            entry = pipeline.encoders[name]
+            if isinstance(replacement, str):
+                entry.settings = entry.settings.model_copy(update={"model": replacement, "revision": None})
+            else:
+                entry.share(replacement)
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB") -> None:
+        """Write the folder `from_pretrained` reads, without the model card."""
+        if self.codec_settings.model is not None:
+            exact = load_codec(self.codec_settings.model_copy(update={"dtype": "float32"}))
+            assert isinstance(exact, AutoencoderCodec)
+            exact.model.save_pretrained(Path(save_directory) / VAE, safe_serialization=True)
+            inside = self.codec_settings.model_copy(update={"model": VAE, "revision": None})
+            self.register_to_config(codec=inside.model_dump(mode="json"))
+        super().save_pretrained(str(save_directory), safe_serialization=True, max_shard_size=max_shard_size)
+        for encoder in self.encoders.values():
+            encoder.save(Path(save_directory) / ENCODERS)
+
+    @property
+    def codec(self) -> Codec:
+        """The codec, loaded when the first latents are decoded."""
+        if self._codec is None:
+            self._codec = load_codec(self.codec_settings, str(self._execution_device))
+        return self._codec
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, TextStates]:
+        """States of the prompts per encoder, the same values that a corpus would hold for these captions."""
+        device = str(self._execution_device)
+        return {name: entry.collate(entry.encode(prompts, device)) for name, entry in self.encoders.items()}
+
+    def unload_encoders(self) -> None:
+        """Forget the LLMs; they come back with the next prompt given as text."""
+        for entry in self.encoders.values():
+            entry.loaded = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        states: Mapping[str, TextStates] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
+        scheduler: str | None = None,
+        seed: int | Sequence[int] | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+    ) -> Any:
+        """Images of the prompts, one each, in their order.
+
+        Args:
+            prompt: one or several captions; or `states` per encoder, as `encode_prompts` or a corpus gives them.
+            height, width: pixels, default: the training size. Any multiple of codec factor x patch size.
+            num_inference_steps ... scheduler: see `SamplerSettings`; default: the model's own.
+            seed: one for all prompts, or one per prompt, so an image depends on its prompt and seed, not on the batch.
+                None draws seeds at random.
+            output_type: "pil" a list of images; "np" uint8 [B, height, width, 3]; "pt" float [B, 3, height, width] in
+                [0, 1]; "latent" the undecoded latents.
+        Raises:
+            InputError: wrong size, missing encoder, a scheduler that does not fit, as many seeds as prompts not given.
+        """
+        if (prompt is None) == (states is None):
+            raise InputError("give either prompt or states")
+        if prompt is not None:
+            states = self.encode_prompts([prompt] if isinstance(prompt, str) else list(prompt))
+        assert states is not None
+        sampler = self._sampler(
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            scheduler=scheduler,
+        )
+        device = self._execution_device
+        text = {name: entry.to(device) for name, entry in states.items()}
+        self.model.conditioner.check(text)
+        empty = {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}
+        generators = seeded_generators(_seeds(seed, len(next(iter(text.values())).states)))
+        shape = self._latent_shape(height or self.config.height, width or self.config.width)
+        predict = GuidedPredictor(self.model, text, empty, sampler)
+        with self.progress_bar(total=sampler.steps) as bar:
+            latents = sample(
+                predict,
+                self.objective,
+                initial_noise(generators, shape, device),
+                sampler,
+                generators,
+                lambda _step, _latents: bar.update(),
+            )
+        self.maybe_free_model_hooks()
+        return latents if output_type == "latent" else _as_images(self.codec.decode(latents), output_type)
+
+    def _sampler(self, **changes: Any) -> SamplerSettings:
+        given = {key: value for key, value in changes.items() if value is not None}
+        return validate(SamplerSettings, {**self.sampler.model_dump(), **given}, "sampling")
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        step = self.codec.factor * self.model.config.patch_size
+        if height < 1 or width < 1 or height % step or width % step:
+            raise InputError(f"{height} x {width} pixels: height and width must be multiples of {step} for this model")
+        return self.model.config.channels, height // self.codec.factor, width // self.codec.factor
+
+
+def save_pipeline(
+    folder: str | Path,
+    model: LIDiT,
+    encoders: Sequence[ModelEncoder],
+    objective: ObjectiveSettings,
+    sampler: SamplerSettings,
+    codec: CodecSettings,
+    size: tuple[int, int],
+    facts: Mapping[str, Any],
+) -> LIDiTPipeline:
+    """Write the folder that `LIDiTPipeline.from_pretrained` reads, with a model card.
+
+    Args:
+        encoders: one for each of the model's, see `ModelEncoder.of_family`.
+        size: training size in pixels (height, width). facts: what the card says of the run ("scores" as a table).
+    Raises:
+        InputError: one of the model's encoders is missing.
+    """
+    named = {encoder.name: encoder for encoder in encoders}
+    missing = [name for name in model.conditioner.names if name not in named]
+    if missing:
+        raise InputError(f"{folder}: no text family for the model's encoder {', '.join(missing)}")
+    pipeline = LIDiTPipeline(
+        model,
+        objective=objective.model_dump(mode="json"),
+        sampler=sampler.model_dump(mode="json"),
+        codec=codec.model_dump(mode="json"),
+        height=size[0],
+        width=size[1],
+    )
+    pipeline.encoders = {name: named[name] for name in model.conditioner.names}
+    pipeline.save_pretrained(folder)
+    card = model_card(model, list(pipeline.encoders.values()), objective, sampler, codec, size, facts)
+    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+    return pipeline
+
+
+def _local_folder(folder: str | Path, revision: str | None) -> Path:
+    path = Path(folder).expanduser()
+    if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+        if not path.is_dir():
+            raise InputError(f"{folder}: no such model folder")
+        return path
+    try:
+        patterns = ["*.json", "*.safetensors", "README.md"]
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{folder}: neither a folder nor a model on the hub ({type(error).__name__})") from None
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if seed is None:
+        return [int(value) for value in torch.randint(0, 2**31, (count,))]
+    if isinstance(seed, int):
+        return [seed] * count
+    if len(seed) != count:
+        raise InputError(f"{len(seed)} seeds for {count} prompts: give one, or one per prompt")
+    return list(seed)
+
+
+def _as_images(images: torch.Tensor, output_type: str) -> Any:
+    """Images [B, 3, height, width] in [0, 1] in the form that was asked for."""
+    images = images.float().clamp(0, 1).cpu()
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).numpy()  # [B, height, width, 3]
+    return array if output_type == "np" else [Image.fromarray(np.ascontiguousarray(image)) for image in array]
