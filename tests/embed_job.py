@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 from corpus_factory import make_corpus
 
 from lidit.config import EncoderSettings, PoolSettings
+from lidit.store import FamilyWriter, UnitStatistics
+from lidit.text import PromptEncoder, resolve_encoder
+from lidit.text.family import ensure_shared, unit_tables
 
 WORDS = ("a", "red", "circle", "and", "two", "blue", "squares", "left", "of", "the", "green", "star", "圆形", "café")
 
@@ -47,6 +51,20 @@ def finished(corpus: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in corpus.glob("text/*/[0-9]*.json")}
 
 
+def embed_here(corpus: Path, settings: EncoderSettings) -> list[int]:
+    """The same job in this process, without a cluster; returns the units it computed."""
+    encoder = PromptEncoder.load(resolve_encoder(settings, "cpu"), "cpu")
+    writer = FamilyWriter.open_or_create(str(corpus), "text", settings.name, encoder.spec.to_dict())
+    shared = ensure_shared(encoder, writer)
+    pending = writer.pending()
+    for unit in pending:
+        tokens = encoder.tokenizer.tokenize(writer.corpus.captions(unit)["text"].to_pylist())
+        statistics = UnitStatistics()
+        writer.publish(unit, unit_tables(encoder, shared, tokens, statistics), statistics=statistics)
+    writer.finish()
+    return pending
+
+
 def start(corpus: Path, settings: EncoderSettings, actors: int = 1, **environment: str) -> subprocess.Popen[str]:
     """The job in a process group of its own; the last line it prints is JSON."""
     command = [sys.executable, __file__, str(corpus), settings.model_dump_json(), str(actors)]
@@ -64,6 +82,7 @@ def start(corpus: Path, settings: EncoderSettings, actors: int = 1, **environmen
 def run(corpus: str, settings: str, actors: str) -> None:
     from pipelines.embed import run_embed
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
     pool = PoolSettings(actors=int(actors), cpus=1)
     summary = run_embed(corpus, EncoderSettings.model_validate_json(settings), pool, progress=False)
     modeling = [name for name in sys.modules if ".modeling_llama" in name]

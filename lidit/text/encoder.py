@@ -44,7 +44,7 @@ class PromptEncoder:
         Raises InputError where the folder holds no complete model or tokenizer.
         """
         tokenizer = PromptTokenizer(spec)
-        return cls(spec, tokenizer, Trunk(spec, device or default_device()))
+        return cls(spec, tokenizer, Trunk.load(spec, device or default_device()))
 
     def prefix_states(self) -> tuple[tuple[int, ...], torch.Tensor]:
         """Token ids and states [P, W] of the prefix. P = 0 where the states behind it do not leave it constant:

@@ -21,10 +21,11 @@ from lidit.text.specs import EncoderSpec
 class Trunk:
     """A truncated model and the three ways of running it. All tensors are on `device`, states in the spec's dtype."""
 
-    def __init__(self, spec: EncoderSpec, device: str) -> None:
+    def __init__(self, spec: EncoderSpec, model: nn.Module) -> None:
+        """`model` has `spec.blocks` blocks already; `load` makes one from the spec's folder."""
         self.spec = spec
-        self.device = torch.device(device)
-        self.model = _load(spec, self.device)
+        self.model: Any = model
+        self.device = next(model.parameters()).device
         self._output: torch.Tensor | None = None
         if not spec.final:
             _block_list(self.model, spec.blocks)[-1].register_forward_hook(self._keep_output)
@@ -33,6 +34,11 @@ class Trunk:
         self._context: Any = None
         # Some models let later layers read an earlier layer's keys and values from the cache.
         self._release_keys = not getattr(self.model.config, "num_kv_shared_layers", 0)
+
+    @classmethod
+    def load(cls, spec: EncoderSpec, device: str) -> Trunk:
+        """Read the blocks the spec needs. InputError where the folder lacks one of their tensors."""
+        return cls(spec, _load(spec, torch.device(device)))
 
     @property
     def parameters(self) -> int:

@@ -2,6 +2,7 @@
 leaves the same bytes as an undisturbed run."""
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from embed_job import contents, encoder, finished, make_job, start
+from embed_job import contents, embed_here, encoder, finished, make_job, start
 from tiny_models import tiny_llm
 
 from lidit.config import PoolSettings
@@ -23,6 +24,8 @@ from pipelines.embed import run_embed
 
 UNITS, ROWS = 24, 60
 ONE = PoolSettings(actors=1, cpus=1)
+POINTS = [point for point in CRASH_POINTS if not point.startswith(("unit-", "corpus-"))]  # those are ingest's
+ONCE = ("family-created", "shared-written", "table-published", "manifest-published")
 
 
 @pytest.fixture(scope="module")
@@ -117,26 +120,43 @@ def end_group(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+@pytest.mark.parametrize("point", POINTS)
+def test_kill_at_every_point_of_the_publish_protocol(
+    point: str, undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
+    corpus = make_job(tmp_path / "corpus", UNITS, ROWS)
+
+    def job() -> None:
+        os.environ["LIDIT_CRASH_AT"] = point if point in ONCE else f"{point}:3"
+        embed_here(corpus, encoder(model))
+
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [handle.complete for handle in Corpus.open(corpus).text_families()] == [point == "manifest-published"]
+    before = finished(corpus)
+    computed = embed_here(corpus, encoder(model))
+    assert computed == [unit for unit in range(UNITS) if f"{unit:05d}.json" not in before]
+    assert {name: written for name, written in finished(corpus).items() if name in before} == before
+    assert contents(corpus) == contents(undisturbed)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_kill_at_every_point_of_the_publish_protocol(model: Path, tmp_path: Path, ray_cluster: None) -> None:
-    """Points of the units kill the actor again and again until Ray gives up; the others kill the driver."""
-    reference = make_job(tmp_path / "reference")
-    run_embed(str(reference), encoder(model), ONE, progress=False)
-    for point in CRASH_POINTS:
-        if point.startswith(("unit-", "corpus-")):
-            continue  # ingest's
-        corpus = make_job(tmp_path / point)
-        process = start(corpus, encoder(model), LIDIT_CRASH_AT=point)
-        try:
-            process.communicate(timeout=240)
-            assert process.returncode != 0, point
-        finally:
-            end_group(process)
-        complete = [handle.complete for handle in Corpus.open(corpus).text_families()]
-        assert complete == [point == "manifest-published"], point
-        rerun_and_compare(corpus, model, reference)
-        shutil.rmtree(corpus)
+@pytest.mark.parametrize("point", ["shared-written", "data-renamed", "record-written", "table-published"])
+def test_kill_at_a_point_under_ray(point: str, undisturbed: Path, model: Path, tmp_path: Path) -> None:
+    """In an actor, which dies in each of its lives until Ray gives up, or once; or in the driver."""
+    corpus = make_job(tmp_path / "corpus", UNITS, ROWS)
+    process = start(corpus, encoder(model), LIDIT_CRASH_AT=point)
+    try:
+        process.communicate(timeout=300)
+        survived = point == "shared-written"  # the actor's second life finds the shared states published
+        assert (process.returncode == 0) == survived
+    finally:
+        end_group(process)
+    assert [handle.complete for handle in Corpus.open(corpus).text_families()] == [survived]
+    rerun_and_compare(corpus, model, undisturbed)
 
 
 @pytest.fixture
