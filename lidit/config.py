@@ -90,7 +90,11 @@ class CodecSettings(Settings):
     model: str | None = Field(None, description="hub id or folder of a diffusers autoencoder; None for pixels")
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    posterior: Literal["mean", "sample"] = "sample"
+    posterior: Literal["mean", "sample"] = Field(
+        "sample", description="sample: mean and deviation are stored, and sampled anew in every epoch"
+    )
+    storage: Literal["float32", "bfloat16"] = Field("float32", description="of latents; pixels are always 8 bits")
+    scale: int = Field(1, ge=1, le=8, description="buckets of the corpus times this: 2 for twice the resolution")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from lidit.store.folder import Folder
 from lidit.store.publish import publish_bytes
 from lidit.store.schema import FORMAT_VERSION, canonical_json, unit_digits
 from pipelines.cluster import connect
+from pipelines.progress import Progress
 
 PLAN_FILE = "plan.json"
 Report = Callable[[int, int, str], None]
@@ -59,12 +60,20 @@ class IngestSummary:
     skipped: bool = False
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        text = f"{self.samples} samples, {self.captions} captions, {self.units} units"
+        if self.refused or self.refused_captions:
+            listed = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.items())
+            text += f"; refused {self.refused} samples, {self.refused_captions} captions ({listed or 'see quarantine'})"
+        return text + ("; finished before, nothing to do" if self.skipped else f"; {self.seconds:.1f} s")
+
 
 def run_ingest(
-    sources: list[str], corpus: str, settings: IngestSettings, progress: Report = lambda done, total, note: None
+    sources: list[str], corpus: str, settings: IngestSettings, progress: Report | None = None
 ) -> IngestSummary:
-    """Make `corpus` from `sources` (files, folders, globs, URLs); `progress(done, total, note)` counts source files.
+    """Make `corpus` from `sources` (files, folders, globs, URLs).
 
+    progress: called with (source files done, source files, note); by default a bar is shown.
     A finished corpus of the same sources and settings is left alone, an interrupted one is finished. Raises InputError
     for sources or a folder that cannot be used, and for a corpus made from something else.
     """
@@ -80,7 +89,11 @@ def run_ingest(
     staging = folder.child(STAGING)
     _claim(folder, staging, plan)
     connect()
-    staged = _stage_all(staging, files, settings, progress)
+    if progress is not None:
+        staged = _stage_all(staging, files, settings, progress)
+    else:
+        with Progress("ingest", len(files), "files") as bar:
+            staged = _stage_all(staging, files, settings, lambda done, _, note: bar.update(done, note))
     if not any(entry.samples for entry in staged):
         reasons = sum((Counter(entry.refused) for entry in staged), Counter())
         listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5)) or "every source is empty"
@@ -89,7 +102,7 @@ def run_ingest(
     duplicates = find_duplicates(staging, staged)
     plans = plan_units(staged, duplicates, settings.unit_samples)
     digits = unit_digits(sum(p.units for p in plans))
-    rows = _write_all(folder, staging, plans, settings.unit_samples, digits, progress, len(files))
+    rows = _write_all(folder, staging, plans, settings.unit_samples, digits)
     reasons = sum((Counter(entry.refused) for entry in staged), Counter())
     if duplicates:
         reasons[DUPLICATE] = sum(len(copies) for copies in duplicates.values())
@@ -165,20 +178,10 @@ def _stage_all(
 
 
 def _write_all(
-    folder: Folder,
-    staging: Folder,
-    plans: list[SourcePlan],
-    unit_samples: int,
-    digits: int,
-    progress: Report,
-    total: int,
+    folder: Folder, staging: Folder, plans: list[SourcePlan], unit_samples: int, digits: int
 ) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
     calls = ((plan.name, (folder, staging, plan, unit_samples, digits)) for plan in plans)
-    for written in _in_tasks(write_units, calls):
-        rows += written
-        progress(total, total, f"{len(rows)} units written")
-    return rows
+    return [row for written in _in_tasks(write_units, calls) for row in written]
 
 
 def _in_tasks(function: Callable[..., Any], calls: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:

@@ -43,6 +43,7 @@ class FamilyWriter:
         self.fingerprint = digest_of(spec)
         self.directory = f"{name}-{self.fingerprint[:12]}"
         self.folder = Folder.at(corpus).child(kind).child(self.directory)
+        self._known_shared: str | None = None
 
     @classmethod
     def open_or_create(cls, corpus: str, kind: str, name: str, spec: dict[str, Any]) -> FamilyWriter:
@@ -133,10 +134,11 @@ class FamilyWriter:
         except FileNotFoundError:
             return None
 
-    @cached_property
+    @property
     def _shared_sha256(self) -> str | None:
-        content = self._shared_bytes()
-        return None if content is None else hashlib.sha256(content).hexdigest()
+        if self.kind == "text" and self._known_shared is None and (content := self._shared_bytes()) is not None:
+            self._known_shared = hashlib.sha256(content).hexdigest()
+        return self._known_shared
 
     # -- units --------------------------------------------------------------------------------------------------------
 

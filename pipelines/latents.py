@@ -1,0 +1,246 @@
+"""Latents: decode on CPU tasks, encode on an actor pool, one family file per unit.
+
+Ray tasks and actors rather than a Ray Data pipeline: one actor must see all of a unit to publish it, and a unit's
+pixels need not fit in memory. So each actor draws its unit's chunks through a short window of decode tasks that runs
+ahead into its next unit, and the codec never waits for a picture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from lidit.codecs import codec_spec, load_codec
+from lidit.config import CodecSettings, PoolSettings
+from lidit.errors import InputError, JobError
+from lidit.images.buckets import Bucket
+from lidit.images.reading import bucket_images
+from lidit.store import Corpus, FamilyWriter, UnitStatistics, latents_table
+from pipelines.cluster import connect
+from pipelines.progress import Progress
+
+Report = Callable[[int, int, str], None]
+CHUNK_PIXELS = 64 * 512 * 512  # one decode task: 48 MiB of pixels
+BATCH_PIXELS = 16 * 512 * 512  # one forward pass of the codec
+WINDOW = 4  # chunks decoded ahead of the codec
+ACTOR_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class LatentsSummary:
+    """One finished latents family. computed_units: by this call; codec_busy: share of the actors' time in the codec."""
+
+    name: str
+    directory: str
+    fingerprint: str
+    units: int
+    computed_units: int
+    images: int
+    bytes: int
+    seconds: float
+    codec_busy: float
+
+    def __str__(self) -> str:
+        return (
+            f"latents {self.directory}: {self.images} images in {self.units} units, {self.bytes / 1e6:.1f} MB; "
+            f"{self.computed_units} units computed in {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class LatentsJob:
+    """What an actor needs to know; small and picklable."""
+
+    corpus: str
+    root: str
+    settings: CodecSettings
+    device: str
+
+    def writer(self) -> FamilyWriter:
+        return FamilyWriter.open_or_create(
+            self.corpus, "latents", self.settings.name, codec_spec(self.settings, self.device)
+        )
+
+
+def run_latents(
+    corpus: str,
+    settings: CodecSettings,
+    pool: PoolSettings | None = None,
+    progress: Report | None = None,
+    root: str | None = None,
+) -> LatentsSummary:
+    """Compute and publish what is missing of one latents family. Call again after any interruption.
+
+    progress: called with (units done, units, note); by default a bar is shown. root: where the source files are now.
+    Raises InputError for a corpus without images, a codec that is none or whose factor does not divide the buckets;
+    JobError where a source has changed, the disk is full or an actor dies too often. Finished units are kept.
+    """
+    started = time.monotonic()
+    pool = pool or PoolSettings()
+    opened = Corpus.open(corpus, root)
+    job = LatentsJob(opened.folder.location, opened.root, settings, "cuda" if pool.gpus else "cpu")
+    spec = codec_spec(settings, job.device)
+    _check_buckets(opened, spec["factor"], settings.scale)
+    writer = job.writer()
+    pending = [] if writer.complete() else writer.pending()
+    busy = [0.0, 0.0]
+    if pending:
+        connect()
+        total = opened.num_units
+        if progress is not None:
+            busy = _compute(job, pool, pending, total, progress)
+        else:
+            with Progress(f"latents {settings.name}", total, "units", total - len(pending)) as bar:
+                busy = _compute(job, pool, pending, total, lambda done, _, note: bar.update(done, note))
+    manifest = writer.finish({"codec": settings.model_dump(mode="json")})
+    return LatentsSummary(
+        settings.name,
+        writer.directory,
+        writer.fingerprint,
+        manifest["units"],
+        len(pending),
+        manifest["rows"],
+        manifest["bytes"],
+        time.monotonic() - started,
+        busy[0] / busy[1] if busy[1] else 0.0,
+    )
+
+
+def _check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
+    first = next((u for u in range(corpus.num_units) if corpus.units["samples"][u].as_py()), None)
+    if first is None or corpus.samples(first)["bucket"][0].as_py() is None:
+        raise InputError(f"{corpus.folder.location}: a corpus of captions only: there are no images to encode")
+    multiple = int(corpus.facts["settings"].get("bucket_multiple", 1))
+    if multiple * scale % factor:
+        raise InputError(
+            f"{corpus.folder.location}: bucket sides are multiples of {multiple * scale}, the codec needs multiples of "
+            f"{factor}; ingest again with bucket_multiple={factor} x the model's patch size"
+        )
+
+
+def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, report: Report) -> list[float]:
+    """Give every actor a unit and the one after it; returns codec seconds and wall seconds over all units."""
+    actor_type = ray.remote(
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        resources=pool.resources or None,
+        label_selector=pool.label_selector or None,
+        max_restarts=ACTOR_RESTARTS,
+        max_task_retries=ACTOR_RESTARTS,
+    )(LatentsActor)
+    actors = [actor_type.remote(job) for _ in range(min(pool.actors, len(pending)))]
+    remaining = iter(pending)
+    queued = {actor: next(remaining, None) for actor in actors}
+    running: dict[Any, Any] = {}
+    done, busy = total - len(pending), [0.0, 0.0]
+
+    def start(actor: Any) -> None:
+        unit = queued[actor]
+        if unit is not None:
+            queued[actor] = next(remaining, None)
+            running[actor.encode.remote(unit, queued[actor])] = actor
+
+    for actor in actors:
+        start(actor)
+    try:
+        while running:
+            (finished,), _ = ray.wait(list(running))
+            actor = running.pop(finished)
+            codec_seconds, seconds, images = ray.get(finished)
+            done, busy = done + 1, [busy[0] + codec_seconds, busy[1] + seconds]
+            report(done, total, f"{images / max(seconds, 1e-9):.0f} images/s per actor")
+            start(actor)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError | JobError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise JobError(
+            f"an actor of the codec died {ACTOR_RESTARTS + 1} times; finished units are kept: {reason}"
+        ) from None
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    return busy
+
+
+def _decode(job: LatentsJob, unit: int, start: int, stop: int) -> tuple[list[np.ndarray], list[Any]]:
+    corpus = Corpus.open(job.corpus, job.root)
+    max_pixels = int(corpus.facts["settings"]["max_pixels"])
+    return bucket_images(corpus, unit, start, stop, job.settings.scale, max_pixels)
+
+
+class LatentsActor:
+    """Holds the codec; encodes and publishes whole units."""
+
+    def __init__(self, job: LatentsJob) -> None:
+        self.job, self.writer = job, job.writer()
+        self.corpus = Corpus.open(job.corpus, job.root)
+        self.codec = load_codec(job.settings, job.device)
+        self.decode = ray.remote(num_cpus=1, max_retries=2)(_decode)
+        self.ahead: dict[tuple[int, int, int], Any] = {}
+        self.codec_seconds = 0.0
+
+    def encode(self, unit: int, following: int | None) -> tuple[float, float, int]:
+        """Publish one unit; returns seconds in the codec, seconds in all, images."""
+        started, self.codec_seconds = time.monotonic(), 0.0
+        statistics = UnitStatistics()
+        record = self.writer.publish(unit, self._tables(unit, following, statistics), statistics=statistics)
+        return self.codec_seconds, time.monotonic() - started, record.rows
+
+    def _tables(self, unit: int, following: int | None, statistics: UnitStatistics) -> Iterator[pa.Table]:
+        mine = self._chunks(unit)
+        order = mine + (self._chunks(following) if following is not None else [])
+        for position in range(len(mine)):
+            for chunk in order[position : position + WINDOW]:
+                if chunk not in self.ahead:
+                    self.ahead[chunk] = self.decode.remote(self.job, *chunk)
+            pixels, crops = ray.get(self.ahead.pop(order[position]))
+            means, deviations = self._encode_chunk(pixels)
+            statistics.add(means)
+            yield latents_table(means, crops, self.codec.storage, deviations)
+
+    def _chunks(self, unit: int) -> list[tuple[int, int, int]]:
+        """(unit, start, stop): consecutive rows of about CHUNK_PIXELS, a function of the corpus alone."""
+        buckets = [Bucket.parse(text) for text in self.corpus.samples(unit)["bucket"].to_pylist()]
+        chunks, start, area = [], 0, 0
+        for row, bucket in enumerate(buckets):
+            pixels = bucket.width * bucket.height * self.job.settings.scale**2
+            if row > start and area + pixels > CHUNK_PIXELS:
+                chunks.append((unit, start, row))
+                start, area = row, 0
+            area += pixels
+        return [*chunks, (unit, start, len(buckets))]
+
+    def _encode_chunk(self, pixels: list[np.ndarray]) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Latents of a chunk in row order; batches hold one bucket each and depend on the chunk alone."""
+        buckets: dict[tuple[int, ...], list[int]] = {}
+        for row, image in enumerate(pixels):
+            buckets.setdefault(image.shape, []).append(row)
+        means: dict[int, torch.Tensor] = {}
+        deviations: dict[int, torch.Tensor] = {}
+        for (height, width, _), rows in buckets.items():
+            size = max(1, BATCH_PIXELS // (height * width))
+            for first in range(0, len(rows), size):
+                batch = rows[first : first + size]
+                stacked = torch.from_numpy(np.stack([pixels[row] for row in batch]))  # [B, H, W, 3] uint8
+                began = time.monotonic()
+                images = stacked.to(self.job.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
+                encoded = self.codec.encode(images)
+                mean = encoded.mean.cpu()
+                deviation = None if encoded.deviation is None else encoded.deviation.cpu()
+                self.codec_seconds += time.monotonic() - began
+                for place, row in enumerate(batch):
+                    means[row] = mean[place]
+                    if deviation is not None:
+                        deviations[row] = deviation[place]
+        in_order = [means[row] for row in range(len(pixels))]
+        return in_order, [deviations[row] for row in range(len(pixels))] if deviations else None
