@@ -14,8 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command()(demo.command)
 for name, job in (
+    ("demo", demo),
     ("scenes", scenes),
     ("ingest", ingest),
     ("embed", embed),

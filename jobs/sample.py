@@ -27,18 +27,19 @@ def command(
 
     **Example:** `lidit sample runs/demo/model --prompt "a red circle left of a blue square" --out pictures`
     """
+    from PIL import Image
+
     from lidit.pictures import labelled_grid
     from lidit.pipeline import LIDiTPipeline
 
     pipe = LIDiTPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(desc="sample")
     out.mkdir(parents=True, exist_ok=True)
     images, labels = [], []
     for number, text in enumerate(prompt):
         drawn = pipe([text] * count, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
                      seed=[seed + i for i in range(count)], output_type="np")  # fmt: skip
         for offset, image in enumerate(drawn):
-            from PIL import Image
-
             Image.fromarray(image).save(out / f"{number:03}-{seed + offset:04}.png")
             images.append(image)
             labels.append(text)

@@ -27,6 +27,8 @@ def environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
     warnings.filterwarnings("ignore")
+    for chatty in ("mlflow", "alembic", "DeepSpeed", "ray.train", "ray.data"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 

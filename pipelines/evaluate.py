@@ -41,6 +41,7 @@ def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSe
     if known:
         return known
     pipe = LIDiTPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)  # ours counts images, not steps of one batch
     size = pipe.config.height
     items = benchmark_prompts(size, settings.layout, settings.seed, settings.per_tag, settings.tags)
     prompts = [item["prompt"] for item in items for _ in range(settings.images_per_prompt)]
@@ -59,7 +60,7 @@ def _draw(
     images: list[NDArray[np.uint8]] = []
     for start in range(0, len(prompts), batch_size):
         stop = start + batch_size
-        images += pipe(prompts[start:stop], seed=seeds[start:stop], output_type="np")
+        images.extend(pipe(prompts[start:stop], seed=seeds[start:stop], output_type="np"))
         done(len(images))
     return images
 

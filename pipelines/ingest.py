@@ -20,7 +20,7 @@ from lidit.config import IngestSettings
 from lidit.errors import InputError, JobError
 from lidit.sources import SourceFile, expand
 from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source
-from lidit.sources.units import SourcePlan, find_duplicates, plan_units, write_units
+from lidit.sources.units import SourcePlan, WrittenSource, find_duplicates, plan_units, write_units
 from lidit.store import Corpus, publish_corpus
 from lidit.store.corpus import CORPUS_FILE, spec_differences
 from lidit.store.folder import Folder
@@ -40,6 +40,9 @@ SOURCES = pa.schema(
         ("sha256", pa.string()),
         ("samples", pa.int32()),
         ("refused", pa.int32()),
+        ("quarantine", pa.string()),
+        ("quarantine_bytes", pa.int64()),
+        ("quarantine_sha256", pa.string()),
     ]
 )
 
@@ -102,7 +105,7 @@ def run_ingest(
     duplicates = find_duplicates(staging, staged)
     plans = plan_units(staged, duplicates, settings.unit_samples)
     digits = unit_digits(sum(p.units for p in plans))
-    rows = _write_all(folder, staging, plans, settings.unit_samples, digits)
+    written = _write_all(folder, staging, plans, settings.unit_samples, digits)
     reasons = sum((Counter(entry.refused) for entry in staged), Counter())
     if duplicates:
         reasons[DUPLICATE] = sum(len(copies) for copies in duplicates.values())
@@ -112,7 +115,9 @@ def run_ingest(
         "reasons": dict(sorted(reasons.items())),
         "ignored": dict(sorted(sum((Counter(entry.ignored) for entry in staged), Counter()).items())),
     }
-    made = publish_corpus(folder, rows, digits, root, _sources_table(staged, duplicates), plan["settings"], totals)
+    rows = [row for source in written.values() for row in source.rows]
+    table = _sources_table(staged, duplicates, written)
+    made = publish_corpus(folder, rows, digits, root, table, plan["settings"], totals)
     staging.remove_tree()
     return _summary(made, skipped=False, seconds=time.monotonic() - started)
 
@@ -179,9 +184,9 @@ def _stage_all(
 
 def _write_all(
     folder: Folder, staging: Folder, plans: list[SourcePlan], unit_samples: int, digits: int
-) -> list[dict[str, Any]]:
+) -> dict[int, WrittenSource]:
     calls = ((plan.name, (folder, staging, plan, unit_samples, digits)) for plan in plans)
-    return [row for written in _in_tasks(write_units, calls) for row in written]
+    return {written.index: written for written in _in_tasks(write_units, calls)}
 
 
 def _in_tasks(function: Callable[..., Any], calls: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
@@ -220,7 +225,10 @@ def _same_kind(staged: list[StagedSource]) -> None:
     )
 
 
-def _sources_table(staged: list[StagedSource], duplicates: dict[int, dict[int, str]]) -> pa.Table:
+def _sources_table(
+    staged: list[StagedSource], duplicates: dict[int, dict[int, str]], written: dict[int, WrittenSource]
+) -> pa.Table:
+    quarantines = [written[entry.index].quarantine for entry in staged]
     copies = [len(duplicates.get(entry.index, {})) for entry in staged]
     columns = {
         "file": [entry.name for entry in staged],
@@ -228,6 +236,9 @@ def _sources_table(staged: list[StagedSource], duplicates: dict[int, dict[int, s
         "sha256": [entry.sha256 for entry in staged],
         "samples": [entry.samples - n for entry, n in zip(staged, copies, strict=True)],
         "refused": [sum(entry.refused.values()) + n for entry, n in zip(staged, copies, strict=True)],
+        "quarantine": [file and file.name for file in quarantines],
+        "quarantine_bytes": [file and file.bytes for file in quarantines],
+        "quarantine_sha256": [file and file.sha256 for file in quarantines],
     }
     return pa.table([pa.array(columns[f.name], f.type) for f in SOURCES], schema=SOURCES)
 

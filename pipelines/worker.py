@@ -87,7 +87,7 @@ class TrainingJob:
         torch.manual_seed(self.recipe.data.seed)
         model = LIDiT.from_settings(self.recipe.model, self._widths(), self.shape[0])
         if self.recipe.train.init_from:
-            source = LIDiT.from_pretrained(Path(self.recipe.train.init_from) / "model", low_cpu_mem_usage=False)
+            source = LIDiT.from_pretrained(Path(self.recipe.train.init_from) / "model")
             model.load_state_dict(source.state_dict())
         for name, family in self.texts.items():
             shared = family.shared()

@@ -20,6 +20,7 @@ os.environ.update(
 )
 
 import pytest
+from trained import SmallWorld, make_small_world
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -34,12 +35,18 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """An embedded Ray with 4 logical CPUs, the same start-up code the jobs use."""
+    """An embedded Ray with 6 logical CPUs, the same start-up code the jobs use."""
     import ray
 
     from pipelines.cluster import connect
 
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        connect(cpus=4, temp_dir=folder)
+        connect(cpus=6, temp_dir=folder)
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_world(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    """A corpus with two tiny LLMs' states and pixels as latents; read it, never write to it."""
+    return make_small_world(tmp_path_factory.mktemp("world"))

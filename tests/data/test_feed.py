@@ -1,0 +1,135 @@
+"""The feed: the same global batches for any number of workers, every sample with its own numbers, damage noticed."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trained import SmallWorld
+
+from lidit.config import DataSettings
+from lidit.data.feed import Assembler, Feed, TrainingBatch
+from lidit.data.order import Order
+from lidit.data.rows import Rows
+from lidit.errors import InputError
+from lidit.store import Corpus
+
+BATCH = 12
+
+
+def make_feed(path: Path, settings: DataSettings, rank: int = 0, world: int = 1, part: str = "train") -> Feed:
+    corpus = Corpus.open(path)
+    rows = Rows(corpus, settings, part)
+    order = Order(rows.counts, rows.buckets_of, BATCH, settings.seed, settings.window_units)
+    texts = {name: corpus.text_family(name) for name in ("llama", "qwen2")}
+    assembler = Assembler(corpus, corpus.latent_family("pixels"), texts, rows, settings)
+    return Feed(order, assembler, rank, world, settings.prefetch_batches)
+
+
+def whole(feeds: list[Feed], start: int, stop: int) -> list[list[TrainingBatch]]:
+    return list(zip(*(feed.batches(start, stop) for feed in feeds)))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_global_batches_do_not_depend_on_the_number_of_workers(small_world: SmallWorld, world: int) -> None:
+    settings = DataSettings(window_units=2, caption_dropout=0.3)
+    alone = list(make_feed(small_world.corpus, settings).batches(0, 12))
+    parts = whole([make_feed(small_world.corpus, settings, rank, world) for rank in range(world)], 0, 12)
+    for one, shares in zip(alone, parts, strict=True):
+        assert one.keys == tuple(key for share in shares for key in share.keys)
+        for name in ("latents", "noise", "u"):
+            assert torch.equal(getattr(one, name), torch.cat([getattr(share, name) for share in shares]))
+        for name, states in one.text.items():
+            rows = [s.text[name].states[i][s.text[name].mask[i]] for s in shares for i in range(len(s.keys))]
+            for index, row in enumerate(rows):
+                assert torch.equal(states.states[index][states.mask[index]], row)
+
+
+def test_resuming_anywhere_gives_the_batches_of_the_uninterrupted_run(small_world: SmallWorld) -> None:
+    settings = DataSettings(window_units=2)
+    straight = list(make_feed(small_world.corpus, settings).batches(0, 20))
+    per_epoch = 97 // BATCH
+    for start in (1, per_epoch - 1, per_epoch, per_epoch + 1, 19):
+        resumed = next(make_feed(small_world.corpus, settings).batches(start, 20))
+        assert resumed.keys == straight[start].keys
+        assert torch.equal(resumed.noise, straight[start].noise)
+        assert torch.equal(resumed.text["qwen2"].states, straight[start].text["qwen2"].states)
+
+
+def test_every_key_once_per_epoch_and_noise_of_its_own(small_world: SmallWorld) -> None:
+    batches = list(make_feed(small_world.corpus, DataSettings(window_units=2)).batches(0, 97))  # 12 epochs of 97
+    counts = Counter(key for batch in batches for key in batch.keys)
+    assert set(counts.values()) == {12}
+    assert len(counts) == 97
+    noise = torch.cat([batch.noise.flatten(1)[:, :8] for batch in batches])
+    assert len(torch.unique(noise, dim=0)) == len(noise), "two samples got the same noise"
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+
+
+def test_rows_match_the_store(small_world: SmallWorld) -> None:
+    """What is fed for a key is what the corpus holds for it: the image and one of its captions."""
+    corpus = small_world.open()
+    settings = DataSettings(window_units=2, caption_dropout=0.0)
+    where = {k: (u, r) for u in range(corpus.num_units) for r, k in enumerate(corpus.samples(u)["key"].to_pylist())}
+    batch = next(make_feed(small_world.corpus, settings).batches(3, 4))
+    family, latents = corpus.text_family("llama"), corpus.latent_family("pixels")
+    for index, key in enumerate(batch.keys):
+        unit, row = where[key]
+        assert torch.equal(batch.latents[index], latents.read(unit, [row])[0])
+        allowed = [c["index"] for c in corpus.samples(unit)["captions"][row].as_py()]
+        states = batch.text["llama"]
+        fed = states.states[index][states.mask[index]]
+        assert any(torch.equal(fed, stored) for stored in family.read(unit, allowed))
+
+
+def test_dropout_gives_the_empty_caption_to_all_llms_together(small_world: SmallWorld) -> None:
+    settings = DataSettings(window_units=2, caption_dropout=0.5)
+    corpus = small_world.open()
+    empty = {name: corpus.text_family(name).shared().empty.float() for name in ("llama", "qwen2")}
+    dropped = []
+    for batch in make_feed(small_world.corpus, settings).batches(0, 16):
+        for index in range(len(batch.keys)):
+            is_empty = []
+            for name, states in batch.text.items():
+                fed = states.states[index][states.mask[index]].float()
+                is_empty.append(fed.shape == empty[name].shape and torch.equal(fed, empty[name]))
+            assert len(set(is_empty)) == 1
+            dropped.append(is_empty[0])
+    assert 0.35 < np.mean(dropped) < 0.65
+
+
+def test_origin_weights_choose_the_captions(small_world: SmallWorld) -> None:
+    rows = Rows(small_world.open(), DataSettings(origin_weights={"synthetic": 1.0}))
+    info = rows.unit(0)
+    samples = small_world.open().samples(0)["captions"].to_pylist()
+    for row, captions in enumerate(samples):
+        origins = {c["index"]: c["origin"] for c in captions}
+        chosen = {origins[info.choose(row, u)] for u in np.linspace(0, 0.999, 7)}
+        assert chosen == ({"synthetic"} if "synthetic" in origins.values() else set(origins.values()))
+
+
+def test_validation_rows_are_never_trained(small_world: SmallWorld) -> None:
+    settings = DataSettings(window_units=2, validation_fraction=0.2)
+    keys = {}
+    for part in ("train", "validation"):
+        feed = make_feed(small_world.corpus, settings, part=part)
+        batches = feed.batches(0, feed.order.batches_before(BATCH))
+        keys[part] = {key for batch in batches for key in batch.keys}
+    assert not keys["train"] & keys["validation"]
+    assert len(keys["train"] | keys["validation"]) == 97
+    assert 12 <= len(keys["validation"]) <= 28
+
+
+def test_a_flipped_bit_stops_before_its_number_is_used(small_world: SmallWorld, tmp_path: Path) -> None:
+    copy = tmp_path / "corpus"
+    shutil.copytree(small_world.corpus, copy)
+    victim = sorted((copy / "text").glob("llama-*/00002-*.arrow"))[0]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    feed = make_feed(copy, DataSettings(window_units=2))
+    with pytest.raises(InputError, match=victim.name):
+        list(feed.batches(0, 9))

@@ -1,0 +1,94 @@
+"""Settings: what is wrong, where, and what is allowed, before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.recipe import ENCODERS, RECIPES, load_encoder, load_recipe
+from lidit.config import EncoderSettings, Recipe, apply_overrides, flatten, validate
+from lidit.errors import InputError
+
+RECIPE = """
+name: r
+corpus: c
+encoders: [smollm2, {name: other, model: here}]
+train: {steps: 5, optimizer: {lr: 1e-3}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.step=3", ["train.step", "unknown key", "did you mean 'steps'", "batch_size"]),
+        ("train.steps=0", ["train.steps", "greater than or equal to 1", "found 0"]),
+        ("train.steps=many", ["train.steps", "valid integer", "'many'"]),
+        ("engine.zero_stage=7", ["engine.zero_stage", "0, 1, 2 or 3", "found 7"]),
+        ("encoders.1.lyer=2", ["encoders.1.lyer", "did you mean 'layer'"]),
+        ("encoders.7.layer=2", ["'7' is not an index of a list of 2"]),
+        ("train.optimizer.betas=[0.9]", ["train.optimizer.betas"]),
+        ("model.fusion.mode=none", ["exactly one encoder", "smollm2"]),
+        ("train.batch_size=31", ["train.batch_size", "divisible"]),
+        ("encoders.1.name=smollm2", ["names must differ"]),
+        ("train.steps.deeper=1", ["train.steps.deeper", "single value"]),
+        ("train", ["key.path=value"]),
+        ("train.steps=[1", ["not valid YAML"]),
+    ],
+)
+def test_a_mistake_gives_one_clear_error(recipe_file: Path, override: str, expected: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(recipe_file), ["engine.workers=2", override])
+    assert all(part in str(caught.value) for part in expected), caught.value
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_overrides_reach_lists_and_numbers(recipe_file: Path) -> None:
+    recipe = load_recipe(str(recipe_file), ["encoders.0.layer=-2", "train.optimizer.lr=2e-4", "codec.model=null"])
+    assert recipe.encoders[0].layer == -2
+    assert recipe.encoders[0].name == "smollm2"
+    assert recipe.train.optimizer.lr == 2e-4
+    assert recipe.train.steps == 5
+
+
+def test_files_that_are_not_recipes(tmp_path: Path) -> None:
+    for name, content in (("list.yaml", "- 1"), ("broken.yaml", "a: [1"), ("tag.yaml", "a: !!python/object:os.x {}")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=name):
+            load_recipe(str(tmp_path / name))
+    with pytest.raises(InputError, match="no such recipe"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+    with pytest.raises(InputError, match="demo"):
+        load_recipe("absent")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(path.stem).name
+
+
+@pytest.mark.parametrize("path", sorted(ENCODERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_encoder_is_valid(path: Path) -> None:
+    assert load_encoder(path.stem).name == path.stem
+
+
+def test_settings_are_frozen_and_flatten_to_parameters(recipe_file: Path) -> None:
+    recipe = load_recipe(str(recipe_file))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.name = "x"  # type: ignore[misc]
+    flat = flatten(recipe)
+    assert flat["train.optimizer.lr"] == "0.001"
+    assert flat["encoders.other.model"] == "here"
+
+
+def test_a_wrong_type_deep_inside_names_its_path() -> None:
+    tree = apply_overrides({"name": "e", "model": "m"}, ["max_tokens=-1"])
+    with pytest.raises(InputError, match="max_tokens: .*greater than or equal to 1, found -1"):
+        validate(EncoderSettings, tree, "e.yaml")
+    with pytest.raises(InputError, match="corpus: Field required"):
+        validate(Recipe, {"name": "r", "encoders": [{"name": "e", "model": "m"}]}, "r.yaml")
