@@ -12,7 +12,7 @@ import pyarrow as pa
 from lidit.sources.staging import StagedSource, staged_name
 from lidit.store import ImageReference, Refusal, Sample, publish_unit, unit_tables
 from lidit.store.folder import Folder
-from lidit.store.publish import publish_table
+from lidit.store.publish import FileDigest, publish_table
 from lidit.store.rows import quarantine_table
 
 # Keys compared at once: bounds the driver's memory to about a gigabyte whatever the corpus holds.
@@ -85,10 +85,17 @@ def plan_units(
     return plans
 
 
-def write_units(
-    corpus: Folder, staging: Folder, plan: SourcePlan, unit_samples: int, digits: int
-) -> list[dict[str, Any]]:
-    """Write all units of one source and its quarantine file; returns rows of the unit table.
+@dataclass(frozen=True)
+class WrittenSource:
+    """rows: of the unit table; quarantine: the file of refusals, None where there are none."""
+
+    index: int
+    rows: list[dict[str, Any]]
+    quarantine: FileDigest | None
+
+
+def write_units(corpus: Folder, staging: Folder, plan: SourcePlan, unit_samples: int, digits: int) -> WrittenSource:
+    """Write all units of one source and its quarantine file.
 
     Writing again gives the same bytes, so a rerun after a crash simply overwrites.
     """
@@ -106,12 +113,13 @@ def write_units(
     if chunk:
         rows.append(publish_unit(corpus, unit, digits, plan.name, *unit_tables(chunk)))
     refused = staging.read_table(f"{staged_name(plan.index)}-refused.arrow")
+    quarantine = None
     if refused.num_rows or refusals:
         table = pa.concat_tables([refused, quarantine_table(refusals)]).combine_chunks()
         folder = corpus.child(QUARANTINE)
         folder.create()
-        publish_table(folder, f"{staged_name(plan.index)}.arrow", table)
-    return rows
+        quarantine = publish_table(folder, f"{staged_name(plan.index)}.arrow", table)
+    return WrittenSource(plan.index, rows, quarantine)
 
 
 def _samples(staging: Folder, index: int) -> Iterator[Sample]:

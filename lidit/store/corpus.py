@@ -16,7 +16,7 @@ import pyarrow as pa
 from lidit.errors import InputError
 from lidit.store.folder import Folder, is_url
 from lidit.store.publish import FileDigest, publish_bytes, publish_table
-from lidit.store.schema import FORMAT_VERSION, UNITS, canonical_json, digest_of, unit_name
+from lidit.store.schema import FORMAT_VERSION, UNITS, digest_of, seal, unit_name, unseal
 
 if TYPE_CHECKING:
     from lidit.store.families import LatentFamily, TextFamily
@@ -56,7 +56,7 @@ class Corpus:
         """
         folder = Folder.at(path)
         try:
-            facts = json.loads(folder.read_bytes(CORPUS_FILE))
+            facts = unseal(folder.read_bytes(CORPUS_FILE))
         except (FileNotFoundError, NotADirectoryError):
             state = "is not a corpus" if folder.exists() else "does not exist"
             raise InputError(
@@ -64,7 +64,10 @@ class Corpus:
                 f"{folder.location}"
             ) from None
         except ValueError:
-            raise InputError(f"{folder.location}/{CORPUS_FILE}: not valid JSON; ingest the sources again") from None
+            raise InputError(
+                f"{folder.location}/{CORPUS_FILE}: damaged; ingest the same sources into a new folder, then move text/ "
+                "and latents/ over"
+            ) from None
         version = facts.get("format")
         if version != FORMAT_VERSION:
             raise InputError(
@@ -138,9 +141,9 @@ class Corpus:
         found = []
         for directory in parent.folders():
             try:
-                facts = json.loads(parent.read_bytes(f"{directory}/{FAMILY_FILE}"))
+                facts = unseal(parent.read_bytes(f"{directory}/{FAMILY_FILE}"))
             except (FileNotFoundError, ValueError):
-                continue  # nothing was ever computed here: the spec is written first
+                continue  # nothing was ever computed here (the spec is written first), or `verify` names the damage
             complete = parent.exists(f"{directory}/{MANIFEST_FILE}")
             found.append(FamilyHandle(kind, directory, facts["name"], facts["fingerprint"], facts["spec"], complete))
         return found
@@ -269,5 +272,5 @@ def publish_corpus(
         "units": named(units_file),
         "sources": named(sources_file),
     }
-    publish_bytes(folder, CORPUS_FILE, (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
-    return Corpus(folder, json.loads(canonical_json(facts)))
+    publish_bytes(folder, CORPUS_FILE, seal(facts))
+    return Corpus.open(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from lidit.errors import InputError
 from lidit.store.corpus import FAMILY_FILE, MANIFEST_FILE, Corpus, FamilyHandle, read_named_table
 from lidit.store.latents import LatentFile
-from lidit.store.schema import digest_of
+from lidit.store.schema import digest_of, unseal
 from lidit.store.states import SharedStates, read_shared
 from lidit.store.unitfile import TextFile
 
@@ -45,12 +44,11 @@ class Family:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            facts: dict[str, Any] = json.loads(self.folder.read_bytes(name))
+            return unseal(self.folder.read_bytes(name))
         except FileNotFoundError:
             raise InputError(f"{self.folder.where(name)}: missing; run lidit verify") from None
         except ValueError:
-            raise InputError(f"{self.folder.where(name)}: not valid JSON; run lidit repair") from None
-        return facts
+            raise InputError(f"{self.folder.where(name)}: damaged; run lidit repair") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_files")}

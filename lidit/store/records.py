@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from lidit.store.schema import RECORDS, canonical_json
+from lidit.store.schema import RECORDS, seal, unseal
 from lidit.store.states import StorageError, storage_error, value_range
 
 Content = bytes  # the class below has a field of that name
@@ -39,21 +38,15 @@ class CommitRecord:
     counts: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> Content:
-        return (canonical_json(asdict(self)) + "\n").encode()
+        return seal(asdict(self))
 
     @classmethod
     def from_json(cls, content: Content) -> CommitRecord | None:
         """None where the bytes are no whole record: such a unit counts as not computed."""
         try:
-            facts = json.loads(content)
-            record = cls(**facts)
+            return cls(**unseal(content))
         except (ValueError, TypeError):
             return None
-        expected = {f.name: f.type for f in fields(cls)}
-        numbers = [name for name, kind in expected.items() if kind in ("int", "float")]
-        if not all(isinstance(facts[name], int | float) for name in numbers):
-            return None
-        return record if isinstance(record.file, str) and isinstance(record.sha256, str) else None
 
 
 @dataclass

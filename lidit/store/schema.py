@@ -95,6 +95,23 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode("utf-8")).hexdigest()
 
 
+def seal(facts: dict[str, Any]) -> bytes:
+    """`facts` as readable JSON with their own checksum, so that one flipped bit is seen. Lossless: `unseal`."""
+    sealed = {**facts, "checksum": digest_of(facts)}
+    return (json.dumps(sealed, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """What was sealed. Raises ValueError where a byte differs from what was written."""
+    facts = json.loads(content)
+    if not isinstance(facts, dict):
+        raise ValueError("not an object")
+    checksum = facts.pop("checksum", None)
+    if checksum != digest_of(facts):
+        raise ValueError("the checksum differs")
+    return facts
+
+
 def unit_name(unit: int, digits: int) -> str:
     return f"{unit:0{digits}d}"
 

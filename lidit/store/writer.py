@@ -26,7 +26,7 @@ from lidit.store.publish import (
     remove_if_abandoned,
 )
 from lidit.store.records import CommitRecord, UnitStatistics, records_table, totals
-from lidit.store.schema import FORMAT_VERSION, RECORDS, digest_of
+from lidit.store.schema import FORMAT_VERSION, RECORDS, canonical_json, digest_of, seal, unseal
 from lidit.store.states import SharedStates, read_shared
 
 SHARED_FILE = "shared.arrow"
@@ -65,17 +65,16 @@ class FamilyWriter:
             "spec": spec,
         }
         try:
-            content = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False) + "\n"
             if not writer.folder.exists(FAMILY_FILE):
-                publish_bytes(writer.folder, FAMILY_FILE, content.encode(), exclusive=True)
+                publish_bytes(writer.folder, FAMILY_FILE, seal(facts), exclusive=True)
                 crash_point("family-created")
         except FileExistsError:
             pass
         try:
-            found = json.loads(writer.folder.read_bytes(FAMILY_FILE))
+            found = unseal(writer.folder.read_bytes(FAMILY_FILE))
         except ValueError:
             raise InputError(f"{writer.folder.where(FAMILY_FILE)}: damaged; run lidit repair") from None
-        differing = spec_differences(found, json.loads(content))
+        differing = spec_differences(found, json.loads(canonical_json(facts)))
         if differing:
             raise InputError(
                 f"{writer.folder.location}: made for something else ({'; '.join(differing)}); delete this directory "
@@ -266,10 +265,9 @@ class FamilyWriter:
 
     def _manifest(self) -> dict[str, Any] | None:
         try:
-            manifest: dict[str, Any] = json.loads(self.folder.read_bytes(MANIFEST_FILE))
+            return unseal(self.folder.read_bytes(MANIFEST_FILE))
         except (FileNotFoundError, ValueError):
             return None
-        return manifest
 
     def complete(self) -> bool:
         """Whether the manifest stands and every file it names is there with its size."""
@@ -323,8 +321,7 @@ class FamilyWriter:
             "records": named(file),
             "extra": extra or {},
         }
-        content = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        publish_bytes(self.folder, MANIFEST_FILE, content.encode())
+        publish_bytes(self.folder, MANIFEST_FILE, seal(manifest))
         crash_point("manifest-published")
         self._clean(self.folder.sizes(), {record.file for record in records} | {file.name})
         return manifest

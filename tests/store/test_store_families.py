@@ -334,7 +334,7 @@ def test_corpus_is_named_when_it_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a corpus"):
         Corpus.open(tmp_path / "folder")
     (tmp_path / "folder" / "corpus.json").write_text("{")
-    with pytest.raises(InputError, match="not valid JSON"):
+    with pytest.raises(InputError, match="damaged"):
         Corpus.open(tmp_path / "folder")
 
 

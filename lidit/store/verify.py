@@ -1,0 +1,286 @@
+"""Is a corpus what was written? Every file against what names it; deep: every value and alignment, some rows anew."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from lidit.errors import InputError
+from lidit.store.corpus import FAMILY_FILE, MANIFEST_FILE, Corpus
+from lidit.store.families import TextFamily
+from lidit.store.folder import Folder
+from lidit.store.latents import LatentFile
+from lidit.store.records import CommitRecord
+from lidit.store.rows import caption_digest
+from lidit.store.schema import unseal
+from lidit.store.unitfile import TextFile
+from lidit.store.writer import ALIGNED_WITH
+
+# Recomputing a row on another device or in another dtype moves it by a few hundredths of a deviation; the row of
+# another caption is off by more than one.
+REENCODE_TOLERANCE = 0.1
+JOBS = {"text": "embed", "latents": "latents"}
+
+Encode = Callable[[TextFamily, Sequence[str]], Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. family: (kind, directory) or None for what ingest wrote; unit: None beyond one unit."""
+
+    file: str
+    reason: str
+    remedy: str
+    family: tuple[str, str] | None = None
+    unit: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}; {self.remedy}"
+
+
+@dataclass
+class VerifyReport:
+    """problems: empty when the corpus is sound; notes: unfinished families, which are no error."""
+
+    files: int = 0
+    bytes: int = 0
+    rows_encoded_again: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+
+def verify_corpus(
+    path: str,
+    deep: bool = False,
+    encode: Encode | None = None,
+    encode_rows: int = 16,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyReport:
+    """Check sizes, checksums, row counts and Arrow structure of every file; with `deep` also every value.
+
+    encode: recomputes captions with a family's own encoder; `encode_rows` rows of each text family are compared.
+    progress: called with (files checked, files known so far). Raises InputError where there is no corpus at all.
+    """
+    checker = _Checker(Corpus.open(path), deep, progress)
+    checker.ingested()
+    for kind in ALIGNED_WITH:
+        for directory in checker.corpus.folder.child(kind).folders():
+            checker.family(kind, directory)
+    report = checker.report
+    if encode is not None and report.sound:
+        for handle in checker.corpus.text_families():
+            if handle.complete:
+                checker.encode_again(checker.corpus.text_family(handle.directory), encode, encode_rows)
+    return report
+
+
+class _Checker:
+    def __init__(self, corpus: Corpus, deep: bool, progress: Callable[[int, int], None]) -> None:
+        self.corpus, self.deep, self.progress = corpus, deep, progress
+        self.report = VerifyReport()
+        self.expected = 0
+
+    def file(
+        self,
+        folder: Folder,
+        name: str,
+        size: int,
+        sha256: str,
+        remedy: str,
+        family: Any = None,
+        unit: int | None = None,
+    ) -> bytes | None:
+        """The bytes of a file that is what was written; None, with a problem noted, where it is not."""
+        self.report.files += 1
+        self.progress(self.report.files, self.expected)
+        where, reason = folder.where(name), None
+        try:
+            content = bytes(folder.map(name))
+        except FileNotFoundError:
+            content, reason = b"", "missing"
+        if reason is None and len(content) != size:
+            reason = f"{len(content)} bytes, {size} were written"
+        elif reason is None and hashlib.sha256(content).hexdigest() != sha256:
+            reason = "damaged: sha256 differs from what was written"
+        self.report.bytes += len(content)
+        if reason is None:
+            return content
+        self.report.problems.append(Problem(where, reason, remedy, family, unit))
+        return None
+
+    # -- what ingest wrote --------------------------------------------------------------------------------------------
+
+    def ingested(self) -> None:
+        folder = self.corpus.folder
+        remedy = "ingest the same sources into a new folder, then move text/ and latents/ over"
+        for reference in (self.corpus.facts["units"], self.corpus.facts["sources"]):
+            if self.file(folder, reference["file"], reference["bytes"], reference["sha256"], remedy) is None:
+                return
+        rows = self.corpus.units.to_pylist()
+        self.expected += 2 * len(rows)
+        for row in rows:
+            tables = {}
+            for group in ("samples", "captions"):
+                name = f"{group}/{self.corpus.unit_name(row['unit'])}.arrow"
+                content = self.file(folder, name, row[f"{group}_bytes"], row[f"{group}_sha256"], remedy)
+                table = self._arrow(content, folder.where(name), row[group], remedy)
+                if table is not None:
+                    tables[group] = table
+            if self.deep and len(tables) == 2:
+                self._unit(row["unit"], tables["samples"], tables["captions"], remedy)
+        if "quarantine" in self.corpus.sources.schema.names:
+            for row in self.corpus.sources.to_pylist():
+                if row["quarantine"]:
+                    name = f"quarantine/{row['quarantine']}"
+                    self.file(folder, name, row["quarantine_bytes"], row["quarantine_sha256"], remedy)
+
+    def _arrow(
+        self, content: bytes | None, where: str, rows: int, remedy: str, family: Any = None, unit: int | None = None
+    ) -> pa.Table | None:
+        if content is None:
+            return None
+        try:
+            table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
+            table.validate(full=True)
+            reason = None if table.num_rows == rows else f"{table.num_rows} rows, {rows} were recorded"
+        except pa.ArrowInvalid as error:
+            reason = f"not a valid Arrow file: {' '.join(str(error).split())}"
+        if reason is None:
+            return table
+        self.report.problems.append(Problem(where, reason, remedy, family, unit))
+        return None
+
+    def _unit(self, unit: int, samples: pa.Table, captions: pa.Table, remedy: str) -> None:
+        name = self.corpus.unit_name(unit)
+        for text, digest in zip(captions["text"].to_pylist(), captions["sha256"].to_pylist(), strict=True):
+            if caption_digest(text) != digest:
+                where = self.corpus.folder.where(f"captions/{name}.arrow")
+                self.report.problems.append(Problem(where, f"sha256 of caption {text[:40]!r} differs", remedy))
+        indices = [reference["index"] for row in samples["captions"].to_pylist() for reference in row]
+        if set(indices) != set(range(captions.num_rows)):
+            where = self.corpus.folder.where(f"samples/{name}.arrow")
+            self.report.problems.append(Problem(where, "caption indices do not fit the captions", remedy))
+
+    # -- families -----------------------------------------------------------------------------------------------------
+
+    def family(self, kind: str, directory: str) -> None:
+        folder = self.corpus.folder.child(kind).child(directory)
+        family, job = (kind, directory), f"lidit {JOBS[kind]}"
+        remedy = f"run lidit repair, then {job} to compute what is missing"
+        try:
+            unseal(folder.read_bytes(FAMILY_FILE))
+        except (FileNotFoundError, ValueError):
+            if folder.sizes():
+                reason = "damaged or missing"
+                self.report.problems.append(Problem(folder.where(FAMILY_FILE), reason, remedy, family))
+            return
+        try:
+            manifest = unseal(folder.read_bytes(MANIFEST_FILE))
+        except FileNotFoundError:
+            self.report.notes.append(f"{folder.location}: unfinished; {job} goes on with it")
+            return
+        except ValueError:
+            self.report.problems.append(Problem(folder.where(MANIFEST_FILE), "damaged", remedy, family))
+            return
+        shared, table = manifest["shared"], manifest["records"]
+        if shared is not None:
+            self.file(folder, shared["file"], shared["bytes"], shared["sha256"], remedy, family)
+        if self.file(folder, table["file"], table["bytes"], table["sha256"], remedy, family) is None:
+            return
+        records = folder.read_table(table["file"]).to_pylist()
+        if [record["unit"] for record in records] != list(range(self.corpus.num_units)):
+            where = folder.where(table["file"])
+            self.report.problems.append(Problem(where, "does not list every unit once", remedy, family))
+        self.expected += len(records)
+        for record in records:
+            self._family_unit(folder, family, record, manifest, remedy)
+
+    def _family_unit(
+        self, folder: Folder, family: tuple[str, str], record: dict[str, Any], manifest: dict[str, Any], remedy: str
+    ) -> None:
+        unit, where = record["unit"], folder.where(record["file"])
+
+        def problem(file: str, reason: str) -> None:
+            self.report.problems.append(Problem(file, reason, remedy, family, unit))
+
+        name = f"{self.corpus.unit_name(unit)}.json"
+        try:
+            commit = CommitRecord.from_json(folder.read_bytes(name))
+        except FileNotFoundError:
+            commit = None
+        if commit is None:
+            problem(folder.where(name), "commit record damaged or missing")
+        elif commit.file == record["file"] and commit.sha256 != record["sha256"]:
+            problem(folder.where(name), "commit record contradicts the manifest")
+        content = self.file(folder, record["file"], record["bytes"], record["sha256"], remedy, family, unit)
+        table = self._arrow(content, where, record["rows"], remedy, family, unit)
+        if table is None or content is None:
+            return
+        group = ALIGNED_WITH[family[0]]
+        if table.num_rows != self.corpus.units[group][unit].as_py():
+            problem(where, f"{table.num_rows} rows, but the unit has {self.corpus.units[group][unit]} {group}")
+            return
+        try:
+            file = (TextFile if family[0] == "text" else LatentFile).load(bytearray(content), where)
+        except InputError as error:
+            problem(where, str(error).removeprefix(f"{where}: "))
+            return
+        if self.deep and (reason := _unreasonable(file, table)):
+            problem(where, reason)
+
+    # -- computing again ----------------------------------------------------------------------------------------------
+
+    def encode_again(self, family: TextFamily, encode: Encode, count: int) -> None:
+        deviation = family.shared().deviation
+        for unit, rows in _spread_rows(family, count):
+            texts = self.corpus.captions(unit)["text"].to_pylist()
+            again = encode(family, [texts[row] for row in rows])
+            self.report.rows_encoded_again += len(rows)
+            for row, stored, fresh in zip(rows, family.read(unit, rows), again, strict=True):
+                where = family.folder.where(family.record(unit)["file"])
+                reason = None
+                if stored.shape != fresh.shape:
+                    reason = f"row {row}: {len(stored)} tokens stored, {len(fresh)} when computed again"
+                elif len(stored):
+                    error = ((stored.float() - fresh.cpu().float()) / deviation).square().mean().sqrt().item()
+                    if not error < REENCODE_TOLERANCE:
+                        reason = f"row {row}: differs by {error:.3f} deviations when computed again"
+                if reason:
+                    remedy = "the encoder on this machine is not the one of the family, or the unit is wrong"
+                    self.report.problems.append(Problem(where, reason, remedy, ("text", family.directory), unit))
+
+
+def _unreasonable(file: TextFile | LatentFile, table: pa.Table) -> str | None:
+    """Why values cannot be what an encoder computed."""
+    if isinstance(file, LatentFile):
+        tensors = [tensor for column in file.columns.values() for tensor in column]
+        return None if all(torch.isfinite(tensor.float()).all() for tensor in tensors) else "values that are not finite"
+    for batch in file.batches:
+        values = batch.values.view(torch.bfloat16) if file.storage == "bfloat16" else batch.values
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            return "values that are not finite"
+        if batch.scale is not None and not (torch.isfinite(batch.scale).all() and (batch.scale >= 0).all()):
+            return "scales that are not finite"
+    if [len(ids) for ids in table["token_ids"].to_pylist()] != table["tokens"].to_pylist():
+        return "token ids do not fit the token counts"
+    return None
+
+
+def _spread_rows(family: TextFamily, count: int) -> Iterator[tuple[int, list[int]]]:
+    """The same rows every time, spread over the corpus."""
+    rows = family.records["rows"].to_pylist()
+    places = [(unit, row) for unit in random.Random(0).sample(range(len(rows)), len(rows)) for row in range(rows[unit])]
+    chosen: dict[int, list[int]] = {}
+    for unit, row in random.Random(0).sample(places, min(count, len(places))):
+        chosen.setdefault(unit, []).append(row)
+    yield from sorted((unit, sorted(found)) for unit, found in chosen.items())
