@@ -1,0 +1,243 @@
+"""One training step and one sampling step of LI-DiT against diffusers' PixArtTransformer2DModel, in the same run.
+
+    python -m benchmarks.model --quick            two CPU cores, some minutes
+    python -m benchmarks.model --device cuda      the 1B shape, bfloat16, both models compiled block by block
+
+Both models have the same depth, width, heads, patch size and latents, and see the same number of text tokens: LI-DiT
+refines the states of two LLMs into them (instruction tokens on top), PixArt projects ready states of the same width.
+LI-DiT's step includes its conditioner. Steps alternate between the two; every ratio is PixArt's time over ours, the
+median over rounds; on the CPU, processor time is compared.
+
+FLOPs per image: `lidit.models.flops.forward_flops`, x 3 for a training step. MFU = FLOPs / time / the device's dense
+bfloat16 peak. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+
+from lidit.config import ModelSettings
+from lidit.models import LIDiT, TextStates
+from lidit.models.flops import forward_flops
+from lidit.models.fusion import FusionBranch
+from lidit.models.refiner import RefinerBlock
+from lidit.models.transformer import LIDiTBlock, PositionBlock
+
+# What is compiled: every repeated block of either model, so a 28-block model compiles as fast as a single block.
+BLOCKS = (LIDiTBlock, PositionBlock, RefinerBlock, FusionBranch, BasicTransformerBlock)
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What both models are built from. `caption` and `prefix` are tokens of each of two LLMs `encoder_width` wide."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    channels: int
+    latent: int
+    caption: int
+    prefix: int
+    encoder_width: int
+    batch: int
+    sampling_batch: int
+    rounds: int
+
+
+QUICK = Shape(192, 28, 4, 2, 4, 32, 64, 32, 576, batch=2, sampling_batch=1, rounds=9)  # the 1B shape, a sixth as wide
+BILLION = Shape(1152, 28, 16, 2, 16, 32, 64, 32, 4096, batch=64, sampling_batch=16, rounds=15)
+
+
+class Bench:
+    """Both models, their inputs and their optimizers on one device."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
+        torch.manual_seed(0)
+        self.shape, self.device, self.dtype = shape, device, dtype
+        settings = ModelSettings(width=shape.width, depth=shape.depth, heads=shape.heads, patch_size=shape.patch)
+        widths = {"first": shape.encoder_width, "second": shape.encoder_width}
+        with device:
+            self.lidit = LIDiT.from_settings(settings, widths, shape.channels).to(dtype)
+            self.pixart = PixArtTransformer2DModel(
+                num_attention_heads=shape.heads, attention_head_dim=shape.width // shape.heads,
+                in_channels=shape.channels, out_channels=shape.channels, num_layers=shape.depth,
+                cross_attention_dim=shape.width, sample_size=shape.latent, patch_size=shape.patch,
+                caption_channels=shape.encoder_width, use_additional_conditions=False,
+            ).to(dtype)  # fmt: skip
+        for model in (self.lidit, self.pixart):  # gates that start at zero would let a kernel see only zeros
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        if compiled:
+            for part in (*self.lidit.modules(), *self.pixart.modules()):
+                if isinstance(part, BLOCKS):
+                    part.compile(dynamic=False)
+        fused = device.type == "cuda"
+        self.optimizers = {
+            "lidit": torch.optim.AdamW(self.lidit.parameters(), lr=1e-6, fused=fused),
+            "pixart": torch.optim.AdamW(self.pixart.parameters(), lr=1e-6, fused=fused),
+        }
+        self.inputs = {size: self._inputs(size) for size in {shape.batch, 2 * shape.sampling_batch}}
+
+    def _inputs(self, batch: int) -> dict[str, Any]:
+        shape = self.shape
+        with self.device:
+            latents = torch.randn(batch, shape.channels, shape.latent, shape.latent, dtype=self.dtype)
+            # Captions differ in length, so both models have to mask; half to all of the tokens are real.
+            lengths = torch.randint(shape.caption // 2, shape.caption + 1, (2, batch))
+            lengths[:, 0] = shape.caption
+            masks = torch.arange(shape.caption) < lengths[..., None]
+            states = torch.randn(2, batch, shape.caption, shape.encoder_width, dtype=self.dtype)
+            prefix = torch.randn(shape.prefix, shape.encoder_width, dtype=self.dtype)
+            t = torch.rand(batch)
+        text = {name: TextStates(states[i], masks[i], prefix) for i, name in enumerate(("first", "second"))}
+        return {
+            "latents": latents,
+            "noise": torch.randn_like(latents),
+            "t": t,
+            "text": text,
+            "states": torch.cat(list(states), dim=1),
+            "mask": torch.cat(list(masks), dim=1).to(self.dtype),
+        }
+
+    def predict(self, which: str, batch: dict[str, Any]) -> torch.Tensor:
+        if which == "lidit":
+            return self.lidit(batch["latents"], batch["t"], batch["text"])
+        return self.pixart(
+            batch["latents"],
+            encoder_hidden_states=batch["states"],
+            timestep=batch["t"] * 1000,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            encoder_attention_mask=batch["mask"],
+            return_dict=False,
+        )[0]
+
+    def train_step(self, which: str) -> None:
+        batch = self.inputs[self.shape.batch]
+        loss = (self.predict(which, batch).float() - batch["noise"].float()).square().mean()
+        loss.backward()
+        self.optimizers[which].step()
+        self.optimizers[which].zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def sample_step(self, which: str) -> None:
+        batch = self.inputs[2 * self.shape.sampling_batch]
+        unconditional, conditional = self.predict(which, batch).chunk(2)
+        batch["latents"][: self.shape.sampling_batch] + 0.04 * (unconditional + 3 * (conditional - unconditional))
+
+    def conditioner_step(self) -> None:
+        """Forward and backward of the conditioner alone: its part of a training step."""
+        batch = self.inputs[self.shape.batch]
+        condition = self.lidit.conditioner(batch["text"], batch["t"])
+        (condition.tokens.float().square().mean() + condition.pooled.float().square().mean()).backward()
+        self.lidit.zero_grad(set_to_none=True)
+
+    def seconds(self, step: Callable[[], None]) -> float:
+        """Wall time on a GPU; on the CPU processor time, which other processes on the machine do not stretch."""
+        if self.device.type == "cpu":
+            began = time.process_time()
+            step()
+            return time.process_time() - began
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def compare(bench: Bench, step: Callable[[str], None]) -> dict[str, float]:
+    """Alternating rounds of `step`, the order swapped each time; ratio > 1 means LI-DiT is faster."""
+    for which in ("lidit", "pixart"):
+        for _ in range(3 if bench.device.type == "cuda" else 1):
+            step(which)
+    times: dict[str, list[float]] = {"lidit": [], "pixart": []}
+    for number in range(bench.shape.rounds):
+        for which in ("lidit", "pixart") if number % 2 else ("pixart", "lidit"):
+            times[which].append(bench.seconds(lambda which=which: step(which)))
+    ratios = sorted(theirs / ours for theirs, ours in zip(times["pixart"], times["lidit"], strict=True))
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[len(ratios) // 4],
+        "ratio_high": ratios[-1 - len(ratios) // 4],
+        "lidit_seconds": statistics.median(times["lidit"]),
+        "pixart_seconds": statistics.median(times["pixart"]),
+    }
+
+
+def run(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
+    bench = Bench(shape, device, dtype, compiled)
+    tokens = dict.fromkeys(("first", "second"), shape.caption), dict.fromkeys(("first", "second"), shape.prefix)
+    flops = forward_flops(bench.lidit, (shape.latent, shape.latent), *tokens)
+    print(f"training steps, batch {shape.batch} ...", flush=True)
+    train = compare(bench, bench.train_step)
+    print(f"  {train}", flush=True)
+    bench.conditioner_step()
+    bench.conditioner_step()
+    alone = statistics.median(bench.seconds(bench.conditioner_step) for _ in range(shape.rounds))
+    gc.collect()
+    print(f"sampling steps, {shape.sampling_batch} images with guidance ...", flush=True)
+    drawn = compare(bench, bench.sample_step)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+    rate = 3 * sum(flops.values()) * shape.batch / train["lidit_seconds"]
+    result: dict[str, Any] = {
+        "benchmark": "model",
+        "peer": "diffusers.PixArtTransformer2DModel",
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled,
+        "torch": torch.__version__,
+        "shape": asdict(shape),
+        "parameters": {"lidit": _count(bench.lidit), "pixart": _count(bench.pixart)},
+        "ratio_train_step": round(train["ratio"], 3),
+        "ratio_sample_step": round(drawn["ratio"], 3),
+        "conditioner_share": round(alone / train["lidit_seconds"], 4),
+        "conditioner_flops_share": round(flops["conditioner"] / sum(flops.values()), 4),
+        "images_per_second": round(shape.batch / train["lidit_seconds"], 2),
+        "teraflops": round(rate / 1e12, 2),
+        "mfu": None if peak is None else round(rate / peak, 4),
+        "train": train,
+        "sample": drawn,
+    }
+    if device.type == "cuda":
+        result["peak_memory_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    return result
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small shape on the CPU, ends within five minutes")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch", type=int, help="images in a training step")
+    parser.add_argument("--eager", action="store_true", help="do not compile on the GPU")
+    arguments = parser.parse_args()
+    cuda = arguments.device == "cuda"
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    shape = BILLION if cuda and not arguments.quick else QUICK
+    if arguments.batch:
+        shape = Shape(**{**asdict(shape), "batch": arguments.batch})
+    dtype = torch.bfloat16 if cuda else torch.float32
+    print(json.dumps(run(shape, torch.device(arguments.device), dtype, cuda and not arguments.eager)))
+
+
+if __name__ == "__main__":
+    main()
