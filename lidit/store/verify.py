@@ -72,7 +72,8 @@ def verify_corpus(
     progress: called with (files checked, files known so far). Raises InputError where there is no corpus at all.
     """
     checker = _Checker(Corpus.open(path), deep, progress)
-    checker.ingested()
+    if not checker.ingested():
+        return checker.report
     for kind in ALIGNED_WITH:
         for directory in checker.corpus.folder.child(kind).folders():
             checker.family(kind, directory)
@@ -120,12 +121,16 @@ class _Checker:
 
     # -- what ingest wrote --------------------------------------------------------------------------------------------
 
-    def ingested(self) -> None:
+    def ingested(self) -> bool:
+        """Check everything but the families; False where the unit table is lost, without which they mean nothing."""
         folder = self.corpus.folder
         remedy = "ingest the same sources into a new folder, then move text/ and latents/ over"
-        for reference in (self.corpus.facts["units"], self.corpus.facts["sources"]):
-            if self.file(folder, reference["file"], reference["bytes"], reference["sha256"], remedy) is None:
-                return
+        found = {}
+        for table_name in ("units", "sources"):
+            reference = self.corpus.facts[table_name]
+            found[table_name] = self.file(folder, reference["file"], reference["bytes"], reference["sha256"], remedy)
+        if found["units"] is None:
+            return False
         rows = self.corpus.units.to_pylist()
         self.expected += 2 * len(rows)
         for row in rows:
@@ -138,11 +143,12 @@ class _Checker:
                     tables[group] = table
             if self.deep and len(tables) == 2:
                 self._unit(row["unit"], tables["samples"], tables["captions"], remedy)
-        if "quarantine" in self.corpus.sources.schema.names:
+        if found["sources"] is not None and "quarantine" in self.corpus.sources.schema.names:
             for row in self.corpus.sources.to_pylist():
                 if row["quarantine"]:
                     name = f"quarantine/{row['quarantine']}"
                     self.file(folder, name, row["quarantine_bytes"], row["quarantine_sha256"], remedy)
+        return True
 
     def _arrow(
         self, content: bytes | None, where: str, rows: int, remedy: str, family: Any = None, unit: int | None = None
