@@ -19,6 +19,7 @@ def command(
     cpus: Annotated[float, typer.Option(min=0, help="CPUs of an actor.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of an actor.")] = 0,
     token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens of one forward pass.")] = 8192,
+    node_label: Annotated[list[str] | None, typer.Option(help="Ray node label to ask for: lidit/pool=large")] = None,
 ) -> None:
     """Compute and store the states of one or several LLMs for every distinct caption, with Ray Data and actor pools.
 
@@ -27,7 +28,8 @@ def command(
 
     **Example:** `lidit embed corpus --encoder smollm2 --encoder gemma3`
     """
-    pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, token_budget=token_budget)
+    labels = dict(label.partition("=")[::2] for label in node_label or [])
+    pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, token_budget=token_budget, label_selector=labels)
     for settings in [load_encoder(name, setting) for name in encoder]:
         embed(corpus, settings, pool)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from jobs import demo, embed, evaluate, ingest, inspect, latents, sample, scenes, train
+from jobs import demo, embed, evaluate, ingest, inspect, latents, sample, scenes, submit, train
 from jobs.start import environment, guarded
 
 app = typer.Typer(
@@ -14,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.command("submit", context_settings=submit.OPEN)(submit.command)
 for name, job in (
     ("demo", demo),
     ("scenes", scenes),

@@ -1,6 +1,6 @@
 """Send a job to a Ray cluster once, follow it to its end, return its exit code.
 
-The submission id is a function of the job, the recipe's bytes, the overrides and the code's version, and Ray refuses
+The submission id is a function of the command, the bytes of the files it names and the code's version, and Ray refuses
 a used id: submitting the same thing twice follows the first one. A failed or stopped attempt is followed by `ID-2`,
 `ID-3`, ... Token authentication is on unless RAY_AUTH_MODE says otherwise.
 """
@@ -24,6 +24,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from lidit.config import load_yaml
 from lidit.errors import InputError, JobError
 
 JOB_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -39,66 +40,82 @@ CONNECTION_ERRORS = (aiohttp.ClientError, requests.exceptions.RequestException, 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is asked for: `python -m jobs.JOB RECIPE OVERRIDES...` over the code and recipe in `working_dir`.
+    """What is asked for: `python -m jobs.JOB ARGUMENTS...` over the code and files in `working_dir`.
 
-    Raises InputError for a job or recipe that is not there, and for a password where anyone could read it.
+    Arguments that are files (recipes, encoder files) must lie in `working_dir`, which is what the cluster gets.
+    Raises InputError for files elsewhere, and for a password where anyone could read it.
     """
 
     job: str
-    recipe: Path
-    overrides: tuple[str, ...] = ()
+    arguments: tuple[str, ...]
     working_dir: Path = Path()
     corpus_digest: str | None = None
 
     def __post_init__(self) -> None:
         if not JOB_NAME.fullmatch(self.job):
             raise InputError(f"{self.job!r} is not the name of a job, such as embed or train")
-        if not self.recipe.is_file():
-            raise InputError(f"{self.recipe}: no such recipe file")
-        if not self.recipe.resolve().is_relative_to(self.working_dir.resolve()):
-            raise InputError(
-                f"{self.recipe}: the recipe must lie inside {self.working_dir.resolve()}, which is what the cluster "
-                "gets; copy it there or start from its folder"
-            )
-        for origin, text in [(str(self.recipe), self.recipe.read_text("utf-8", "replace")), *_named(self.overrides)]:
-            if URL_WITH_PASSWORD.search(text):
+        for argument in self.arguments:
+            path = Path(argument)
+            if argument.endswith((".yaml", ".yml")) and not path.is_file():
+                raise InputError(f"{argument}: no such file")
+            if path.is_file() and not path.resolve().is_relative_to(self.working_dir.resolve()):
                 raise InputError(
-                    f"{origin}: a URL with a password in it would be readable in the dashboard; "
-                    "give the password to the cluster's environment instead"
+                    f"{argument}: the file must lie inside {self.working_dir.resolve()}, which is what the cluster "
+                    "gets; copy it there or start from its folder"
                 )
+            if URL_WITH_PASSWORD.search(argument):
+                raise _password_error(argument.partition("=")[0] if "=" in argument else "the arguments")
+        for path in self.files:
+            if path.suffix in (".yaml", ".yml") and URL_WITH_PASSWORD.search(path.read_text("utf-8", "replace")):
+                raise _password_error(str(path))
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file the arguments name, and the encoder files that a recipe among them names beside itself."""
+        found = [Path(argument) for argument in self.arguments if Path(argument).is_file()]
+        for path in [path for path in found if path.suffix in (".yaml", ".yml")]:
+            encoders = load_yaml(path).get("encoders") or []
+            found += [
+                path.parent / entry for entry in encoders if isinstance(entry, str) and (path.parent / entry).is_file()
+            ]
+        return found
 
     @property
     def entrypoint(self) -> str:
         """The command the cluster runs."""
-        recipe = self.recipe.resolve().relative_to(self.working_dir.resolve()).as_posix()
-        return shlex.join(["python", "-m", f"jobs.{self.job}", recipe, *self.overrides])
+        root = self.working_dir.resolve()
+        words = [
+            Path(word).resolve().relative_to(root).as_posix() if Path(word).is_file() else word
+            for word in self.arguments
+        ]
+        return shlex.join(["python", "-m", f"jobs.{self.job}", *words])
 
     @property
     def submission_id(self) -> str:
-        """The same for the same job, recipe bytes, overrides and code version; readable in a list of jobs."""
-        parts = [self.job.encode(), self.recipe.read_bytes(), code_version(self.working_dir).encode()]
-        parts += [override.encode() for override in self.overrides]
+        """The same for the same command, bytes of the files it names and code version; readable in a list of jobs."""
+        parts = [self.entrypoint.encode(), code_version(self.working_dir).encode()]
+        parts += [path.read_bytes() for path in self.files]
         digest = hashlib.sha256(b"".join(len(part).to_bytes(8, "big") + part for part in parts)).hexdigest()
         return f"lidit-{self.job}-{digest[:16]}"
 
     @property
     def metadata(self) -> dict[str, str]:
         """What the dashboard shows beside the job: never a secret."""
-        facts = {
-            "lidit.job": self.job,
-            "lidit.recipe": self.recipe.name,
-            "lidit.recipe_sha256": hashlib.sha256(self.recipe.read_bytes()).hexdigest(),
-            "git.commit": code_version(self.working_dir),
-        }
+        facts = {"lidit.job": self.job, "git.commit": code_version(self.working_dir)}
+        for path in self.files:
+            facts[f"lidit.sha256.{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
         return facts | ({"lidit.corpus_digest": self.corpus_digest} if self.corpus_digest else {})
 
 
-def _named(overrides: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [(override.partition("=")[0], override) for override in overrides]
+def _password_error(where: str) -> InputError:
+    return InputError(
+        f"{where}: a URL with a password in it would be readable in the dashboard; "
+        "give the password to the cluster's environment instead"
+    )
 
 
 def code_version(folder: Path) -> str:
-    """The git commit; with uncommitted changes (or without git) a digest of the Python files is added."""
+    """The git commit; with uncommitted changes (or without git) a digest of code and shipped recipes is added."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         if not _git(folder, "status", "--porcelain", "--", *CODE_FOLDERS):
@@ -106,7 +123,7 @@ def code_version(folder: Path) -> str:
     except (OSError, subprocess.CalledProcessError):
         commit = "no-git"
     digest = hashlib.sha256()
-    for path in sorted(path for name in CODE_FOLDERS for path in (folder / name).rglob("*.py")):
+    for path in sorted(p for name in CODE_FOLDERS for p in (folder / name).rglob("*") if p.suffix in (".py", ".yaml")):
         digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return f"{commit}-{digest.hexdigest()[:12]}"
 

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from manifests import KUBERAY, REPOSITORY, Network, find, render
+from typer.main import get_command
 
 from infra.kuberay.validate import check, load_schemas, pod_templates, rule_errors, security_errors
+from jobs.main import app
+from lidit.config import apply_overrides
 
 OVERLAYS = ("small", "large")
 RAY_PORTS = (6379, 8265, 10001, 10002, 52365)
@@ -237,6 +240,37 @@ def test_encoder_pools_are_separate_spot_and_may_be_empty(documents: list[dict[s
         assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
     assert groups["cpu"]["minReplicas"] >= 1
     assert "nodeSelector" not in groups["cpu"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", ["lidit-embed", "lidit-train"])
+def test_entrypoints_are_commands_our_jobs_take(documents: list[dict[str, Any]], name: str) -> None:
+    """Expanded by a real shell as Ray does, parsed by the jobs' own command line, pools checked against the groups."""
+    job = find(documents, "RayJob", name)["spec"]
+    settings = find(documents, "ConfigMap", "lidit-settings")["data"]
+    shown = job["entrypoint"].replace("python -m ", "show ")
+    script = f'show() {{ for word in "$@"; do printf "%s\\t" "$word"; done; echo; }}\n{shown}'
+    done = subprocess.run(["sh", "-c", script], env=settings, capture_output=True, text=True, check=True)
+    commands = [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
+    assert len(commands) == job["entrypoint"].count("python -m")
+    groups = {group["groupName"]: group for group in job["rayClusterSpec"]["workerGroupSpecs"]}
+    for module, *words in commands:
+        command = get_command(app).commands[module.removeprefix("jobs.")]
+        parsed = command.make_context(module, list(words)).params
+        if name == "lidit-embed":
+            pool = dict(label.split("=") for label in parsed["node_label"])["lidit/pool"]
+            assert groups[pool]["labels"] == {"lidit/pool": pool}
+            limits = groups[pool]["template"]["spec"]["containers"][0]["resources"]["limits"]
+            assert parsed["actors"] == groups[pool]["maxReplicas"] * int(limits["nvidia.com/gpu"])
+        else:
+            tree = apply_overrides({}, parsed["overrides"])
+            assert groups["train"]["labels"] == tree["engine"]["label_selector"]
+
+
+@pytest.mark.parametrize(("large", "small", "expected"), [(0, 0, 0), (3, 0, 3), (0, 2, 2), (3, 2, 2)])
+def test_the_embed_entrypoint_fails_when_either_llm_does(large: int, small: int, expected: int) -> None:
+    entrypoint = find(render(KUBERAY / "overlays" / "small"), "RayJob", "lidit-embed")["spec"]["entrypoint"]
+    fake = f'python() {{ case "$*" in *large.yaml*) return {large};; *) return {small};; esac; }}\n'
+    assert subprocess.run(["sh", "-c", fake + entrypoint], check=False).returncode == expected
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
