@@ -39,6 +39,11 @@ def bucket_images(
     return pixels, crops
 
 
+def unit_images(corpus: Corpus, unit: int) -> Iterator[bytes]:
+    """The image files of a unit's samples as they are in their sources, in order. Raises JobError like the above."""
+    yield from _contents(corpus, corpus.samples(unit).to_pylist())
+
+
 def _changed(corpus: Corpus, sample: dict[str, Any], why: str) -> JobError:
     place = f"{corpus.image_path(sample['image']['file'])} {sample['image']['member']}".strip()
     return JobError(

@@ -1,0 +1,136 @@
+"""A corpus with its states for teams on other loaders: WebDataset tars or Parquet files, one per unit."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save
+
+from lidit.errors import InputError
+from lidit.store.corpus import Corpus
+from lidit.store.families import TextFamily
+from lidit.store.folder import Folder
+from lidit.store.publish import published
+
+FORMATS = ("webdataset", "parquet")
+
+
+def export_corpus(
+    path: str,
+    out: str,
+    to: str,
+    families: Sequence[str] = (),
+    images: Callable[[Corpus, int], Iterable[bytes]] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Write every unit to `out`; returns the file names. A file appears whole or not at all, and is never overwritten
+    with other contents: units that are there are skipped.
+
+    families: text families to include. images: gives the image bytes of a unit's samples in order, to include them.
+    webdataset: UUUUU_RRRRRR.json (key, captions, metadata), .NAME.safetensors (one tensor [tokens, width] per caption,
+    "0", "1", ...) and .image. parquet: one row per sample and caption; states as float32, row-major, with their width
+    in the schema metadata. Raises InputError for an unknown format or family.
+    """
+    if to not in FORMATS:
+        raise InputError(f"export to {to!r}: choose one of {', '.join(FORMATS)}")
+    corpus, folder = Corpus.open(path), Folder.at(out)
+    opened = [corpus.text_family(name) for name in families]
+    folder.create()
+    suffix, write = ("tar", _write_tar) if to == "webdataset" else ("parquet", _write_parquet)
+    written, present = [], folder.sizes()
+    for unit in range(corpus.num_units):
+        name = f"{corpus.unit_name(unit)}.{suffix}"
+        if name not in present:
+            for family in opened:
+                family.verify_unit(unit)
+            contents = list(images(corpus, unit)) if images is not None else None
+            content = partial(write, corpus=corpus, unit=unit, families=opened, images=contents)
+            with published(folder, partial(_fixed, name), content):
+                pass
+        written.append(name)
+        progress(unit + 1, corpus.num_units)
+    return written
+
+
+def _fixed(name: str, sha256: str) -> str:
+    return name
+
+
+def _samples(corpus: Corpus, unit: int) -> Iterator[tuple[dict[str, Any], list[int], list[dict[str, str]]]]:
+    """Each sample, the rows of its captions, and their texts with origins."""
+    texts = corpus.captions(unit)["text"].to_pylist()
+    for sample in corpus.samples(unit).to_pylist():
+        rows = [reference["index"] for reference in sample["captions"]]
+        captions = [{"text": texts[r["index"]], "origin": r["origin"]} for r in sample["captions"]]
+        yield sample, rows, captions
+
+
+def _write_tar(
+    sink: Any, corpus: Corpus, unit: int, families: Sequence[TextFamily], images: Sequence[bytes] | None
+) -> None:
+    with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        for number, (sample, rows, captions) in enumerate(_samples(corpus, unit)):
+            # Keys may hold dots and slashes, which mean something else in a tar: the true key is in the json.
+            stem = f"{corpus.unit_name(unit)}_{number:06d}"
+            facts = {
+                "key": sample["key"],
+                "captions": captions,
+                "width": sample["width"],
+                "height": sample["height"],
+                "bucket": sample["bucket"],
+                "meta": json.loads(sample["meta"]),
+            }
+            _add(archive, f"{stem}.json", json.dumps(facts, ensure_ascii=False).encode("utf-8"))
+            if images is not None:
+                _add(archive, f"{stem}.image", images[number])
+            for family in families:
+                states = family.read(unit, rows)
+                tensors = {str(i): state.contiguous() for i, state in enumerate(states)}
+                _add(archive, f"{stem}.{family.name}.safetensors", save(tensors))
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def _write_parquet(
+    sink: Any, corpus: Corpus, unit: int, families: Sequence[TextFamily], images: Sequence[bytes] | None
+) -> None:
+    found = list(_samples(corpus, unit))
+    flat = [(n, s, row, c) for n, (s, rows, cs) in enumerate(found) for row, c in zip(rows, cs, strict=True)]
+    columns: dict[str, pa.Array] = {
+        "key": pa.array([sample["key"] for _, sample, _, _ in flat], pa.large_string()),
+        "caption": pa.array([caption["text"] for _, _, _, caption in flat], pa.large_string()),
+        "origin": pa.array([caption["origin"] for _, _, _, caption in flat], pa.string()),
+        "width": pa.array([sample["width"] for _, sample, _, _ in flat], pa.int32()),
+        "height": pa.array([sample["height"] for _, sample, _, _ in flat], pa.int32()),
+        "bucket": pa.array([sample["bucket"] for _, sample, _, _ in flat], pa.string()),
+        "meta": pa.array([sample["meta"] for _, sample, _, _ in flat], pa.large_string()),
+    }
+    if images is not None:
+        columns["image"] = pa.array([images[n] for n, _, _, _ in flat], pa.large_binary())
+    for family in families:
+        states = family.read(unit, [row for _, _, row, _ in flat])
+        columns[f"{family.name}_tokens"] = pa.array([len(state) for state in states], pa.int32())
+        columns[f"{family.name}_states"] = _float_lists(states)
+    table = pa.table(columns)
+    widths = {family.name: family.width for family in families}
+    table = table.replace_schema_metadata({"lidit": json.dumps({"width": widths}, sort_keys=True)})
+    pq.write_table(table, pa.PythonFile(sink, mode="w"), compression="zstd")
+
+
+def _float_lists(states: Sequence[torch.Tensor]) -> pa.LargeListArray:
+    offsets = np.cumsum([0, *(state.numel() for state in states)], dtype=np.int64)
+    flat = torch.cat([state.float().reshape(-1) for state in states]) if states else torch.zeros(0)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat.numpy()))
