@@ -87,6 +87,10 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
     """
     folder = model_folder(settings.model, settings.revision)
     config = _read_config(folder)
+    if settings.kind != "encoder" and config.is_encoder_decoder:
+        raise InputError(
+            f"encoder {settings.name}: {settings.model} is an encoder-decoder model: set kind: encoder to use its encoder"
+        )
     text = config.get_text_config(decoder=True) if settings.kind != "encoder" else _encoder_config(config)
     total, width = int(text.num_hidden_layers), int(text.hidden_size)
     blocks = settings.layer if settings.layer >= 0 else total + 1 + settings.layer

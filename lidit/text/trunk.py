@@ -29,8 +29,9 @@ class Trunk:
         self._output: torch.Tensor | None = None
         if not spec.final:
             _block_list(self.model, spec.blocks)[-1].register_forward_hook(self._keep_output)
-        if spec.kind == "unmasked":
-            _remove_causal_mask(self.model)
+        if spec.kind == "unmasked":  # LLM2Vec's first step, arXiv 2404.05961
+            self.model.config.is_causal = False
+        self._check_direction()
         self._context: Any = None
         # Some models let later layers read an earlier layer's keys and values from the cache.
         self._release_keys = not getattr(self.model.config, "num_kv_shared_layers", 0)
@@ -55,6 +56,22 @@ class Trunk:
         kept, self._output = self._output, None
         assert kept is not None
         return kept
+
+    @torch.inference_mode()
+    def _check_direction(self) -> None:
+        """Does a first token see the second one? What kind of model this is decides whether its prefix can be shared
+        and its padding left unmasked, so it is tried rather than believed."""
+        if self.spec.kind == "encoder":
+            return
+        ids = torch.tensor([[5, 6], [5, 7]], device=self.device)
+        one, other = self._states(input_ids=ids, use_cache=False)[:, 0].float()
+        sees = bool((one - other).norm() > 1e-3 * one.norm())
+        if sees == (self.spec.kind == "unmasked"):
+            return
+        raise InputError(
+            f"encoder {self.spec.name}: {self.spec.folder}: this {self.spec.model_type} model "
+            + ("attends in both directions: use kind: encoder" if sees else "keeps its causal mask: use kind: causal")
+        )
 
     @torch.inference_mode()
     def read_context(self, ids: torch.Tensor) -> torch.Tensor:
@@ -151,14 +168,6 @@ def _block_list(model: nn.Module, blocks: int) -> nn.ModuleList:
     if not lists:
         raise InputError(f"{type(model).__name__}: no list of {blocks} transformer blocks found in this model")
     return lists[0]  # modules() walks from the outside in
-
-
-def _remove_causal_mask(model: Any) -> None:
-    """Attention in both directions (LLM2Vec, arXiv 2404.05961, first step): in the masks and in the kernels' flag."""
-    model.config.is_causal = False
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
 
 
 def _shared_context(context: Any, batch: int, release: bool) -> Any:

@@ -178,3 +178,24 @@ def test_bfloat16_states_are_close_to_float32(model_of: Callable[[str], Path], s
     low = states("bfloat16")
     assert low.dtype == torch.bfloat16
     assert 0 < relative(low.float(), states("float32")) < 0.05
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bert", "causal"), ("t5", "causal"), ("t5", "unmasked")])
+def test_a_model_of_another_kind_is_refused(
+    family: str, kind: str, model_of: Callable[[str], Path], settings: Make
+) -> None:
+    with pytest.raises(InputError, match="kind: encoder"):
+        PromptEncoder.load(resolve_encoder(settings(model_of(family), kind=kind), "cpu"), "cpu")
+
+
+def test_a_model_that_keeps_its_causal_mask_is_refused(
+    model_of: Callable[[str], Path], settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model does that never asks its config for the direction."""
+    from transformers.models.llama import modeling_llama
+
+    from lidit.text.trunk import Trunk
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: torch.ones(2, 2).tril().bool()[None, None])
+    with pytest.raises(InputError, match="keeps its causal mask"):
+        Trunk.load(resolve_encoder(settings(model_of("llama"), kind="unmasked"), "cpu"), "cpu")
