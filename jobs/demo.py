@@ -44,7 +44,7 @@ def command(
     from pipelines.latents import run_latents
     from pipelines.tracking import open_command
 
-    scenes.command(out=folder / "scenes", count=count, size=SIZE, seed=SEED, layout=recipe.evaluate.layout)
+    scenes.command(folder / "scenes", count, SIZE, SEED, recipe.ingest.unit_samples, recipe.evaluate.layout)
     connect(cpus=LOGICAL_CPUS)
     ingest(list(recipe.sources), recipe.corpus, recipe.ingest)
     for encoder in recipe.encoders:

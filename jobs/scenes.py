@@ -15,6 +15,7 @@ def command(
     count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 8000,
     size: Annotated[int, typer.Option(min=16, help="Image side in pixels.")] = 32,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    per_shard: Annotated[int, typer.Option(min=1, help="Scenes in one tar.")] = 1000,
     layout: Annotated[str, typer.Option(help="simple (fixed slots, learned in minutes) or free.")] = "simple",
 ) -> None:
     """Render scenes of coloured shapes with captions and GenEval-style records.
@@ -27,7 +28,7 @@ def command(
     from pipelines.progress import Progress
 
     with Progress("scenes", count, "scenes") as progress:
-        made = write_scene_shards(out, count, size, seed, layout=layout, progress=progress.update)
+        made = write_scene_shards(out, count, size, seed, layout, per_shard, progress=progress.update)
     state = "already there" if made.skipped else "written"
     print(f"{out}: {made.scenes} scenes, {made.distinct_captions} distinct captions, {state}")
 

@@ -75,7 +75,8 @@ def run_embed(
     """
     pool = pool or PoolSettings()
     started = time.monotonic()
-    Corpus.open(corpus)  # before any model is fetched
+    # Before any model is fetched; and absolute, for workers that were started in another folder.
+    corpus = Corpus.open(corpus).folder.location
     spec = resolve_encoder(settings, _device(pool))
     writer = _writer(corpus, spec)
     computed: list[int] = []

@@ -112,7 +112,7 @@ def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:
     facts = run_facts(recipe, corpus)
     folder = recipe.run_folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = recipe.model_copy(update={"output": str(folder.parent), "corpus": str(Path(recipe.corpus).resolve())})
+    recipe = recipe.model_copy(update={"output": str(folder.parent), "corpus": corpus.folder.location})
     check_drift(folder, facts, allow_drift)
     uri = recipe.tracking.uri or tracking.local_store(folder.parent)
     finished = finished_step(folder)

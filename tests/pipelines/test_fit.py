@@ -1,0 +1,161 @@
+"""Training on real Ray: resumes after kills with the same bits, refuses drift, keeps one honest MLflow run."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+from trained import SmallWorld
+
+from lidit.config import Recipe
+from lidit.errors import InputError, JobError
+from lidit.pipeline import LIDiTPipeline
+from pipelines import checkpoints
+from pipelines.fit import FitResult, run_fit
+
+FINAL = "model/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, FitResult]:
+    recipe = small_world.recipe(
+        tmp_path_factory.mktemp("undisturbed"),
+        train={"sample_every": 4, "sample_prompts": ["a red circle", "a blue square"], "validate_every": 8,
+               "validation_samples": 12},
+        data={"validation_fraction": 0.2},
+        tracking={"registered_model": "lidit-test"},
+    )  # fmt: skip
+    return recipe, run_fit(recipe)
+
+
+def history(result: FitResult, metric: str) -> list[int]:
+    found = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, metric)
+    return sorted(point.step for point in found)
+
+
+def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Thread:
+    """SIGKILL one training worker once the checkpoint of `step` is there; its pid goes into `killed`."""
+
+    def hunt() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            if (run / checkpoints.checkpoint_name(step) / "position.json").exists():
+                for process in psutil.process_iter(["cmdline"]):
+                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                        return
+            threading.Event().wait(0.02)
+
+    thread = threading.Thread(target=hunt)
+    thread.start()
+    return thread
+
+
+def test_the_model_folder_draws(undisturbed: tuple[Recipe, FitResult]) -> None:
+    recipe, result = undisturbed
+    pipe = LIDiTPipeline.from_pretrained(result.model)
+    images = pipe(["a red circle", "a blue square"], seed=[1, 2], output_type="np")
+    assert images.shape == (2, 32, 32, 3)
+    assert not np.array_equal(images[0], images[1])
+    for step in (4, 8):
+        assert (recipe.run_folder / "samples" / f"step-{step:09}.png").stat().st_size > 500
+
+
+def test_one_run_holds_everything(undisturbed: tuple[Recipe, FitResult], small_world: SmallWorld) -> None:
+    recipe, result = undisturbed
+    client = MlflowClient(result.tracking_uri)
+    run = client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert history(result, "loss") == [2, 4, 6, 8]
+    assert history(result, "validation/loss") == [8]
+    assert run.data.params["train.optimizer.lr"] == "0.001"
+    assert run.data.tags["lidit.corpus_digest"] == small_world.open().digest
+    for family in small_world.open().text_families():
+        assert run.data.tags[f"lidit.text.{family.name}"] == family.fingerprint
+    assert run.inputs.dataset_inputs[0].dataset.digest == small_world.open().digest[:36]
+    names = {artifact.path for artifact in client.list_artifacts(result.run_id)}
+    assert {"model", "samples", "recipe.json"} <= names
+    registered = client.get_model_version_by_alias("lidit-test", recipe.tracking.alias)
+    folder = Path(registered.source.removeprefix("file://"))
+    assert LIDiTPipeline.from_pretrained(folder).config.height == 32
+
+
+def test_the_same_command_again_does_nothing(undisturbed: tuple[Recipe, FitResult]) -> None:
+    recipe, result = undisturbed
+    before = (result.model / FINAL).stat().st_mtime_ns
+    again = run_fit(recipe)
+    assert not again.trained
+    assert (again.step, again.run_id) == (8, result.run_id)
+    assert (result.model / FINAL).stat().st_mtime_ns == before
+
+
+def test_drift_is_refused_with_what_differs(undisturbed: tuple[Recipe, FitResult]) -> None:
+    recipe, _ = undisturbed
+    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seed": 9})})
+    with pytest.raises(InputError, match=r"config.data.seed: 0 -> 9(.|\n)*--allow-drift"):
+        run_fit(changed)
+
+
+def test_a_missing_family_and_other_settings_are_named(small_world: SmallWorld, tmp_path: Path) -> None:
+    recipe = small_world.recipe(tmp_path)
+    other = recipe.encoders[0].model_copy(update={"instruction": "Look:"})
+    with pytest.raises(InputError, match=r"instruction: .* -> \"Look:\"(.|\n)*lidit embed"):
+        run_fit(recipe.model_copy(update={"encoders": (other, recipe.encoders[1])}))
+    absent = recipe.encoders[0].model_copy(update={"name": "absent"})
+    with pytest.raises(InputError, match=r"'absent'.*llama.*lidit embed"):
+        run_fit(recipe.model_copy(update={"encoders": (absent,)}))
+    with pytest.raises(InputError, match="not a corpus"):
+        run_fit(recipe.model_copy(update={"corpus": str(tmp_path)}))
+
+
+def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+    recipe, result = undisturbed
+    again = recipe.model_copy(update={"output": str(tmp_path)})
+    pids: list[int] = []
+    hunter = kill_a_worker_after(again.run_folder, 4, pids)
+    killed = run_fit(again)
+    hunter.join()
+    assert pids, "nothing was killed"
+    straight, resumed = (load_file(r.model / FINAL) for r in (result, killed))
+    assert straight.keys() == resumed.keys()
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name]), name
+    assert history(killed, "loss") == [2, 4, 6, 8]
+
+
+def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+    recipe, _ = undisturbed
+    for step in (4, 8):
+        shutil.copytree(
+            recipe.run_folder / checkpoints.checkpoint_name(step), tmp_path / checkpoints.checkpoint_name(step)
+        )
+    newest = tmp_path / checkpoints.checkpoint_name(8)
+    assert checkpoints.newest_complete(tmp_path) == newest
+    whole = (newest / "rank-00001.safetensors").read_bytes()
+    (newest / "rank-00001.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert checkpoints.newest_complete(tmp_path) == tmp_path / checkpoints.checkpoint_name(4)
+    (tmp_path / checkpoints.checkpoint_name(4) / "rank-00000.json").unlink()
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        checkpoints.newest_complete(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(small_world: SmallWorld, tmp_path: Path) -> None:
+    recipe = small_world.recipe(
+        tmp_path, train={"optimizer": {"lr": 1e30, "gradient_clip": 0.0}}, engine={"workers": 1, "max_failures": 0}
+    )
+    with pytest.raises(JobError, match="the loss is"):
+        run_fit(recipe)
+    written = sorted(recipe.run_folder.glob("not-finite-*.json"))
+    keys = json.loads(written[0].read_text())["keys"]
+    assert len(keys) == 12
+    assert set(keys) <= {k for u in range(5) for k in small_world.open().samples(u)["key"].to_pylist()}

@@ -1,0 +1,111 @@
+"""The tracker: one run over restarts, no doubled step, nothing lost when the server goes away, never an exception."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines import tracking
+
+
+def tracked(uri: str, folder: Path, params: dict[str, str]):
+    return tracking.tracked_run(uri, "test", "run", "key", params, {"lidit.job": "train"}, folder)
+
+
+def steps(uri: str, run_id: str, metric: str = "loss") -> list[int]:
+    return sorted(point.step for point in MlflowClient(uri).get_metric_history(run_id, metric))
+
+
+def test_a_restart_continues_the_same_run(tmp_path: Path) -> None:
+    uri = tracking.local_store(tmp_path)
+    with contextlib.suppress(RuntimeError), tracked(uri, tmp_path, {"lr": "1", "workers": "2"}) as first:
+        for step in (10, 20, 30):
+            first.metrics({"loss": 1.0}, step)
+        raise RuntimeError("killed")
+    assert MlflowClient(uri).get_run(first.handle.run_id).info.status == "FAILED"
+    with tracked(uri, tmp_path, {"lr": "1", "workers": "1", "new": "x"}) as second:
+        for step in (20, 30, 40):
+            second.metrics({"loss": 2.0}, step)
+    assert second.handle.run_id == first.handle.run_id
+    assert steps(uri, first.handle.run_id) == [10, 20, 30, 40]
+    run = MlflowClient(uri).get_run(first.handle.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"lr": "1", "workers": "2", "new": "x"}
+    assert run.data.tags["changed.workers"] == "1"
+    assert run.data.tags["lidit.attempt"] == "2"
+
+
+def test_interrupted_is_not_failed(tmp_path: Path) -> None:
+    uri = tracking.local_store(tmp_path)
+    with pytest.raises(KeyboardInterrupt), tracked(uri, tmp_path, {}) as run:
+        raise KeyboardInterrupt
+    assert MlflowClient(uri).get_run(run.handle.run_id).info.status == "KILLED"
+
+
+def test_a_tracker_that_is_down_from_the_start_stops_nothing(tmp_path: Path) -> None:
+    with tracked("http://127.0.0.1:9", tmp_path, {"lr": "1"}) as run:
+        run.metrics({"loss": 1.0}, 1)
+        run.artifact(tmp_path)
+    assert run.handle.run_id == ""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[str]:
+    """A real `mlflow server` on loopback."""
+    words = ["server", "--port", str(port), "--host", "127.0.0.1", "--workers", "1"]
+    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--default-artifact-root", f"{folder}/artifacts"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *words],
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "the server did not start"
+        yield uri
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    port = free_port()
+    with server(tmp_path, port) as uri:
+        handle = tracking._find_or_create(uri, "test", "run", "key", {}, {}, tmp_path / "spool.jsonl")
+        tracker = tracking.Tracker(handle)
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.close()
+    tracker = tracking.Tracker(handle)
+    began = time.monotonic()
+    for step in range(2, 50):
+        tracker.metrics({"loss": 1.0}, step)
+    assert time.monotonic() - began < 1.0, "logging waited for a dead server"
+    with server(tmp_path, port) as uri:
+        tracker.close()
+        assert steps(uri, handle.run_id) == list(range(1, 50))
+    assert not (tmp_path / "spool.jsonl").exists()
