@@ -248,7 +248,8 @@ def test_entrypoints_are_commands_our_jobs_take(documents: list[dict[str, Any]],
     job = find(documents, "RayJob", name)["spec"]
     settings = find(documents, "ConfigMap", "lidit-settings")["data"]
     shown = job["entrypoint"].replace("python -m ", "show ")
-    script = f'show() {{ for word in "$@"; do printf "%s\\t" "$word"; done; echo; }}\n{shown}'
+    # One write for each command: they run beside each other.
+    script = 'show() { line=; for word in "$@"; do line="$line$word\t"; done; echo "$line"; }\n' + shown
     done = subprocess.run(["sh", "-c", script], env=settings, capture_output=True, text=True, check=True)
     commands = [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
     assert len(commands) == job["entrypoint"].count("python -m")
