@@ -106,6 +106,8 @@ def test_an_image_depends_on_its_prompt_and_seed_not_on_its_batch(pipe):
     for index, prompt in enumerate(PROMPTS):
         alone = pipe(prompt, seed=3 + index, output_type="pt")
         torch.testing.assert_close(alone[0], together[index], rtol=1e-3, atol=1e-3)
+    one_seed = pipe([PROMPTS[0]] * 2, seed=3, output_type="pt")
+    torch.testing.assert_close(one_seed[1], one_seed[0], rtol=1e-3, atol=1e-3)
     assert (pipe(PROMPTS[1], seed=3, output_type="pt")[0] - together[0]).abs().max() > 1e-3
 
 
