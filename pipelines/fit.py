@@ -166,7 +166,7 @@ def _tracked(
 def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, folder: Path) -> None:
     prompts = prompt_states(recipe, recipe.train.sample_prompts, folder / "prompts")
     _mend_snapshot(folder)
-    board = Board.remote()
+    board = ray.remote(num_cpus=0)(Board).remote()
     engine, gpus = recipe.engine, recipe.engine.gpus_per_worker
     resources = {"CPU": engine.cpus_per_worker, **({"GPU": gpus} if gpus else {}), **engine.resources}
     scaling: dict[str, Any] = {"label_selector": engine.label_selector} if engine.label_selector else {}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 import torch.distributed as dist
 
@@ -29,9 +28,8 @@ from pipelines.tracking import RunHandle, Tracker
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
-@ray.remote(num_cpus=0)
 class Board:
-    """Messages from rank 0 to the driver, which shows them as progress."""
+    """An actor: messages from rank 0 to the driver, which shows them as progress."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []

@@ -88,7 +88,7 @@ def test_settings_are_frozen_and_flatten_to_parameters(recipe_file: Path) -> Non
 
 def test_a_wrong_type_deep_inside_names_its_path() -> None:
     tree = apply_overrides({"name": "e", "model": "m"}, ["max_tokens=-1"])
-    with pytest.raises(InputError, match="max_tokens: .*greater than or equal to 1, found -1"):
+    with pytest.raises(InputError, match=r"max_tokens: .*greater than or equal to 1, found -1"):
         validate(EncoderSettings, tree, "e.yaml")
     with pytest.raises(InputError, match="corpus: Field required"):
         validate(Recipe, {"name": "r", "encoders": [{"name": "e", "model": "m"}]}, "r.yaml")

@@ -86,7 +86,7 @@ class Assembler:
                 for place, row_states in zip(told, family.read(unit, captions)):
                     states[name][place] = row_states
         for name, rows in states.items():
-            for place in dropped.nonzero()[0]:  # the same samples for all LLMs
+            for place in dropped.nonzero()[0].tolist():  # the same samples for all LLMs
                 rows[place] = self.empty[name]
         shape = tuple(latents[0].shape)
         drawn = zip(batch.epoch.tolist(), batch.unit.tolist(), batch.row.tolist())

@@ -89,7 +89,7 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
     config = _read_config(folder)
     if settings.kind != "encoder" and config.is_encoder_decoder:
         raise InputError(
-            f"encoder {settings.name}: {settings.model} is an encoder-decoder model: set kind: encoder to use its encoder"
+            f"encoder {settings.name}: {settings.model} is an encoder-decoder model: set kind: encoder for its encoder"
         )
     text = config.get_text_config(decoder=True) if settings.kind != "encoder" else _encoder_config(config)
     total, width = int(text.num_hidden_layers), int(text.hidden_size)
