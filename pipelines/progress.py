@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bar
 
 PLAIN_LINE_SECONDS = 10.0
+RECENT_UPDATES = 20
 
 
 def duration(seconds: float) -> str:
@@ -31,6 +33,8 @@ class Progress:
         self.title, self.total, self.unit, self.start = title, total, unit, start
         self.done, self.note = start, ""
         self.began = self.last_line = time.monotonic()
+        # The rate is that of the last updates: the first step of a job says little about the next thousand.
+        self.recent: deque[tuple[float, int]] = deque([(self.began, start)], maxlen=RECENT_UPDATES)
         self.bar: Bar | None = None
         self.task = TaskID(0)
 
@@ -62,6 +66,7 @@ class Progress:
     def update(self, done: int, note: str = "") -> None:
         """`done` units are finished in all; `note` says what else matters now (loss, quarantined rows, ...)."""
         self.done, self.note = done, note or self.note
+        self.recent.append((time.monotonic(), done))
         if self.bar:
             self.bar.update(self.task, completed=done, rate=self._rate(), note=self.note)
         elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
@@ -71,11 +76,10 @@ class Progress:
         self.update(self.done + count, note)
 
     def _rate(self) -> str:
-        elapsed = time.monotonic() - self.began
-        finished = self.done - self.start
-        if finished <= 0 or elapsed <= 0:
+        (since, before), (now, done) = self.recent[0], self.recent[-1]
+        if done <= before or now <= since:
             return "starting"
-        rate = finished / elapsed
+        rate = (done - before) / (now - since)
         left = duration((self.total - self.done) / rate)
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}" if rate < 1 else f"{rate:.1f}"
         return f"{shown} {self.unit}/s, {left} left" if self.done < self.total else f"{shown} {self.unit}/s"
