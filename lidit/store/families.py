@@ -19,11 +19,15 @@ from lidit.store.schema import digest_of, unseal
 from lidit.store.states import SharedStates, read_shared
 from lidit.store.unitfile import TextFile
 
-_OPEN_FILES = 8
+# A mapped file costs an address range and a descriptor, not memory; behind a URL it costs the unit's bytes.
+OPEN_FILES = 64
 
 
 class Family:
-    """What text and latents families share. Open through `Corpus.text_family` and `Corpus.latent_family`."""
+    """What text and latents families share. Open through `Corpus.text_family` and `Corpus.latent_family`.
+
+    keep_open: unit files kept open at once; at least the units a reader moves among.
+    """
 
     def __init__(self, corpus: Corpus, handle: FamilyHandle) -> None:
         self.corpus, self.kind, self.directory, self.name = corpus, handle.kind, handle.directory, handle.name
@@ -31,6 +35,7 @@ class Family:
         self.spec, self.fingerprint = handle.spec, handle.fingerprint
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
+        self.keep_open = OPEN_FILES
         self._verified: set[int] = set()
         facts = self._json(FAMILY_FILE)
         self.manifest = self._json(MANIFEST_FILE)
@@ -109,7 +114,7 @@ class Family:
             raise InputError(f"{where}: {file.rows} rows, its record says {record['rows']}; {self._remedy}")
         with self._lock:
             self._files[unit] = file
-            while len(self._files) > _OPEN_FILES:
+            while len(self._files) > self.keep_open:
                 self._files.popitem(last=False)
         return file
 

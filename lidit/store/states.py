@@ -21,6 +21,7 @@ from lidit.store.schema import read_metadata, with_metadata
 STORAGES = ("float32", "bfloat16", "int8")
 ARROW_TYPES = {"float32": pa.float32(), "bfloat16": pa.uint16(), "int8": pa.int8()}
 TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.uint16, "int8": torch.int8}
+_BLOCK = 512  # tokens at once: what is computed between two blocks stays in the processor's cache
 SHARED_ROLES = ("prefix", "empty", "mean", "deviation")
 
 
@@ -64,7 +65,8 @@ def text_table(
             )
     schema = states_schema(storage, width)
     flat = torch.cat([s.detach().cpu() for s in states]) if states else torch.zeros(0, width)  # [N, W]
-    if not torch.isfinite(flat).all():
+    # Far faster than isfinite().all(): both ends are finite exactly when everything between them is.
+    if flat.numel() and not all(end.isfinite() for end in torch.aminmax(flat)):
         bad = next(row for row, state in enumerate(states) if not torch.isfinite(state).all())
         raise JobError(
             f"row {bad}: the encoder produced NaN or infinite states; float16 overflow is the usual cause: compute in "
@@ -95,10 +97,14 @@ def encode(
         return flat.to(torch.float32).contiguous(), None
     if storage == "bfloat16":
         return flat.to(torch.bfloat16).contiguous().view(torch.uint16), None
-    standardised = (flat.float() - _need(mean)) / _need(deviation)  # [N, W]
-    scale = standardised.abs().amax(-1) / 127 if flat.shape[0] else torch.zeros(0)  # [N]
-    quantised = (standardised / torch.where(scale > 0, scale, 1.0)[:, None]).round().clamp(-127, 127)
-    return quantised.to(torch.int8), scale
+    values, scale = torch.empty(flat.shape, dtype=torch.int8), torch.empty(flat.shape[0])  # [N, W], [N]
+    for start in range(0, len(flat), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        standardised = flat[block].float().sub(_need(mean)).div_(_need(deviation))  # [block, W]
+        scale[block] = torch.maximum(standardised.amax(-1), -standardised.amin(-1)).div_(127)
+        divisor = torch.where(scale[block] > 0, scale[block], 1.0)[:, None]
+        values[block] = standardised.div_(divisor).round_().to(torch.int8)
+    return values, scale
 
 
 def decode(

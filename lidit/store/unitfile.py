@@ -85,7 +85,7 @@ class TextFile:
         return cls(batches, storage, width, np.concatenate(lengths))
 
     def states(self, rows: Sequence[int] | None, mean: torch.Tensor, deviation: torch.Tensor) -> list[torch.Tensor]:
-        if rows is None:
+        if rows is None and self.storage != "int8":
             return [
                 state
                 for batch in self.batches
@@ -94,7 +94,8 @@ class TextFile:
                 )
             ]
         found = []
-        for row in rows:
+        # int8 row by row: what is computed for one caption stays in the processor's cache.
+        for row in range(self.rows) if rows is None else rows:
             batch, local = self._locate(row)
             part = slice(int(batch.offsets[local]), int(batch.offsets[local + 1]))
             scale = None if batch.scale is None else batch.scale[part]
