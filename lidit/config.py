@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lidit.errors import InputError
 
@@ -228,7 +228,14 @@ class TrackingSettings(Settings):
     uri: str | None = None
     experiment: str = "lidit"
     registered_model: str | None = None
-    alias: str = "latest"
+    alias: str = Field("newest", pattern=r"^[\w-]+$")
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, alias: str) -> str:
+        if alias.lower() == "latest" or alias.lower().removeprefix("v").isdigit():
+            raise ValueError("MLflow reserves `latest` and version numbers; choose a word such as newest")
+        return alias
 
 
 class Recipe(Settings):

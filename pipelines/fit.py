@@ -117,18 +117,26 @@ def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:
     uri = recipe.tracking.uri or tracking.local_store(folder.parent)
     finished = finished_step(folder)
     if finished is not None and finished >= recipe.train.steps:
+        if (folder / tracking.SPOOL).exists():
+            with _tracked(recipe, corpus, facts, uri, folder):
+                pass  # delivers what an outage left behind
         return FitResult(folder / "model", finished, uri, read_run_id(folder), trained=False)
     (folder / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True))
 
     connect(cpus=recipe.engine.workers + 2)
     with _tracked(recipe, corpus, facts, uri, folder) as tracker:
-        (folder / "mlflow-run").write_text(tracker.handle.run_id)
+        _note_run(folder, tracker)
         _train(recipe, facts, tracker, folder)
         _publish_model(folder)
         tracker.artifact(folder / "model", "model")
         if recipe.tracking.registered_model:
             tracker.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
-        return FitResult(folder / "model", recipe.train.steps, uri, tracker.handle.run_id, trained=True)
+    _note_run(folder, tracker)  # a tracker that was down at the start may have answered since
+    return FitResult(folder / "model", recipe.train.steps, uri, tracker.handle.run_id, trained=True)
+
+
+def _note_run(folder: Path, tracker: tracking.Tracker) -> None:
+    (folder / "mlflow-run").write_text(tracker.handle.run_id)
 
 
 def finished_step(folder: Path) -> int | None:
@@ -175,7 +183,7 @@ def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, fol
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "facts": facts,
-            "tracking": tracker.handle if tracker.handle.run_id else None,
+            "tracking": tracker.handle,
             "board": board,
             "prompts": prompts,
         },

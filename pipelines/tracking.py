@@ -1,9 +1,10 @@
 """MLflow, behind one small class: the only module that imports it.
 
 The driver finds or creates one run per job (tag `lidit.run_key`), owns its status and hands its id to the workers;
-rank 0 logs into it. Metrics at or below the run's high-water step are left out, so a resumed run continues its curve
-without doubled points. Whatever the tracker does, training goes on: calls are made by a thread from a bounded queue,
-and what could not be delivered is spooled to a file and sent when the tracker answers again.
+rank 0 logs into it. Steps that the store already holds of a metric are left out, so a resumed run continues its curve
+without doubled or lost points. Whatever the tracker does, training goes on: calls are made by a thread from a bounded
+queue. Metrics that could not be delivered are spooled to a file and sent when the tracker answers again; everything
+else is tried once more at the end, and named where that fails too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ RUN_KEY = "lidit.run_key"
 STEP = "lidit.step"
 RETRY_SECONDS = 15.0
 QUEUE_LENGTH = 10_000
+CLOSE_SECONDS = 120.0
+SPOOL = "tracking.spool.jsonl"
 PARAM_LIMIT = 6000
 
 log = logging.getLogger(__name__)
@@ -41,11 +44,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunHandle:
-    """What a worker needs to log into the driver's run. `high_water`: metrics up to this step are there already."""
+    """What a worker needs to log into the driver's run. `run_id` is empty while the tracker has not answered yet."""
 
     uri: str
     run_id: str
-    high_water: int
     spool: str
 
 
@@ -62,16 +64,21 @@ def open_command(uri: str) -> str:
 
 
 def git_state() -> dict[str, str]:
-    """Commit and cleanliness of the checkout this code runs from; empty where there is none."""
+    """Commit and cleanliness of the checkout this code runs from; LIDIT_GIT_COMMIT where there is none.
+
+    The variable is set by whatever took the code away from its checkout: an image's build, `lidit submit`.
+    """
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not somebody else's checkout around an installation
         return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain"))).lower()}
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        commit = os.environ.get("LIDIT_GIT_COMMIT", "")
+        return {"git.commit": commit} if commit else {}
 
 
 @contextmanager
@@ -83,13 +90,17 @@ def tracked_run(
     A changed parameter of a continued run stays as it was first logged (MLflow never rewrites one) and is written as
     a tag `changed.NAME`. A tracker that cannot be reached is reported once and the job goes on with a spool file.
     """
-    spool = folder / "tracking.spool.jsonl"
+    spool = folder / SPOOL
+
+    def connect() -> RunHandle:
+        return _find_or_create(uri, experiment, name, key, params, {**git_state(), **tags}, spool)
+
     try:
-        handle = _find_or_create(uri, experiment, name, key, params, {**git_state(), **tags}, spool)
+        handle = connect()
     except Exception as error:  # a tracker that is down must not stop a job, whatever it raises
-        log.warning("tracking is off, %s does not answer: %s", uri, _line(error))
-        handle = RunHandle(uri, "", -1, str(spool))
-    tracker = Tracker(handle)
+        log.warning("the tracker does not answer, metrics wait in %s: %s", spool, _line(error))
+        handle = RunHandle(uri, "", str(spool))
+    tracker = Tracker(handle, connect)
     try:
         yield tracker
     except BaseException as error:
@@ -122,53 +133,54 @@ def _find_or_create(
         attempt = int(run.data.tags.get("lidit.attempt", "1")) + 1
         tags = {**tags, **{f"changed.{k}": v for k, v in changed.items()}, "lidit.attempt": str(attempt)}
         client.update_run(run.info.run_id, status="RUNNING")
-        params, high_water = new, int(run.data.tags.get(STEP, "-1"))
+        params = new
     else:
         run = client.create_run(experiment_id, run_name=name, tags={RUN_KEY: key, "lidit.attempt": "1"})
-        high_water = -1
     client.log_batch(
         run.info.run_id,
         params=[Param(k, v[:PARAM_LIMIT]) for k, v in params.items()],
         tags=[RunTag(k, v) for k, v in tags.items()],
     )
-    return RunHandle(uri, run.info.run_id, high_water, str(spool))
+    return RunHandle(uri, run.info.run_id, str(spool))
 
 
 class Tracker:
-    """Logs into one run from a background thread. Every method returns at once."""
+    """Logs into one run from a background thread. Every method returns at once.
 
-    def __init__(self, handle: RunHandle) -> None:
-        self.handle = handle
+    `connect` makes the handle anew where the tracker was down at the start; only the driver has it.
+    """
+
+    def __init__(self, handle: RunHandle, connect: Callable[[], RunHandle] | None = None) -> None:
+        self.handle, self._connect = handle, connect
         self.client = MlflowClient(handle.uri)
         self.spool = Path(handle.spool)
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUE_LENGTH)
+        self._queue: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(QUEUE_LENGTH)
+        self._failed: list[tuple[str, Callable[[], None]]] = []
         self._last_failure = -RETRY_SECONDS
-        self._high_water = handle.high_water
+        self._newest: dict[str, int] = {}  # metric -> highest step the store has of it
         self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
         self._thread.start()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Metrics of a global step; steps that the run already has are left out."""
-        if step <= self.handle.high_water:
-            return
+        """Metrics of a global step; those that the run already has at this or a later step are left out."""
         record = {"step": step, "time": int(time.time() * 1000), "values": dict(values)}
-        self._put(lambda: self._send_metrics(record))
+        self._put(f"metrics of step {step}", lambda: self._send_metrics(record))
 
     def tags(self, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
-            self._put(lambda key=key, value=value: self.client.set_tag(self.handle.run_id, key, value))  # type: ignore[misc]
+            self._put(f"tag {key}", lambda k=key, v=value: self.client.set_tag(self.handle.run_id, k, v))  # type: ignore[misc]
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file, or everything in a folder. It is read later: leave it where it is."""
         send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        self._put(lambda: send(self.handle.run_id, str(path), folder or None))
+        self._put(f"artifact {path}", lambda: send(self.handle.run_id, str(path), folder or None))
 
     def dataset(self, name: str, digest: str, source: str) -> None:
         """The corpus as the run's input: its digest is what training verified."""
         from mlflow.entities import Dataset, DatasetInput
 
         entry = Dataset(name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source}))
-        self._put(lambda: self.client.log_inputs(self.handle.run_id, [DatasetInput(entry, [])]))
+        self._put(f"dataset {name}", lambda: self.client.log_inputs(self.handle.run_id, [DatasetInput(entry, [])]))
 
     def register(self, name: str, artifact: str, alias: str) -> None:
         """The run's artifact folder as a new version of model `name`, found by `models:/name@alias`."""
@@ -183,12 +195,24 @@ class Tracker:
             made = self.client.create_model_version(name, f"{root}/{artifact}", self.handle.run_id)
             self.client.set_registered_model_alias(name, alias, made.version)
 
-        self._put(send)
+        self._put(f"registration of model {name}", send)
+
+    def history(self, metric: str) -> tuple[list[float], list[float]]:
+        """Steps and values the store holds of a metric, in order; empty where it does not answer."""
+        try:
+            points = self.client.get_metric_history(self.handle.run_id, metric) if self.handle.run_id else []
+        except Exception as error:
+            log.warning("the history of %s could not be read: %s", metric, _line(error))
+            points = []
+        points = sorted(points, key=lambda point: point.step)
+        return [float(point.step) for point in points], [point.value for point in points]
 
     def close(self, status: str = "") -> None:
         """Deliver what waits (spooling what cannot be), then set the run's status where one is given."""
         self._queue.put(None)
-        self._thread.join(timeout=120)
+        self._thread.join(timeout=CLOSE_SECONDS)
+        if self._thread.is_alive():
+            log.warning("the tracker is still busy after %.0f s: what waits for it is given up", CLOSE_SECONDS)
         if status and self.handle.run_id:
             try:
                 self.client.set_terminated(self.handle.run_id, status)
@@ -197,22 +221,37 @@ class Tracker:
 
     # -- the delivering thread ----------------------------------------------------------------------------------------
 
-    def _put(self, send: Callable[[], None]) -> None:
-        if not self.handle.run_id:
-            return
+    def _put(self, what: str, send: Callable[[], None]) -> None:
         try:
-            self._queue.put_nowait(send)
+            self._queue.put_nowait((what, send))
         except queue.Full:
-            log.warning("tracking falls behind, %d entries wait: one was dropped", QUEUE_LENGTH)
+            log.warning("tracking falls behind, %d entries wait: %s dropped", QUEUE_LENGTH, what)
 
     def _deliver(self) -> None:
-        while (send := self._queue.get()) is not None:
+        while (entry := self._queue.get()) is not None:
             try:
-                send()
+                self._attempt(*entry)
             except Exception as error:  # see the module's promise
                 self._last_failure = time.monotonic()
-                log.warning("not tracked: %s", _line(error))
-        self._flush_spool()
+                log.warning("%s not tracked, tried again at the end: %s", entry[0], _line(error))
+                self._failed.append(entry)
+        if self._connect and not self.handle.run_id:
+            try:
+                self.handle = self._connect()
+            except Exception as error:
+                log.warning("the tracker never answered: %s", _line(error))
+        for what, send in self._failed:
+            try:
+                self._attempt(what, send)
+            except Exception as error:
+                log.warning("%s not tracked: %s", what, _line(error))
+        if not self._flush_spool():
+            log.warning("metrics wait in %s: they are sent when this job runs again", self.spool)
+
+    def _attempt(self, what: str, send: Callable[[], None]) -> None:
+        if not self.handle.run_id and not what.startswith("metrics"):
+            raise ConnectionError("the tracker has not answered yet")
+        send()
 
     def _send_metrics(self, record: dict[str, Any]) -> None:
         if time.monotonic() - self._last_failure >= RETRY_SECONDS and self._flush_spool() and self._log(record):
@@ -224,7 +263,12 @@ class Tracker:
         """Send what an outage left behind, oldest first. True when nothing is left."""
         if not self.spool.exists():
             return True
-        records = [json.loads(line) for line in self.spool.read_text().splitlines()]
+        records = []
+        for line in self.spool.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # a kill while it was written; the resumed run logs this step again
+                log.warning("%s: a torn line is left out", self.spool)
         sent = 0
         while sent < len(records) and self._log(records[sent]):
             sent += 1
@@ -235,18 +279,29 @@ class Tracker:
         return False
 
     def _log(self, record: dict[str, Any]) -> bool:
-        metrics = [Metric(k, float(v), record["time"], record["step"]) for k, v in record["values"].items()]
+        """Send one record, without what the store has already. False when the tracker does not answer."""
+        if not self.handle.run_id:
+            return False
+        step = record["step"]
         try:
-            self.client.log_batch(self.handle.run_id, metrics=metrics)
-            if record["step"] > self._high_water:
-                self.client.set_tag(self.handle.run_id, STEP, str(record["step"]))
-                self._high_water = record["step"]
+            fresh = {key: float(value) for key, value in record["values"].items() if step > self._newest_step(key)}
+            if fresh:
+                metrics = [Metric(key, value, record["time"], step) for key, value in fresh.items()]
+                self.client.log_batch(self.handle.run_id, metrics=metrics, tags=[RunTag(STEP, str(step))])
+            self._newest.update(dict.fromkeys(fresh, step))
         except Exception as error:
             if time.monotonic() - self._last_failure >= RETRY_SECONDS:
                 log.warning("metrics wait in %s: %s", self.spool, _line(error))
             self._last_failure = time.monotonic()
             return False
         return True
+
+    def _newest_step(self, metric: str) -> int:
+        """Asked of the store itself, once per metric: a killed worker may have logged more than anybody noted."""
+        if metric not in self._newest:
+            found = self.client.get_metric_history(self.handle.run_id, metric)
+            self._newest[metric] = max((point.step for point in found), default=-1)
+        return self._newest[metric]
 
 
 def _line(error: BaseException) -> str:
