@@ -4,10 +4,10 @@
 
 All formats hold the same bfloat16 bits of the same captions of varying length. Peers: npz per sample (PixArt, Kohya),
 WebDataset tars of .npy members, Parquet, safetensors per unit. Reading ends where training starts: every caption's
-states copied into a batch buffer as a torch tensor. `read_over_raw` is reading all tensors of a unit into one buffer against
-reading its file's bytes into the same buffer with readinto(), both from the page cache. `--states` adds the measured error of 8, 6 and 4 bits on real
-LLM states. Driver memory is the peak of planning and finishing a family, with a small and a large number of captions.
-The last line printed is one JSON object.
+states copied into a batch buffer as a torch tensor. `read_over_raw` is reading all tensors of a unit into one buffer
+against reading its file's bytes into the same buffer with readinto(), both from the page cache. `--states` adds the
+measured error of 8, 6 and 4 bits on real LLM states. Driver memory is the peak of planning and finishing a family, with
+a small and a large number of captions. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -296,9 +296,8 @@ def compare(work: Path, captions: int) -> dict[str, Any]:
     gathered = payload / min(turn[1] for turn in turns)
     sequential = results["ours bfloat16"]["sequential"]
     padded = PADDED * WIDTH * 2
-    print(
-        f"  whole units {gathered:,.0f} MB/s, raw bytes {raw:,.0f} MB/s; a cache padded to {PADDED} tokens needs {padded:,} bytes per caption"
-    )
+    print(f"  whole units {gathered:,.0f} MB/s, raw bytes {raw:,.0f} MB/s")
+    print(f"  a cache padded to {PADDED} tokens needs {padded:,} bytes per caption")
     return {
         "formats": results,
         "raw_read": round(raw, 1),

@@ -35,7 +35,11 @@ ACTOR_RESTARTS = 3
 
 @dataclass(frozen=True)
 class LatentsSummary:
-    """One finished latents family. computed_units: by this call; codec_busy: share of the actors' time in the codec."""
+    """One finished latents family.
+
+    computed_units: by this call; encode_seconds: the actors' time over them, without start-up; codec_busy: the share of
+    it spent in the codec.
+    """
 
     name: str
     directory: str
@@ -45,6 +49,7 @@ class LatentsSummary:
     images: int
     bytes: int
     seconds: float
+    encode_seconds: float
     codec_busy: float
 
     def __str__(self) -> str:
@@ -109,6 +114,7 @@ def run_latents(
         manifest["rows"],
         manifest["bytes"],
         time.monotonic() - started,
+        busy[1],
         busy[0] / busy[1] if busy[1] else 0.0,
     )
 
