@@ -22,7 +22,8 @@ def command(
 
     **Example:** `lidit evaluate runs/demo/model per_tag=24`
     """
-    from lidit.config import EvaluateSettings, TrackingSettings, apply_overrides, validate
+    from lidit.config import EvaluateSettings, TrackingSettings
+    from lidit.settings import apply_overrides, validate
 
     settings = validate(EvaluateSettings, apply_overrides({}, overrides or []), "lidit evaluate")
     from pipelines.evaluate import evaluate_scenes

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from jobs.start import run
-from lidit.config import IngestSettings, apply_overrides, validate
+from lidit.config import IngestSettings
+from lidit.settings import apply_overrides, validate
 
 
 def command(

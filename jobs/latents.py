@@ -23,7 +23,8 @@ def command(
 
     **Example:** `lidit latents corpus --codec pixels`
     """
-    from lidit.config import CodecSettings, PoolSettings, validate
+    from lidit.config import CodecSettings, PoolSettings
+    from lidit.settings import validate
 
     tree = {"name": name or codec.rstrip("/").rsplit("/", 1)[-1].lower(), "revision": revision}
     tree |= {} if codec == "pixels" else {"model": codec}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lidit.config import EncoderSettings, Recipe, apply_overrides, load_yaml, validate
+from lidit.config import EncoderSettings, Recipe
 from lidit.errors import InputError
+from lidit.settings import apply_overrides, load_yaml, validate
 
 RECIPES = Path(__file__).parent / "recipes"
 ENCODERS = RECIPES / "encoders"

@@ -24,11 +24,12 @@ from PIL import Image
 
 from lidit.card import model_card
 from lidit.codecs import AutoencoderCodec, Codec, load_codec
-from lidit.config import CodecSettings, ObjectiveSettings, SamplerSettings, validate
+from lidit.config import CodecSettings, ObjectiveSettings, SamplerSettings
 from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
 from lidit.prompts import ModelEncoder
+from lidit.settings import validate
 from lidit.text import PromptEncoder
 
 ENCODERS, VAE = "encoders", "vae"

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lidit.config import EncoderSettings, validate
+from lidit.config import EncoderSettings
 from lidit.errors import InputError
 from lidit.models import TextStates
+from lidit.settings import validate
 from lidit.store import SharedStates, TextFamily, digest_of, spec_differences
 from lidit.store.states import decode, encode
 from lidit.text import PromptEncoder, resolve_encoder

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lidit.config import EvaluateSettings, TrackingSettings, flatten
+from lidit.config import EvaluateSettings, TrackingSettings
 from lidit.evals.evaluate import Evaluation, evaluate_images, write_results
 from lidit.evals.scenes import benchmark_prompts
 from lidit.pictures import labelled_grid
 from lidit.pipeline import LIDiTPipeline
+from lidit.settings import flatten
 from lidit.store import digest_of
 from pipelines import tracking
 from pipelines.progress import Progress

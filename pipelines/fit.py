@@ -17,8 +17,9 @@ import ray
 import ray.train as rt
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from lidit.config import EncoderSettings, Recipe, flatten
+from lidit.config import EncoderSettings, Recipe
 from lidit.errors import InputError, JobError
+from lidit.settings import flatten
 from lidit.store import Corpus, TextFamily, digest_of, spec_differences
 from pipelines import checkpoints, tracking
 from pipelines.cluster import connect
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 FACTS = "run.json"
 # Settings that decide where and how fast a run goes, never what it computes.
 FREE_SETTINGS = {
-    "output": ..., "sources": ..., "ingest": ..., "pool": ..., "sampler": ..., "evaluate": ..., "tracking": ...,
-    "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
+    "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ..., "evaluate": ...,
+    "tracking": ..., "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
     "engine": {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources", "label_selector",
                "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
     "data": {"prefetch_batches"},

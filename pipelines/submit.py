@@ -24,8 +24,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from lidit.config import load_yaml
 from lidit.errors import InputError, JobError
+from lidit.settings import load_yaml
 
 JOB_NAME = re.compile(r"[a-z][a-z0-9_]*")
 URL_WITH_PASSWORD = re.compile(r"://[^/\s:@'\"]+:[^/\s@'\"]+@")

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 CLUSTER = {"ray", "deepspeed", "mlflow"}
 SIBLINGS = {path.stem for path in (ROOT / "lidit").iterdir() if path.is_dir() or path.suffix == ".py"} - {"__init__"}
 LEAVES = {
-    "config": {"errors"},
+    "config": {"errors", "settings"},
+    "settings": {"errors"},
     "errors": set(),
     "store": {"errors", "store"},
     "models": SIBLINGS - {"store", "data", "text", "evals"},

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from jobs.recipe import ENCODERS, RECIPES, load_encoder, load_recipe
-from lidit.config import EncoderSettings, Recipe, apply_overrides, flatten, validate
+from lidit.config import EncoderSettings, Recipe
 from lidit.errors import InputError
+from lidit.settings import apply_overrides, flatten, validate
 
 RECIPE = """
 name: r

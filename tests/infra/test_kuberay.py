@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from infra.kuberay.validate import check, load_schemas, pod_templates, rule_errors, security_errors
 from jobs.main import app
-from lidit.config import apply_overrides
+from lidit.settings import apply_overrides
 
 OVERLAYS = ("small", "large")
 RAY_PORTS = (6379, 8265, 10001, 10002, 52365)
