@@ -90,8 +90,7 @@ def plain_loop(tars: Path, settings: CodecSettings, device: str, side: int) -> f
 def ready_rate(settings: CodecSettings, device: str, side: int, batches: int) -> float:
     """Images per second of the codec on tensors that are ready."""
     codec = load_codec(settings, device)
-    size = max(1, BATCH_PIXELS // side**2)
-    size = min(size, PER_TAR // 3)
+    size = max(1, BATCH_PIXELS[device] // side**2)
     pixels = torch.rand(size, 3, side, side, device=device) * 2 - 1
     codec.encode(pixels).mean.cpu()
     started = time.perf_counter()
@@ -127,7 +126,7 @@ def main() -> None:
         summary = run_latents(str(work / "corpus"), settings, pool, lambda *call: None)
         plain = plain_loop(work / "tars", settings, device, side)
         print(f"  plain loop                               {plain:8.1f} images/s")
-        ready = ready_rate(settings, device, side, 4 if arguments.quick else 16)
+        ready = ready_rate(settings, device, side, 16 if arguments.quick else 64)
         print(f"  codec on ready tensors                   {ready:8.1f} images/s")
         ours = summary.images / summary.encode_seconds
         print(f"  latents, without start-up                {ours:8.1f} images/s, codec busy {summary.codec_busy:.1%}")
