@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from jobs import demo, embed, evaluate, ingest, inspect, latents, sample, scenes, submit, train
+from jobs import demo, embed, evaluate, ingest, inspect, latents, pictures, sample, scenes, submit, train
 from jobs.start import environment, guarded
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app.command("submit", context_settings=submit.OPEN)(submit.command)
 for name, job in (
     ("demo", demo),
     ("scenes", scenes),
+    ("pictures", pictures),
     ("ingest", ingest),
     ("embed", embed),
     ("latents", latents),
