@@ -6,9 +6,9 @@
 
 Peer "plain": the whole causal LM with its head, arrival order, padded to the longest caption of the batch,
 `output_hidden_states`. Peer "fixed": the same, padded to 300 tokens as PixArt-style extractors do. All three see the
-same ids (instruction + caption) and must give the same states. Captions are half short (GenEval, T2I-CompBench) and
-half long (DPG-Bench), as corpora with original and synthetic captions are; where those lists are not beside the
-checkout, the same lengths are generated. Needs neither Ray nor a network. The last line printed is one JSON object.
+same ids (instruction + caption) and must give the same states. Captions are in equal parts from GenEval, T2I-CompBench
+(both short) and DPG-Bench (long), see --long-share; where those lists are not beside the checkout, the same lengths are
+generated. Needs neither Ray nor a network. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from lidit.text import EncoderSpec, PromptEncoder, PromptTokenizer, resolve_enco
 from lidit.text.batching import Padding, plan_batches
 from lidit.text.trunk import Trunk
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = "wall"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FIXED = 300
 SHAPES = {  # blocks, width, feed-forward, heads, key-value heads, vocabulary
@@ -44,8 +46,8 @@ SHAPES = {  # blocks, width, feed-forward, heads, key-value heads, vocabulary
 }
 
 
-def public_prompts(count: int, seed: int = 0) -> tuple[list[str], str]:
-    """`count` distinct captions, half short and half long, in random order; and where they are from."""
+def public_prompts(count: int, long_share: float = 1 / 3, seed: int = 0) -> tuple[list[str], str]:
+    """`count` distinct captions, short and long, in random order; and where they are from."""
     source = random.Random(seed)
     short, long = [], []
     if (DATA / "dpg_bench" / "prompts.jsonl").is_file():
@@ -61,8 +63,8 @@ def public_prompts(count: int, seed: int = 0) -> tuple[list[str], str]:
         long = [" ".join(source.choices(words, k=max(20, round(source.gauss(67, 18))))) for _ in range(count)]
         origin = "generated with the lengths of GenEval and DPG-Bench"
     short, long = (list(dict.fromkeys(line.strip() for line in part if line.strip())) for part in (short, long))
-    half = min(count // 2, len(long))
-    chosen = source.sample(long, half) + source.sample(short, min(count - half, len(short)))
+    longs = min(round(count * long_share), len(long))
+    chosen = source.sample(long, longs) + source.sample(short, min(count - longs, len(short)))
     source.shuffle(chosen)
     return chosen, origin
 
@@ -131,11 +133,11 @@ def ours(
 def timed(device: str, work: Callable[[], Any], wait: bool = True) -> tuple[float, Any]:
     if device == "cuda" and wait:
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = CLOCKS[clock]()
     result = work()
     if device == "cuda" and wait:
         torch.cuda.synchronize()
-    return time.perf_counter() - started, result
+    return CLOCKS[clock]() - started, result
 
 
 def worst_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -214,16 +216,20 @@ def main() -> None:
     parser.add_argument("--model", default="package:smollm2")
     parser.add_argument("--random-llama", choices=sorted(SHAPES))
     parser.add_argument("--captions", type=int, default=2000)
+    parser.add_argument("--long-share", type=float, default=1 / 3, help="share of long captions")
     parser.add_argument("--batch", type=int, default=32, help="captions in a batch of the peers")
     parser.add_argument("--budget", type=int, default=None, help="padded tokens in a batch of ours")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU at bf16, for the utilisation")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine others use too")
     arguments = parser.parse_args()
+    global clock
+    clock = arguments.clock
     torch.set_num_threads(arguments.threads)
     count, rounds = (400, 1) if arguments.quick else (arguments.captions, max(1, arguments.captions // 1000))
     peer_batches = (5, 2) if arguments.quick else (12, 6)  # of plain and fixed, per round
     budget = arguments.budget or (32_768 if arguments.device == "cuda" else 2048)
-    captions, origin = public_prompts(count)
+    captions, origin = public_prompts(count, arguments.long_share)
     with tempfile.TemporaryDirectory() as folder:
         encoder, full = (
             load_random(arguments, captions, Path(folder)) if arguments.random_llama else load_real(arguments)
@@ -283,9 +289,11 @@ def report(
         "benchmark": "embed",
         "model": arguments.random_llama or arguments.model,
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"cpu, {arguments.threads} threads",
+        "clock": clock,
         "dtype": encoder.spec.dtype,
         "captions": mine.captions,
         "captions_from": origin,
+        "long_share": round(arguments.long_share, 3),
         "tokens_per_caption": round(mine.tokens / mine.captions, 1),
         "context_tokens": context,
         "token_budget": budget,
