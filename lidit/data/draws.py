@@ -55,7 +55,13 @@ def permutation(count: int, seed: int, purpose: Purpose, *keys: int) -> NDArray[
     return np.argsort(draw(seed, purpose, *keys, np.arange(count)), kind="stable")
 
 
-def gaussian(shape: tuple[int, ...], seed: int, purpose: Purpose, *keys: int) -> torch.Tensor:
-    """Standard normal float32 noise of `shape`, on the CPU whatever the training device, so that it is the same."""
-    generator = torch.Generator().manual_seed(int(draw(seed, purpose, *keys)) >> 1)
-    return torch.randn(shape, generator=generator)
+def fill_gaussian(out: torch.Tensor, numbers: NDArray[np.uint64]) -> None:
+    """Standard normal noise into `out` [B, ...] float32, row i a function of `numbers[i]` alone.
+
+    On the CPU whatever the training device, so that it is the same; written in place, because fresh memory for every
+    sample costs more than the numbers.
+    """
+    generator = torch.Generator()
+    for row, number in zip(out, (numbers >> np.uint64(1)).tolist()):
+        generator.manual_seed(number)
+        row.normal_(generator=generator)

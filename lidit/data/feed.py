@@ -5,16 +5,19 @@ Letters: B samples of this worker's part of a global batch; C, H, W channels, he
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from lidit.config import DataSettings
-from lidit.data.draws import Purpose, draw, gaussian, uniform
+from lidit.data.draws import Purpose, draw, fill_gaussian, uniform
 from lidit.data.order import GlobalBatch, Order
 from lidit.data.rows import Rows
 from lidit.models.states import TextStates
@@ -69,37 +72,36 @@ class Assembler:
         pick = uniform(seed, Purpose.CAPTION, batch.epoch, batch.unit, batch.row)
         dropped = uniform(seed, Purpose.DROPOUT, batch.epoch, batch.unit, batch.row) < self.settings.caption_dropout
         u = uniform(seed, Purpose.TIMESTEP, batch.epoch, batch.unit, batch.row)
+        posterior = draw(seed, Purpose.LATENT, batch.epoch, batch.unit, batch.row)
         keys: list[str] = [""] * size
         latents: list[torch.Tensor] = [torch.empty(0)] * size
-        states: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * size for name in self.texts}
-        for unit in sorted(set(batch.unit.tolist())):
+        # Dropped are the captions of the same samples for all LLMs.
+        states = {name: [self.empty[name]] * size for name in self.texts}
+        by_unit = np.argsort(batch.unit, kind="stable")
+        for places in np.split(by_unit, np.flatnonzero(np.diff(batch.unit[by_unit])) + 1):
+            unit = int(batch.unit[places[0]])
             self._verify(unit)
-            info = self.rows.unit(unit)
-            places = [int(i) for i in (batch.unit == unit).nonzero()[0]]
-            members = [int(batch.row[i]) for i in places]
-            seeds = [int(draw(seed, Purpose.LATENT, int(batch.epoch[i]), unit, int(batch.row[i]))) for i in places]
-            for place, row, latent in zip(places, members, self.latents.read(unit, members, seeds=seeds)):
+            info, members = self.rows.unit(unit), batch.row[places].tolist()
+            read = self.latents.read(unit, members, seeds=posterior[places].tolist())
+            for place, row, latent in zip(places.tolist(), members, read):
                 keys[place], latents[place] = info.keys[row], latent
-            told = [place for place in places if not dropped[place]]
-            captions = [info.choose(int(batch.row[place]), float(pick[place])) for place in told]
+            told = places[~dropped[places]]
+            captions = info.choose(batch.row[told], pick[told]).tolist()
             for name, family in self.texts.items():
-                for place, row_states in zip(told, family.read(unit, captions)):
+                for place, row_states in zip(told.tolist(), family.read(unit, captions)):
                     states[name][place] = row_states
-        for name, rows in states.items():
-            for place in dropped.nonzero()[0].tolist():  # the same samples for all LLMs
-                rows[place] = self.empty[name]
-        shape = tuple(latents[0].shape)
-        drawn = zip(batch.epoch.tolist(), batch.unit.tolist(), batch.row.tolist())
-        noise = [gaussian(shape, seed, Purpose.NOISE, *sample) for sample in drawn]
-        text = {name: TextStates.collate(_same_dtype(rows), self.prefix[name]) for name, rows in states.items()}
+        stacked = torch.stack(latents)
+        noise = torch.empty_like(stacked)
+        fill_gaussian(noise, draw(seed, Purpose.NOISE, batch.epoch, batch.unit, batch.row))
+        text = {name: collate(rows, self.prefix[name]) for name, rows in states.items()}
         return TrainingBatch(
             step=batch.step,
             keys=tuple(keys),
-            latents=torch.stack(latents),
-            noise=torch.stack(noise),
+            latents=stacked,
+            noise=noise,
             u=torch.from_numpy(u).float(),
             text=text,
-            tokens=sum(int(padded.mask.sum()) for padded in text.values()),
+            tokens=sum(len(row) for rows in states.values() for row in rows),
         )
 
     def _verify(self, unit: int) -> None:
@@ -108,30 +110,62 @@ class Assembler:
             family.verify_unit(unit)
 
 
-def _same_dtype(rows: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The empty caption is kept at the compute dtype, captions at the storage dtype; a batch has one."""
-    dtype = max((row.dtype for row in rows), key=lambda dtype: torch.finfo(dtype).bits)
-    return [row.to(dtype) for row in rows]
+def collate(rows: list[torch.Tensor], prefix: torch.Tensor) -> TextStates:
+    """`TextStates.collate` for rows of two dtypes, without copying a row twice.
+
+    The empty caption is kept at the compute dtype, captions at the storage dtype; a batch has the wider one.
+    """
+    dtype = max({row.dtype for row in rows}, key=lambda dtype: torch.finfo(dtype).bits)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, T]
+    states = torch.empty(*mask.shape, rows[0].shape[-1], dtype=dtype)  # [B, T, W]
+    for padded, row in zip(states, rows):
+        padded[: len(row)] = row
+        padded[len(row) :] = 0
+    return TextStates(states, mask, prefix)
 
 
-class Feed:
-    """This worker's part of the global batches `start`, `start + 1`, ... `stop - 1`, prefetched by threads."""
+AnyBatch_co = TypeVar("AnyBatch_co", covariant=True)
 
-    def __init__(self, order: Order, assembler: Assembler, rank: int, world_size: int, prefetch: int) -> None:
-        self.order, self.assembler, self.prefetch = order, assembler, prefetch
+
+class Assembles(Protocol[AnyBatch_co]):
+    """Makes the tensors of a part of a global batch."""
+
+    def assemble(self, batch: GlobalBatch) -> AnyBatch_co: ...
+
+
+class Feed(Generic[AnyBatch_co]):
+    """This worker's part of the global batches, prefetched by `readers` threads."""
+
+    def __init__(
+        self,
+        order: Order,
+        assembler: Assembles[AnyBatch_co],
+        rank: int,
+        world_size: int,
+        prefetch: int,
+        readers: int = 2,
+    ) -> None:
+        self.order, self.assembler, self.prefetch, self.readers = order, assembler, prefetch, readers
+        self._ordering = threading.Lock()  # the order keeps what it has worked out, in plain dictionaries
         share = order.batch_size // world_size
         self.start, self.stop = rank * share, (rank + 1) * share
         self.waited = 0.0  # seconds the training loop spent waiting for data
 
-    def batches(self, start: int, stop: int) -> Iterator[TrainingBatch]:
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="feed") as pool:
-            queue: deque[Future[TrainingBatch]] = deque()
+    def _make(self, step: int) -> AnyBatch_co:
+        with self._ordering:
+            part = self.order.batch(step).slice(self.start, self.stop)
+        return self.assembler.assemble(part)
+
+    def batches(self, start: int, stop: int) -> Iterator[AnyBatch_co]:
+        """Batches `start`, `start + 1`, ... `stop - 1`."""
+        with ThreadPoolExecutor(max_workers=self.readers, thread_name_prefix="feed") as pool:
+            queue: deque[Future[AnyBatch_co]] = deque()
             upcoming = iter(range(start, stop))
             try:
                 while True:
                     while len(queue) <= self.prefetch and (step := next(upcoming, None)) is not None:
-                        part = self.order.batch(step).slice(self.start, self.stop)
-                        queue.append(pool.submit(self.assembler.assemble, part))
+                        queue.append(pool.submit(self._make, step))
                     if not queue:
                         return
                     began = time.perf_counter()

@@ -21,21 +21,19 @@ LEFT_OUT = -1
 
 @dataclass(frozen=True)
 class UnitRows:
-    """One unit's samples. Captions of row r: `caption[offset[r]:offset[r + 1]]`, chosen by `weight`."""
+    """One unit's samples. Captions of row r: `caption[offset[r]:offset[r + 1]]`, chosen by their weights."""
 
     keys: list[str]
     bucket: Ints  # [rows]
     offset: Ints  # [rows + 1]
     caption: Ints  # [captions of all rows] indices into captions/
-    weight: NDArray[np.float64]
+    cumulative: NDArray[np.float64]  # [captions of all rows + 1] sum of the weights before each caption
 
-    def choose(self, row: int, u: float) -> int:
-        """The caption of `row` that the uniform number `u` picks, by origin weight."""
-        start, stop = self.offset[row], self.offset[row + 1]
-        cumulative = np.cumsum(self.weight[start:stop])
-        if cumulative[-1] == 0:  # none of its origins has a weight: the sample still must be seen
-            cumulative = np.arange(1.0, stop - start + 1)
-        return int(self.caption[start + np.searchsorted(cumulative, u * cumulative[-1], side="right")])
+    def choose(self, rows: Ints, u: NDArray[np.float64]) -> Ints:
+        """The caption of each of `rows` that its uniform number in `u` picks, by origin weight."""
+        low, high = self.cumulative[self.offset[rows]], self.cumulative[self.offset[rows + 1]]
+        wanted = np.minimum(low + u * (high - low), np.nextafter(high, 0.0))  # rounding must not reach the next row
+        return np.asarray(self.caption[np.searchsorted(self.cumulative, wanted, side="right") - 1])
 
 
 class Rows:
@@ -84,12 +82,17 @@ class Rows:
         weights = self.settings.origin_weights
         names = {name: index for index, name in enumerate(self.buckets)}
         lengths = captions.value_lengths().to_numpy(zero_copy_only=False)
+        offset = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        weight = np.array([weights.get(origin, 0.0) if weights else 1.0 for origin in origins])
+        before = np.concatenate([[0.0], np.cumsum(weight)])
+        # A sample none of whose origins has a weight still must be seen.
+        weight[np.repeat(before[offset[1:]] == before[offset[:-1]], lengths)] = 1.0
         return UnitRows(
             keys=table.column("key").to_pylist(),
             bucket=np.array([names[name] for name in table.column("bucket").to_pylist()], np.int64),
-            offset=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            offset=offset,
             caption=flat.field("index").to_numpy(zero_copy_only=False).astype(np.int64),
-            weight=np.array([weights.get(origin, 0.0) if weights else 1.0 for origin in origins]),
+            cumulative=np.concatenate([[0.0], np.cumsum(weight)]),
         )
 
 

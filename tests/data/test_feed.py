@@ -107,7 +107,8 @@ def test_origin_weights_choose_the_captions(small_world: SmallWorld) -> None:
     samples = small_world.open().samples(0)["captions"].to_pylist()
     for row, captions in enumerate(samples):
         origins = {c["index"]: c["origin"] for c in captions}
-        chosen = {origins[info.choose(row, u)] for u in np.linspace(0, 0.999, 7)}
+        numbers = np.linspace(0, 1 - 2**-53, 7)
+        chosen = {origins[index] for index in info.choose(np.full(7, row), numbers).tolist()}
         assert chosen == ({"synthetic"} if "synthetic" in origins.values() else set(origins.values()))
 
 
