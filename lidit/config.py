@@ -212,6 +212,7 @@ class EvaluateSettings(Settings):
     images_per_prompt: int = Field(1, ge=1)
     layout: Literal["simple", "free"] = "simple"
     tags: tuple[str, ...] = ()
+    binding_scenes: int = Field(256, ge=2, description="scenes per measure of binding accuracy")
     seed: int = Field(1, ge=0)
     batch_size: int = Field(64, ge=1)
 

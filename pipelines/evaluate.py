@@ -1,8 +1,7 @@
-"""Scores of a trained model on the scene benchmark: images drawn, judged by program, tracked."""
+"""Scores of a trained model on the scene benchmark: images drawn, judged by program, tracked; and binding accuracy."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lidit.config import EvaluateSettings, TrackingSettings
+from lidit.evals.binding_table import measure_model, plot_binding
 from lidit.evals.evaluate import Evaluation, evaluate_images, write_results
+from lidit.evals.positional import plot_curves, scene_curves
 from lidit.evals.scenes import benchmark_prompts
 from lidit.pictures import labelled_grid
 from lidit.pipeline import LIDiTPipeline
 from lidit.settings import flatten
 from lidit.store import digest_of
 from pipelines import tracking
+from pipelines.models import load_pipeline, weights_digest
 from pipelines.progress import Progress
 
 SCORES, TABLE, RESULTS, GRID = "scores.json", "scores.md", "results.jsonl", "grid.png"
+POSITIONS = "positions.png"
+BINDING_SCORES, BINDING_TABLE, BINDING_POSITIONS = "binding.json", "binding.md", "binding-positions.png"
 GRID_PER_TAG = 6
 
 
@@ -37,12 +41,11 @@ class SceneScores:
 
 def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path) -> SceneScores:
     """Draw and score the benchmark's prompts; nothing is done again for the same weights and settings."""
-    identity = digest_of({"model": _weights_digest(model), "settings": settings.model_dump(mode="json")})
-    known = _known_scores(out, identity)
+    identity = digest_of({"model": weights_digest(model), "settings": settings.model_dump(mode="json")})
+    known = _known_scores(out, SCORES, identity)
     if known:
         return known
-    pipe = LIDiTPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)  # ours counts images, not steps of one batch
+    pipe = load_pipeline(model)
     size = pipe.config.height
     items = benchmark_prompts(size, settings.layout, settings.seed, settings.per_tag, settings.tags)
     prompts = [item["prompt"] for item in items for _ in range(settings.images_per_prompt)]
@@ -80,15 +83,57 @@ def _publish(
     write_results(out / RESULTS, evaluation)
     (out / TABLE).write_text(table + "\n")
     labelled_grid(*_chosen(evaluation, images), columns=GRID_PER_TAG).save(out / GRID)
-    uri = tracker.uri or tracking.local_store(model.resolve().parent.parent)
-    tags = {"lidit.job": "evaluate", "lidit.model": str(model), "lidit.identity": identity}
-    name = f"evaluate {model.resolve().parent.name}"
+    files = [RESULTS, TABLE, GRID]
+    curves = scene_curves(evaluation)
+    if curves:
+        plot_curves(out / POSITIONS, curves)
+        files.append(POSITIONS)
+        metrics |= {f"{tag}/{key}": value for tag, curve in curves.items() for key, value in curve.metrics().items()}
+    return _track("evaluate", model, settings, tracker, out, identity, (metrics, table), "scenes", SCORES, files)
+
+
+def _track(
+    job: str,
+    model: Path,
+    settings: EvaluateSettings,
+    tracker: TrackingSettings,
+    out: Path,
+    identity: str,
+    found: tuple[dict[str, float], str],
+    prefix: str,
+    scores: str,
+    files: list[str],
+) -> SceneScores:
+    """Metrics and files in a run of their own; the `scores` file, written last, says that all is there."""
+    metrics, table = found
+    uri = tracking.store_uri(tracker.uri, model.resolve().parent.parent)
+    tags = {"lidit.job": job, "lidit.model": str(model), "lidit.identity": identity}
+    name = f"{job} {model.resolve().parent.name}"
     with tracking.tracked_run(uri, tracker.experiment, name, identity[:32], flatten(settings), tags, out) as run:
-        run.metrics({f"scenes/{key}": value for key, value in metrics.items()}, 0)
-        for file in (RESULTS, TABLE, GRID):
+        run.metrics({f"{prefix}/{key}": value for key, value in metrics.items()}, 0)
+        for file in files:
             run.artifact(out / file)
-    (out / SCORES).write_text(json.dumps({"identity": identity, "metrics": metrics, "table": table}, indent=1))
+    (out / scores).write_text(json.dumps({"identity": identity, "metrics": metrics, "table": table}, indent=1))
     return SceneScores(metrics, table, out, computed=True)
+
+
+def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path) -> SceneScores:
+    """Binding, attribute and relation accuracy without sampling; nothing is done again for the same weights."""
+    used = settings.model_dump(mode="json", include={"binding_scenes", "layout", "seed"})
+    identity = digest_of({"model": weights_digest(model), "binding": used})
+    known = _known_scores(out, BINDING_SCORES, identity)
+    if known:
+        return known
+    pipe = load_pipeline(model)
+    scores = measure_model(pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / BINDING_TABLE).write_text(scores.table + "\n")
+    files = [BINDING_TABLE]
+    if scores.by_position:
+        plot_binding(out / BINDING_POSITIONS, scores.by_position)
+        files.append(BINDING_POSITIONS)
+    found = (scores.metrics, scores.table)
+    return _track("binding", model, settings, tracker, out, identity, found, "binding", BINDING_SCORES, files)
 
 
 def _chosen(evaluation: Evaluation, images: list[NDArray[np.uint8]]) -> tuple[list[NDArray[np.uint8]], list[str]]:
@@ -103,18 +148,9 @@ def _chosen(evaluation: Evaluation, images: list[NDArray[np.uint8]]) -> tuple[li
     return chosen, labels
 
 
-def _weights_digest(model: Path) -> str:
-    """sha256 over the model folder's weight files."""
-    total = hashlib.sha256()
-    for path in sorted(model.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
-def _known_scores(out: Path, identity: str) -> SceneScores | None:
+def _known_scores(out: Path, file: str, identity: str) -> SceneScores | None:
     try:
-        known = json.loads((out / SCORES).read_text())
+        known = json.loads((out / file).read_text())
     except (OSError, ValueError):
         return None
     if known.get("identity") != identity:

@@ -112,17 +112,23 @@ def plot_curves(
     """Writes the curves (label -> curve) with their intervals as a PNG; x is the relative position in [0, 1]."""
     if not curves:
         raise InputError("no positional curves to plot: evaluate list4 or list8 prompts")
+    labelled = {f"{label} ({curve.prompts} prompts)": curve.by_position for label, curve in curves.items()}
+    plot_intervals(path, labelled, "score", title)
+
+
+def plot_intervals(path: Path, series: Mapping[str, Sequence[Interval]], y_label: str, title: str) -> None:
+    """Writes values by position (label -> one interval per segment) as a PNG; x is the relative position in [0, 1]."""
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for label, curve in curves.items():
-        x = (np.arange(curve.segments) + 0.5) / curve.segments
-        y = np.array([interval.value for interval in curve.by_position])
-        low = np.array([interval.low for interval in curve.by_position])
-        high = np.array([interval.high for interval in curve.by_position])
-        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=f"{label} ({curve.prompts} prompts)")
-    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="relative position of the segment", ylabel="score", title=title)
+    for label, intervals in series.items():
+        x = (np.arange(len(intervals)) + 0.5) / len(intervals)
+        y = np.array([interval.value for interval in intervals])
+        low = np.array([interval.low for interval in intervals])
+        high = np.array([interval.high for interval in intervals])
+        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=label)
+    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="relative position of the segment", ylabel=y_label, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format="png", metadata={"Software": ""})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ def save_target(out: Path, target: ImageTarget, images: Sequence[NDArray[np.uint
 
 def write_whole(out: Path, path: Path, content: bytes) -> None:
     """Writes `out / path` by way of a temporary file no scorer sees, so that a file that exists is complete."""
-    partial = out / PARTIAL_FOLDER / f"{os.getpid()}-{path.name[-100:]}"
+    partial = out / PARTIAL_FOLDER / uuid.uuid4().hex  # workers on several machines may share the folder
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_bytes(content)
     (out / path).parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import lidit
 from PIL import Image
-from test_command import lidit
 from tiny_models import tiny_llm
 
 from jobs.recipe import load_encoder

@@ -7,23 +7,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from command import lidit
 
-from jobs.main import app
-from jobs.start import guarded
-
-JOBS = ("demo", "scenes", "ingest", "embed", "latents", "train", "sample", "evaluate", "inspect")
-
-
-def lidit(*words: str | Path) -> int:
-    """The command, in this process; its exit code."""
-    before, sys.argv = sys.argv, ["lidit", *map(str, words)]
-    try:
-        guarded(app)
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-    return 0
+JOBS = ("demo", "run", "scenes", "ingest", "embed", "latents", "train", "sample", "evaluate", "inspect", "verify",
+        "repair", "export")  # fmt: skip
 
 
 @pytest.mark.parametrize("job", JOBS)

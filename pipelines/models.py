@@ -1,0 +1,25 @@
+"""Trained models as the jobs on them need them: loaded for this machine, and identified by their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from lidit.pipeline import LIDiTPipeline
+from lidit.text.specs import default_device
+
+
+def load_pipeline(model: Path) -> LIDiTPipeline:
+    """The model folder's pipeline on this process's GPU where there is one, without a bar of its own."""
+    pipe = LIDiTPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)  # jobs count images, not the steps of one batch
+    return pipe.to(default_device())
+
+
+def weights_digest(model: Path) -> str:
+    """sha256 over the model folder's weight files."""
+    total = hashlib.sha256()
+    for path in sorted(model.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

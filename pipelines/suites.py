@@ -1,0 +1,150 @@
+"""The official suites' images, drawn by a pool of workers; and what the official scorers say, in the tracker.
+
+An image that is there is complete, so a rerun draws only what is missing, on any number of workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lidit.config import PoolSettings, TrackingSettings
+from lidit.errors import InputError, JobError
+from lidit.evals.official import SuiteScores, parse_results, prepare_folder, suite_parts
+from lidit.evals.suites import FIRST_SEED, ImageTarget, missing, save_target
+from lidit.models import TextStates
+from lidit.pipeline import LIDiTPipeline
+from lidit.store import digest_of
+from pipelines import tracking
+from pipelines.models import load_pipeline, weights_digest
+from pipelines.progress import Progress
+
+ACTOR_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class SuiteImages:
+    """`images` files are in `folder` now, `drawn` of them by this call."""
+
+    folder: Path
+    images: int
+    drawn: int
+    seconds: float
+
+
+def draw_suite(
+    model: Path, suite: str, prompts: Sequence[Path], out: Path, pool: PoolSettings, batch_size: int
+) -> SuiteImages:
+    """Draw what a suite's prompt files ask for and `out` does not have yet, in the layout the official scorer reads.
+
+    batch_size: images in one sampling batch. Raises InputError for prompt files that are not the suite's, a folder with
+    images of another model or prompt list, or a model that cannot be loaded; JobError where workers die too often.
+    """
+    started = time.monotonic()
+    parts = suite_parts(suite, prompts)
+    pipe = LIDiTPipeline.from_pretrained(model)  # a wrong folder is noticed here, before any worker starts
+    identity = {
+        "suite": suite,
+        "model": weights_digest(model),
+        "sampler": pipe.sampler.model_dump(mode="json"),
+        "size": [pipe.config.height, pipe.config.width],
+        "first_seed": FIRST_SEED,
+    }
+    for part in parts:
+        prepare_folder(out, part, identity)
+    targets = [target for part in parts for target in part.targets]
+    absent = missing(out, targets)
+    with Progress(f"draw {suite}", len(targets), "files", start=len(targets) - len(absent)) as progress:
+        for drawn in _draw(model.resolve(), out.resolve(), absent, pool, batch_size):
+            progress.advance(drawn)
+    return SuiteImages(out, len(targets), len(absent), time.monotonic() - started)
+
+
+def _draw(model: Path, out: Path, targets: list[ImageTarget], pool: PoolSettings, batch_size: int) -> Iterator[int]:
+    """Numbers of files finished, as they are finished."""
+    if not targets:
+        return
+    import ray
+    from ray.util import ActorPool
+
+    from pipelines.cluster import connect
+
+    connect(cpus=int(pool.actors * pool.cpus) + 1)
+    kind = ray.remote(
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        resources=pool.resources or None,
+        label_selector=pool.label_selector or None,
+        max_restarts=ACTOR_RESTARTS,
+        max_task_retries=ACTOR_RESTARTS,
+    )(Painter)
+    batches = _batches(targets, batch_size)
+    actors = [kind.remote(model, max(1, int(pool.cpus))) for _ in range(min(pool.actors, len(batches)))]
+    try:
+        yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.draw.remote(out, batch), batches)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise JobError(f"a worker could not draw; finished images are kept: {reason}") from None
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _batches(targets: list[ImageTarget], batch_size: int) -> list[list[ImageTarget]]:
+    """Neighbours together, so that a prompt is encoded once for most of its images."""
+    per_batch = max(1, batch_size // len(targets[0].seeds))
+    return [targets[start : start + per_batch] for start in range(0, len(targets), per_batch)]
+
+
+class Painter:
+    """A worker that holds the model and its LLMs."""
+
+    def __init__(self, model: Path, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.pipe = load_pipeline(model)
+
+    def draw(self, out: Path, targets: list[ImageTarget]) -> int:
+        """Draw and write the targets; returns how many."""
+        prompts = list(dict.fromkeys(target.prompt for target in targets))
+        rows = [prompts.index(target.prompt) for target in targets for _ in target.seeds]
+        encoded = self.pipe.encode_prompts(prompts)
+        states = {name: TextStates(s.states[rows], s.mask[rows], s.prefix) for name, s in encoded.items()}
+        seeds = [seed for target in targets for seed in target.seeds]
+        images = list(self.pipe(states=states, seed=seeds, output_type="np"))
+        for target in targets:
+            count = len(target.seeds)
+            save_target(out, target, images[:count])
+            images = images[count:]
+        return len(targets)
+
+
+def track_results(
+    model: Path, suite: str, results: Path, graph: Path | None, tracker: TrackingSettings, out: Path
+) -> SuiteScores:
+    """The official aggregates of `results`, written to `out` and logged as a run of their own."""
+    scores = parse_results(suite, results, graph)
+    out.mkdir(parents=True, exist_ok=True)
+    report = out / f"{suite}.md"
+    report.write_text("\n\n".join([f"# {suite}", scores.table, *scores.notes]) + "\n")
+    weights = weights_digest(model)
+    key = digest_of({"model": weights, "suite": suite, "metrics": scores.metrics})[:32]
+    uri = tracking.store_uri(tracker.uri, model.resolve().parent.parent)
+    tags = {"lidit.job": "evaluate", "lidit.suite": suite, "lidit.model": str(model), "lidit.weights": weights}
+    name = f"{suite} {model.resolve().parent.name}"
+    with tracking.tracked_run(uri, tracker.experiment, name, key, {"results": str(results)}, tags, out) as run:
+        run.metrics({f"{suite}/{_metric_name(name)}": value for name, value in scores.metrics.items()}, 0)
+        run.artifact(report)
+    return scores
+
+
+def _metric_name(name: str) -> str:
+    """MLflow refuses most punctuation in names."""
+    return "".join(letter if letter.isalnum() or letter in "_-/. " else "_" for letter in name)

@@ -1,0 +1,188 @@
+"""Evaluating a model folder: official layouts drawn by workers and resumed, official results summed up, binding."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import lidit
+from mlflow import MlflowClient
+from PIL import Image
+from trained import SmallWorld
+
+from lidit.config import EvaluateSettings, PoolSettings, TrackingSettings
+from lidit.errors import InputError
+from lidit.models import LIDiT
+from lidit.pipeline import LIDiTPipeline, save_pipeline
+from lidit.prompts import ModelEncoder
+from pipelines.evaluate import evaluate_binding, evaluate_scenes
+from pipelines.suites import draw_suite
+
+PROMPTS = ("a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a green circle")
+TWO = PoolSettings(actors=2)
+
+
+def write_model(world: SmallWorld, folder: Path, seed: int) -> Path:
+    """A model folder with random weights that draws something: its last layer is not zero as a fresh model's is."""
+    recipe, corpus = world.recipe(folder), world.open()
+    families = {encoder.name: corpus.text_family(encoder.name) for encoder in world.encoders}
+    torch.manual_seed(seed)
+    model = LIDiT.from_settings(recipe.model, {name: family.width for name, family in families.items()}, 3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for name, family in families.items():
+        model.conditioner.set_statistics(name, family.shared().mean, family.shared().deviation)
+    encoders = [ModelEncoder.of_family(encoder, families[encoder.name]) for encoder in world.encoders]
+    save_pipeline(folder / "model", model, encoders, recipe.objective, recipe.sampler, recipe.codec, (32, 32), {})
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def model(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(small_world, tmp_path_factory.mktemp("evaluated") / "run", seed=1)
+
+
+@pytest.fixture
+def geneval_prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    records = [{"tag": "colors", "include": [{"class": "circle", "count": 1}], "prompt": text} for text in PROMPTS]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+
+
+def test_geneval_is_drawn_in_its_layout_and_resumed(
+    model: Path, small_world: SmallWorld, geneval_prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    made = draw_suite(model, "geneval", [geneval_prompts], out, TWO, batch_size=5)
+    assert (made.images, made.drawn) == (12, 12)
+    images = files_of(out)
+    assert set(images) == {f"{p:05d}/samples/{i:04d}.png" for p in range(3) for i in range(4)}
+    assert json.loads((out / "00002/metadata.jsonl").read_text())["prompt"] == PROMPTS[2]
+    drawn = LIDiTPipeline.from_pretrained(model)(PROMPTS[1], seed=44, output_type="np")[0]  # seeds 42, 43, 44 ...
+    shown = np.asarray(Image.open(out / "00001/samples/0002.png")).astype(int)
+    assert abs(shown - drawn).max() <= 1
+    assert len(set(images.values())) == 12
+
+    lost = ("00000/samples/0003.png", "00002/samples/0000.png")
+    for name in lost:
+        (out / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    again = draw_suite(model, "geneval", [geneval_prompts], out, PoolSettings(), batch_size=8)
+    assert again.drawn == 2
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    for name in lost:
+        same = np.asarray(Image.open(out / name)).astype(int) - np.asarray(Image.open(_file(images[name], tmp_path)))
+        assert abs(same).max() <= 1
+    assert draw_suite(model, "geneval", [geneval_prompts], out, PoolSettings(), batch_size=8).drawn == 0
+    other = write_model(small_world, tmp_path / "other", seed=2)
+    with pytest.raises(InputError, match="made with other model"):
+        draw_suite(other, "geneval", [geneval_prompts], out, PoolSettings(), batch_size=12)
+
+
+def _file(content: bytes, folder: Path) -> Path:
+    path = folder / "one.png"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.slow
+def test_grids_and_categories(model: Path, tmp_path: Path) -> None:
+    items = tmp_path / "prompts.jsonl"
+    items.write_text('{"item_id": "partiprompts1", "prompt": "a red circle"}\n')
+    assert lidit("evaluate", model, "--suite", "dpg-bench", "--prompts", items, "--out", tmp_path) == 0
+    grid = np.asarray(Image.open(tmp_path / "dpg-bench/images/partiprompts1.png")).astype(int)
+    assert grid.shape == (64, 64, 3)
+    pipe = LIDiTPipeline.from_pretrained(model)
+    corners = (grid[:32, :32], grid[:32, 32:], grid[32:, :32], grid[32:, 32:])
+    for seed, corner in zip((42, 43, 44, 45), corners):
+        assert abs(pipe("a red circle", seed=seed, output_type="np")[0] - corner).max() <= 1
+
+    for name in ("color_val.txt", "3d_spatial_val.txt"):
+        (tmp_path / name).write_text("a red circle.\na blue square\n")
+    both = ["--prompts", tmp_path / "color_val.txt", "--prompts", tmp_path / "3d_spatial_val.txt"]
+    assert lidit("evaluate", model, "--suite", "t2i-compbench", *both, "--workers", "2", "--out", tmp_path) == 0
+    names = sorted(path.name for path in (tmp_path / "t2i-compbench/color/samples").iterdir())
+    assert names[0] == "a blue square_000010.png"
+    assert names[-1] == "a red circle._000009.png"
+    assert len(list((tmp_path / "t2i-compbench/3d_spatial/samples").iterdir())) == 20
+    twice = ["--prompts", tmp_path / "color_val.txt", "--prompts", tmp_path / "color_val.txt"]
+    assert lidit("evaluate", model, "--suite", "t2i-compbench", *twice, "--out", tmp_path) == 2
+
+
+def test_official_results_are_summed_up_and_tracked(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.jsonl"
+    rows = [("single_object", "a", True), ("single_object", "b", True), ("colors", "c", True), ("colors", "d", False)]
+    lines = [json.dumps({"tag": tag, "correct": good, "metadata": prompt}) for tag, prompt, good in rows]
+    results.write_text("\n".join(lines))
+    assert lidit("evaluate", model, "--suite", "geneval", "--parse", results) == 0
+    printed = capsys.readouterr().out
+    assert "| overall | 0.750 | 0.6 |" in printed
+    assert "position, color_attr are missing" in printed
+    client = MlflowClient(f"sqlite:///{model.parents[1]}/mlflow.db")
+    experiment = client.get_experiment_by_name(TrackingSettings().experiment)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`lidit.suite` = 'geneval'")
+    assert run.data.metrics["geneval/overall"] == 0.75
+    assert run.data.metrics["geneval/colors"] == 0.5
+
+
+def test_dpg_categories_come_from_the_graph(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "graph.csv").write_text(
+        "item_id,proposition_id,dependency,tuple,question_natural_language\n"
+        "first,1,0,entity - whole (sun),Is there a sun?\n"
+        "dog1,1,0,entity - whole (dog),Is there a dog?\n"
+        'dog1,2,1,"attribute - color (dog, blue)",Is the dog blue?\n'
+    )
+    (tmp_path / "r.txt").write_text("images/dog1.png, 1.0, 0.5, 0.0, 0.5, 0.5\n")
+    answers = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("yes", "no")]
+    corners = ("(0, 0, 32, 32)", "(32, 0, 64, 32)", "(0, 32, 32, 64)", "(32, 32, 64, 64)")
+    lines = [
+        f"images/dog1.png, {corner}, {question}, {answer}"
+        for corner, pair in zip(corners, answers)
+        for question, answer in zip(("Is there a dog?", "Is the dog blue?"), pair)
+    ]
+    (tmp_path / "r_detail.txt").write_text("\n".join(lines) + "\n")
+    words = ["--suite", "dpg-bench", "--parse", tmp_path / "r.txt", "--csv", tmp_path / "graph.csv"]
+    assert lidit("evaluate", model, *words, "--out", tmp_path / "o") == 0
+    printed = capsys.readouterr().out
+    assert "| overall | 50.00 | 50.00 | 81.65 |" in printed
+    assert "| attribute | 0.00 | 25.00 |" in printed  # the last crop only; all crops, zeroed by the parent
+
+
+def test_what_does_not_go_together_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["--parse", tmp_path], "belong to --suite"),
+        (["--suite", "geneval"], "give --prompts FILE"),
+        (["--suite", "geneval", "--binding", "--parse", tmp_path], "two jobs"),
+        (["--suite", "geneva", "--parse", tmp_path], "choose from geneval"),
+        (["--suite", "t2i-compbench", "--prompts", tmp_path / "mine.txt"], "no category in the file's name"),
+    ):
+        assert lidit("evaluate", model, *words) == 2, words
+        assert message in capsys.readouterr().err
+
+
+def test_binding_is_measured_from_a_folder(model: Path, tmp_path: Path) -> None:
+    settings = EvaluateSettings(layout="simple", binding_scenes=8)
+    first = evaluate_binding(model, settings, TrackingSettings(), tmp_path)
+    assert first.computed
+    assert {"attribute_colors_bare/accuracy", "relation_position_bare/gap"} <= set(first.metrics)
+    assert first.metrics["binding_color_attr_bare/gap"] != 0  # random weights: the loss does depend on the caption
+    assert not evaluate_binding(model, settings, TrackingSettings(), tmp_path).computed
+    free = evaluate_binding(model, EvaluateSettings(layout="free", binding_scenes=4), TrackingSettings(), tmp_path)
+    assert "binding_list8_bare/accuracy_position_8" in free.metrics
+    assert Image.open(tmp_path / "binding-positions.png").width > 100
+
+
+def test_list_prompts_give_the_positional_curve(model: Path, tmp_path: Path) -> None:
+    settings = EvaluateSettings(layout="free", tags=("list4",), per_tag=2)
+    scores = evaluate_scenes(model, settings, TrackingSettings(), tmp_path)
+    assert {"list4/position_4_of_4", "list4/drop", "list4/lax"} <= set(scores.metrics)
+    assert Image.open(tmp_path / "positions.png").width > 100
