@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from jobs import demo, embed, evaluate, ingest, inspect, latents, pictures, sample, scenes, submit, train
+from jobs import demo, embed, evaluate, ingest, inspect, latents, pictures, plan, sample, scenes, submit, train
 from jobs.start import environment, guarded
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ for name, job in (
     ("ingest", ingest),
     ("embed", embed),
     ("latents", latents),
+    ("plan", plan),
     ("train", train),
     ("sample", sample),
     ("evaluate", evaluate),

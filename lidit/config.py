@@ -233,6 +233,32 @@ class TrackingSettings(Settings):
         return alias
 
 
+class EncoderShape(Settings):
+    """An LLM's size, for plans made before its files are there."""
+
+    width: int = Field(ge=1)
+    blocks: int = Field(ge=1)
+    block_parameters: int = Field(ge=1, description="of one block, embeddings apart")
+
+
+class PlanSettings(Settings):
+    """What `lidit plan` assumes where no corpus or model file says otherwise, and what things cost."""
+
+    samples: int | None = Field(None, ge=1)
+    captions_per_sample: float = Field(1.0, ge=1)
+    caption_tokens: float = Field(64.0, gt=0, description="mean tokens of a caption, the prefix not counted")
+    prefix_tokens: int = Field(40, ge=0)
+    encoders: dict[str, EncoderShape] = Field(default_factory=dict, description="encoder -> its size")
+    latent: tuple[int, int, int] | None = Field(None, description="channels, height, width")
+    gpus: int | None = Field(None, ge=1, description="None: engine.workers")
+    gpus_per_node: int = Field(8, ge=1)
+    gpu_gigabytes: float = Field(80.0, gt=0)
+    peak_tflops: float = Field(989.0, gt=0, description="dense bfloat16 of one GPU; 989 is an H100")
+    mfu: float = Field(0.4, gt=0, le=1, description="share of the peak that training reaches")
+    embed_mfu: float = Field(0.4, gt=0, le=1)
+    price_per_gpu_hour: float = Field(2.5, ge=0)
+
+
 class Recipe(Settings):
     """One training run and everything it depends on."""
 
@@ -253,6 +279,7 @@ class Recipe(Settings):
     sampler: SamplerSettings = SamplerSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     tracking: TrackingSettings = TrackingSettings()
+    plan: PlanSettings = PlanSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

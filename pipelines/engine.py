@@ -14,6 +14,7 @@ from lidit.config import Recipe, TrainSettings
 from lidit.data.feed import TrainingBatch
 from lidit.diffusion import Objective
 from lidit.models import LIDiT
+from lidit.plan import REDUCE_BUCKET
 from pipelines.shards import ShardedEMA, owned_fragments
 
 DECAY_START, DECAY_END = 0.6, 0.1
@@ -40,10 +41,11 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return optimizer.lr * factor * warmup
 
 
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed settings a recipe means."""
+def deepspeed_config(recipe: Recipe, world_size: int, parameters: int) -> dict[str, Any]:
+    """The DeepSpeed settings a recipe means for a model of so many `parameters`."""
     engine, train = recipe.engine, recipe.train
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    # The bucket is allocated whole: gigabytes that a small model would never fill.
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": min(parameters, REDUCE_BUCKET)}
     for part, target in (("optimizer", engine.offload_optimizer), ("param", engine.offload_parameters)):
         if target != "none":
             zero[f"offload_{part}"] = {"device": target, "pin_memory": True}
@@ -99,7 +101,7 @@ class Engine:
             optimizer=optimizer,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             dist_init_required=False,
-            config=deepspeed_config(recipe, self.world_size),
+            config=deepspeed_config(recipe, self.world_size, sum(p.numel() for p in model.parameters())),
         )
         if recipe.engine.compile:
             self.deepspeed.compile()

@@ -33,7 +33,8 @@ FACTS = "run.json"
 # Settings that decide where and how fast a run goes, never what it computes.
 FREE_SETTINGS = {
     "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ..., "evaluate": ...,
-    "tracking": ..., "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
+    "tracking": ..., "plan": ...,
+    "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
     "engine": {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources", "label_selector",
                "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
     "data": {"prefetch_batches"},

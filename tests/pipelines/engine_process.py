@@ -3,8 +3,10 @@
 python engine_process.py RANK WORLD_SIZE FOLDER JOBS.json
 """
 
+import gc
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,13 +23,23 @@ from pipelines.shards import full_shapes, gather_full
 BATCH, CHANNELS, SIDE = 12, 3, 8
 
 
+def live_bytes() -> int:
+    """Bytes of all tensors alive in this process, each storage once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
+    return sum(storages.values())
+
+
 def recipe_of(job: dict, world_size: int) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "engine",
             "corpus": "none",
             "encoders": [{"name": "a", "model": "none"}, {"name": "b", "model": "none"}],
-            "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 4},
+            "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 4, **job.get("model", {})},
             "objective": {"kind": "clean"},
             "train": {
                 "steps": 20,
@@ -59,8 +71,10 @@ def global_batch(step: int, poison: bool) -> TrainingBatch:
 def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
     recipe = recipe_of(job, world_size)
     torch.manual_seed(0)
+    before = live_bytes() if job.get("measure") else 0
     model = LIDiT.from_settings(recipe.model, {"a": 16, "b": 24}, CHANNELS)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if job.get("watch_average") else {}
+    count = sum(p.numel() for p in model.parameters())
     engine = Engine(recipe, model, build_objective(recipe.objective), torch.device("cpu"))
     start = 0
     if "restore" in job:
@@ -86,11 +100,23 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
             position = checkpoints.Position(step + 1, world_size, engine.ema.updates, {})
             checkpoints.save(target, engine.deepspeed, engine.ema, rank, position)
             dist.barrier()
+    if job.get("measure"):
+        return measured(engine, before, count, world_size)
     masters = [fragment.master for fragment in engine.ema.fragments]
     weights, average = (gather_full(shapes, engine.ema.fragments, v) for v in (masters, engine.ema.average))
     if rank == 0:
         torch.save({"weights": weights, "ema": average, "plain": plain or {}}, folder / f"{job['name']}.pt")
     return {"losses": losses, "norms": norms, "finite": finite}
+
+
+def measured(engine: Engine, before: int, count: int, world_size: int) -> dict:
+    """Bytes the engine keeps between steps, and at the end of a backward pass, when gradients are there too."""
+    between, held = live_bytes() - before, []
+    take = engine.deepspeed.step
+    engine.deepspeed.step = lambda: (held.append(live_bytes() - before), take())
+    engine.train_step(global_batch(0, poison=False).split(world_size)[dist.get_rank()])
+    engine.deepspeed.step = take
+    return {"between": between, "held": held[0], "parameters": count}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""`lidit plan`: what a recipe will cost, before anything is spent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.start import run
+
+if TYPE_CHECKING:
+    from lidit.config import Recipe
+    from lidit.plan import Facts, Plan
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: plan.gpus=64")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Work out memory per GPU, FLOPs, GPU-hours, corpus size, read bandwidth and cost of a recipe.
+
+    **Reads** the recipe and, where they are there already, its corpus and LLMs; what is not there is assumed by the
+    recipe's `plan` section. **Writes** nothing.
+
+    **Example:** `lidit plan lidit-1b plan.gpus=64 plan.mfu=0.35`
+    """
+    from jobs.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides)
+    from lidit.plan import make_plan
+    from lidit.plan_facts import gather_facts
+
+    facts = gather_facts(checked)
+    plan = make_plan(checked, facts)
+    if as_json:
+        print(json.dumps(asdict(plan)))
+    else:
+        _show(checked, facts, plan)
+
+
+def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, setting = Console(), recipe.plan
+    gpus = setting.gpus or recipe.engine.workers
+    console.print(f"[bold]{recipe.name}[/bold]: {plan.parameters / 1e6:,.1f} M parameters, {gpus} GPUs")
+    channels, height, width = facts.latent
+    lengths = ", ".join(f"{name} {facts.caption_tokens[name]:.1f}" for name in facts.encoders)
+    console.print(
+        f"{facts.samples:,} samples, {facts.captions:,} captions; tokens per caption: {lengths}; latents {channels} x "
+        f"{height} x {width}; {recipe.train.steps:,} steps of {recipe.train.batch_size}, {plan.epochs:.1f} epochs\n"
+    )
+    micro = max(1, recipe.train.batch_size // (gpus * recipe.engine.accumulation))
+    saved = ", activation checkpointing" if recipe.model.activation_checkpointing else ""
+    table = Table(
+        title=f"Gigabytes per GPU ({recipe.engine.precision}, micro-batch {micro}{saved})", title_justify="left"
+    )
+    for column in ("ZeRO stage", "states", "buffers", "activations", "all", f"in {setting.gpu_gigabytes:.0f} GB"):
+        table.add_column(column, justify="right")
+    for stage, memory in plan.memory.items():
+        parts = (memory.states, memory.buffers, memory.activations, memory.total)
+        fits = "yes" if memory.total < 0.95e9 * setting.gpu_gigabytes else "no"
+        mark = f"{stage} (recipe)" if stage == recipe.engine.zero_stage else str(stage)
+        table.add_row(mark, *(f"{part / 1e9:.1f}" for part in parts), fits)
+    console.print(table)
+
+    table = Table(title="\nGigabytes on disk, by storage dtype", title_justify="left")
+    for column in ("family", "float32", "bfloat16", "int8"):
+        table.add_column(column, justify="left" if column == "family" else "right")
+    for encoder in recipe.encoders:
+        sizes = plan.text_bytes[encoder.name]
+        chosen = "bfloat16" if encoder.storage == "compute" else encoder.storage
+        cells = [f"{size / 1e9:,.1f}" + (" (recipe)" if name == chosen else "") for name, size in sizes.items()]
+        table.add_row(f"text/{encoder.name}", *cells)
+    cells = {facts.latent_storage: f"{plan.latent_bytes / 1e9:,.1f}"}
+    table.add_row(
+        f"latents/{recipe.codec.name}", cells.get("float32", ""), cells.get("bfloat16", ""), cells.get("uint8", "")
+    )
+    console.print(table)
+
+    embedding = ", ".join(f"{name} {hours:,.1f}" for name, hours in plan.embed_gpu_hours.items())
+    bandwidth = plan.read_bytes_per_second_per_node / 1e6
+    for label, text in (
+        ("embedding", f"{embedding} GPU-hours at {setting.embed_mfu:.0%} of {setting.peak_tflops:.0f} TFLOP/s"),
+        ("a step", f"{plan.flops_per_step / 1e12:,.3g} TFLOP, {plan.seconds_per_step:.3g} s at {setting.mfu:.0%} MFU"),
+        ("training", f"{plan.train_gpu_hours:,.1f} GPU-hours, {plan.train_days:,.2f} days"),
+        (
+            "reading",
+            f"{bandwidth:,.1f} MB/s per node of {setting.gpus_per_node} GPUs, "
+            f"{plan.bytes_per_sample:,.0f} bytes a sample",
+        ),
+        ("cost", f"{plan.cost:,.0f} at {setting.price_per_gpu_hour:g} per GPU-hour"),
+    ):
+        console.print(f"  {label:<10} {text}", highlight=False)
+    console.print(
+        "\nMFU counts three forward passes a step, without recomputation. Captions are counted at their mean length.",
+        style="dim",
+    )
+
+
+if __name__ == "__main__":
+    run(command)
