@@ -27,6 +27,7 @@ def environment() -> None:
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "False")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours count captions and images, not weight files
     os.environ.setdefault("MPLBACKEND", "Agg")
     warnings.filterwarnings("ignore")
     for chatty in ("mlflow", "alembic", "DeepSpeed", "ray.train", "ray.data"):

@@ -12,10 +12,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 LABEL_LINES, LINE_HEIGHT, MARGIN = 3, 13, 6
 SMALLEST_CELL = 128
+RIGHT, WRONG = (30, 150, 60), (210, 50, 40)
 
 
-def labelled_grid(images: Sequence[NDArray[np.uint8]], labels: Sequence[str], columns: int = 6) -> Image.Image:
-    """Images [H, W, 3] in rows of `columns`, each with its label below. Small images are enlarged by whole factors."""
+def labelled_grid(
+    images: Sequence[NDArray[np.uint8]], labels: Sequence[str], columns: int = 6, right: Sequence[bool] | None = None
+) -> Image.Image:
+    """Images [H, W, 3] in rows of `columns`, each with its label below. Small images are enlarged by whole factors.
+
+    `right`, one per image, frames it green (True) or red (False).
+    """
     if len(images) != len(labels) or not images:
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
@@ -32,8 +38,11 @@ def labelled_grid(images: Sequence[NDArray[np.uint8]], labels: Sequence[str], co
             (image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.NEAREST
         )
         grid.paste(picture, (left, top))
+        if right is not None:
+            frame = (left - 2, top - 2, left + picture.width + 1, top + picture.height + 1)
+            drawing.rectangle(frame, outline=RIGHT if right[index] else WRONG, width=2)
         lines = textwrap.wrap(label, letters, max_lines=LABEL_LINES, placeholder=" ...")
-        drawing.text((left, top + height * factor + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+        drawing.text((left, top + height * factor + 2), "\n".join(lines), fill="black", font=font, spacing=1)
     return grid
 
 

@@ -82,7 +82,7 @@ def _publish(
     metrics, table = evaluation.metrics(), evaluation.table()
     write_results(out / RESULTS, evaluation)
     (out / TABLE).write_text(table + "\n")
-    labelled_grid(*_chosen(evaluation, images), columns=GRID_PER_TAG).save(out / GRID)
+    _draw_grid(out / GRID, evaluation, images)
     files = [RESULTS, TABLE, GRID]
     curves = scene_curves(evaluation)
     if curves:
@@ -136,16 +136,19 @@ def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingS
     return _track("binding", model, settings, tracker, out, identity, found, "binding", BINDING_SCORES, files)
 
 
-def _chosen(evaluation: Evaluation, images: list[NDArray[np.uint8]]) -> tuple[list[NDArray[np.uint8]], list[str]]:
-    """The first images of each category, a row each, marked right or wrong: chosen by position, not by result."""
-    chosen, labels = [], []
+def _draw_grid(path: Path, evaluation: Evaluation, images: list[NDArray[np.uint8]]) -> None:
+    """The first images of each category, a row each, framed by the strict rule: chosen by position, not by result."""
+    numbers: list[int] = []
     for tag in evaluation.tags:
-        numbers = [i for i, one in enumerate(evaluation.images) if one.item["tag"] == tag.tag][:GRID_PER_TAG]
-        for number in numbers:
-            one = evaluation.images[number]
-            chosen.append(images[number])
-            labels.append(f"{'✓' if one.score.strict else '×'} {one.item['prompt']}")
-    return chosen, labels
+        numbers += [i for i, one in enumerate(evaluation.images) if one.item["tag"] == tag.tag][:GRID_PER_TAG]
+    shown = [evaluation.images[i] for i in numbers]
+    grid = labelled_grid(
+        [images[i] for i in numbers],
+        [str(one.item["prompt"]) for one in shown],
+        columns=GRID_PER_TAG,
+        right=[one.score.strict for one in shown],
+    )
+    grid.save(path)
 
 
 def _known_scores(out: Path, file: str, identity: str) -> SceneScores | None:
