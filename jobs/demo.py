@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from jobs.embed import embed
-from jobs.ingest import ingest
+from jobs import embed, ingest, scenes
 from jobs.recipe import load_recipe
 from jobs.start import run
+from lidit.config import Stage
 
 SCENES, SIZE, SEED = 8000, 32, 0
-LOGICAL_CPUS = 6  # of the embedded Ray: two trainers, their driver, a reader and an encoder may be alive together
 
 
 def command(
@@ -37,21 +36,21 @@ def command(
             *(overrides or []),
         ],
     )
-    from jobs import scenes
-    from pipelines.cluster import connect
-    from pipelines.evaluate import evaluate_scenes
-    from pipelines.fit import run_fit
-    from pipelines.latents import run_latents
+    from pipelines.chain import run_chain
     from pipelines.tracking import open_command
 
+    made: dict[Stage, Any] = {}
+
+    def report(stage: Stage, summary: Any) -> None:
+        made[stage] = summary
+        if stage == "ingest":
+            ingest.show(recipe.corpus, summary)
+        elif stage == "embed":
+            embed.show(recipe.corpus, summary)
+
     scenes.command(folder / "scenes", count, SIZE, SEED, recipe.ingest.unit_samples, recipe.evaluate.layout)
-    connect(cpus=LOGICAL_CPUS)
-    ingest(list(recipe.sources), recipe.corpus, recipe.ingest)
-    for encoder in recipe.encoders:
-        embed(recipe.corpus, encoder, recipe.pool)
-    run_latents(recipe.corpus, recipe.codec, recipe.pool)
-    result = run_fit(recipe)
-    scores = evaluate_scenes(result.model, recipe.evaluate, recipe.tracking, recipe.run_folder / "evaluation")
+    run_chain(recipe, report)
+    result, scores = made["train"], made["evaluate"]
     print(scores.table)
     print(f"\nmodel      {result.model}")
     print(f"pictures   {scores.folder / 'grid.png'}")

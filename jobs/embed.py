@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.recipe import load_encoder
 from jobs.start import run
 from lidit.config import EncoderSettings, PoolSettings
+
+if TYPE_CHECKING:
+    from pipelines.embed import EmbedSummary
 
 
 def command(
@@ -38,13 +41,17 @@ def embed(corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
     """Compute one family with a progress bar and say what came of it, cut captions included."""
     from pipelines.embed import run_embed
 
-    made = run_embed(corpus, settings, pool)
+    show(corpus, run_embed(corpus, settings, pool))
+
+
+def show(corpus: str, made: EmbedSummary) -> None:
+    """What came of one family."""
     state = f"{made.computed_units} computed in {made.seconds:.0f} s" if made.computed_units else "already there"
     print(
         f"{corpus}/text/{made.directory}: {made.captions} captions, {made.tokens} tokens, {made.units} units, {state}"
     )
     if made.truncated:
-        print(f"  {made.truncated} captions were cut to {settings.max_tokens} tokens")
+        print(f"  {made.truncated} captions were cut to {made.max_tokens} tokens")
     for directory, fields in made.relatives.items():
         print(f"  another family than {directory}: {'; '.join(fields)}")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.start import run
 from lidit.config import IngestSettings
 from lidit.settings import apply_overrides, validate
+
+if TYPE_CHECKING:
+    from pipelines.ingest import IngestSummary
 
 
 def command(
@@ -39,6 +42,11 @@ def ingest(sources: list[str], corpus: str, settings: IngestSettings) -> None:
             progress.update(done, note)
 
         made = run_ingest(sources, corpus, settings, report)
+    show(corpus, made)
+
+
+def show(corpus: str, made: IngestSummary) -> None:
+    """What came of an ingest."""
     state = "already there" if made.skipped else f"made in {made.seconds:.0f} s"
     print(f"{corpus}: {made.samples} samples, {made.captions} captions in {made.units} units, {state}")
     for reason, count in made.reasons.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,37 +10,49 @@ import typer
 from jobs.start import run
 
 
-def command(corpus: Annotated[str, typer.Argument(help="Corpus folder.")]) -> None:
-    """Show a corpus: units, samples, captions, refusals, families, tokens, bytes.
+def command(
+    corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address.")],
+    plots: Annotated[Path | None, typer.Option(help="Folder for PNGs: buckets, token lengths, state norms.")] = None,
+) -> None:
+    """Show a corpus: units, samples, captions, refusals, aspect buckets, families with tokens, bytes, storage error.
 
-    **Reads** corpus.json and the families' manifests. **Writes** nothing.
+    **Reads** manifests and units; with --plots also states of a few units. **Writes** nothing but the plots.
 
-    **Example:** `lidit inspect corpus`
+    **Example:** `lidit inspect corpus --plots pictures`
     """
     from rich.console import Console
     from rich.table import Table
 
     from lidit.store import Corpus
+    from lidit.store.summary import plot_corpus, summarise
 
     opened = Corpus.open(corpus)
-    totals = opened.facts["totals"]
+    found = summarise(opened)
     console = Console()
-    console.print(f"[bold]{corpus}[/bold]  digest {opened.digest[:12]}")
-    for name in ("units", "samples", "captions", "refused"):
-        console.print(f"  {name:<10} {totals[name]:>12,}")
-    for reason, count in totals["reasons"].items():
+    console.print(f"[bold]{corpus}[/bold]  digest {found.digest[:12]}")
+    distinct = "" if found.distinct_captions is None else f"{found.distinct_captions:,} of them distinct"
+    for name, number, note in (
+        ("units", found.units, ""),
+        ("samples", found.samples, ""),
+        ("captions", found.captions, distinct),
+        ("refused", found.refused, f"and {found.refused_captions:,} captions" if found.refused_captions else ""),
+    ):
+        console.print(f"  {name:<10} {number:>12,}  {note}".rstrip())
+    for reason, count in found.reasons.items():
         console.print(f"    refused {count:,} x {reason}")
-    table = Table("family", "state", "units", "rows", "tokens", "bytes", "storage")
-    for kind, handles in (("text", opened.text_families()), ("latents", opened.latent_families())):
-        for handle in handles:
-            if not handle.complete:
-                table.add_row(f"{kind}/{handle.directory}", "incomplete", "", "", "", "", "")
-                continue
-            opening = opened.text_family if kind == "text" else opened.latent_family
-            manifest = opening(handle.directory).manifest
-            numbers = [f"{manifest[key]:,}" for key in ("units", "rows", "tokens", "bytes")]
-            table.add_row(f"{kind}/{handle.directory}", "complete", *numbers, str(handle.spec.get("storage", "")))
+    if found.buckets:
+        listed = sorted(found.buckets.items(), key=lambda bucket: -bucket[1])
+        shown = ", ".join(f"{name} {count:,}" for name, count in listed[:8])
+        console.print(f"  buckets    {shown}{f', and {len(listed) - 8} more' if len(listed) > 8 else ''}")
+    table = Table("family", "state", "units", "rows", "tokens", "bytes", "storage", "rms error")
+    for one in found.families:
+        numbers = [f"{number:,}" for number in (one.units, one.rows, one.tokens, one.bytes)]
+        state = "complete" if one.complete else f"incomplete, of {found.units:,}"
+        error = "" if one.storage_error is None else f"{one.storage_error:.4f}"
+        table.add_row(f"{one.kind}/{one.directory}", state, *numbers, one.storage, error)
     console.print(table)
+    for path in plot_corpus(opened, plots) if plots else ():
+        console.print(f"plot {path}")
 
 
 if __name__ == "__main__":

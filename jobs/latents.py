@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.start import run
+
+if TYPE_CHECKING:
+    from pipelines.latents import LatentsSummary
 
 
 def command(
@@ -31,8 +34,13 @@ def command(
     settings = validate(CodecSettings, tree, "lidit latents")
     from pipelines.latents import run_latents
 
-    summary = run_latents(corpus, settings, PoolSettings(actors=actors, gpus=gpus))
-    print(f"{corpus}: {summary}")
+    show(corpus, run_latents(corpus, settings, PoolSettings(actors=actors, gpus=gpus)))
+
+
+def show(corpus: str, made: LatentsSummary) -> None:
+    """What came of one family."""
+    state = f"{made.computed_units} computed in {made.seconds:.0f} s" if made.computed_units else "already there"
+    print(f"{corpus}/latents/{made.directory}: {made.images} images, {made.units} units, {state}")
 
 
 if __name__ == "__main__":

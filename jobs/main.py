@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import typer
 
-from jobs import demo, embed, evaluate, ingest, inspect, latents, pictures, plan, sample, scenes, submit, train
+from jobs import (
+    ablate,
+    demo,
+    embed,
+    evaluate,
+    export,
+    ingest,
+    inspect,
+    latents,
+    pictures,
+    plan,
+    probe,
+    repair,
+    run,
+    sample,
+    scenes,
+    submit,
+    train,
+    verify,
+)
 from jobs.start import environment, guarded
 
 app = typer.Typer(
@@ -17,16 +36,22 @@ app = typer.Typer(
 app.command("submit", context_settings=submit.OPEN)(submit.command)
 for name, job in (
     ("demo", demo),
+    ("run", run),
+    ("plan", plan),
     ("scenes", scenes),
     ("pictures", pictures),
     ("ingest", ingest),
     ("embed", embed),
     ("latents", latents),
-    ("plan", plan),
     ("train", train),
     ("sample", sample),
     ("evaluate", evaluate),
+    ("probe", probe),
+    ("ablate", ablate),
     ("inspect", inspect),
+    ("verify", verify),
+    ("repair", repair),
+    ("export", export),
 ):
     app.command(name)(job.command)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.start import run
+
+if TYPE_CHECKING:
+    from pipelines.fit import FitResult
 
 
 def command(
@@ -27,7 +30,11 @@ def command(
     checked = load_recipe(recipe, overrides)
     from pipelines.fit import run_fit
 
-    result = run_fit(checked, allow_drift)
+    show(run_fit(checked, allow_drift))
+
+
+def show(result: FitResult) -> None:
+    """What came of a training."""
     print(f"{result.model}: {'trained to' if result.trained else 'already trained to'} step {result.step}")
 
 

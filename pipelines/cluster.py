@@ -8,6 +8,13 @@ import os
 import ray
 
 CLUSTER_ADDRESS = "RAY_ADDRESS"
+_least_cpus = 1
+
+
+def at_least(cpus: int) -> None:
+    """An embedded Ray started later will have this many logical CPUs: it cannot grow between the stages of a chain."""
+    global _least_cpus
+    _least_cpus = max(_least_cpus, cpus)
 
 
 def connect(cpus: int | None = None, temp_dir: str | None = None) -> None:
@@ -26,9 +33,14 @@ def connect(cpus: int | None = None, temp_dir: str | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(address="auto", logging_level=logging.ERROR)
     else:
-        ray.init(num_cpus=max(cpus or 0, os.cpu_count() or 1), _temp_dir=temp_dir, **quiet)
+        ray.init(num_cpus=max(cpus or 0, _least_cpus, os.cpu_count() or 1), _temp_dir=temp_dir, **quiet)
+
+
+def resources() -> dict[str, float]:
+    """What the whole cluster has: CPU, GPU, memory and its own resources."""
+    return dict(ray.cluster_resources())
 
 
 def total(resource: str) -> float:
     """How much of a resource ("CPU", "GPU") the whole cluster has."""
-    return float(ray.cluster_resources().get(resource, 0))
+    return resources().get(resource, 0.0)

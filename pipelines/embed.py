@@ -42,7 +42,16 @@ TOKENIZED = pa.schema(
         PROBLEM,
     ]
 )
-ENCODED = pa.schema([("unit", pa.int32()), ("tokens", pa.int64()), ("truncated", pa.int64()), PROBLEM])
+ENCODED = pa.schema(
+    [
+        ("unit", pa.int32()),
+        ("tokens", pa.int64()),
+        ("computed_tokens", pa.int64()),
+        ("truncated", pa.int64()),
+        ("seconds", pa.float64()),
+        PROBLEM,
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class EmbedSummary:
     captions: int
     tokens: int
     truncated: int
+    max_tokens: int
     bytes: int
     seconds: float
     padding_waste: float
@@ -101,6 +111,7 @@ def run_embed(
         captions=manifest["rows"],
         tokens=manifest["tokens"],
         truncated=counts.get("truncated", 0),
+        max_tokens=spec.max_tokens,
         bytes=manifest["bytes"],
         seconds=time.monotonic() - started,
         padding_waste=1 - manifest["tokens"] / work if work else 0.0,
@@ -162,16 +173,27 @@ def _compute(
 
 
 def _consume(dataset: Any, corpus: str, spec: EncoderSpec, pending: list[int], progress: bool) -> list[int]:
+    from pipelines.metrics import EmbedMetrics
+
     counts = Corpus.open(corpus).units["captions"].to_pylist()
     missing, total = sum(counts[unit] for unit in pending), sum(counts)
     done: list[int] = []
     tokens = truncated = 0
+    metrics = EmbedMetrics(spec.name)
+    metrics.units_left(len(pending))
     bar = Progress(f"embed {spec.name}", total, "captions", start=total - missing) if progress else None
     with bar or contextlib.nullcontext():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
                 _raise_problem(row)
                 done.append(row["unit"])
+                metrics.unit_done(
+                    captions=counts[row["unit"]],
+                    tokens=row["tokens"],
+                    padded_tokens=row["computed_tokens"],
+                    seconds=row["seconds"],
+                    left=len(pending) - len(done),
+                )
                 tokens, truncated = tokens + row["tokens"], truncated + row["truncated"]
                 note = f"{tokens:,} tokens" + (f", {truncated:,} captions cut" if truncated else "")
                 if bar:
@@ -306,7 +328,13 @@ class EncodeUnits:
             record = self.writer.committed(row["unit"]) or self._encode(row)
         except (InputError, JobError) as error:
             return _problem(row["unit"], error)
-        return {"unit": record.unit, "tokens": record.tokens, "truncated": record.counts.get("truncated", 0)}
+        return {
+            "unit": record.unit,
+            "tokens": record.tokens,
+            "computed_tokens": record.counts.get("computed_tokens", 0),
+            "truncated": record.counts.get("truncated", 0),
+            "seconds": record.seconds,
+        }
 
     def _encode(self, row: dict[str, Any]) -> CommitRecord:
         statistics = UnitStatistics()

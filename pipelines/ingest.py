@@ -18,6 +18,7 @@ import ray
 
 from lidit.config import IngestSettings
 from lidit.errors import InputError, JobError
+from lidit.settings import PASSWORD, has_password
 from lidit.sources import SourceFile, expand
 from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source
 from lidit.sources.units import SourcePlan, WrittenSource, find_duplicates, plan_units, write_units
@@ -27,6 +28,7 @@ from lidit.store.folder import Folder
 from lidit.store.publish import publish_bytes
 from lidit.store.schema import FORMAT_VERSION, canonical_json, unit_digits
 from pipelines.cluster import connect
+from pipelines.metrics import IngestMetrics
 from pipelines.progress import Progress
 
 PLAN_FILE = "plan.json"
@@ -81,6 +83,8 @@ def run_ingest(
     for sources or a folder that cannot be used, and for a corpus made from something else.
     """
     started = time.monotonic()
+    if secret := next(filter(has_password, sources), None):
+        raise InputError(f"source at {secret.rpartition('@')[2]}: {PASSWORD}")
     folder = Folder.at(corpus)
     if inside := [source for source in sources if folder.location.startswith(f"{Folder.at(source).location}/")]:
         raise InputError(f"{corpus}: lies inside the source {inside[0]}; name a folder outside it for --corpus")
@@ -92,11 +96,12 @@ def run_ingest(
     staging = folder.child(STAGING)
     _claim(folder, staging, plan)
     connect()
+    metrics = IngestMetrics(folder.location.rpartition("/")[2])
     if progress is not None:
-        staged = _stage_all(staging, files, settings, progress)
+        staged = _stage_all(staging, files, settings, metrics, progress)
     else:
         with Progress("ingest", len(files), "files") as bar:
-            staged = _stage_all(staging, files, settings, lambda done, _, note: bar.update(done, note))
+            staged = _stage_all(staging, files, settings, metrics, lambda done, _, note: bar.update(done, note))
     if not any(entry.samples for entry in staged):
         reasons = sum((Counter(entry.refused) for entry in staged), Counter())
         listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5)) or "every source is empty"
@@ -168,7 +173,7 @@ def _refuse_differences(folder: Folder, before: dict[str, Any], plan: dict[str, 
 
 
 def _stage_all(
-    staging: Folder, files: list[SourceFile], settings: IngestSettings, progress: Report
+    staging: Folder, files: list[SourceFile], settings: IngestSettings, metrics: IngestMetrics, progress: Report
 ) -> list[StagedSource]:
     staged = {i: entry for i, file in enumerate(files) if (entry := read_staged(staging, file, i))}
     refused = sum(sum(entry.refused.values()) for entry in staged.values())
@@ -178,6 +183,7 @@ def _stage_all(
     for entry in _in_tasks(stage_source, calls):
         staged[entry.index] = entry
         refused += sum(entry.refused.values())
+        metrics.source_read(entry.samples, sum(entry.refused.values()))
         progress(len(staged), len(files), _note(refused))
     return [staged[i] for i in range(len(files))]
 

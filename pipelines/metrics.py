@@ -19,7 +19,7 @@ STEP_SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0]
 
 @dataclass(frozen=True)
 class Declaration:
-    """One metric: `kind` is counter, gauge or histogram; `tag` names its one label (encoder or run)."""
+    """One metric: `kind` is counter, gauge or histogram; `tag` names its one label (corpus, encoder or run)."""
 
     kind: str
     tag: str
@@ -27,12 +27,13 @@ class Declaration:
 
 
 METRICS = {
+    "lidit_ingested_rows_total": Declaration("counter", "corpus", "Samples read and kept"),
+    "lidit_quarantined_rows_total": Declaration("counter", "corpus", "Rows refused and written to quarantine"),
     "lidit_captions_total": Declaration("counter", "encoder", "Captions embedded and published"),
     "lidit_tokens_total": Declaration("counter", "encoder", "Caption tokens embedded, padding excluded"),
     "lidit_padding_waste_ratio": Declaration("gauge", "encoder", "Share of computed tokens that was padding"),
     "lidit_units_done_total": Declaration("counter", "encoder", "Units published by this job"),
     "lidit_units_left": Declaration("gauge", "encoder", "Units still to do"),
-    "lidit_quarantined_rows_total": Declaration("counter", "encoder", "Rows refused and written to quarantine"),
     "lidit_unit_seconds_total": Declaration("counter", "encoder", "Time encoders spent on published units"),
     "lidit_step_seconds": Declaration("histogram", "run", "Time of an optimizer step"),
     # Ray sums a histogram from the middles of its buckets, so shares of time need an exact counter beside it.
@@ -68,6 +69,18 @@ def _record(name: str, value: float, tag: str) -> None:
         metric.observe(float(value), tags)
 
 
+class IngestMetrics:
+    """The ingest of one corpus. Call from the driver."""
+
+    def __init__(self, corpus: str) -> None:
+        self.corpus = corpus
+
+    def source_read(self, kept: int, refused: int) -> None:
+        """A source file was read: samples kept, rows refused."""
+        _record("lidit_ingested_rows_total", kept, self.corpus)
+        _record("lidit_quarantined_rows_total", refused, self.corpus)
+
+
 class EmbedMetrics:
     """The embedding of one encoder. Call from ONE process per encoder (the driver), or gauges contradict each other."""
 
@@ -87,10 +100,6 @@ class EmbedMetrics:
     def units_left(self, left: int) -> None:
         """Call once at the start too, so that a job stuck before its first unit is seen."""
         _record("lidit_units_left", left, self.encoder)
-
-    def quarantined(self, rows: int) -> None:
-        """Rows were refused."""
-        _record("lidit_quarantined_rows_total", rows, self.encoder)
 
 
 class TrainMetrics:

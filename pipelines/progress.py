@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
 from types import TracebackType
@@ -26,8 +27,12 @@ class Progress:
     """`with Progress("embed smollm2", total=1944, unit="captions") as progress: progress.update(done, note)`.
 
     `done` counts from 0 to `total`. Work found finished at the start (a resumed job) is given as `start`, so that the
-    rate and the ETA speak only of what this process did.
+    rate and the ETA speak only of what this process did. Several at once, from several threads, share one display.
     """
+
+    _display: Bar | None = None
+    _shown = 0
+    _lock = threading.Lock()
 
     def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
         self.title, self.total, self.unit, self.start = title, total, unit, start
@@ -41,27 +46,36 @@ class Progress:
     def __enter__(self) -> Progress:
         console = Console(stderr=True)
         if console.is_terminal:
-            self.bar = Bar(
-                SpinnerColumn(),
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-            )
-            self.bar.start()
+            with Progress._lock:
+                Progress._shown += 1
+                if Progress._display is None:
+                    Progress._display = Bar(
+                        SpinnerColumn(),
+                        TextColumn("[bold]{task.description}"),
+                        BarColumn(),
+                        MofNCompleteColumn(),
+                        TextColumn("{task.fields[rate]}"),
+                        TimeElapsedColumn(),
+                        TextColumn("{task.fields[note]}"),
+                        console=console,
+                    )
+                    Progress._display.start()
+                self.bar = Progress._display
             self.task = self.bar.add_task(self.title, total=self.total, completed=self.start, rate="", note="")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar:
-            self.bar.stop()
-        else:
+        if not self.bar:
             self._line()
+            return
+        self.bar.stop_task(self.task)
+        with Progress._lock:
+            Progress._shown -= 1
+            if not Progress._shown:
+                self.bar.stop()
+                Progress._display = None
 
     def update(self, done: int, note: str = "") -> None:
         """`done` units are finished in all; `note` says what else matters now (loss, quarantined rows, ...)."""

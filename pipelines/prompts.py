@@ -30,7 +30,10 @@ def prompt_states(recipe: Recipe, prompts: Sequence[str], folder: Path) -> dict[
         connect()
         folder.mkdir(parents=True, exist_ok=True)
     for encoder, path in missing:
-        task = _encode.options(num_cpus=recipe.pool.cpus, num_gpus=recipe.pool.gpus, resources=recipe.pool.resources)
+        pool = recipe.pool_of(encoder.name)
+        task = _encode.options(
+            num_cpus=pool.cpus, num_gpus=pool.gpus, resources=pool.resources, label_selector=pool.label_selector or None
+        )
         found[encoder.name] = ray.get(task.remote(encoder, list(prompts)))
         save_file({str(index): states for index, states in enumerate(found[encoder.name])}, path)
     return found

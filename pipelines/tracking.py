@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "False")
@@ -30,6 +31,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+
+from lidit.errors import InputError
 
 RUN_KEY = "lidit.run_key"
 STEP = "lidit.step"
@@ -54,6 +57,34 @@ class RunHandle:
 def local_store(folder: Path) -> str:
     """The uri of the sqlite store in `folder`."""
     return f"sqlite:///{folder.resolve()}/mlflow.db"
+
+
+def store_uri(uri: str | None, folder: Path) -> str:
+    """The recipe's store, else the one in MLFLOW_TRACKING_URI, else a sqlite file in `folder`; never with a password.
+
+    User and password of an http(s) address in the environment move to MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, since the address is logged. Raises InputError for a database address with a password.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return local_store(folder)
+    parts = urlsplit(uri)
+    if not parts.password:
+        return uri
+    if parts.scheme not in ("http", "https"):
+        raise InputError(
+            "MLFLOW_TRACKING_URI: a database address with a password would be logged; give the password by the "
+            "database's own means (PGPASSWORD, ~/.pgpass), or use an MLflow server"
+        )
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def credentials() -> dict[str, str]:
+    """What a worker on another node needs in its environment to log; hand it over where nothing records it."""
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def open_command(uri: str) -> str:

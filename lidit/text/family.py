@@ -11,17 +11,23 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import torch
 
+from lidit.config import EncoderSettings
+from lidit.errors import InputError
+from lidit.settings import validate
 from lidit.store import (
     Corpus,
     FamilyWriter,
     SharedStates,
+    TextFamily,
     UnitStatistics,
     channel_statistics,
     shared_table,
+    spec_differences,
     text_table,
 )
 from lidit.text.encoder import TOKEN_BUDGET, PromptEncoder
 from lidit.text.prompts import CaptionTokens
+from lidit.text.specs import resolve_encoder
 
 CALIBRATION_CAPTIONS = 1024
 CALIBRATION_UNITS = 64
@@ -39,6 +45,17 @@ def calibration_captions(corpus: Corpus) -> list[str]:
         texts = corpus.captions(unit)["text"]
         captions += [texts[row].as_py() for row in _spread(list(range(len(texts))), share)]
     return captions
+
+
+def family_encoder(family: TextFamily, device: str = "cpu") -> PromptEncoder:
+    """The encoder that made a family, found by the settings in its manifest. InputError where it is another one now."""
+    settings = validate(EncoderSettings, family.manifest["extra"].get("encoder", {}), family.folder.location)
+    exact = settings.model_copy(update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]})
+    spec = resolve_encoder(exact, device)
+    if spec.fingerprint != family.fingerprint:
+        differing = "; ".join(spec_differences(family.spec, spec.to_dict()))
+        raise InputError(f"{settings.model}: not the encoder of {family.folder.location} ({differing})")
+    return PromptEncoder.load(spec, device)
 
 
 def _spread(items: list[int], count: int) -> list[int]:

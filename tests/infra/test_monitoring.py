@@ -14,7 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from manifests import REPOSITORY
+from pictures import write_tar
+from tiny_models import tiny_llm
 
+from lidit.evals.scenes import write_scene_shards
+from lidit.store import Corpus
 from pipelines.metrics import METRICS
 
 MONITORING = REPOSITORY / "infra" / "monitoring"
@@ -137,7 +141,7 @@ def test_without_ray_nothing_happens() -> None:
 JOB = """
 import sys, time, urllib.request
 import ray
-from pipelines.metrics import EmbedMetrics, TrainMetrics
+from pipelines.metrics import EmbedMetrics, IngestMetrics, TrainMetrics
 
 ray.init(num_cpus=2, include_dashboard=True, dashboard_port=0, _temp_dir=sys.argv[1], logging_level=40)
 
@@ -154,7 +158,7 @@ metrics = EmbedMetrics("smollm2")
 metrics.units_left(10)
 metrics.unit_done(captions=5, tokens=45, padded_tokens=60, seconds=2.0, left=9)
 metrics.unit_done(captions=5, tokens=45, padded_tokens=50, seconds=2.0, left=8)
-metrics.quarantined(2)
+IngestMetrics("pictures").source_read(kept=7, refused=2)
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 for _ in range(60):
@@ -164,6 +168,17 @@ for _ in range(60):
         break
 print(text)
 """
+
+
+def scraped(text: str) -> dict[str, tuple[str, float]]:
+    """Name -> labels and value of every series of ours; the last one where there are several."""
+    samples = {}
+    for line in text.splitlines():
+        if line.startswith("ray_lidit_"):
+            series, value = line.rsplit(" ", 1)
+            name, labels = series.split("{", 1)
+            samples[name.removeprefix("ray_")] = (labels, float(value))
+    return samples
 
 
 @pytest.mark.slow
@@ -180,12 +195,7 @@ def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_f
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    samples = {}
-    for line in done.stdout.splitlines():
-        if line.startswith("ray_lidit_"):
-            series, value = line.rsplit(" ", 1)
-            name, labels = series.split("{", 1)
-            samples[name.removeprefix("ray_")] = (labels, float(value))
+    samples = scraped(done.stdout)
     assert set(samples) == exported_names()
     for expression in expressions().values():
         assert set(OURS.findall(expression)) <= set(samples)
@@ -196,6 +206,7 @@ def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_f
     assert values["lidit_units_done_total"] == 2
     assert values["lidit_units_left"] == 8
     assert values["lidit_quarantined_rows_total"] == 2
+    assert values["lidit_ingested_rows_total"] == 7
     assert values["lidit_step_seconds_count"] == 2
     assert values["lidit_train_seconds_total"] == pytest.approx(0.8)
     assert values["lidit_data_wait_seconds_total"] == pytest.approx(0.2)
@@ -204,3 +215,72 @@ def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_f
     assert values["lidit_last_checkpoint_timestamp_seconds"] == 1.0e9
     assert 'encoder="smollm2"' in samples["lidit_captions_total"][0]
     assert 'run="run-1"' in samples["lidit_loss"][0]
+
+
+REAL = """
+import sys, threading, time, urllib.request
+from pathlib import Path
+import ray
+from jobs.recipe import load_recipe
+from pipelines.chain import run_chain
+
+folder = Path(sys.argv[1])
+ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, _temp_dir=str(folder / "r"), logging_level=40)
+node = ray.nodes()[0]
+url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+def watch():
+    while True:
+        time.sleep(0.5)
+        text = urllib.request.urlopen(url).read().decode()
+        print("\\n".join(line for line in text.splitlines() if line.startswith("ray_lidit_")), flush=True)
+
+threading.Thread(target=watch, daemon=True).start()
+run_chain(load_recipe(str(folder / "recipe.yaml")), lambda stage, summary: None, until="train")
+time.sleep(5)
+"""
+REAL_RECIPE = """
+name: watched
+output: {folder}/runs
+corpus: {folder}/corpus
+sources: [{folder}/sources]
+ingest: {{resolution: 32, bucket_multiple: 8, unit_samples: 10}}
+encoders: [{{name: llama, model: {folder}/llama}}]
+model: {{width: 32, depth: 1, heads: 2, patch_size: 8, refiner: {{depth: 1}}}}
+objective: {{kind: clean, timesteps: uniform}}
+train: {{steps: 400, batch_size: 12, checkpoint_every: 50}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_embedding_and_training_are_seen(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("w")
+    write_scene_shards(folder / "sources", 40, 32, seed=1)
+    write_tar(folder / "sources" / "bad.tar", [("x.png", b"no image"), ("x.txt", b"a caption")])
+    tiny_llm(folder / "llama", "llama")
+    (folder / "recipe.yaml").write_text(REAL_RECIPE.format(folder=folder))
+    env = os.environ | {"HOME": str(folder), "RAY_metrics_report_interval_ms": "500", "RAY_AUTH_MODE": "disabled"}
+    env |= {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, str(folder)], env=env, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = scraped(done.stdout)
+    # No card, so no utilisation of one; and every loss was finite.
+    assert set(samples) == exported_names() - {"lidit_mfu", "lidit_loss_nonfinite_total"}
+    values = {name: value for name, (_, value) in samples.items()}
+    corpus = Corpus.open(folder / "corpus")
+    manifest = corpus.text_family("llama").manifest
+    assert values["lidit_ingested_rows_total"] == corpus.num_samples == 40
+    assert values["lidit_quarantined_rows_total"] == corpus.facts["totals"]["refused"] == 1
+    assert values["lidit_captions_total"] == manifest["rows"]
+    assert values["lidit_tokens_total"] == manifest["tokens"]
+    assert values["lidit_units_done_total"] == corpus.num_units
+    assert values["lidit_units_left"] == 0
+    assert 0 <= values["lidit_padding_waste_ratio"] < 1
+    assert values["lidit_unit_seconds_total"] == pytest.approx(manifest["seconds"])
+    assert 'run="watched"' in samples["lidit_loss"][0]
+    assert 0 < values["lidit_step_seconds_count"] <= 400  # the last of them die with their worker
+    assert 0 < values["lidit_data_wait_seconds_total"] < values["lidit_train_seconds_total"]
+    assert values["lidit_last_checkpoint_timestamp_seconds"] > 1.7e9

@@ -1,0 +1,41 @@
+"""`lidit export`: a corpus for teams on other loaders."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from jobs.start import run
+
+
+def command(
+    corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address.")],
+    to: Annotated[Literal["webdataset", "parquet"], typer.Option(help="Tars, or Parquet files.")],
+    out: Annotated[str, typer.Option(help="Folder or s3:// address for the files; created.")],
+    family: Annotated[list[str] | None, typer.Option(help="Text family to include; repeat for several.")] = None,
+    images: Annotated[bool, typer.Option("--images", help="Include the images, read from their sources.")] = False,
+) -> None:
+    """Write one tar or Parquet file per unit: keys, captions, metadata, states of the families named, images if asked.
+
+    **Reads** CORPUS and, with --images, the sources. **Writes** OUT; files that are there are left alone, so the same
+    command again goes on where it stopped.
+
+    **Example:** `lidit export corpus --to parquet --out exported --family smollm2`
+    """
+    from lidit.images.reading import unit_images
+    from lidit.store.export import export_corpus
+    from pipelines.progress import Progress
+
+    with Progress("export", 0, "units") as progress:
+
+        def step(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done)
+
+        names = export_corpus(corpus, out, to, family or (), unit_images if images else None, step)
+    print(f"{out}: {len(names)} files")
+
+
+if __name__ == "__main__":
+    run(command)

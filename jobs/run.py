@@ -1,0 +1,44 @@
+"""`lidit run`: a recipe from its sources to its scores."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from jobs import embed, evaluate, ingest, latents, train
+from jobs.recipe import load_recipe
+from jobs.start import run
+from lidit.config import Stage
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
+    until: Annotated[Stage, typer.Option(help="Last stage to do.")] = "evaluate",
+    allow_drift: Annotated[bool, typer.Option(help="Continue training although settings or data changed.")] = False,
+) -> None:
+    """Ingest, embed with every encoder of the recipe, latents, train, evaluate: whatever of it is missing.
+
+    Encoders run side by side where processors and cards allow. **Reads** the recipe and its sources. **Writes** the
+    corpus and OUTPUT/NAME. The same command after a crash goes on where it stopped; when everything is there it does
+    nothing.
+
+    **Example:** `lidit run recipe.yaml train.steps=1000 --until train`
+    """
+    checked = load_recipe(recipe, overrides)
+    from pipelines.chain import run_chain
+
+    corpus = checked.corpus
+    say: dict[Stage, Any] = {
+        "ingest": lambda made: ingest.show(corpus, made),
+        "embed": lambda made: embed.show(corpus, made),
+        "latents": lambda made: latents.show(corpus, made),
+        "train": train.show,
+        "evaluate": evaluate.show,
+    }
+    run_chain(checked, lambda stage, summary: say[stage](summary), until, allow_drift)
+
+
+if __name__ == "__main__":
+    run(command)

@@ -1,0 +1,66 @@
+"""`lidit verify`: is a corpus what was written?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.start import run
+from lidit.errors import JobError
+
+if TYPE_CHECKING:
+    from lidit.store.verify import VerifyReport
+
+
+def command(
+    corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Every value too: finite, aligned, captions' digests.")] = False,
+    encode: Annotated[int, typer.Option(min=0, help="Rows of each text family to compute again; loads the LLMs.")] = 0,
+) -> None:
+    """Check every file of a corpus against what was recorded when it was written: size, sha256, rows, Arrow structure.
+
+    **Reads** everything in CORPUS. **Writes** nothing. Exit code 1 when anything is wrong, with a line for each problem
+    that says what to do; unfinished families are no problem.
+
+    **Example:** `lidit verify corpus --deep`
+    """
+    report = check(corpus, deep, encode)
+    if not report.sound:
+        count = len(report.problems)
+        raise JobError(f"{corpus}: {count} problem{'s'[: count != 1]} in {report.files} files; lidit repair {corpus}")
+    again = f", {report.rows_encoded_again} rows computed again" if encode else ""
+    print(f"{corpus}: sound, {report.files} files, {report.bytes:,} bytes{again}")
+
+
+def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
+    """Verify with a progress bar, and print what was found."""
+    from lidit.store import TextFamily
+    from lidit.store.verify import verify_corpus
+    from lidit.text import PromptEncoder
+    from lidit.text.family import family_encoder
+    from pipelines.progress import Progress
+
+    loaded: dict[str, PromptEncoder] = {}
+
+    def computed_again(family: TextFamily, captions: Sequence[str]) -> list:  # type: ignore[type-arg]
+        if family.fingerprint not in loaded:
+            loaded.clear()  # one LLM in memory at a time
+            loaded[family.fingerprint] = family_encoder(family)
+        return [found.states for found in loaded[family.fingerprint].encode(list(captions))]
+
+    with Progress("verify", 0, "files") as progress:
+
+        def step(done: int, known: int) -> None:
+            progress.total = max(known, done)
+            progress.update(done)
+
+        report = verify_corpus(corpus, deep, computed_again if encode else None, encode, step)
+    for line in (*report.notes, *report.problems):
+        print(line)
+    return report
+
+
+if __name__ == "__main__":
+    run(command)

@@ -1,0 +1,165 @@
+"""A recipe from its sources to its scores, stage by stage.
+
+The chain keeps no state of its own: every stage finds out by its manifests what is finished, so the same call after
+any interruption goes on where it stopped, and a finished chain starts neither Ray nor a model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from lidit.codecs import codec_spec
+from lidit.config import EncoderSettings, PoolSettings, Recipe, Stage
+from lidit.store import Corpus, FamilyWriter
+from lidit.text import resolve_encoder
+from pipelines import cluster
+from pipelines.embed import EmbedSummary, run_embed
+from pipelines.evaluate import evaluate_scenes
+from pipelines.fit import run_fit
+from pipelines.ingest import run_ingest
+from pipelines.latents import run_latents
+
+log = logging.getLogger(__name__)
+STAGES: tuple[Stage, ...] = get_args(Stage)
+READERS = 1  # logical CPUs of one embedding besides its actors
+SPARE_CPUS = 2  # workers of the stage before may still be on their way out
+Report = Callable[[Stage, Any], None]
+Resources = Mapping[str, float]
+
+
+def run_chain(recipe: Recipe, report: Report, until: Stage = "evaluate", allow_drift: bool = False) -> None:
+    """Do what is missing of the recipe's stages up to `until`.
+
+    report: called after each stage (embed: after each encoder) with its summary, also when nothing was left to do.
+    Without `sources` the corpus must exist. Raises InputError, before anything is started, for encoders or a codec
+    that cannot be used; otherwise what the stages raise. What is finished is kept.
+    """
+    wanted = STAGES[: STAGES.index(until) + 1]
+    _check(recipe, wanted)
+    cluster.at_least(_logical_cpus(recipe))
+    if recipe.sources:
+        report("ingest", run_ingest(list(recipe.sources), recipe.corpus, recipe.ingest))
+    corpus = Corpus.open(recipe.corpus)
+    if "embed" in wanted:
+        _embed(recipe, corpus, report)
+    if "latents" in wanted:
+        report("latents", run_latents(recipe.corpus, recipe.codec, recipe.pool))
+    if "train" not in wanted:
+        return
+    trained = run_fit(recipe, allow_drift)
+    report("train", trained)
+    if "evaluate" in wanted:
+        out = recipe.run_folder / "evaluation"
+        report("evaluate", evaluate_scenes(trained.model, recipe.evaluate, recipe.tracking, out))
+
+
+def _check(recipe: Recipe, wanted: tuple[Stage, ...]) -> None:
+    """Everything a later stage would refuse hours from now."""
+    if "embed" in wanted:
+        for encoder in recipe.encoders:
+            resolve_encoder(encoder, _device(recipe.pool_of(encoder.name)))
+    if "latents" in wanted:
+        codec_spec(recipe.codec, _device(recipe.pool))
+
+
+def _device(pool: PoolSettings) -> str:
+    return "cuda" if pool.gpus else "cpu"
+
+
+def _logical_cpus(recipe: Recipe) -> int:
+    """What an embedded Ray needs so that no stage waits for itself."""
+    embedding = sum(_demand(recipe.pool_of(encoder.name))["CPU"] for encoder in recipe.encoders)
+    training = recipe.engine.workers * recipe.engine.cpus_per_worker + 2
+    return math.ceil(max(embedding, _demand(recipe.pool)["CPU"], training)) + SPARE_CPUS
+
+
+# -- several encoders --------------------------------------------------------------------------------------------------
+
+
+def _embed(recipe: Recipe, corpus: Corpus, report: Report) -> None:
+    pending = []
+    for encoder in recipe.encoders:
+        spec = resolve_encoder(encoder, _device(recipe.pool_of(encoder.name)))
+        if FamilyWriter(corpus.folder.location, "text", spec.name, spec.to_dict()).complete():
+            report("embed", run_embed(recipe.corpus, encoder, recipe.pool_of(encoder.name)))
+        else:
+            pending.append(encoder)
+    if len(pending) == 1:
+        report("embed", run_embed(recipe.corpus, pending[0], recipe.pool_of(pending[0].name)))
+    elif pending:
+        cluster.connect()
+        demands = {encoder.name: _demand(recipe.pool_of(encoder.name)) for encoder in pending}
+        calls = {encoder.name: _embedding(recipe, encoder) for encoder in pending}
+        side_by_side(calls, demands, _capacity(len(pending)), lambda summary: report("embed", summary))
+
+
+def _embedding(recipe: Recipe, encoder: EncoderSettings) -> Callable[[], EmbedSummary]:
+    return lambda: run_embed(recipe.corpus, encoder, recipe.pool_of(encoder.name))
+
+
+def _demand(pool: PoolSettings) -> dict[str, float]:
+    """What the actors and readers of one embedding take."""
+    named = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}
+    demand = {name: pool.actors * amount for name, amount in named.items() if amount}
+    return {**demand, "CPU": demand.get("CPU", 0) + READERS}
+
+
+def _capacity(encoders: int) -> dict[str, float]:
+    """What may be in use at once. An embedded Ray counts logical CPUs; encoders need real ones, readers hardly any."""
+    found = cluster.resources()
+    if os.environ.get(cluster.CLUSTER_ADDRESS):
+        return found
+    return {**found, "CPU": min(found.get("CPU", 0), (os.cpu_count() or 1) + READERS * encoders)}
+
+
+def side_by_side(
+    calls: Mapping[str, Callable[[], Any]],
+    demands: Mapping[str, Resources],
+    capacity: Resources,
+    done: Callable[[Any], None],
+) -> None:
+    """Make the calls in threads, as many at once as fit into `capacity`, in order; at least one at a time.
+
+    done: called here with each result. When a call fails the others go on, for what they finish is kept; then the
+    first error is raised.
+    """
+    free, waiting, running = dict(capacity), list(calls), set()
+    ended: queue.SimpleQueue[tuple[str, Any, BaseException | None]] = queue.SimpleQueue()
+    first: BaseException | None = None
+
+    def work(name: str) -> None:
+        try:
+            ended.put((name, calls[name](), None))
+        except BaseException as error:
+            ended.put((name, None, error))
+
+    while waiting or running:
+        for name in list(waiting):
+            if not running or all(free.get(key, 0) >= amount for key, amount in demands[name].items()):
+                waiting.remove(name)
+                running.add(name)
+                _change(free, demands[name], -1)
+                # A daemon: Ctrl-C must end the process although the others could go on.
+                threading.Thread(target=work, args=(name,), name=name, daemon=True).start()
+        name, result, error = ended.get()
+        running.remove(name)
+        _change(free, demands[name], +1)
+        if error is None:
+            done(result)
+            continue
+        if running or waiting:
+            log.warning("%s failed, the others go on: %s", name, error)
+        first = first or error
+    if first is not None:
+        raise first
+
+
+def _change(free: dict[str, float], amounts: Resources, sign: int) -> None:
+    for key, amount in amounts.items():
+        free[key] = free.get(key, 0) + sign * amount

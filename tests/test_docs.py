@@ -1,0 +1,171 @@
+"""The documentation is true: commands parse, recipes validate, messages exist, recipes for readers run."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from embed_job import embed_here, encoder, make_job
+from tiny_models import tiny_llm
+
+from jobs.main import app
+from jobs.recipe import RECIPES, load_encoder
+from lidit.config import EncoderSettings, Recipe
+from lidit.errors import InputError
+from lidit.settings import apply_overrides, load_yaml, validate
+from lidit.store import Corpus
+
+ROOT = Path(__file__).parents[1]
+USAGE_ERROR = typer.BadParameter.__mro__[1]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "SECURITY.md"])
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:^\s*(?:[A-Z_]+=\S+\s+)*lidit\s+|python -m jobs\.)(?P<words>[a-z].*)")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [body for language, body in FENCE.findall(page.read_text()) if language in languages]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, words after `lidit`) of every command in a block, and of code spans that begin with `lidit `."""
+    found = []
+    for page in PAGES:
+        lines = [line for block in blocks(page, "", "sh", "bash") for line in block.replace("\\\n", " ").splitlines()]
+        spans = re.findall(r"`(lidit [^`…]*?)`", FENCE.sub("", page.read_text()))
+        for line in [*lines, *(span for span in spans if "=" in span or "--" in span)]:
+            match = COMMAND.search(line.partition("  #")[0])
+            if match and not line.lstrip().startswith("#"):
+                found.append((page.name, match["words"]))
+    return found
+
+
+def parse(words: list[str]) -> dict[str, object]:
+    """The arguments as the real command would get them; click's error where it would refuse them."""
+    command = typer.main.get_command(app)
+    sub = command.commands[words[0]]  # type: ignore[attr-defined]
+    return sub.make_context(words[0], list(words[1:])).params
+
+
+def check_command(text: str) -> None:
+    words = shlex.split(text)
+    found = parse(words)
+    if words[0] == "submit":
+        rest = words[words.index(str(found["job"])) + 1 :]
+        check_command(shlex.join([str(found["job"]), *rest]))
+    elif words[0] in ("train", "run"):
+        # A recipe that ships is the real one; any other must at least take the overrides.
+        name = str(found["recipe"])
+        shipped = RECIPES / f"{name}.yaml"
+        tree = load_yaml(shipped if shipped.is_file() else RECIPES / "demo.yaml")
+        tree["train"]["batch_size"] = 2048 if not shipped.is_file() else tree["train"]["batch_size"]
+        tree["encoders"] = [{"name": entry, "model": "x"} for entry in tree["encoders"]]
+        validate(Recipe, apply_overrides(tree, [*(found["overrides"] or [])]), text)
+    elif words[0] == "embed":
+        for name in found["encoder"]:  # type: ignore[attr-defined]
+            if not name.endswith(".yaml"):
+                load_encoder(name, found["setting"])  # type: ignore[arg-type]
+
+
+def test_there_is_much_to_check() -> None:
+    assert len(commands()) > 25
+    assert {name for name, _ in commands()} >= {"README.md", "cluster.md", "scaling.md", "extending.md"}
+
+
+@pytest.mark.parametrize(("page", "text"), commands())
+def test_every_command_is_one_that_exists(page: str, text: str) -> None:
+    check_command(text)
+
+
+@pytest.mark.parametrize("text", ["embd corpus", "embed corpus --encodr x", "embed corpus", "train demo train.step=3"])
+def test_a_wrong_command_is_seen(text: str) -> None:
+    with pytest.raises((USAGE_ERROR, KeyError, InputError)):
+        check_command(text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_in_the_pages_are_valid(page: Path) -> None:
+    demo = load_yaml(RECIPES / "demo.yaml")
+    for block in blocks(page, "yaml"):
+        tree = yaml.safe_load(block)
+        if {"name", "model"} <= set(tree) and isinstance(tree["model"], str):
+            validate(EncoderSettings, tree, page.name)
+            continue
+        names = list(tree.get("pools", {})) or demo["encoders"]
+        base = {**demo, "encoders": [{"name": name, "model": "x"} for name in names]}
+        validate(Recipe, {**base, **tree}, page.name)
+
+
+def messages() -> list[str]:
+    """What code can say: every string of the packages, with … for what is put in."""
+    found = []
+    for package in ("lidit", "pipelines", "jobs"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
+                    found.append("".join(parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def exists(message: str, said: list[str]) -> bool:
+    """… in the page may stand for anything put in; the pieces around it must follow each other in one message."""
+    pattern = re.compile(".*".join(re.escape(piece.strip()) for piece in message.split("…")), re.DOTALL)
+    return any(pattern.search(text.replace("%s", "…").replace("%d", "…")) for text in said)
+
+
+def test_every_message_of_the_troubleshooting_page_exists() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    told = [
+        message
+        for line in text.splitlines()
+        if line.startswith("- `")
+        for message in re.findall(r"`([^`]+)`", re.match(r"- (`[^`]+`(?: and `[^`]+`)*)", line)[1])  # type: ignore[index]
+    ]
+    said = messages()
+    assert len(told) > 35
+    assert [message for message in told if not exists(message, said)] == []
+    assert not exists("this message is … nowhere", said)
+
+
+def test_files_the_pages_link_to_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_format_page_reads_a_corpus_without_our_code(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs" / "format.md", "python")
+    assert "lidit" not in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)
+    (tmp_path / "read.py").write_text(code)
+    corpus, model = make_job(tmp_path / "corpus", units=3, rows=5), tiny_llm(tmp_path / "model", "llama")
+    for storage in ("int8", "bfloat16", "float32"):
+        settings = encoder(model, name=storage, storage=storage)
+        embed_here(corpus, settings)
+        done = subprocess.run(
+            [sys.executable, "-I", "read.py", corpus, storage, "1"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        opened = Corpus.open(corpus)
+        expected = opened.text_family(storage).read(1)
+        with np.load(tmp_path / "states.npz") as stored:
+            for row, states in enumerate(expected):
+                np.testing.assert_allclose(stored[f"arr_{row}"], states.float().numpy(), rtol=1e-6, atol=1e-6)
+        assert all(caption in done.stdout for caption in opened.captions(1)["text"].to_pylist())
+
+
+def test_python_in_the_extending_page_runs(tmp_path: Path) -> None:
+    tiny_llm(tmp_path / "llama", "llama", layers=4)
+    for code in blocks(ROOT / "docs" / "extending.md", "python"):
+        done = subprocess.run(
+            [sys.executable, "-c", code + "\nassert states.ndim == 2 and states.shape[1] == 64"],
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
