@@ -6,9 +6,9 @@
 
 Peer "plain": the whole causal LM with its head, arrival order, padded to the longest caption of the batch,
 `output_hidden_states`. Peer "fixed": the same, padded to 300 tokens as PixArt-style extractors do. All three see the
-same ids (instruction + caption) and must give the same states. Captions are in equal parts from GenEval, T2I-CompBench
-(both short) and DPG-Bench (long), see --long-share; where those lists are not beside the checkout, the same lengths are
-generated. Needs neither Ray nor a network. The last line printed is one JSON object.
+same ids (instruction + caption) and must give the same states. Captions: one third from DPG-Bench (long), the others
+from GenEval and T2I-CompBench (short), see --long-share; where those lists are not beside the checkout, the same
+lengths are generated. Needs neither Ray nor a network. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
