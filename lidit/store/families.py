@@ -81,16 +81,24 @@ class Family:
         if unit in self._verified:
             return
         record = self.record(unit)
-        where = self.folder.where(record["file"])
-        try:
-            content = self.folder.map(record["file"])
-        except FileNotFoundError:
-            raise InputError(f"{where}: missing; {self._remedy}") from None
-        if len(content) != record["bytes"]:
-            raise InputError(f"{where}: {len(content)} bytes, its record says {record['bytes']}; {self._remedy}")
-        if hashlib.sha256(content).hexdigest() != record["sha256"]:
-            raise InputError(f"{where}: damaged (sha256 differs from its record); {self._remedy}")
+        problem = self._problem(record)
+        if problem and self.folder.forget(record["file"]):  # perhaps only the local copy of an object is damaged
+            problem = self._problem(record)
+        if problem:
+            raise InputError(f"{self.folder.where(record['file'])}: {problem}; {self._remedy}")
         self._verified.add(unit)
+
+    def _problem(self, record: dict[str, Any]) -> str | None:
+        """Why a unit's file cannot be used; None when it is what its record says."""
+        try:
+            content = self.folder.map(record["file"], keep_local=True)
+        except FileNotFoundError:
+            return "missing"
+        if len(content) != record["bytes"]:
+            return f"{len(content)} bytes, its record says {record['bytes']}"
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            return "damaged (sha256 differs from its record)"
+        return None
 
     @property
     def _remedy(self) -> str:
@@ -105,7 +113,7 @@ class Family:
         record = self.record(unit)
         where = self.folder.where(record["file"])
         try:
-            file = self._file_type.load(self.folder.map(record["file"]), where)
+            file = self._file_type.load(self.folder.map(record["file"], keep_local=True), where)
         except FileNotFoundError:
             raise InputError(f"{where}: missing; {self._remedy}") from None
         except pa.ArrowInvalid as error:

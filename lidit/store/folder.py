@@ -15,6 +15,7 @@ import fsspec
 import pyarrow as pa
 
 from lidit.errors import InputError
+from lidit.store.cache import cache_place, cached_map, keep
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -123,14 +124,31 @@ class Folder:
         file_system, root = _remote(self.location)
         return bytes(file_system.cat_file(f"{root}/{name}"))
 
-    def map(self, name: str) -> mmap.mmap | bytearray:
-        """The file's bytes, as writable memory that never reaches the file: a private memory map where it is local."""
+    def map(self, name: str, keep_local: bool = False) -> mmap.mmap | bytearray:
+        """The file's bytes, as writable memory that never reaches the file: a private memory map where it is local.
+
+        keep_local: a unit file behind a URL is read from its copy on local disk, and kept there (`lidit.store.cache`).
+        """
         if not self.local:
-            return bytearray(self.read_bytes(name))
+            place = cache_place(self.where(name)) if keep_local else None
+            if place and (kept := cached_map(place)) is not None:
+                return kept
+            content = bytearray(self.read_bytes(name))
+            if place:
+                keep(place, content)
+            return content
         with (self.path / name).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return bytearray()
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def forget(self, name: str) -> bool:
+        """Drop the local copy of a file behind a URL. True where there was one."""
+        place = None if self.local else cache_place(self.where(name))
+        if place is None or not place.exists():
+            return False
+        place.unlink(missing_ok=True)
+        return True
 
     def read_table(self, name: str) -> pa.Table:
         """An Arrow IPC file. Raises FileNotFoundError, or pa.ArrowInvalid for a torn or foreign file."""

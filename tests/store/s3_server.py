@@ -21,6 +21,7 @@ def s3_server() -> Iterator[dict[str, str]]:
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
+            "LIDIT_STORE_CACHE_GIGABYTES": "0",  # what is tested is the server's copy
         }
         client = boto3.client(
             "s3",
