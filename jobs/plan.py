@@ -69,17 +69,15 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
     console.print(table)
 
     table = Table(title="\nGigabytes on disk, by storage dtype", title_justify="left")
-    for column in ("family", "float32", "bfloat16", "int8"):
+    for column in ("family", "float32", "bfloat16", "8 bits"):
         table.add_column(column, justify="left" if column == "family" else "right")
     for encoder in recipe.encoders:
         sizes = plan.text_bytes[encoder.name]
         chosen = "bfloat16" if encoder.storage == "compute" else encoder.storage
         cells = [f"{size / 1e9:,.1f}" + (" (recipe)" if name == chosen else "") for name, size in sizes.items()]
         table.add_row(f"text/{encoder.name}", *cells)
-    cells = {facts.latent_storage: f"{plan.latent_bytes / 1e9:,.1f}"}
-    table.add_row(
-        f"latents/{recipe.codec.name}", cells.get("float32", ""), cells.get("bfloat16", ""), cells.get("uint8", "")
-    )
+    held = {facts.latent_storage: f"{plan.latent_bytes / 1e9:,.1f}"}
+    table.add_row(f"latents/{recipe.codec.name}", *(held.get(name, "") for name in ("float32", "bfloat16", "uint8")))
     console.print(table)
 
     embedding = ", ".join(f"{name} {hours:,.1f}" for name, hours in plan.embed_gpu_hours.items())

@@ -156,7 +156,7 @@ def test_the_papers_runs(name: str, billions: int, steps: int, capsys: pytest.Ca
 def test_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert lidit("plan", "lidit-1b", "plan.gpus=8", "engine.workers=8") == 0
     shown = capsys.readouterr().out
-    for word in ("ZeRO stage", "2 (recipe)", "GPU-hours", "MB/s per node", "int8", "cost"):
+    for word in ("ZeRO stage", "2 (recipe)", "GPU-hours", "MB/s per node", "8 bits", "cost"):
         assert word in shown, word
 
 
