@@ -84,6 +84,16 @@ def problem(folder: Path) -> str | None:
     return None
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether a file is missing: the checkpoint was being written when the run was stopped, and never became one."""
+    try:
+        ranks = range(read_position(folder).world_size)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    names = [f"rank-{rank:05}.{kind}" for rank in ranks for kind in ("json", "safetensors")]
+    return not all((folder / name).exists() for name in names)
+
+
 def read_position(folder: Path) -> Position:
     return Position(**json.loads((folder / "position.json").read_text()))
 
@@ -98,14 +108,15 @@ def candidates(root: Path) -> list[Path]:
 def newest_complete(root: Path) -> Path | None:
     """The newest checkpoint that passes every check; damaged ones are named and passed over.
 
-    InputError when there are checkpoints and none is whole: starting over silently would throw work away.
+    InputError when there are checkpoints and none is whole: starting over silently would throw work away. Not so when
+    none of them was ever finished.
     """
     found = candidates(root)
     for folder in found:
         if (reason := problem(folder)) is None:
             return folder
         log.warning("checkpoint %s is not usable (%s): falling back to the one before", folder.name, reason)
-    if found:
+    if not all(map(unfinished, found)):
         raise InputError(f"{root}: no checkpoint is whole; remove the step-* folders to start the run over")
     return None
 

@@ -1,0 +1,96 @@
+"""Leaving early with everything saved: SIGTERM at the driver, or a node that Ray says is about to be taken away."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.train as rt
+import torch
+import torch.distributed as dist
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ASK_SECONDS = 1.0
+PREEMPTION_SECONDS = 10.0
+
+
+class Wish(IntEnum):
+    """GO_ON; LOOK: ask Ray about preemption; SAVE: save and go on, Ray starts the run anew; STOP: save and leave."""
+
+    GO_ON = 0
+    LOOK = 1
+    SAVE = 2
+    STOP = 3
+
+
+class Listener:
+    """What the workers are to do after a step, agreed upon by all. Rank 0 asks the driver's board, without waiting."""
+
+    def __init__(self, board: Any, device: torch.device) -> None:
+        self.board, self.device = board if dist.get_rank() == 0 else None, device
+        self._answer: Any = None
+        self._asked, self._looked = -ASK_SECONDS, time.monotonic()
+        self._saved_for: Any = None
+
+    def ask(self) -> Wish:
+        """Collective: every worker calls it after every step."""
+        told = torch.tensor(float(self._own_wish()), device=self.device)
+        dist.broadcast(told, 0)
+        wish = Wish(int(told.item()))
+        if wish is not Wish.LOOK:
+            return wish
+        info = rt.get_preemption_info()
+        if info is None or info == self._saved_for:
+            return Wish.GO_ON
+        self._saved_for = info
+        return Wish.SAVE
+
+    def _own_wish(self) -> Wish:
+        if self.board is None:
+            return Wish.GO_ON
+        now = time.monotonic()
+        if self._answer is None and now - self._asked >= ASK_SECONDS:
+            self._answer, self._asked = self.board.is_stopping.remote(), now
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            stopping, self._answer = ray.get(self._answer), None
+            if stopping:
+                return Wish.STOP
+        if now - self._looked >= PREEMPTION_SECONDS:
+            self._looked = now
+            return Wish.LOOK
+        return Wish.GO_ON
+
+
+@contextmanager
+def saved_on_sigterm(board: Any) -> Iterator[threading.Event]:
+    """SIGTERM sets the event and makes the workers save and leave; a second one ends the process at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+        board.stop.remote()
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Also where a library wrapped the system's error into its own."""
+    return (isinstance(error, OSError) and error.errno in DISK_FULL) or any(
+        text in str(error) for text in ("No space left on device", "StorageFull", "File too large")
+    )
