@@ -36,6 +36,8 @@ def command(
 
 def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
     """Verify with a progress bar, and print what was found."""
+    import torch
+
     from lidit.store import TextFamily
     from lidit.store.verify import verify_corpus
     from lidit.text import PromptEncoder
@@ -44,7 +46,7 @@ def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
 
     loaded: dict[str, PromptEncoder] = {}
 
-    def computed_again(family: TextFamily, captions: Sequence[str]) -> list:  # type: ignore[type-arg]
+    def computed_again(family: TextFamily, captions: Sequence[str]) -> list[torch.Tensor]:
         if family.fingerprint not in loaded:
             loaded.clear()  # one LLM in memory at a time
             loaded[family.fingerprint] = family_encoder(family)

@@ -129,7 +129,8 @@ def side_by_side(
     done: called here with each result. When a call fails the others go on, for what they finish is kept; then the
     first error is raised.
     """
-    free, waiting, running = dict(capacity), list(calls), set()
+    free, waiting = dict(capacity), list(calls)
+    running: set[str] = set()
     ended: queue.SimpleQueue[tuple[str, Any, BaseException | None]] = queue.SimpleQueue()
     first: BaseException | None = None
 

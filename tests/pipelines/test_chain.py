@@ -88,7 +88,7 @@ def test_mistakes_of_late_stages_are_found_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for override, message in (
-        ("encoders.1.layer=9", "has 2 blocks"),
+        ("encoders.1.layer=9", "has 6 blocks"),
         ("encoders.0.model=/absent", "/absent"),
         ("codec={name: vae, model: /absent}", "/absent"),
         ("pools={llma: {actors: 2}}", "no encoder is called 'llma'"),
