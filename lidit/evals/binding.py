@@ -177,17 +177,17 @@ def measure_binding(
     images = pixels(cases) if images is None else images
     if len(images) != len(cases) or not cases:
         raise InputError(f"{len(cases)} cases and {len(images)} images: one image is needed per case")
-    true = _losses(loss, images, [case.caption for case in cases], timesteps, batch_size, seed)
-    wrong = _losses(loss, images, [case.wrong for case in cases], timesteps, batch_size, seed)
+    true = loss_table(loss, images, [case.caption for case in cases], timesteps, batch_size, seed)
+    wrong = loss_table(loss, images, [case.wrong for case in cases], timesteps, batch_size, seed)
     gaps = wrong - true
-    decided = _wins(gaps.mean(axis=1))
+    decided = wins(gaps.mean(axis=1))
     positions = sorted({position for case in cases for position in case.positions})
     at = {p: [index for index, case in enumerate(cases) if p in case.positions] for p in positions}
     return BindingResult(
         accuracy=bootstrap_mean(decided),
         gap=bootstrap_mean(gaps.mean(axis=1)),
         by_position={position: bootstrap_mean(decided[chosen]) for position, chosen in at.items()},
-        by_timestep={t: float(_wins(gaps[:, index]).mean()) for index, t in enumerate(timesteps)},
+        by_timestep={t: float(wins(gaps[:, index]).mean()) for index, t in enumerate(timesteps)},
         gaps=gaps,
     )
 
@@ -202,11 +202,11 @@ def loss_by_timestep(
     seed: int = 0,
 ) -> dict[float, Interval]:
     """Validation loss at each timestep with fixed noise: `images` [N, ...] and one caption each. Errors as above."""
-    table = _losses(loss, images, list(captions), timesteps, batch_size, seed)
+    table = loss_table(loss, images, list(captions), timesteps, batch_size, seed)
     return {t: bootstrap_mean(table[:, index]) for index, t in enumerate(timesteps)}
 
 
-def _losses(
+def loss_table(
     loss: LossFunction, images: Tensor, captions: list[str], timesteps: Sequence[float], batch_size: int, seed: int
 ) -> NDArray[np.float64]:
     """Loss [N, timesteps] with noise seeded by (seed, timestep's place), the same whatever the batch size."""
@@ -227,6 +227,6 @@ def _losses(
     return table
 
 
-def _wins(gaps: NDArray[np.float64]) -> NDArray[np.float64]:
+def wins(gaps: NDArray[np.float64]) -> NDArray[np.float64]:
     """1 where the wrong caption costs more, 0.5 where it costs the same."""
     return (gaps > 0) + 0.5 * (gaps == 0)

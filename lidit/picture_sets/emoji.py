@@ -1,6 +1,6 @@
 """Emoji of two vendors at 64 pixels, and Microsoft's 3D ones at 256, captioned by emojibase.
 
-Vendor is style: the same label drawn by another hand, told apart by the captions of origin "style".
+Vendor is style: the same label drawn by another hand, which the plain caption names.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def _pictures(files: Files, styles: tuple[Style, ...]) -> Iterator[Picture | Lef
             if label is None:
                 yield LeftOut(origin, "no label in emojibase-data")
                 continue
-            captions = [(label.text, "original"), (f"{label.text}, {style.words} style", "style")]
+            captions = [(f"{label.text}, {style.words} style", "original")]
             if label.tags:
-                captions.append((f"{label.text}: {', '.join(label.tags)}, {style.words} style", "tags"))
+                captions.append((f"{label.text}: {', '.join(label.tags)}", "tags"))
             yield Picture(
                 key=f"{style.words.lower().replace(' ', '-')}-{stem}",
                 suffix=style.suffix,

@@ -19,7 +19,7 @@ from lidit.picture_sets.pictures import LeftOut, Picture, PictureSet
 PARTS = ("train", "held_out")
 FACTS = "picture-set.json"
 PER_SHARD = 1000
-CODE_VERSION = 1
+CODE_VERSION = 2
 Report = Callable[[str], None]
 
 
