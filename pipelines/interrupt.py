@@ -77,16 +77,27 @@ def saved_on_sigterm(board: Any) -> Iterator[threading.Event]:
         yield asked
         return
 
+    woken = threading.Event()
+
     def handle(number: int, frame: FrameType | None) -> None:
         asked.set()
+        woken.set()
         signal.signal(signal.SIGTERM, before)
-        board.stop.remote()
 
+    def forward() -> None:  # not in the handler: it may have interrupted Ray's own code
+        woken.wait()
+        if asked.is_set():
+            board.stop.remote()
+
+    thread = threading.Thread(target=forward, daemon=True)
     before = signal.signal(signal.SIGTERM, handle)
+    thread.start()
     try:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
+        woken.set()
+        thread.join()
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -147,7 +147,7 @@ def test_the_papers_runs(name: str, billions: int, steps: int, capsys: pytest.Ca
     assert plan["steps"] == steps
     recipe = load_recipe(name)
     images, tokens = recipe.train.batch_size * steps, (recipe.plan.latent[1] // 2) ** 2  # type: ignore[index]
-    # 6 FLOPs per token and parameter that sees every image token: 14 of the 25 D^2 of a block; no attention, no refiners
+    # 6 FLOPs per token and parameter that sees every image token: 14 of a block's 25 D^2; attention left out
     assert plan["train_gpu_hours"] == pytest.approx(
         6 * 14 / 25 * plan["parameters"] * tokens * images / (989e12 * 0.4 * 3600), rel=0.2
     )
