@@ -30,6 +30,8 @@ from pipelines.progress import Progress
 log = logging.getLogger(__name__)
 
 ACTOR_RESTARTS = 3  # a caption that kills the process must not be tried for ever
+# Restarts are the bound: while a lost node is not yet given up, every try counts, and three are gone within a second.
+TASK_RETRIES = -1
 MOST_BLOCKS = 10_000
 CALLS_PER_ACTOR = 2  # one unit is packed and written while the next one computes
 # A user's mistake travels as a row: Ray would strip an exception of its class and bury its text.
@@ -162,7 +164,7 @@ def _compute(
         ),
         fn_constructor_kwargs={"job": job},
         max_restarts=ACTOR_RESTARTS,
-        max_task_retries=ACTOR_RESTARTS,
+        max_task_retries=TASK_RETRIES,
         **_demands(pool),
     )
     try:

@@ -15,7 +15,7 @@ from embed_job import embed_here, encoder, make_job
 from tiny_models import tiny_llm
 
 from jobs.main import app
-from jobs.recipe import RECIPES, load_encoder
+from jobs.recipe import RECIPES, load_encoder, load_recipe
 from lidit.config import EncoderSettings, Recipe
 from lidit.errors import InputError
 from lidit.settings import apply_overrides, load_yaml, validate
@@ -58,14 +58,15 @@ def check_command(text: str) -> None:
     if words[0] == "submit":
         rest = words[words.index(str(found["job"])) + 1 :]
         check_command(shlex.join([str(found["job"]), *rest]))
-    elif words[0] in ("train", "run"):
-        # A recipe that ships is the real one; any other must at least take the overrides.
-        name = str(found["recipe"])
-        shipped = RECIPES / f"{name}.yaml"
-        tree = load_yaml(shipped if shipped.is_file() else RECIPES / "demo.yaml")
-        tree["train"]["batch_size"] = 2048 if not shipped.is_file() else tree["train"]["batch_size"]
+    elif words[0] in ("train", "run", "plan"):
+        name, overrides = str(found["recipe"]), list(found["overrides"] or [])  # type: ignore[call-overload]
+        if not name.endswith(".yaml"):
+            load_recipe(name, overrides)
+            return
+        tree = load_yaml(RECIPES / "demo.yaml")  # any recipe of a reader's own must at least take the overrides
         tree["encoders"] = [{"name": entry, "model": "x"} for entry in tree["encoders"]]
-        validate(Recipe, apply_overrides(tree, [*(found["overrides"] or [])]), text)
+        tree["train"]["batch_size"] = 2048
+        validate(Recipe, apply_overrides(tree, overrides), text)
     elif words[0] == "embed":
         for name in found["encoder"]:  # type: ignore[attr-defined]
             if not name.endswith(".yaml"):
