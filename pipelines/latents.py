@@ -32,6 +32,7 @@ CHUNK_PIXELS = 64 * 512 * 512  # one decode task: 48 MiB of pixels
 BATCH_PIXELS = {"cuda": 16 * 512 * 512, "cpu": 4 * 128 * 128}
 WINDOW = 4  # chunks decoded ahead of the codec
 ACTOR_RESTARTS = 3
+TASK_RETRIES = -1  # bounded by the restarts: while a lost node is not yet given up, tries fail many times a second
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def run_latents(
     opened = Corpus.open(corpus, root)
     job = LatentsJob(opened.folder.location, opened.root, settings, "cuda" if pool.gpus else "cpu")
     spec = codec_spec(settings, job.device)
-    _check_buckets(opened, spec["factor"], settings.scale)
+    check_buckets(opened, spec["factor"], settings.scale)
     writer = job.writer()
     pending = [] if writer.complete() else writer.pending()
     busy = [0.0, 0.0]
@@ -120,7 +121,7 @@ def run_latents(
     )
 
 
-def _check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
+def check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
     first = next((u for u in range(corpus.num_units) if corpus.units["samples"][u].as_py()), None)
     if first is None or corpus.samples(first)["bucket"][0].as_py() is None:
         raise InputError(f"{corpus.folder.location}: a corpus of captions only: there are no images to encode")
@@ -140,7 +141,7 @@ def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int
         resources=pool.resources or None,
         label_selector=pool.label_selector or None,
         max_restarts=ACTOR_RESTARTS,
-        max_task_retries=ACTOR_RESTARTS,
+        max_task_retries=TASK_RETRIES,
     )(LatentsActor)
     actors = [actor_type.remote(job) for _ in range(min(pool.actors, len(pending)))]
     remaining = iter(pending)
