@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lidit.config import EncoderSettings, Recipe
 from lidit.errors import InputError
 from lidit.settings import apply_overrides, load_yaml, validate
+
+if TYPE_CHECKING:
+    from lidit.evals.ablation_settings import Ablation
 
 RECIPES = Path(__file__).parent / "recipes"
 ENCODERS = RECIPES / "encoders"
@@ -18,6 +21,17 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
     path = find(recipe, RECIPES, "recipe")
     tree = apply_overrides(_with_encoders(load_yaml(path), path), overrides or [])
     return validate(Recipe, _with_encoders(tree, path), str(recipe))
+
+
+def load_ablation(recipe: str, overrides: list[str] | None = None) -> Ablation:
+    """An ablation recipe with overrides; encoders of its `recipe` section as in `load_recipe`."""
+    from lidit.evals.ablation_settings import Ablation
+
+    path = find(recipe, RECIPES, "ablation recipe")
+    tree = load_yaml(path)
+    if isinstance(tree.get("recipe"), dict):
+        tree["recipe"] = _with_encoders(tree["recipe"], path)
+    return validate(Ablation, apply_overrides(tree, overrides or []), str(recipe))
 
 
 def load_encoder(name: str, overrides: list[str] | None = None) -> EncoderSettings:

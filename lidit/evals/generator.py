@@ -10,6 +10,7 @@ from lidit.evals.layouts import (
     LARGE,
     LIST_AREA_FACTOR,
     RELATIONS,
+    SIMPLE_FOUR,
     SIMPLE_PAIR,
     SIMPLE_SINGLE,
     SMALL,
@@ -74,7 +75,8 @@ def _spread(rng: Random, values: tuple[str, ...], count: int) -> list[str]:
 
 def _place(rng: Random, tag: str, pairs: list[Pair], relation: str | None, size: int, layout: str) -> Scene | None:
     if layout == "simple":
-        area = disc_area(SIMPLE_SINGLE if len(pairs) == 1 else SIMPLE_PAIR, size)
+        radius = SIMPLE_SINGLE if len(pairs) == 1 else SIMPLE_PAIR if len(pairs) == 2 else SIMPLE_FOUR
+        area = disc_area(radius, size)
         places = simple_positions(len(pairs), relation, size, rng)
         objects = [SceneObject(shape, colour, x, y, area) for (colour, shape), (x, y) in zip(pairs, places)]
         return Scene(tag, size, tuple(objects), relation)

@@ -13,7 +13,7 @@ from lidit.evals.shapes import SHAPES
 
 SMALL, LARGE = 0.115, 0.19  # radius of the equal-area disc over the image side
 LIST_AREA_FACTOR = 0.62  # area factor of lists with more than five objects
-SIMPLE_SINGLE, SIMPLE_PAIR = 0.20, 0.15
+SIMPLE_SINGLE, SIMPLE_PAIR, SIMPLE_FOUR = 0.20, 0.15, 0.13
 JITTER_SINGLE, JITTER_PAIR = 1.2 / 32, 0.6 / 32  # share of the image side: 1.2 and 0.6 pixels at 32
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -26,9 +26,10 @@ def disc_area(radius: float, size: int) -> float:
 
 
 def simple_positions(count: int, relation: str | None, size: int, rng: Random) -> list[tuple[float, float]]:
-    """Centres in mention order: one object in the middle, or two in slots side by side or one above the other.
+    """Centres in mention order: one object in the middle, two in slots side by side or one above the other, three or
+    four in the quarters of the image.
 
-    Without a relation the first object mentioned stands left or above.
+    Without a relation the objects stand in reading order.
     """
     middle, low, high = 0.5 * size, 0.25 * size, 0.75 * size
     if count == 1:
@@ -41,8 +42,11 @@ def simple_positions(count: int, relation: str | None, size: int, rng: Random) -
         if relation in ("right of", "below"):
             slots.reverse()
         jitter = JITTER_PAIR * size
+    elif count <= 4:
+        slots = [(low, low), (high, low), (low, high), (high, high)][:count]
+        jitter = JITTER_PAIR * size
     else:
-        raise InputError(f"the simple layout holds one or two objects, not {count}: use layout='free'")
+        raise InputError(f"the simple layout holds one to four objects, not {count}: use layout='free'")
     return [(x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)) for x, y in slots]
 
 

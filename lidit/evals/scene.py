@@ -17,7 +17,7 @@ COLOURED_TAGS = frozenset({"colors", "color_attr", "color_attr_position"})
 RELATION_TAGS = frozenset({"position", "color_attr_position"})
 SIMPLE_TAGS = ("single_object", "two_object", "colors", "position", "color_attr", "color_attr_position")
 FREE_TAGS = (*SIMPLE_TAGS, "counting", "size_attr", "list4", "list8")
-LONGEST_LIST = 8
+LONGEST_LIST, LONGEST_SIMPLE_LIST = 8, 4
 
 
 def list_length(tag: str) -> int | None:
@@ -32,10 +32,14 @@ def names_colours(tag: str) -> bool:
 
 def check_tag(tag: str, layout: str) -> None:
     """Raises InputError for a category that does not exist or that the layout cannot show."""
-    if tag in (SIMPLE_TAGS if layout == "simple" else FREE_TAGS) or (layout == "free" and list_length(tag)):
+    length = list_length(tag)
+    if length is not None and length <= (LONGEST_SIMPLE_LIST if layout == "simple" else LONGEST_LIST):
         return
-    if tag in FREE_TAGS or list_length(tag):
-        raise InputError(f"category {tag!r} needs layout='free'; the simple layout has {', '.join(SIMPLE_TAGS)}")
+    if tag in (SIMPLE_TAGS if layout == "simple" else FREE_TAGS):
+        return
+    if tag in FREE_TAGS or length is not None:
+        known = ", ".join(SIMPLE_TAGS)
+        raise InputError(f"category {tag!r} needs layout='free'; the simple layout has {known}, list2 to list4")
     raise InputError(f"category {tag!r} is unknown: choose from {', '.join(FREE_TAGS)} or list2 to list{LONGEST_LIST}")
 
 

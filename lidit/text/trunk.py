@@ -28,7 +28,7 @@ class Trunk:
         self.device = next(model.parameters()).device
         self._output: torch.Tensor | None = None
         if not spec.final:
-            _block_list(self.model, spec.blocks)[-1].register_forward_hook(self._keep_output)
+            block_list(self.model, spec.blocks)[-1].register_forward_hook(self._keep_output)
         if spec.kind == "unmasked":  # LLM2Vec's first step, arXiv 2404.05961
             self.model.config.is_causal = False
         self._check_direction()
@@ -163,7 +163,7 @@ def _text_part(model: nn.Module, encoder: bool) -> nn.Module:
     return model
 
 
-def _block_list(model: nn.Module, blocks: int) -> nn.ModuleList:
+def block_list(model: nn.Module, blocks: int) -> nn.ModuleList:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
     if not lists:
         raise InputError(f"{type(model).__name__}: no list of {blocks} transformer blocks found in this model")

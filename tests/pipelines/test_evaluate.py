@@ -1,6 +1,7 @@
 """Evaluating a model folder: official layouts drawn by workers and resumed, official results summed up, binding."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +187,14 @@ def test_list_prompts_give_the_positional_curve(model: Path, tmp_path: Path) -> 
     scores = evaluate_scenes(model, settings, TrackingSettings(), tmp_path)
     assert {"list4/position_4_of_4", "list4/drop", "list4/lax"} <= set(scores.metrics)
     assert Image.open(tmp_path / "positions.png").width > 100
+
+
+def test_runs_are_compared_on_one_page(small_world: SmallWorld, model: Path, tmp_path: Path) -> None:
+    other = write_model(small_world, tmp_path / "other", seed=2)
+    page = tmp_path / "page.html"
+    words = ["--prompt", "a red circle", "--seeds", "2", "--out", page]
+    assert lidit("report", model.parent, other.parent, *words) == 0
+    text = page.read_text()
+    assert text.count("<img src=") == 4
+    assert len(set(re.findall(r'<img src="([^"]+)"', text))) == 4  # two models, two seeds: four pictures
+    assert lidit("report", model.parent, tmp_path, *words) == 2

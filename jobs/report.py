@@ -1,0 +1,32 @@
+"""`lidit report`: runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.start import run
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, OUTPUT/NAME of `lidit train`.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What every model draws; default: sample prompts.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Images per prompt: seeds 0, 1, ...")] = 3,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Compare runs on one page: same prompts and seeds, scores, curves, and the settings that differ.
+
+    **Reads** run folders, their evaluations and the tracker; loads their LLMs. **Writes** one HTML file that opens
+    offline.
+
+    **Example:** `lidit report runs/small runs/large --prompt "a red circle above a blue square"`
+    """
+    from pipelines.compare import compare_runs
+
+    print(compare_runs(runs, prompt or [], range(seeds), out))
+
+
+if __name__ == "__main__":
+    run(command)

@@ -1,0 +1,154 @@
+"""Runs side by side as one HTML file that opens offline: same prompts, same seeds, scores, curves.
+
+Everything is inside the page: pictures as data URLs, no script, no font, no address.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from lidit.errors import InputError
+
+Curve = Sequence[tuple[int, float]]
+SMALLEST_SIDE = 96
+STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; }
+table { border-collapse: collapse; margin: .8rem 0; }
+th, td { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.best { font-weight: 600; }
+td img { image-rendering: pixelated; display: inline-block; margin: 0 3px 3px 0; }
+img.curve { max-width: 100%; }
+.differs td { background: #fff7e0; }
+caption { text-align: left; color: #555; }
+"""
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """One run. `facts`: setting -> value; `scores`: metric -> value; `curves`: metric -> (step, value);
+    `images`: prompt -> its images, uint8 [H, W, 3], drawn with the same seeds in every run."""
+
+    name: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    images: Mapping[str, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)
+
+
+def write_report(path: Path, runs: Sequence[RunPage], seeds: Sequence[int], title: str = "Runs side by side") -> None:
+    """Writes the page. Raises InputError for fewer than two runs or two runs of one name."""
+    names = [run.name for run in runs]
+    if len(runs) < 2 or len(set(names)) != len(names):
+        raise InputError(f"a comparison needs two or more runs of different names, found {', '.join(names) or 'none'}")
+    sections = [
+        _images(runs, seeds),
+        _scores(runs),
+        _curves(runs),
+        _facts(runs),
+    ]
+    body = "\n".join(section for section in sections if section)
+    heading = html.escape(f"{title}: {', '.join(names)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{heading}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{heading}</h1>\n{body}\n</body>\n</html>\n",
+        encoding="utf-8",
+    )
+
+
+def _section(title: str, note: str, head: Sequence[str], rows: Sequence[str]) -> str:
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    table = f"<thead><tr>{cells}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>"
+    return f"<h2>{title}</h2>\n<table>\n<caption>{html.escape(note)}</caption>\n{table}\n</table>"
+
+
+def _images(runs: Sequence[RunPage], seeds: Sequence[int]) -> str:
+    prompts = list(dict.fromkeys(prompt for run in runs for prompt in run.images))
+    if not prompts:
+        return ""
+    rows = []
+    for prompt in prompts:
+        cells = "".join(f"<td>{''.join(map(_picture, run.images.get(prompt, ())))}</td>" for run in runs)
+        rows.append(f"<tr><td>{html.escape(prompt)}</td>{cells}</tr>")
+    note = f"Every run draws every prompt with the seeds {', '.join(map(str, seeds))}."
+    return _section("Same prompts, same seeds", note, ["prompt", *(run.name for run in runs)], rows)
+
+
+def _picture(image: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    height, width = image.shape[:2]
+    factor = max(1, -(-SMALLEST_SIDE // width))
+    return f'<img src="{_data(buffer.getvalue())}" width="{width * factor}" height="{height * factor}" alt="">'
+
+
+def _data(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _scores(runs: Sequence[RunPage]) -> str:
+    names = list(dict.fromkeys(name for run in runs for name in run.scores))
+    rows = []
+    for name in names:
+        values = [run.scores.get(name) for run in runs]
+        known = [value for value in values if value is not None]
+        cells = ""
+        for value in values:
+            best = " best" if value is not None and len(known) > 1 and value == max(known) > min(known) else ""
+            cells += f'<td class="number{best}">{"" if value is None else f"{value:.3f}"}</td>'
+        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    note = "The highest of a row is bold; floors are what another true scene would score."
+    return _section("Scores", note, ["score", *(run.name for run in runs)], rows) if rows else ""
+
+
+def _facts(runs: Sequence[RunPage]) -> str:
+    names = list(dict.fromkeys(name for run in runs for name in run.facts))
+    rows = []
+    for name in names:
+        values = [run.facts.get(name, "") for run in runs]
+        differs = ' class="differs"' if len(set(values)) > 1 else ""
+        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+        rows.append(f"<tr{differs}><td>{html.escape(name)}</td>{cells}</tr>")
+    note = "Settings that differ are marked."
+    return _section("Settings", note, ["setting", *(run.name for run in runs)], rows) if rows else ""
+
+
+def _curves(runs: Sequence[RunPage]) -> str:
+    names = list(dict.fromkeys(name for run in runs for name in run.curves))
+    pictures = []
+    for name in names:
+        drawn = {run.name: run.curves[name] for run in runs if run.curves.get(name)}
+        if drawn:
+            label = html.escape(name)
+            pictures.append(f'<img class="curve" src="{_data(_plot(name, drawn))}" alt="{label} of every run">')
+    return "<h2>Curves</h2>\n" + "\n".join(pictures) if pictures else ""
+
+
+def _plot(name: str, curves: Mapping[str, Curve]) -> bytes:
+    figure = Figure(figsize=(8, 3.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for label, points in curves.items():
+        steps, values = zip(*sorted(points))
+        axes.plot(steps, values, label=label, linewidth=1.2)
+    if all(value > 0 for points in curves.values() for _, value in points):
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel=name)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": ""})
+    return buffer.getvalue()

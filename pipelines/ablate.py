@@ -1,0 +1,231 @@
+"""An ablation: one corpus, many arms, one report. Nothing that has a result is done again.
+
+Arms with one worker train side by side as Ray tasks, as many as the cluster holds; arms with several go through the
+ordinary training, one after the other. Every arm is a run below the ablation's own in the tracker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from lidit.diffusion import build_objective
+from lidit.errors import InputError, JobError
+from lidit.evals.ablation import ArmResult
+from lidit.evals.ablation_report import write_ablation_report
+from lidit.evals.ablation_settings import Ablation
+from lidit.evals.captions import CaptionStyles
+from lidit.evals.scenes import write_scene_shards
+from lidit.pipeline import LIDiTPipeline
+from lidit.settings import flatten
+from lidit.store import Corpus, digest_of
+from pipelines import cluster, tracking
+from pipelines.arm import ArmJob, train_arm
+from pipelines.chain import run_chain
+from pipelines.fit import run_facts, run_fit
+from pipelines.progress import Progress
+from pipelines.study import Study
+
+PARENT = "mlflow.parentRunId"
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class AblationSummary:
+    """`trained` arms (with their seeds) by this call, `found` finished before it."""
+
+    page: Path
+    trained: int
+    found: int
+    tracking_uri: str
+
+
+def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
+    """Everything from the scenes to the report. Call again after any interruption.
+
+    report: told of every finished arm. Raises InputError for settings that do not fit together, before anything is
+    computed; JobError where an arm fails, after the arms beside it are done.
+    """
+    folder = ablation.recipe.run_folder.resolve()
+    ablation = _absolute(ablation, folder)
+    study = Study.of(ablation, folder / "cases")
+    corpus = _prepare(ablation, folder)
+    jobs = _jobs(ablation, study, corpus)
+    uri = tracking.store_uri(ablation.recipe.tracking.uri, folder.parent)
+    results = {job.name: found for job in jobs if (found := _finished(job)) is not None}
+    pending = [job for job in jobs if job.name not in results]
+    key = digest_of({"ablation": ablation.recipe.name, "output": str(folder)})[:32]
+    params = flatten(ablation)
+    name, experiment = ablation.recipe.name, ablation.recipe.tracking.experiment
+    with tracking.tracked_run(uri, experiment, name, key, params, {"lidit.job": "ablate"}, folder) as parent:
+        _encode_cases(pending, corpus)
+        with Progress(f"ablate {name}", len(jobs), "arms", start=len(results)) as progress:
+            for job, result in _results(pending, ablation):
+                results[job.name] = result
+                _track(job, result, uri, experiment, parent.handle.run_id)
+                progress.advance(1, f"{job.name}: accuracy {result.points[-1].accuracy:.3f}")
+                page = _write(ablation, corpus, folder, results, jobs)
+                report(f"{job.name}: final accuracy {result.points[-1].accuracy:.3f}, {page}")
+        page = _write(ablation, corpus, folder, results, jobs)
+        parent.artifact(page.parent, "report")
+    return AblationSummary(page, len(pending), len(jobs) - len(pending), uri)
+
+
+def _absolute(ablation: Ablation, folder: Path) -> Ablation:
+    """Paths that mean the same to workers started in other folders."""
+    corpus = ablation.recipe.corpus if "://" in ablation.recipe.corpus else str(Path(ablation.recipe.corpus).resolve())
+    changes = {"output": str(folder.parent), "corpus": corpus, "sources": (str(folder / "scenes"),)}
+    return ablation.model_copy(update={"recipe": ablation.recipe.model_copy(update=changes)})
+
+
+def _prepare(ablation: Ablation, folder: Path) -> Corpus:
+    """The corpus with the states of every encoder and the latents."""
+    scenes = ablation.scenes
+    styles = CaptionStyles(original=scenes.styles, synthetic=())
+    write_scene_shards(
+        folder / "scenes", scenes.count, scenes.size, scenes.seed, scenes.layout,
+        categories={scenes.tag: 1.0}, styles=styles,
+    )  # fmt: skip
+    run_chain(ablation.recipe, lambda stage, summary: None, until="latents")
+    return Corpus.open(ablation.recipe.corpus)
+
+
+def _jobs(ablation: Ablation, study: Study, corpus: Corpus) -> list[ArmJob]:
+    """Every arm with every seed, seed by seed, so that an early look already compares all arms."""
+    jobs = []
+    for seed in ablation.seeds:
+        for arm in ablation.arms:
+            recipe = ablation.arm_recipe(arm, seed)
+            facts = run_facts(recipe, corpus)
+            points = ablation.measures.points if recipe.engine.workers == 1 else 1
+            identity = digest_of({"facts": facts, "cases": study.digest, "points": points})
+            jobs.append(ArmJob(arm, seed, identity, recipe, facts["text"], facts["latents"], study, points))
+    return jobs
+
+
+def _finished(job: ArmJob) -> ArmResult | None:
+    found = ArmResult.load(job.folder)
+    if found is not None and found.identity != job.identity:
+        raise InputError(
+            f"{job.folder}: holds a result of other settings or data; give the ablation another recipe.name, or "
+            "delete the folder"
+        )
+    return found
+
+
+def _encode_cases(pending: list[ArmJob], corpus: Corpus) -> None:
+    """The cases' states by every LLM a pending arm needs, once per LLM."""
+    wanted = {job.texts[encoder.name]: (job, encoder) for job in pending for encoder in job.recipe.encoders}
+    if not wanted:
+        return
+    cluster.connect()
+    tasks = []
+    for fingerprint, (job, encoder) in wanted.items():
+        pool = job.recipe.pool_of(encoder.name)
+        task = _encode.options(num_cpus=pool.cpus, num_gpus=pool.gpus, resources=pool.resources or None)
+        tasks.append(task.remote(job.study, corpus.folder.location, encoder, fingerprint))
+    _get(tasks)
+
+
+@ray.remote
+def _encode(study: Study, corpus: str, encoder: Any, fingerprint: str) -> None:
+    study.encode(Corpus.open(corpus), encoder, fingerprint)
+
+
+def _results(pending: list[ArmJob], ablation: Ablation) -> Iterator[tuple[ArmJob, ArmResult]]:
+    """Results as they come."""
+    if not pending:
+        return
+    engine = ablation.recipe.engine
+    if engine.workers > 1:
+        for job in pending:
+            yield job, _fit_arm(job)
+        return
+    cluster.connect()
+    demands = {"num_cpus": engine.cpus_per_worker, "num_gpus": engine.gpus_per_worker,
+               "resources": engine.resources or None, "label_selector": engine.label_selector or None}  # fmt: skip
+    task = ray.remote(max_retries=engine.max_failures, **demands)(train_arm)
+    waiting = list(pending)
+    running: dict[Any, ArmJob] = {}
+    limit = _side_by_side(engine.cpus_per_worker)
+    while waiting or running:
+        while waiting and len(running) < limit:
+            job = waiting.pop(0)
+            running[task.remote(job)] = job
+        (ready,), _ = ray.wait(list(running))
+        (result,) = _get([ready])
+        yield running.pop(ready), result
+
+
+def _side_by_side(cpus: float) -> int:
+    """Arms at once. On a cluster Ray queues them; an embedded Ray counts logical CPUs, and two trainings on one real
+    CPU gain nothing."""
+    if os.environ.get(cluster.CLUSTER_ADDRESS):
+        return 1000
+    return max(1, int((os.cpu_count() or 1) // max(cpus, 1)))
+
+
+def _get(tasks: list[Any]) -> list[Any]:
+    try:
+        return list(ray.get(tasks))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError | JobError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise JobError(f"an arm's worker died; finished arms are kept: {reason}") from None
+
+
+def _fit_arm(job: ArmJob) -> ArmResult:
+    """An arm by the ordinary training, measured at its end."""
+    trained = run_fit(job.recipe)
+    model = LIDiTPipeline.from_pretrained(trained.model).model
+    loss = job.study.loss(model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts)
+    point = job.study.measure(loss, job.study.images(), trained.step)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    found = ArmResult(job.identity, job.arm, job.seed, parameters, 0.0, (), (point,))
+    found.save(job.folder)
+    return found
+
+
+def _track(job: ArmJob, result: ArmResult, uri: str, experiment: str, parent: str) -> None:
+    tags = {
+        "lidit.job": "arm",
+        "lidit.arm": job.arm,
+        "lidit.seed": str(job.seed),
+        **({PARENT: parent} if parent else {}),
+    }
+    key = digest_of({"arm": job.identity, "folder": str(job.folder)})[:32]
+    with tracking.tracked_run(uri, experiment, job.name, key, flatten(job.recipe), tags, job.folder) as run:
+        for step, values in sorted(result.metrics().items()):
+            run.metrics(values, step)
+
+
+def _write(ablation: Ablation, corpus: Corpus, folder: Path, results: dict[str, ArmResult], jobs: list[ArmJob]) -> Path:
+    missing = [job.name for job in jobs if job.name not in results]
+    in_order = [results[job.name] for job in jobs if job.name in results]
+    facts = _facts(ablation, corpus, in_order)
+    return write_ablation_report(folder / "report", in_order, f"Ablation {ablation.recipe.name}", facts, missing)
+
+
+def _facts(ablation: Ablation, corpus: Corpus, results: list[ArmResult]) -> dict[str, str]:
+    scenes, recipe = ablation.scenes, ablation.recipe
+    encoders = ", ".join(f"{encoder.name} ({encoder.model}, {encoder.kind})" for encoder in recipe.encoders)
+    styles = ", ".join(f"`{style}`" for style in scenes.styles)
+    return {
+        "scenes": f"{scenes.count} of category {scenes.tag}, {scenes.size} px, layout {scenes.layout}",
+        "captions": styles,
+        "training": f"{recipe.train.steps} steps of {recipe.train.batch_size}, objective {recipe.objective.kind}, "
+        f"lr {recipe.train.optimizer.lr:g}",
+        "seeds": ", ".join(str(seed) for seed in ablation.seeds),
+        "judged on": f"{ablation.measures.scenes} scenes per style; errors: {', '.join(ablation.measures.kinds)}",
+        "encoders": encoders,
+        "corpus": corpus.digest[:12],
+        "time": f"{sum(result.seconds for result in results) / 60:.0f} minutes of arms in all",
+    }
