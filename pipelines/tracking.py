@@ -16,7 +16,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,17 @@ def git_state() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = os.environ.get("LIDIT_GIT_COMMIT", "")
         return {"git.commit": commit} if commit else {}
+
+
+def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each of a run's metrics that it has; none where the tracker does not answer."""
+    client = MlflowClient(uri)
+    try:
+        found = {name: client.get_metric_history(run_id, name) for name in names}
+    except MlflowException as error:
+        log.warning("no curves of run %s: %s", run_id, _line(error))
+        return {}
+    return {name: [(point.step, point.value) for point in history] for name, history in found.items() if history}
 
 
 @contextmanager
