@@ -21,7 +21,7 @@ from lidit.text.specs import EncoderSpec
 class Trunk:
     """A truncated model and the three ways of running it. All tensors are on `device`, states in the spec's dtype."""
 
-    def __init__(self, spec: EncoderSpec, model: nn.Module) -> None:
+    def __init__(self, spec: EncoderSpec, model: Any) -> None:
         """`model` has `spec.blocks` blocks already; `load` makes one from the spec's folder."""
         self.spec = spec
         self.model: Any = model
