@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import ray.train as rt
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lidit.config import EncoderSettings, Recipe
 from lidit.errors import InputError, JobError
@@ -41,8 +42,8 @@ FREE_SETTINGS = {
     "train": {"checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "sample_prompts",
               "validate_every", "validation_samples"},
 }  # fmt: skip
-CHECKED_BY_ENV = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "LIDIT_CACHE", "MLFLOW_TRACKING_TOKEN",
-                  "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # fmt: skip
+# No secrets: Ray writes a worker's environment into its logs and shows it in the dashboard.
+WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "LIDIT_CACHE")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe.model_copy(update={"output": str(folder.parent), "corpus": corpus.folder.location})
     check_drift(folder, facts, allow_drift)
-    uri = recipe.tracking.uri or tracking.local_store(folder.parent)
+    uri = tracking.store_uri(recipe.tracking.uri, folder.parent)
     finished = finished_step(folder)
     if finished is not None and finished >= recipe.train.steps:
         if (folder / tracking.SPOOL).exists():
@@ -176,7 +177,9 @@ def _tracked(
 def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, folder: Path) -> None:
     prompts = prompt_states(recipe, recipe.train.sample_prompts, folder / "prompts")
     _mend_snapshot(folder)
-    board = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # lives as long as the driver
+    ray.get(board.keep.remote(tracking.credentials()))
     engine, gpus = recipe.engine, recipe.engine.gpus_per_worker
     resources = {"CPU": engine.cpus_per_worker, **({"GPU": gpus} if gpus else {}), **engine.resources}
     scaling: dict[str, Any] = {"label_selector": engine.label_selector} if engine.label_selector else {}
@@ -198,7 +201,7 @@ def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, fol
             storage_path=recipe.output,
             failure_config=rt.FailureConfig(max_failures=engine.max_failures),
             checkpoint_config=rt.CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
-            worker_runtime_env={"env_vars": {n: os.environ[n] for n in CHECKED_BY_ENV if n in os.environ}},
+            worker_runtime_env={"env_vars": {n: os.environ[n] for n in WORKER_ENVIRONMENT if n in os.environ}},
         ),
     )
     newest = checkpoints.newest_complete(folder)

@@ -29,10 +29,18 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "
 
 
 class Board:
-    """An actor: messages from rank 0 to the driver, which shows them as progress."""
+    """An actor: messages from rank 0 to the driver, which shows them as progress; credentials the other way."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
+        self.kept: dict[str, str] = {}
+
+    def keep(self, credentials: dict[str, str]) -> None:
+        """A call's arguments are in no log, no dashboard and no state export, unlike a worker's environment."""
+        self.kept = credentials
+
+    def credentials(self) -> dict[str, str]:
+        return self.kept
 
     def post(self, message: dict[str, Any]) -> None:
         self.messages.append(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train as rt
 import torch
 import torch.distributed as dist
@@ -66,6 +68,8 @@ class TrainingJob:
         self.assembler, self.feed = self._feed("train")
         self.objective = build_objective(recipe.objective)
         self.engine = Engine(recipe, self._model(), self.objective, self.device)
+        if config["board"] is not None:
+            os.environ.update(ray.get(config["board"].credentials.remote()))
         self.watch = Watch(recipe, self.engine, self.feed, config["tracking"], config["board"])
         self.fresh = LIDiT.from_settings(recipe.model, self._widths(), self.shape[0]) if self.rank == 0 else None
         self.step, self.waited = self._restore(), 0.0
