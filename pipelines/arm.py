@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,32 +73,28 @@ def train_arm(job: ArmJob) -> ArmResult:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     fresh = LIDiT.from_settings(recipe.model, widths, channels)
     due, losses, points = set(points_of(recipe, job.points)), [], []
-    with _alone(device):
-        engine = Engine(recipe, model.train(), objective, device)
-        for batch in feed.batches(0, recipe.train.steps):
-            result = engine.train_step(batch.to(device))
-            step = batch.step + 1
-            if not result.finite:
-                raise JobError(f"arm {job.arm}, seed {job.seed}: the loss is {result.loss} at step {step}")
-            if step % recipe.train.log_every == 0 or step in due:
-                losses.append((step, result.loss))
-            if step in due:
-                averaged = averaged_model(engine, fresh)
-                assert averaged is not None  # this process is rank 0
-                points.append(job.study.measure(job.study.loss(averaged, objective, corpus, job.texts), images, step))
+    _process_group_of_one(device)
+    engine = Engine(recipe, model.train(), objective, device)
+    for batch in feed.batches(0, recipe.train.steps):
+        result = engine.train_step(batch.to(device))
+        step = batch.step + 1
+        if not result.finite:
+            raise JobError(f"arm {job.arm}, seed {job.seed}: the loss is {result.loss} at step {step}")
+        if step % recipe.train.log_every == 0 or step in due:
+            losses.append((step, result.loss))
+        if step in due:
+            averaged = averaged_model(engine, fresh)
+            assert averaged is not None  # this process is rank 0
+            points.append(job.study.measure(job.study.loss(averaged, objective, corpus, job.texts), images, step))
     seconds = time.monotonic() - started
     found = ArmResult(job.identity, job.arm, job.seed, parameters, seconds, tuple(losses), tuple(points))
     found.save(job.folder)
     return found
 
 
-@contextmanager
-def _alone(device: torch.device) -> Iterator[None]:
-    """A process group of one, which is what the engine's collective calls then run over."""
-    os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed asks for its launcher's word
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def _process_group_of_one(device: torch.device) -> None:
+    """What the engine's collective calls run over. It stays for the next arm: DeepSpeed remembers its groups."""
+    if not dist.is_initialized():
+        os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed asks for a launcher's word
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

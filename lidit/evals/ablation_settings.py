@@ -25,7 +25,7 @@ class AblationMeasures(Settings):
     """How an arm is judged: binding accuracy on scenes no arm has seen, without sampling."""
 
     kinds: tuple[Literal["binding", "attribute"], ...] = Field(("binding",), min_length=1)
-    scenes: int = Field(128, ge=2, description="per kind of error and caption style")
+    scenes: int = Field(128, ge=8, description="per kind of error and caption style; every segment is met")
     points: int = Field(4, ge=1, description="measured at this many equal parts of the training")
     batch_size: int = Field(64, ge=1)
 

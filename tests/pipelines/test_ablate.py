@@ -19,7 +19,7 @@ def folder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     llm = str(tiny_llm(folder / "llm", "llama", layers=3, width=32))
     tree = {
         "scenes": {"count": 48, "styles": ["clauses"]},
-        "measures": {"scenes": 6, "points": 2},
+        "measures": {"scenes": 8, "points": 2},
         "seeds": [0],
         "arms": {
             "baseline": {"encoders": ["bare"], "model": {"refiner": {"depth": 0}}},
