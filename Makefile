@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all lint lock clean
+.PHONY: help setup demo demo-pictures test test-all lint lock clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -20,6 +20,9 @@ setup: .venv/.ready ## the environment in .venv, from constraints.txt
 
 demo: setup      ## scenes, ingest, embed with two LLMs, train, sample, evaluate: about 15 minutes on 2 cores
 	$(BIN)/lidit demo
+
+demo-pictures: setup ## the same on real pictures: 4,000 emoji, a codec of their own; needs npm
+	$(BIN)/lidit demo-pictures
 
 test: setup lint ## everything but the slow tests
 	$(BIN)/python -m pytest
@@ -36,4 +39,4 @@ lock: setup      ## write constraints.txt anew from the installed environment
 	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/^\(torch==[^+]*\)+.*/\1/' > constraints.txt
 
 clean:           ## the environment and the demo's files
-	rm -rf .venv demo
+	rm -rf .venv demo demo-pictures

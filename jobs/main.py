@@ -7,6 +7,7 @@ import typer
 from jobs import (
     ablate,
     demo,
+    demo_pictures,
     embed,
     evaluate,
     export,
@@ -23,6 +24,7 @@ from jobs import (
     scenes,
     submit,
     train,
+    train_codec,
     verify,
 )
 from jobs.start import environment, guarded
@@ -37,6 +39,7 @@ app = typer.Typer(
 app.command("submit", context_settings=submit.OPEN)(submit.command)
 for name, job in (
     ("demo", demo),
+    ("demo-pictures", demo_pictures),
     ("run", run),
     ("plan", plan),
     ("scenes", scenes),
@@ -45,6 +48,7 @@ for name, job in (
     ("embed", embed),
     ("latents", latents),
     ("train", train),
+    ("train-codec", train_codec),
     ("sample", sample),
     ("evaluate", evaluate),
     ("probe", probe),

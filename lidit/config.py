@@ -7,7 +7,7 @@ setting can be read anywhere and changed nowhere.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -191,19 +191,26 @@ class EngineSettings(Settings):
     label_selector: dict[str, str] = Field(default_factory=dict)
 
 
-class TrainSettings(Settings):
+class LoopSettings(Settings):
+    """What every training has, of LI-DiT or of a codec."""
+
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(32, ge=1, description="global: over all workers and accumulation steps")
     optimizer: OptimizerSettings = OptimizerSettings()
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="upper bound; early steps use (n+1)/(n+10)")
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    keep_best: bool = Field(False, description="keep those of the lowest validation loss, and the newest")
+    async_upload: bool = Field(False, description="go on while a checkpoint is copied to the run's folder")
     log_every: int = Field(10, ge=1)
-    sample_every: int = Field(0, ge=0, description="0: sample only at the end")
-    sample_prompts: tuple[str, ...] = ()
     validate_every: int = Field(0, ge=0)
     validation_samples: int = Field(256, ge=1)
     non_finite: Literal["stop", "skip"] = "stop"
+
+
+class TrainSettings(LoopSettings):
+    sample_every: int = Field(0, ge=0, description="0: sample only at the end")
+    sample_prompts: tuple[str, ...] = ()
     init_from: str | None = Field(None, description="model folder whose weights start the run")
 
 
@@ -259,37 +266,18 @@ class PlanSettings(Settings):
     price_per_gpu_hour: float = Field(2.5, ge=0)
 
 
-class Recipe(Settings):
-    """One training run and everything it depends on."""
+class RunRecipe(Settings):
+    """What every training run is made of, of LI-DiT or of a codec."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="run name: the same name resumes the run")
     output: str = Field("runs", description="folder of runs; the run's files are in OUTPUT/NAME")
     corpus: str
-    sources: tuple[str, ...] = Field((), description="what `lidit run` ingests when the corpus does not exist")
-    ingest: IngestSettings = IngestSettings()
-    encoders: tuple[EncoderSettings, ...] = Field(min_length=1)
-    pool: PoolSettings = PoolSettings()
-    pools: dict[str, PoolSettings] = Field(default_factory=dict, description="encoder -> a pool of its own")
-    codec: CodecSettings = CodecSettings()
-    model: ModelSettings = ModelSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
-    data: DataSettings = DataSettings()
-    train: TrainSettings = TrainSettings()
+    train: LoopSettings = LoopSettings()
     engine: EngineSettings = EngineSettings()
-    sampler: SamplerSettings = SamplerSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
     tracking: TrackingSettings = TrackingSettings()
-    plan: PlanSettings = PlanSettings()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
-        names = [encoder.name for encoder in self.encoders]
-        if len(set(names)) != len(names):
-            raise ValueError(f"encoders: the names must differ, found {names}")
-        if unknown := sorted(set(self.pools) - set(names)):
-            raise ValueError(f"pools: no encoder is called {unknown[0]!r}; encoders: {', '.join(names)}")
-        if self.model.fusion.mode == "none" and len(names) != 1:
-            raise ValueError(f"model.fusion.mode: 'none' takes exactly one encoder, found {len(names)}: {names}")
+    def _divisible(self) -> Self:
         if self.train.non_finite == "skip" and self.engine.accumulation > 1:
             raise ValueError("train.non_finite: 'skip' needs engine.accumulation = 1; use 'stop' or fewer micro-steps")
         parts = self.engine.workers * self.engine.accumulation
@@ -303,6 +291,35 @@ class Recipe(Settings):
     @property
     def run_folder(self) -> Path:
         return Path(self.output) / self.name
+
+
+class Recipe(RunRecipe):
+    """One training run of LI-DiT and everything it depends on."""
+
+    sources: tuple[str, ...] = Field((), description="what `lidit run` ingests when the corpus does not exist")
+    ingest: IngestSettings = IngestSettings()
+    encoders: tuple[EncoderSettings, ...] = Field(min_length=1)
+    pool: PoolSettings = PoolSettings()
+    pools: dict[str, PoolSettings] = Field(default_factory=dict, description="encoder -> a pool of its own")
+    codec: CodecSettings = CodecSettings()
+    model: ModelSettings = ModelSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    plan: PlanSettings = PlanSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [encoder.name for encoder in self.encoders]
+        if len(set(names)) != len(names):
+            raise ValueError(f"encoders: the names must differ, found {names}")
+        if unknown := sorted(set(self.pools) - set(names)):
+            raise ValueError(f"pools: no encoder is called {unknown[0]!r}; encoders: {', '.join(names)}")
+        if self.model.fusion.mode == "none" and len(names) != 1:
+            raise ValueError(f"model.fusion.mode: 'none' takes exactly one encoder, found {len(names)}: {names}")
+        return self
 
     def pool_of(self, encoder: str) -> PoolSettings:
         """The pool that computes this encoder's states."""

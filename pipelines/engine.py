@@ -1,16 +1,19 @@
-"""LI-DiT and its objective under DeepSpeed: one class for ZeRO 0 to 3, on CPU (gloo) and GPU (nccl)."""
+"""Training steps under DeepSpeed: one class for ZeRO 0 to 3, on CPU (gloo) and GPU (nccl), and LI-DiT's on top."""
 
 from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from lidit.config import Recipe, TrainSettings
+from lidit.config import LoopSettings, Recipe, RunRecipe
 from lidit.data.feed import TrainingBatch
 from lidit.diffusion import Objective
 from lidit.models import LIDiT
@@ -29,7 +32,7 @@ class StepResult:
     finite: bool
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
+def learning_rate(settings: LoopSettings, step: int) -> float:
     """Rate of the step with this number, counted from 0: linear warm-up, then the schedule."""
     optimizer, progress = settings.optimizer, step / settings.steps
     factor = 1.0
@@ -41,7 +44,7 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return optimizer.lr * factor * warmup
 
 
-def deepspeed_config(recipe: Recipe, world_size: int, parameters: int) -> dict[str, Any]:
+def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dict[str, Any]:
     """The DeepSpeed settings a recipe means for a model of so many `parameters`."""
     engine, train = recipe.engine, recipe.train
     # The bucket is allocated whole: gigabytes that a small model would never fill.
@@ -78,17 +81,33 @@ def deepspeed_config(recipe: Recipe, world_size: int, parameters: int) -> dict[s
     return config
 
 
-class Engine:
-    """Takes global steps. `prefixes` of the text are in the batches; `device` is this worker's."""
+class Batch(Protocol):
+    """This worker's part of global batch number `step`. tokens: for rates; positions the model looks at."""
 
-    def __init__(self, recipe: Recipe, model: LIDiT, objective: Objective, device: torch.device) -> None:
+    @property
+    def step(self) -> int: ...
+    @property
+    def keys(self) -> Sequence[str]: ...
+    @property
+    def tokens(self) -> int: ...
+    def to(self, device: torch.device) -> Self: ...
+    def split(self, parts: int) -> list[Self]: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
+class ShardedEngine(ABC, Generic[AnyBatch]):
+    """Takes global steps of any model; `device` is this worker's."""
+
+    def __init__(self, recipe: RunRecipe, model: nn.Module, device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if device.type == "cpu" else "cuda")
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 
         if device.type == "cpu":  # it would be compiled for a minute and gains nothing at one process per core
             __compatible_ops__["deepspeed_shm_comm"] = False
-        self.recipe, self.objective, self.device = recipe, objective, device
+        self.recipe, self.device = recipe, device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         settings = recipe.train.optimizer
         optimizer = None
@@ -108,24 +127,20 @@ class Engine:
         self.ema = ShardedEMA(owned_fragments(self.deepspeed), recipe.train.ema_decay)
         self._own_norm = recipe.engine.zero_stage == 0
 
-    @property
-    def module(self) -> LIDiT:
-        module: LIDiT = self.deepspeed.module
-        return module
+    @abstractmethod
+    def loss(self, batch: AnyBatch) -> torch.Tensor:
+        """Mean loss of (a part of) a batch, float32 scalar; forward passes go through `self.deepspeed`."""
 
-    def loss(self, batch: TrainingBatch) -> torch.Tensor:
-        """Mean loss of (a part of) a batch, float32 scalar."""
-        t = self.objective.timesteps(batch.u)
-        noisy = self.objective.add_noise(batch.latents, batch.noise, t)
-        prediction = self.deepspeed(noisy.to(self.compute_dtype), t, batch.text)
-        return self.objective.loss(prediction, batch.latents, batch.noise, t, noisy).mean()
+    @abstractmethod
+    def forward(self, batch: AnyBatch) -> None:
+        """The model's forward pass alone, on this worker alone, for counting what it computes."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
         low = self.recipe.engine.precision == "bfloat16" and self.recipe.engine.zero_stage > 0
         return torch.bfloat16 if low else torch.float32
 
-    def train_step(self, batch: TrainingBatch) -> StepResult:
+    def train_step(self, batch: AnyBatch) -> StepResult:
         """One optimizer step on this worker's part of a global batch.
 
         A loss that is not finite is noticed by all workers before anything is changed; the step is then not taken.
@@ -156,3 +171,25 @@ class Engine:
     def _gradient_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+
+class Engine(ShardedEngine[TrainingBatch]):
+    """LI-DiT and its objective. `prefixes` of the text are in the batches."""
+
+    def __init__(self, recipe: Recipe, model: LIDiT, objective: Objective, device: torch.device) -> None:
+        super().__init__(recipe, model, device)
+        self.objective = objective
+
+    @property
+    def module(self) -> LIDiT:
+        module: LIDiT = self.deepspeed.module
+        return module
+
+    def loss(self, batch: TrainingBatch) -> torch.Tensor:
+        t = self.objective.timesteps(batch.u)
+        noisy = self.objective.add_noise(batch.latents, batch.noise, t)
+        prediction = self.deepspeed(noisy.to(self.compute_dtype), t, batch.text)
+        return self.objective.loss(prediction, batch.latents, batch.noise, t, noisy).mean()
+
+    def forward(self, batch: TrainingBatch) -> None:
+        self.module(batch.latents.to(next(self.module.parameters()).dtype), batch.u, batch.text)

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,14 @@ import ray.train as rt
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lidit.config import EncoderSettings, Recipe
+from lidit.config import EncoderSettings, Recipe, RunRecipe
 from lidit.errors import InputError, JobError
+from lidit.pictures import curves
 from lidit.settings import flatten
 from lidit.store import Corpus, TextFamily, digest_of, spec_differences
 from pipelines import checkpoints, tracking
 from pipelines.cluster import connect
+from pipelines.interrupt import is_disk_full, saved_on_sigterm
 from pipelines.progress import Progress
 from pipelines.prompts import prompt_states
 from pipelines.watch import Board
@@ -39,8 +41,8 @@ FREE_SETTINGS = {
     "engine": {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources", "label_selector",
                "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
     "data": {"prefetch_batches"},
-    "train": {"checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "sample_prompts",
-              "validate_every", "validation_samples"},
+    "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every", "sample_every",
+              "sample_prompts", "validate_every", "validation_samples"},
 }  # fmt: skip
 # No secrets: Ray writes a worker's environment into its logs and shows it in the dashboard.
 WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "LIDIT_CACHE")
@@ -128,17 +130,30 @@ def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:
 
     connect(cpus=recipe.engine.workers + 2)
     with _tracked(recipe, corpus, facts, uri, folder) as tracker:
-        _note_run(folder, tracker)
+        note_run(folder, tracker)
         _train(recipe, facts, tracker, folder)
-        _publish_model(folder)
+        publish_model(folder)
         tracker.artifact(folder / "model", "model")
+        draw_curves(tracker, folder / "plots")
         if recipe.tracking.registered_model:
             tracker.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
-    _note_run(folder, tracker)  # a tracker that was down at the start may have answered since
+    note_run(folder, tracker)  # a tracker that was down at the start may have answered since
     return FitResult(folder / "model", recipe.train.steps, uri, tracker.handle.run_id, trained=True)
 
 
-def _note_run(folder: Path, tracker: tracking.Tracker) -> None:
+def draw_curves(tracker: tracking.Tracker, folder: Path) -> None:
+    """Loss over steps, and validation loss per noise level, as the tracker has them, written and tracked as PNG."""
+    folder.mkdir(exist_ok=True)
+    names = {name: name for name in ("loss", "validation/loss")}
+    levels = {name: f"t = {name.rpartition('_t')[2]}" for name in tracker.known("validation/loss_t")}
+    for file, title, metrics in (("loss.png", "loss", names), ("timesteps.png", "validation loss by timestep", levels)):
+        series = {label: tracker.history(name) for name, label in metrics.items()}
+        if shown := {label: points for label, points in series.items() if points[0]}:
+            curves(folder / file, title, shown, "loss")
+            tracker.artifact(folder / file, "plots")
+
+
+def note_run(folder: Path, tracker: tracking.Tracker) -> None:
     (folder / "mlflow-run").write_text(tracker.handle.run_id)
 
 
@@ -176,6 +191,17 @@ def _tracked(
 
 def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, folder: Path) -> None:
     prompts = prompt_states(recipe, recipe.train.sample_prompts, folder / "prompts")
+    launch(train_worker, recipe, {"facts": facts, "prompts": prompts}, tracker, folder)
+
+
+def launch(
+    worker: Callable[[dict[str, Any]], None],
+    recipe: RunRecipe,
+    config: dict[str, Any],
+    tracker: tracking.Tracker,
+    folder: Path,
+) -> None:
+    """Run `worker` on the recipe's workers to its last step, with progress. `config` is what it gets besides."""
     _mend_snapshot(folder)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # lives as long as the driver
@@ -184,13 +210,12 @@ def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, fol
     resources = {"CPU": engine.cpus_per_worker, **({"GPU": gpus} if gpus else {}), **engine.resources}
     scaling: dict[str, Any] = {"label_selector": engine.label_selector} if engine.label_selector else {}
     trainer = TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config={
+            **config,
             "recipe": recipe.model_dump(mode="json"),
-            "facts": facts,
             "tracking": tracker.handle,
             "board": board,
-            "prompts": prompts,
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=rt.ScalingConfig(
@@ -200,7 +225,11 @@ def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, fol
             name=recipe.name,
             storage_path=recipe.output,
             failure_config=rt.FailureConfig(max_failures=engine.max_failures),
-            checkpoint_config=rt.CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
+            checkpoint_config=rt.CheckpointConfig(
+                num_to_keep=recipe.train.keep_checkpoints,
+                checkpoint_score_attribute="validation_loss" if recipe.train.keep_best else None,
+                checkpoint_score_order="min",
+            ),
             worker_runtime_env={"env_vars": {n: os.environ[n] for n in WORKER_ENVIRONMENT if n in os.environ}},
         ),
     )
@@ -209,11 +238,14 @@ def _train(recipe: Recipe, facts: dict[str, Any], tracker: tracking.Tracker, fol
     with (
         Progress(f"train {recipe.name}", recipe.train.steps, "steps", start=start) as progress,
         _shown(board, progress),
+        saved_on_sigterm(board) as stopped,
     ):
         try:
             trainer.fit()
         except rt.TrainingFailedError as error:
             raise _plain(error) from error
+    if stopped.is_set() and checkpoints.read_position(checkpoints.candidates(folder)[0]).step < recipe.train.steps:
+        raise KeyboardInterrupt
 
 
 def _plain(error: BaseException) -> Exception:
@@ -223,6 +255,10 @@ def _plain(error: BaseException) -> Exception:
         marker = f"{kind.__module__}.{kind.__name__}: "
         if marker in text:
             return kind(text.rsplit(marker, 1)[1].strip().splitlines()[0])
+    if is_disk_full(error):
+        return JobError(
+            "no space left on the disk; everything finished is kept: make room and run the same command again"
+        )
     return JobError(f"training failed: {text.strip().splitlines()[-1] if text.strip() else error!r}")
 
 
@@ -259,7 +295,7 @@ def _mend_snapshot(folder: Path) -> None:
             path.rename(path.with_suffix(".torn"))
 
 
-def _publish_model(folder: Path) -> None:
+def publish_model(folder: Path) -> None:
     """Move the exported model out of the last checkpoint; the run is finished when its folder is in place."""
     last = checkpoints.candidates(folder)[0]
     if not (last / "model").is_dir():

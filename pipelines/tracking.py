@@ -249,6 +249,15 @@ class Tracker:
         points = sorted(points, key=lambda point: point.step)
         return [float(point.step) for point in points], [point.value for point in points]
 
+    def known(self, prefix: str) -> list[str]:
+        """Names of the run's metrics that start with `prefix`, sorted; none where the store does not answer."""
+        try:
+            found = self.client.get_run(self.handle.run_id).data.metrics if self.handle.run_id else {}
+        except Exception as error:
+            log.warning("the run's metrics could not be listed: %s", _line(error))
+            found = {}
+        return sorted(name for name in found if name.startswith(prefix))
+
     def close(self, status: str = "") -> None:
         """Deliver what waits (spooling what cannot be), then set the run's status where one is given."""
         self._queue.put(None)

@@ -8,18 +8,19 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from lidit.config import Recipe
+from lidit.config import Recipe, RunRecipe
 from lidit.data.feed import Feed, TrainingBatch
 from lidit.diffusion import GuidedPredictor, initial_noise, sample, seeded_generators, timestep_losses
 from lidit.models import LIDiT, TextStates
 from lidit.pictures import labelled_grid
-from pipelines.engine import Engine, StepResult, learning_rate
+from pipelines.engine import Batch, Engine, ShardedEngine, StepResult, learning_rate
 from pipelines.metrics import TrainMetrics
 from pipelines.shards import full_shapes, gather_full
 from pipelines.tracking import RunHandle, Tracker
@@ -34,6 +35,14 @@ class Board:
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self.kept: dict[str, str] = {}
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Rank 0 asks after every step: all workers then save and leave."""
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        return self.stopping
 
     def keep(self, credentials: dict[str, str]) -> None:
         """A call's arguments are in no log, no dashboard and no state export, unlike a worker's environment."""
@@ -53,12 +62,15 @@ class Board:
 class Watch:
     """Speed and losses between two log lines, sent to the tracker, the progress board and Prometheus."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, feed: Feed, handle: RunHandle | None, board: Any) -> None:
+    def __init__(
+        self, recipe: RunRecipe, engine: ShardedEngine[Any], feed: Feed[Any], handle: RunHandle | None, board: Any
+    ) -> None:
         self.recipe, self.engine, self.feed = recipe, engine, feed
         self.speaks = engine.rank == 0
         self.tracker = Tracker(handle) if self.speaks and handle else None
         self.board, self.prometheus = board, TrainMetrics(recipe.name)
         self.flops_per_step: float | None = None
+        self.validation_loss = math.inf  # the newest one, on every rank: checkpoints are compared by it
         self._reset()
 
     def _reset(self) -> None:
@@ -67,7 +79,7 @@ class Watch:
         self.norms: list[float] = []
         self.images = self.tokens = 0
 
-    def step(self, batch: TrainingBatch, result: StepResult, seconds: float, data_wait: float) -> None:
+    def step(self, batch: Batch, result: StepResult, seconds: float, data_wait: float) -> None:
         """Call after every step. Logs every `train.log_every` steps and at the last one."""
         self.losses.append(result.loss)
         self.norms.append(result.gradient_norm)
@@ -98,6 +110,7 @@ class Watch:
         self._reset()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.validation_loss = values.get("validation/loss", self.validation_loss)
         if not self.speaks:
             return
         if self.tracker:
@@ -118,7 +131,7 @@ class Watch:
             return torch.cuda.max_memory_allocated() / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
-    def count_flops(self, batch: TrainingBatch) -> None:
+    def count_flops(self, batch: Batch) -> None:
         """FLOPs of one step on this worker, by torch's counter on one sample's forward: backward costs twice that."""
         if self.recipe.engine.zero_stage == 3 or not self.speaks:  # a lone forward would wait for the other ranks
             return
@@ -126,7 +139,7 @@ class Watch:
 
         one = batch.split(len(batch.keys))[0]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.engine.module(one.latents.to(next(self.engine.module.parameters()).dtype), one.u, one.text)
+            self.engine.forward(one)
         self.flops_per_step = 3.0 * counter.get_total_flops() * len(batch.keys)
 
     def checkpoint_saved(self) -> None:
@@ -138,12 +151,15 @@ class Watch:
             self.tracker.close()
 
 
-def averaged_model(engine: Engine, fresh: LIDiT | None) -> LIDiT | None:
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+
+def averaged_model(engine: ShardedEngine[Any], fresh: AnyModel | None) -> AnyModel | None:
     """The EMA weights in `fresh` (rank 0's copy, built once), on the worker's device. Collective; None elsewhere."""
     full = gather_full(full_shapes(engine.deepspeed), engine.ema.fragments, engine.ema.average)
     if full is None or fresh is None:
         return None
-    buffers = dict(engine.module.named_buffers())
+    buffers = dict(engine.deepspeed.module.named_buffers())
     missing, unexpected = fresh.load_state_dict({**full, **buffers}, strict=False)
     if unexpected or set(missing) - set(fresh.state_dict()) or any(name in full for name in missing):
         raise RuntimeError(f"the averaged weights do not fit the model: {missing} {unexpected}")

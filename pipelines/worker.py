@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.train as rt
 import torch
-import torch.distributed as dist
 
 from lidit.codecs import load_codec
 from lidit.config import Recipe
@@ -22,21 +13,21 @@ from lidit.data.feed import Assembler, Feed, TrainingBatch
 from lidit.data.order import Order
 from lidit.data.rows import Rows
 from lidit.diffusion import build_objective
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError
 from lidit.models import LIDiT
 from lidit.pipeline import save_pipeline
 from lidit.prompts import ModelEncoder
 from lidit.store import Corpus, LatentFamily, TextFamily
-from pipelines import checkpoints
 from pipelines.engine import Engine
-from pipelines.watch import Watch, averaged_model, draw_prompts, validation_loss
+from pipelines.loop import TrainingLoop
+from pipelines.watch import averaged_model, draw_prompts, validation_loss
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry. `config`: recipe, facts, tracking handle, progress board, prompt states (see `fit`)."""
     job = TrainingJob(config)
     try:
-        for batch in job.feed.batches(job.step, job.recipe.train.steps):
+        for batch in job.batches():
             job.take_step(batch)
             job.sample_if_due()
             job.validate_if_due()
@@ -45,18 +36,14 @@ def train_worker(config: dict[str, Any]) -> None:
         job.watch.close()
 
 
-class TrainingJob:
+class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
     """One worker's data, engine and position."""
 
+    engine: Engine
+
     def __init__(self, config: dict[str, Any]) -> None:
-        self.config, self.recipe = config, Recipe.model_validate(config["recipe"])
-        recipe, context = self.recipe, rt.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
-        if self.device.type == "cpu":
-            torch.set_num_threads(max(1, int(recipe.engine.cpus_per_worker)))
+        self.recipe = recipe = Recipe.model_validate(config["recipe"])
+        super().__init__(config, recipe)
 
         self.corpus = Corpus.open(recipe.corpus)
         self.texts: dict[str, TextFamily] = {
@@ -65,21 +52,17 @@ class TrainingJob:
         self.latents: LatentFamily = self.corpus.latent_family(config["facts"]["latents"])
         self.shape = self.latents.shapes(0)[0]
 
-        self.assembler, self.feed = self._feed("train")
-        self.objective = build_objective(recipe.objective)
-        self.engine = Engine(recipe, self._model(), self.objective, self.device)
-        if config["board"] is not None:
-            os.environ.update(ray.get(config["board"].credentials.remote()))
-        self.watch = Watch(recipe, self.engine, self.feed, config["tracking"], config["board"])
-        self.fresh = LIDiT.from_settings(recipe.model, self._widths(), self.shape[0]) if self.rank == 0 else None
-        self.step, self.waited = self._restore(), 0.0
+        self.assembler, feed = self._feed("train")
+        engine = Engine(recipe, self._model(), build_objective(recipe.objective), self.device)
+        fresh = LIDiT.from_settings(recipe.model, self._widths(), self.shape[0]) if self.rank == 0 else None
+        self.begin(engine, feed, fresh)
 
     # -- set up -------------------------------------------------------------------------------------------------------
 
     def _widths(self) -> dict[str, int]:
         return {name: family.width for name, family in self.texts.items()}
 
-    def _feed(self, part: str) -> tuple[Assembler, Feed]:
+    def _feed(self, part: str) -> tuple[Assembler, Feed[TrainingBatch]]:
         settings = self.recipe.data
         rows = Rows(self.corpus, settings, part)
         size = self.recipe.train.batch_size
@@ -98,42 +81,10 @@ class TrainingJob:
             model.conditioner.set_statistics(name, shared.mean, shared.deviation)
         return model.train()
 
-    def _restore(self) -> int:
-        """The step to go on with: after the newest whole checkpoint, the same one on every rank."""
-        found: list[str | None] = [None]
-        if self.rank == 0 and (folder := checkpoints.newest_complete(self.recipe.run_folder)):
-            found = [str(folder)]
-        dist.broadcast_object_list(found)
-        if found[0] is None:
-            return 0
-        position = checkpoints.CheckpointReader(Path(found[0])).restore(self.engine.deepspeed, self.engine.ema)
-        return position.step
-
     # -- the loop's parts ---------------------------------------------------------------------------------------------
 
-    def take_step(self, batch: TrainingBatch) -> None:
-        began = time.perf_counter()
-        moved = batch.to(self.device)
-        if self.watch.flops_per_step is None:
-            self.watch.count_flops(moved)
-        result = self.engine.train_step(moved)
-        if not result.finite:
-            self._not_finite(batch, result.loss)
-        self.step = batch.step + 1
-        wait, self.waited = self.feed.waited - self.waited, self.feed.waited
-        self.watch.step(batch, result, time.perf_counter() - began + wait, wait)
-
-    def _not_finite(self, batch: TrainingBatch, loss: float) -> None:
-        path = self.recipe.run_folder / f"not-finite-{batch.step:09}-rank{self.rank}.json"
-        path.write_text(json.dumps({"step": batch.step, "loss": str(loss), "keys": batch.keys}, indent=1))
-        if self.recipe.train.non_finite == "stop":
-            raise JobError(f"step {batch.step}: the loss is {loss}; the batch's keys are in {path}")
-
-    def _due(self, every: int) -> bool:
-        return bool(every) and (self.step % every == 0 or self.step == self.recipe.train.steps)
-
     def sample_if_due(self) -> None:
-        if not self.recipe.train.sample_prompts or not self._due(self.recipe.train.sample_every):
+        if not self.recipe.train.sample_prompts or not self.due(self.recipe.train.sample_every):
             return
         model = averaged_model(self.engine, self.fresh)
         if model is not None:
@@ -147,7 +98,7 @@ class TrainingJob:
                 self.watch.tracker.artifact(path, "samples")
 
     def validate_if_due(self) -> None:
-        if self._due(self.recipe.train.validate_every) and self.recipe.data.validation_fraction:
+        if self.due(self.recipe.train.validate_every) and self.recipe.data.validation_fraction:
             losses = validation_loss(self.engine, self._validation_batches(), self.recipe.data.seed)
             self.watch.metrics(losses, self.step)
 
@@ -164,29 +115,7 @@ class TrainingJob:
             self._held_out = list(feed.batches(0, min(count, available)))
         return self._held_out
 
-    def save_if_due(self) -> None:
-        if not self._due(self.recipe.train.checkpoint_every):
-            return
-        last = self.step == self.recipe.train.steps
-        position = checkpoints.Position(self.step, self.world_size, self.engine.ema.updates, self.config["facts"])
-        with self._temporary() as folder:
-            checkpoints.save(folder, self.engine.deepspeed, self.engine.ema, self.rank, position)
-            model = averaged_model(self.engine, self.fresh) if last else None
-            if model is not None:
-                self._export(folder / "model", model)
-            rt.report(
-                {"step": self.step},
-                checkpoint=rt.Checkpoint.from_directory(str(folder)),
-                checkpoint_dir_name=checkpoints.checkpoint_name(self.step),
-            )
-        self.watch.checkpoint_saved()
-
-    @contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-            yield Path(folder)
-
-    def _export(self, folder: Path, model: LIDiT) -> None:
+    def export(self, folder: Path, model: LIDiT) -> None:
         """The folder people load: EMA weights, encoder specs with their shared states, codec, settings."""
         factor = load_codec(self.recipe.codec).factor
         save_pipeline(

@@ -1,0 +1,38 @@
+"""`lidit train-codec`: an autoencoder of one's own images."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.start import run
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="Codec recipe file, or the name of a shipped one: codec-small.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
+    allow_drift: Annotated[bool, typer.Option(help="Continue although settings or data changed.")] = False,
+) -> None:
+    """Train an AutoencoderKL on a corpus's images, with Ray Train and DeepSpeed as `lidit train` does.
+
+    **Reads** the recipe and the images of the corpus it names. **Writes** OUTPUT/NAME: checkpoints, reconstruction
+    grids, `model/` (a diffusers folder with the measured scaling factor, for `lidit latents --codec`), an MLflow run.
+
+    **Example:** `lidit train-codec codec-small corpus=corpus`
+    """
+    from jobs.recipe import RECIPES, find
+    from lidit.codec_recipe import CodecRecipe
+    from lidit.settings import apply_overrides, load_yaml, validate
+
+    tree = load_yaml(find(recipe, RECIPES, "codec recipe"))
+    checked = validate(CodecRecipe, apply_overrides(tree, overrides or []), recipe)
+    from pipelines.train_codec import run_train_codec
+
+    result = run_train_codec(checked, allow_drift)
+    print(f"{result.model}: {'trained to' if result.trained else 'already trained to'} step {result.step}")
+    print(f"use it     lidit latents {checked.corpus} --codec {result.model} --name {checked.name}")
+
+
+if __name__ == "__main__":
+    run(command)

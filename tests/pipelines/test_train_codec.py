@@ -1,0 +1,112 @@
+"""A codec trained on real Ray: resumed with the same bits, usable by `lidit latents`, refused where it cannot fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from lidit.codec_recipe import CodecRecipe
+from lidit.codecs import load_codec
+from lidit.config import CodecSettings, IngestSettings
+from lidit.errors import InputError
+from lidit.evals.scenes import write_scene_shards
+from lidit.store import Corpus
+from pipelines.fit import FitResult
+from pipelines.ingest import run_ingest
+from pipelines.train_codec import run_train_codec
+
+WEIGHTS = "model/diffusion_pytorch_model.safetensors"
+
+
+def recipe_of(corpus: Path, output: Path, **changes: dict[str, Any]) -> CodecRecipe:
+    tree: dict[str, Any] = {
+        "name": "codec",
+        "output": str(output),
+        "corpus": str(corpus),
+        "model": {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "latent_channels": 4, "norm_groups": 4,
+                  "middle_attention": False},
+        "data": {"validation_fraction": 0.3, "window_units": 2},
+        "train": {"steps": 24, "batch_size": 12, "checkpoint_every": 12, "log_every": 4, "ema_decay": 0.8,
+                  "validate_every": 12, "grid_images": 4, "optimizer": {"lr": 4e-3}},
+        "engine": {"workers": 2, "zero_stage": 1},
+    }  # fmt: skip
+    for section, values in changes.items():
+        tree[section] = {**tree[section], **values}
+    return CodecRecipe.model_validate(tree)
+
+
+@pytest.fixture(scope="module")
+def corpus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """97 scenes of 32 pixels in units of 20, without any states."""
+    folder = tmp_path_factory.mktemp("world")
+    write_scene_shards(folder / "scenes", 97, 32, seed=5, per_shard=60)
+    settings = IngestSettings(resolution=32, bucket_multiple=8, unit_samples=20)
+    run_ingest([str(folder / "scenes")], str(folder / "corpus"), settings)
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CodecRecipe, FitResult]:
+    recipe = recipe_of(corpus, tmp_path_factory.mktemp("codec"))
+    return recipe, run_train_codec(recipe)
+
+
+def history(result: FitResult, metric: str) -> list[float]:
+    found = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, metric)
+    return [point.value for point in sorted(found, key=lambda point: point.step)]
+
+
+def test_it_learns_and_its_run_holds_the_evidence(trained: tuple[CodecRecipe, FitResult]) -> None:
+    recipe, result = trained
+    loss = history(result, "loss")
+    assert len(loss) == 6
+    assert loss[-1] < 0.8 * loss[0]
+    first, last = history(result, "validation/psnr")
+    assert last > first
+    for step in (12, 24):
+        assert (recipe.run_folder / "reconstructions" / f"step-{step:09}.png").stat().st_size > 500
+    names = {artifact.path for artifact in MlflowClient(result.tracking_uri).list_artifacts(result.run_id)}
+    assert {"model", "reconstructions"} <= names
+
+
+def test_the_folder_is_a_codec_with_a_measured_scale(trained: tuple[CodecRecipe, FitResult], corpus: Path) -> None:
+    _, result = trained
+    codec = load_codec(CodecSettings(name="mine", model=str(result.model)))
+    assert (codec.factor, codec.channels) == (4, 4)
+    pixels = torch.stack(Corpus.open(corpus).latent_family("pixels").read(0, range(20)))
+    encoded = codec.encode(pixels)
+    assert encoded.deviation is not None
+    sampled = encoded.mean + encoded.deviation * torch.randn(
+        encoded.mean.shape, generator=torch.Generator().manual_seed(0)
+    )
+    assert abs(sampled.mean().item()) < 0.1
+    assert abs(sampled.std().item() - 1) < 0.1
+    config = json.loads((result.model / "config.json").read_text())
+    assert config["scaling_factor"] != 1.0
+    assert config["shift_factor"] != 0.0
+
+
+def test_a_resumed_run_is_the_same_bits(trained: tuple[CodecRecipe, FitResult], corpus: Path, tmp_path: Path) -> None:
+    _, straight = trained
+    first = recipe_of(corpus, tmp_path, train={"steps": 12})
+    run_train_codec(first)
+    with pytest.raises(InputError, match=r"config.train.steps: 12 -> 24(.|\n)*--allow-drift"):
+        run_train_codec(recipe_of(corpus, tmp_path))
+    resumed = run_train_codec(recipe_of(corpus, tmp_path), allow_drift=True)
+    expected, found = (load_file(result.model.parent / WEIGHTS) for result in (straight, resumed))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert not run_train_codec(recipe_of(corpus, tmp_path)).trained
+
+
+def test_what_does_not_fit_is_refused_before_training(corpus: Path, tmp_path: Path) -> None:
+    deep = {"block_out_channels": [4] * 5, "norm_groups": 4}
+    with pytest.raises(InputError, match="multiples of 8, the codec needs multiples of 16"):
+        run_train_codec(recipe_of(corpus, tmp_path, model=deep))
+    with pytest.raises(InputError, match=r"validation_fraction: only \d+ images are held out, fewer than one batch"):
+        run_train_codec(recipe_of(corpus, tmp_path, data={"validation_fraction": 0.02}, engine={"max_failures": 0}))
