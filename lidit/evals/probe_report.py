@@ -13,6 +13,8 @@ from lidit.evals.probes import QUESTIONS, ProbeResult, chance
 
 ACCURACY_PLOT, NORMS_PLOT = "accuracy.png", "norms.png"
 THIRD_TO_LAST = -3
+# by how far a probe is above guessing
+HELD = ((0.05, "holds nothing of"), (0.3, "holds little of"), (0.7, "holds part of"), (1.0, "holds"))
 STYLE_WORDS = {
     "bare": "attributes before their nouns (`a red circle, a blue square, ...`)",
     "clauses": "attributes in later clauses (`a circle, a square, ...; the square is blue, the circle is red, ...`)",
@@ -24,7 +26,8 @@ INTRODUCTION = """\
 Can a linear probe read what a prompt says from the frozen states of its tokens, and from which token? Captions name
 four objects of different shapes and colours. A probe is ridge regression of one token's standardised state on the
 wanted word, one probe per segment, judged on the quarter of the captions it was not fitted to. Guessing gives
-{colour:.2f} for a colour and {shape:.2f} for a shape. "Third-to-last" is the block whose states the paper uses."""
+{colour:.2f} for a colour and {shape:.2f} for a shape; who knows only which four colours occur reaches .25, and who counts
+off the shapes named before reaches .52 on average. "Third-to-last" is the block whose states the paper uses."""
 
 
 def write_probe_report(folder: Path, results: Sequence[ProbeResult], title: str) -> Path:
@@ -54,7 +57,7 @@ def findings(results: Sequence[ProbeResult]) -> list[str]:
         at = {question: float(_at(result, question).mean()) for question in QUESTIONS}
         guess = chance("colour at its noun")
         noun = at["colour at its noun"]
-        held = "holds nothing of" if noun < guess + 0.1 else "holds" if noun > 0.9 else "holds part of"
+        held = next(words for limit, words in HELD if noun - guess < limit)
         positions = _at(result, "colour at the last token")
         lines.append(
             f"- {result.encoder}, `{result.style}`: a noun's state {held} its colour ({noun:.2f}); the colour word "
