@@ -26,8 +26,8 @@ INTRODUCTION = """\
 Can a linear probe read what a prompt says from the frozen states of its tokens, and from which token? Captions name
 four objects of different shapes and colours. A probe is ridge regression of one token's standardised state on the
 wanted word, one probe per segment, judged on the quarter of the captions it was not fitted to. Guessing gives
-{colour:.2f} for a colour and {shape:.2f} for a shape; who knows only which four colours occur reaches .25, and who counts
-off the shapes named before reaches .52 on average. "Third-to-last" is the block whose states the paper uses."""
+{colour:.2f} for a colour and {shape:.2f} for a shape; who knows only which four colours occur reaches .25, and who
+counts off the shapes named before reaches .52 on average. "Third-to-last" is the block whose states the paper uses."""
 
 
 def write_probe_report(folder: Path, results: Sequence[ProbeResult], title: str) -> Path:
