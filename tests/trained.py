@@ -52,9 +52,7 @@ def make_small_world(folder: Path) -> SmallWorld:
 
     write_scene_shards(folder / "scenes", 97, 32, seed=5, per_shard=60)
     corpus = folder / "corpus"
-    run_ingest(
-        [str(folder / "scenes")], str(corpus), IngestSettings(resolution=32, bucket_multiple=8, unit_samples=20)
-    )
+    run_ingest([str(folder / "scenes")], str(corpus), IngestSettings(resolution=32, bucket_multiple=8, unit_samples=20))
     encoders = tuple(
         EncoderSettings(name=family, model=str(tiny_llm(folder / family, family, width=width)), storage=storage)
         for family, width, storage in (("llama", 64, "bfloat16"), ("qwen2", 48, "int8"))
