@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pictures import encoded, picture, write_tar
@@ -98,7 +99,8 @@ def test_the_ablations_data(ray_cluster: None, tmp_path: Path) -> None:
     assert all(int(side) % 16 == 0 for bucket in buckets for side in bucket.split("x"))
     # Both origins of a sample are drawn, as the recipe's weights say.
     rows = Rows(corpus, recipe.data).unit(corpus.num_units - 1)
-    assert rows.weight.min() == rows.weight.max() == 1
+    weights = np.diff(rows.cumulative)
+    assert weights.min() == weights.max() == 1
 
 
 def test_the_filters_of_the_large_set(ray_cluster: None, tmp_path: Path) -> None:
