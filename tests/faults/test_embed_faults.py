@@ -183,6 +183,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(undisturbed: Path, model: Path, small_disk: Path) -> None:
     corpus = make_job(small_disk / "corpus", UNITS, ROWS)
     with pytest.raises(JobError, match="No space left on device; finished units are safe"):
