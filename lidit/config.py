@@ -176,6 +176,7 @@ class EngineSettings(Settings):
     """Workers and how DeepSpeed shards them."""
 
     workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(None, ge=1, description="start and go on with as few as this when nodes are gone")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -280,6 +281,10 @@ class RunRecipe(Settings):
     def _divisible(self) -> Self:
         if self.train.non_finite == "skip" and self.engine.accumulation > 1:
             raise ValueError("train.non_finite: 'skip' needs engine.accumulation = 1; use 'stop' or fewer micro-steps")
+        if self.engine.min_workers and self.engine.min_workers > self.engine.workers:
+            raise ValueError(
+                f"engine.min_workers: {self.engine.min_workers} must not exceed engine.workers = {self.engine.workers}"
+            )
         parts = self.engine.workers * self.engine.accumulation
         if self.train.batch_size % parts:
             raise ValueError(

@@ -44,6 +44,17 @@ def learning_rate(settings: LoopSettings, step: int) -> float:
     return optimizer.lr * factor * warmup
 
 
+def micro_steps(recipe: RunRecipe, world_size: int) -> int:
+    """Parts into which each worker cuts its share of a batch: none larger than with all of the recipe's workers.
+
+    (With one sample a part there, shares of unequal size may need parts of two.)
+    """
+    batch, engine = recipe.train.batch_size, recipe.engine
+    largest = batch // (engine.workers * engine.accumulation)
+    share = -(-batch // world_size)
+    return min(-(-share // largest), batch // world_size)
+
+
 def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dict[str, Any]:
     """The DeepSpeed settings a recipe means for a model of so many `parameters`."""
     engine, train = recipe.engine, recipe.train
@@ -54,10 +65,12 @@ def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dic
             zero[f"offload_{part}"] = {"device": target, "pin_memory": True}
             if target == "nvme":
                 zero[f"offload_{part}"]["nvme_path"] = engine.nvme_path
+    parts = micro_steps(recipe, world_size)
+    micro = -(-train.batch_size // (world_size * parts))
     config: dict[str, Any] = {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // (world_size * engine.accumulation),
-        "gradient_accumulation_steps": engine.accumulation,
+        "train_batch_size": micro * parts * world_size,  # more than the batch where it is cut unevenly: for logs only
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": parts,
         "gradient_clipping": train.optimizer.gradient_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -109,6 +122,7 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
             __compatible_ops__["deepspeed_shm_comm"] = False
         self.recipe, self.device = recipe, device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.micro_steps = micro_steps(recipe, self.world_size)
         settings = recipe.train.optimizer
         optimizer = None
         if not recipe.engine.fused_optimizer:
@@ -147,10 +161,12 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.train, batch.step)
-        parts = batch.split(self.recipe.engine.accumulation)
+        parts = batch.split(self.micro_steps)
         total, norm = torch.zeros((), device=self.device), None
         for part in parts:
-            loss = self.loss(part)
+            # A mean over all samples, however unequal the parts are; 1 where they are equal.
+            weight = len(part.keys) * len(parts) * self.world_size / self.recipe.train.batch_size
+            loss = self.loss(part) * weight
             total += loss.detach() / len(parts)
             if not self._finite_everywhere(loss):
                 return StepResult(float(loss), math.nan, finite=False)

@@ -38,8 +38,8 @@ FREE_SETTINGS = {
     "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ..., "evaluate": ...,
     "tracking": ..., "plan": ...,
     "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
-    "engine": {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources", "label_selector",
-               "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
+    "engine": {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
+               "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
     "data": {"prefetch_batches"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every", "sample_every",
               "sample_prompts", "validate_every", "validation_samples"},
@@ -219,7 +219,10 @@ def launch(
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=rt.ScalingConfig(
-            num_workers=engine.workers, use_gpu=bool(gpus), resources_per_worker=resources, **scaling
+            num_workers=(engine.min_workers, engine.workers) if engine.min_workers else engine.workers,
+            use_gpu=bool(gpus),
+            resources_per_worker=resources,
+            **scaling,
         ),
         run_config=rt.RunConfig(
             name=recipe.name,

@@ -29,8 +29,8 @@ from pipelines.latents import check_buckets, run_latents
 
 FREE_SETTINGS = {
     "output": ..., "corpus": ..., "tracking": ...,
-    "engine": {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources", "label_selector",
-               "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
+    "engine": {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
+               "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
     "data": {"prefetch_batches"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every", "validate_every",
               "validation_samples", "grid_images"},

@@ -83,7 +83,7 @@ class Watch:
         """Call after every step. Logs every `train.log_every` steps and at the last one."""
         self.losses.append(result.loss)
         self.norms.append(result.gradient_norm)
-        self.images += len(batch.keys) * self.engine.world_size
+        self.images += self.engine.recipe.train.batch_size
         self.tokens += batch.tokens * self.engine.world_size
         if not self.speaks:
             return
@@ -189,13 +189,18 @@ def draw_prompts(
 
 
 @torch.no_grad()
-def validation_loss(engine: Engine, batches: list[TrainingBatch], seed: int, levels: int = 8) -> dict[str, float]:
-    """Loss per timestep on fixed noise, mean over the held-out batches of all workers. Collective."""
+def validation_loss(
+    engine: Engine, batches: list[TrainingBatch], first: int, seed: int, levels: int = 8
+) -> dict[str, float]:
+    """Loss per timestep on fixed noise, mean over the held-out batches of all workers. Collective.
+
+    first: place of this worker's first sample in a global batch; a sample's noise goes by its place.
+    """
     total, count = torch.zeros(levels, device=engine.device), torch.zeros((), device=engine.device)
     engine.deepspeed.eval()
     for number, batch in enumerate(batches):
         moved = batch.to(engine.device)
-        seeds = [seed + 1_000_003 * number + engine.rank + engine.world_size * i for i in range(len(batch.keys))]
+        seeds = [seed + 1_000_003 * number + first + i for i in range(len(batch.keys))]
         predict = lambda x_t, t, text=moved.text: engine.deepspeed(x_t.to(engine.compute_dtype), t, text)  # noqa: E731
         losses = timestep_losses(predict, engine.objective, moved.latents, seeds, levels)  # [B, K]
         total, count = total + losses.sum(0), count + len(losses)

@@ -99,7 +99,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
 
     def validate_if_due(self) -> None:
         if self.due(self.recipe.train.validate_every) and self.recipe.data.validation_fraction:
-            losses = validation_loss(self.engine, self._validation_batches(), self.recipe.data.seed)
+            losses = validation_loss(self.engine, self._validation_batches(), self.feed.start, self.recipe.data.seed)
             self.watch.metrics(losses, self.step)
 
     def _validation_batches(self) -> list[TrainingBatch]:

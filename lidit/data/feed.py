@@ -18,7 +18,7 @@ import torch
 
 from lidit.config import DataSettings
 from lidit.data.draws import Purpose, draw, fill_gaussian, uniform
-from lidit.data.order import GlobalBatch, Order
+from lidit.data.order import GlobalBatch, Order, shares
 from lidit.data.rows import Rows
 from lidit.models.states import TextStates
 from lidit.store import Corpus, LatentFamily, TextFamily
@@ -40,9 +40,7 @@ class TrainingBatch:
         return replace(self, latents=latents, noise=noise, u=u, text=text)
 
     def split(self, parts: int) -> list[TrainingBatch]:
-        """Equal slices, in order, for gradient accumulation."""
-        size = len(self.keys) // parts
-        cuts = [slice(start, start + size) for start in range(0, len(self.keys), size)]
+        """Slices, in order, for gradient accumulation."""
         return [
             TrainingBatch(
                 step=self.step,
@@ -53,7 +51,7 @@ class TrainingBatch:
                 text={n: replace(s, states=s.states[cut], mask=s.mask[cut]) for n, s in self.text.items()},
                 tokens=self.tokens // parts,
             )
-            for cut in cuts
+            for cut in shares(len(self.keys), parts)
         ]
 
 
@@ -148,8 +146,8 @@ class Feed(Generic[AnyBatch_co]):
     ) -> None:
         self.order, self.assembler, self.prefetch, self.readers = order, assembler, prefetch, readers
         self._ordering = threading.Lock()  # the order keeps what it has worked out, in plain dictionaries
-        share = order.batch_size // world_size
-        self.start, self.stop = rank * share, (rank + 1) * share
+        share = shares(order.batch_size, world_size)[rank]
+        self.start, self.stop = share.start, share.stop
         self.waited = 0.0  # seconds the training loop spent waiting for data
 
     def _make(self, step: int) -> AnyBatch_co:

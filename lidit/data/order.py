@@ -26,6 +26,11 @@ Ints = NDArray[np.int64]
 WINDOWS_KEPT = 8
 
 
+def shares(count: int, parts: int) -> list[slice]:
+    """Consecutive slices of `count` things, as equal as they can be."""
+    return [slice(part * count // parts, (part + 1) * count // parts) for part in range(parts)]
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """One global batch: parallel arrays over its samples, all of one aspect bucket."""

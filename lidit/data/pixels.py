@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lidit.data.draws import Purpose, draw, fill_gaussian
-from lidit.data.order import GlobalBatch
+from lidit.data.order import GlobalBatch, shares
 from lidit.data.rows import Rows
 from lidit.store import LatentFamily
 
@@ -32,9 +32,8 @@ class PixelBatch:
         return replace(self, pixels=self.pixels.to(device), noise=self.noise.to(device))
 
     def split(self, parts: int) -> list[PixelBatch]:
-        """Equal slices, in order, for gradient accumulation."""
-        size = len(self.keys) // parts
-        cuts = [slice(start, start + size) for start in range(0, len(self.keys), size)]
+        """Slices, in order, for gradient accumulation."""
+        cuts = shares(len(self.keys), parts)
         return [PixelBatch(self.step, self.keys[cut], self.pixels[cut], self.noise[cut]) for cut in cuts]
 
 

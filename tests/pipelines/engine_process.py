@@ -43,7 +43,7 @@ def recipe_of(job: dict, world_size: int) -> Recipe:
             "objective": {"kind": "clean"},
             "train": {
                 "steps": 20,
-                "batch_size": BATCH,
+                "batch_size": job.get("batch", BATCH),
                 "ema_decay": 0.9,
                 "optimizer": {"lr": 3e-3, "weight_decay": 0.01, "warmup_steps": 3, **job.get("optimizer", {})},
             },
@@ -52,20 +52,20 @@ def recipe_of(job: dict, world_size: int) -> Recipe:
     )
 
 
-def global_batch(step: int, poison: bool) -> TrainingBatch:
+def global_batch(step: int, poison: bool, size: int = BATCH) -> TrainingBatch:
     generator = torch.Generator().manual_seed(step)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    mask = torch.arange(5)[None] < torch.randint(1, 6, (BATCH, 1), generator=generator)
+    mask = torch.arange(5)[None] < torch.randint(1, 6, (size, 1), generator=generator)
     text = {
-        "a": TextStates(draw(BATCH, 5, 16), mask, draw(3, 16)),
-        "b": TextStates(draw(BATCH, 5, 24), mask, draw(0, 24)),
+        "a": TextStates(draw(size, 5, 16), mask, draw(3, 16)),
+        "b": TextStates(draw(size, 5, 24), mask, draw(0, 24)),
     }
-    u = torch.rand(BATCH, generator=generator)
-    latents = draw(BATCH, CHANNELS, SIDE, SIDE)
+    u = torch.rand(size, generator=generator)
+    latents = draw(size, CHANNELS, SIDE, SIDE)
     if poison:
         latents[0] = float("nan")
-    noise = draw(BATCH, CHANNELS, SIDE, SIDE)
-    return TrainingBatch(step, tuple(str(i) for i in range(BATCH)), latents, noise, u, text, tokens=int(mask.sum()) * 2)
+    noise = draw(size, CHANNELS, SIDE, SIDE)
+    return TrainingBatch(step, tuple(str(i) for i in range(size)), latents, noise, u, text, tokens=int(mask.sum()) * 2)
 
 
 def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
@@ -82,7 +82,8 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
     losses, norms, finite = [], [], []
     shapes, plain = full_shapes(engine.deepspeed), None
     for step in range(start, job["steps"]):
-        part = global_batch(step, poison=step == job.get("poison")).split(world_size)[rank]
+        whole_batch = global_batch(step, step == job.get("poison"), recipe.train.batch_size)
+        part = whole_batch.split(world_size)[rank]
         result = engine.train_step(part)
         losses.append(result.loss)
         norms.append(result.gradient_norm)

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lidit.config import Recipe
+from lidit.data.order import shares
+from pipelines.engine import micro_steps
+
 PROCESS = Path(__file__).with_name("engine_process.py")
 ROOT = Path(__file__).parents[2]
 
@@ -61,9 +65,12 @@ def results(folder: Path) -> dict:
     found = launch(folder, 2, two)
     one = [{"name": "one", "engine": stage(0), "steps": 20, "save": "one", "save_at": 10}]
     one += [{"name": f"two-to-one-{n}", "engine": stage(n), "steps": 20, "restore": f"two-{n}"} for n in (1, 2, 3)]
+    one += [{"name": "sixteen", "engine": stage(0), "steps": 20, "batch": 16}]
     found |= launch(folder, 1, one)
     three = [{"name": f"to-three-{n}", "engine": stage(n), "steps": 20, "restore": f"two-{n}"} for n in (1, 2, 3)]
     three += [{"name": "one-to-three", "engine": stage(3), "steps": 20, "restore": "one"}]
+    # Four workers wanted, three there: shares of 5, 5 and 6 in two parts, none larger than the four would have had.
+    three += [{"name": f"uneven-{n}", "engine": stage(n, workers=4), "steps": 20, "batch": 16} for n in (2, 3)]
     return found | launch(folder, 3, three)
 
 
@@ -94,6 +101,29 @@ def test_resume_is_bit_identical(results: dict, folder: Path, stage: int) -> Non
 )  # fmt: skip
 def test_another_number_of_workers_goes_on_with_the_same_curve(results: dict, job: str) -> None:
     close(results[job]["losses"], results["one"]["losses"][10:], 1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fewer_workers_than_the_recipe_has_share_the_batch_unevenly(results: dict, stage: int) -> None:
+    close(results[f"uneven-{stage}"]["losses"], results["sixteen"]["losses"], 1e-5)
+    close(results[f"uneven-{stage}"]["norms"], results["sixteen"]["norms"], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parts"), [(8, 2), (7, 3), (4, 4), (3, 6), (1, 16)]
+)  # 128 samples, 8 workers with two parts of 8
+def test_no_part_grows_when_workers_are_missing(world_size: int, parts: int) -> None:
+    engine = {"workers": 8, "accumulation": 2, "min_workers": 1}
+    encoders = [{"name": "a", "model": "none"}]
+    recipe = Recipe.model_validate(
+        {"name": "r", "corpus": "c", "encoders": encoders, "model": {"fusion": {"mode": "none"}}, "engine": engine}
+        | {"train": {"batch_size": 128}}
+    )
+    assert micro_steps(recipe, world_size) == parts
+    largest = max(
+        cut.stop - cut.start for share in shares(128, world_size) for cut in shares(share.stop - share.start, parts)
+    )
+    assert largest <= 8
 
 
 @pytest.mark.parametrize("stage", range(4))
