@@ -199,10 +199,10 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(undisturbed: Path, model
         run_embed(str(corpus), encoder(model, storage="float32"), ONE, progress=False)
     before = finished(corpus)
     assert 0 < len(before) < UNITS
-    assert not list(corpus.rglob(".tmp-*"))
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     summary = run_embed(str(corpus), encoder(model, storage="float32"), ONE, progress=False)
     assert summary.computed_units == UNITS - len(before)
+    assert not list(corpus.rglob(".tmp-*")), "what the unit in flight had written was to be cleaned up"
     family = Corpus.open(corpus).text_family("tiny")
     for unit in range(UNITS):
         family.verify_unit(unit)
