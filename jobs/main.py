@@ -65,3 +65,7 @@ for name, job in (
 def main() -> None:
     environment()
     guarded(app)
+
+
+if __name__ == "__main__":
+    main()

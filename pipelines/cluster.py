@@ -33,7 +33,9 @@ def connect(cpus: int | None = None, temp_dir: str | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(address="auto", logging_level=logging.ERROR)
     else:
-        ray.init(num_cpus=max(cpus or 0, _least_cpus, os.cpu_count() or 1), _temp_dir=temp_dir, **quiet)
+        # "local": without it Ray would join whatever cluster was last started on this machine.
+        cpus = max(cpus or 0, _least_cpus, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, _temp_dir=temp_dir, **quiet)
 
 
 def resources() -> dict[str, float]:

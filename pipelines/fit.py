@@ -34,12 +34,13 @@ from pipelines.worker import train_worker
 log = logging.getLogger(__name__)
 FACTS = "run.json"
 # Settings that decide where and how fast a run goes, never what it computes.
+FREE_ENGINE = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
+               "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}  # fmt: skip
 FREE_SETTINGS = {
     "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ..., "evaluate": ...,
     "tracking": ..., "plan": ...,
     "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
-    "engine": {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
-               "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
+    "engine": FREE_ENGINE,
     "data": {"prefetch_batches"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every", "sample_every",
               "sample_prompts", "validate_every", "validation_samples"},

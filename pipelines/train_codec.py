@@ -16,6 +16,7 @@ from pipelines.cluster import connect
 from pipelines.codec_worker import codec_worker
 from pipelines.fit import (
     FACTS,
+    FREE_ENGINE,
     FitResult,
     check_drift,
     draw_curves,
@@ -29,8 +30,7 @@ from pipelines.latents import check_buckets, run_latents
 
 FREE_SETTINGS = {
     "output": ..., "corpus": ..., "tracking": ...,
-    "engine": {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
-               "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"},
+    "engine": FREE_ENGINE,
     "data": {"prefetch_batches"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every", "validate_every",
               "validation_samples", "grid_images"},

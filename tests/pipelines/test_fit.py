@@ -16,11 +16,12 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from trained import SmallWorld
 
-from lidit.config import Recipe
+from lidit.config import CodecSettings, PoolSettings, Recipe
 from lidit.errors import InputError, JobError
 from lidit.pipeline import LIDiTPipeline
 from pipelines import checkpoints
 from pipelines.fit import FitResult, run_fit
+from pipelines.latents import run_latents
 
 FINAL = "model/diffusion_pytorch_model.safetensors"
 
@@ -84,7 +85,8 @@ def test_one_run_holds_everything(undisturbed: tuple[Recipe, FitResult], small_w
         assert run.data.tags[f"lidit.text.{family.name}"] == family.fingerprint
     assert run.inputs.dataset_inputs[0].dataset.digest == small_world.open().digest[:36]
     names = {artifact.path for artifact in client.list_artifacts(result.run_id)}
-    assert {"model", "samples", "recipe.json"} <= names
+    assert {"model", "samples", "recipe.json", "plots"} <= names
+    assert {a.path for a in client.list_artifacts(result.run_id, "plots")} == {"plots/loss.png", "plots/timesteps.png"}
     registered = client.get_model_version_by_alias("lidit-test", recipe.tracking.alias)
     folder = Path(registered.source.removeprefix("file://"))
     assert LIDiTPipeline.from_pretrained(folder).config.height == 32
@@ -120,7 +122,8 @@ def test_a_missing_family_and_other_settings_are_named(small_world: SmallWorld, 
 
 def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
     recipe, result = undisturbed
-    again = recipe.model_copy(update={"output": str(tmp_path)})
+    train = recipe.train.model_copy(update={"async_upload": True})
+    again = recipe.model_copy(update={"output": str(tmp_path), "train": train})
     pids: list[int] = []
     hunter = kill_a_worker_after(again.run_folder, 4, pids)
     killed = run_fit(again)
@@ -131,6 +134,51 @@ def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, FitRe
     for name, value in straight.items():
         assert torch.equal(value, resumed[name]), name
     assert history(killed, "loss") == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_the_best_and_the_newest_checkpoints_are_kept(small_world: SmallWorld, tmp_path: Path) -> None:
+    recipe = small_world.recipe(
+        tmp_path,
+        train={"steps": 9, "checkpoint_every": 1, "validate_every": 1, "validation_samples": 12, "keep_best": True,
+               "optimizer": {"lr": 0.1}},
+        data={"validation_fraction": 0.2},
+        engine={"workers": 1},
+    )  # fmt: skip
+    result = run_fit(recipe)
+    points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "validation/loss")
+    losses = {point.step: point.value for point in points}
+    assert len(losses) == 9
+    best = sorted(losses, key=lambda step: losses[step])[:2]
+    kept = {int(folder.name.removeprefix("step-")) for folder in checkpoints.candidates(recipe.run_folder)}
+    assert best != [9, 8], "nothing was learned about the choice"
+    assert kept == {*best, 9}
+
+
+@pytest.mark.slow
+def test_a_second_stage_starts_from_the_first_ones_weights(
+    undisturbed: tuple[Recipe, FitResult], small_world: SmallWorld, tmp_path: Path
+) -> None:
+    """As the paper trains: then at twice the resolution, with latents of their own."""
+    recipe, result = undisturbed
+    corpus = tmp_path / "corpus"
+    shutil.copytree(small_world.corpus, corpus)
+    larger = CodecSettings(name="larger", scale=2)
+    run_latents(str(corpus), larger, PoolSettings())
+    train = recipe.train.model_copy(
+        update={"steps": 1, "init_from": str(result.model), "ema_decay": 0.0, "validate_every": 0,
+                "optimizer": recipe.train.optimizer.model_copy(update={"lr": 1e-12})}
+    )  # fmt: skip
+    second = run_fit(
+        recipe.model_copy(
+            update={"name": "second", "output": str(tmp_path), "corpus": str(corpus), "codec": larger, "train": train}
+        )
+    )
+    first_weights, second_weights = (load_file(r.model / FINAL) for r in (result, second))
+    for name, value in first_weights.items():
+        torch.testing.assert_close(second_weights[name], value, rtol=0, atol=1e-9, msg=name)
+    pipe = LIDiTPipeline.from_pretrained(second.model)
+    assert pipe(["a red circle"], seed=[1], output_type="np").shape == (1, 64, 64, 3)
 
 
 def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
