@@ -32,6 +32,7 @@ def environment() -> None:
     warnings.filterwarnings("ignore")
     for chatty in ("mlflow", "alembic", "DeepSpeed", "ray.train", "ray.data"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # its errors are ours to tell, without a traceback
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 
@@ -43,7 +44,9 @@ def guarded(work: Callable[[], Any]) -> None:
         _end(f"error: {error}", EXIT_INPUT)
     except JobError as error:
         _end(f"failed: {error}", EXIT_FAILED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as leaving:  # typer turns the first into the second
+        if isinstance(leaving, SystemExit) and leaving.code != EXIT_INTERRUPTED:
+            raise
         _end("interrupted: everything finished is kept; the same command goes on from there", EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno != DISK_FULL:

@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on(
         assert len(failed) == 1, output[-4000:]
         assert "no space left on the disk" in failed[0]
         assert "run the same command again" in failed[0]
-        assert "Traceback" not in output
+        assert "Traceback" not in output, output[-6000:]
         ballast.truncate(0)
         finish(again, tmp_path)
         assert same_bits(result, again.run_folder / "model")
@@ -257,7 +257,8 @@ def test_a_node_leaves_for_good_and_the_run_goes_on_with_the_rest(
         [sys.executable, Path(__file__).with_name("elastic_scenario.py"), path],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    said = [line for line in done.stderr.splitlines() if "PlacementGroupCleaner" not in line]
+    assert done.returncode == 0, "\n".join(said)[-6000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["workers"]["1"] == 2
     assert found["workers"]["8"] == 1
