@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import ray
 import yaml
 from ray.cluster_utils import Cluster
 
@@ -38,7 +39,9 @@ def main(path: Path) -> None:
         position.step: position.world_size
         for position in map(checkpoints.read_position, checkpoints.candidates(recipe.run_folder))
     }
-    print(json.dumps({"workers": workers, "uri": result.tracking_uri, "run": result.run_id}))
+    print(json.dumps({"workers": workers, "uri": result.tracking_uri, "run": result.run_id}), flush=True)
+    ray.shutdown()  # else the driver would see its cluster die and exit with 1
+    cluster.shutdown()
 
 
 if __name__ == "__main__":
