@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.embed import _write_tokenizer
 from benchmarks.store import make_corpus
 from lidit.config import EncoderSettings, PoolSettings
+from lidit.store import FamilyWriter
 from lidit.text.family import PIECE_BYTES
 from lidit.text.specs import resolve_encoder
 from pipelines.embed import CALLS_PER_ACTOR, TOKENIZED, EncodeJob, EncodeUnits
@@ -58,6 +59,7 @@ def actor(folder: Path, captions: int, tokens: int) -> None:
     make_corpus(corpus, [captions] * units)
     settings = EncoderSettings(name="random", model=str(folder / "model"), max_tokens=LONGEST)
     spec = resolve_encoder(settings, "cpu")
+    FamilyWriter.open_or_create(str(corpus), "text", spec.name, spec.to_dict())
     works = EncodeUnits(EncodeJob(str(corpus), settings, spec, PoolSettings()))
     assert works.problem is None, works.problem
     row = {"token_ids": [[5 + i % 200 for i in range(tokens)]] * captions, "truncated": [False] * captions}

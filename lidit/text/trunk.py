@@ -189,7 +189,9 @@ def _context_layer(layer: Any, batch: int, release: bool) -> Any:
 
         def update_and_release(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
             keys, values = update(*args, **kwargs)
-            fresh.keys, fresh.values = keys[..., :0, :], values[..., :0, :]
+            # Fresh ones: an empty slice would keep the whole storage alive.
+            fresh.keys = keys.new_empty((*keys.shape[:-2], 0, keys.shape[-1]))
+            fresh.values = values.new_empty((*values.shape[:-2], 0, values.shape[-1]))
             return keys, values
 
         fresh.update = update_and_release

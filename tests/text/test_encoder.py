@@ -1,6 +1,8 @@
 """The states are those of the untouched model: same ids, same block, whatever the batch, padding and neighbours."""
 
+import gc
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,3 +201,29 @@ def test_a_model_that_keeps_its_causal_mask_is_refused(
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: torch.ones(2, 2).tril().bool()[None, None])
     with pytest.raises(InputError, match="keeps its causal mask"):
         Trunk.load(resolve_encoder(settings(model_of("llama"), kind="unmasked"), "cpu"), "cpu")
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors alive, each storage once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_batch_leaves_nothing_behind(model_of: Callable[[str], Path], settings: Make, family: str) -> None:
+    """Not even for the garbage collector: keys and values of a few batches would fill a GPU before it comes."""
+    encoder = PromptEncoder.load(resolve_encoder(settings(model_of(family)), "cpu"), "cpu")
+    ids = [[5 + i % 40 for i in range(60)]] * 64
+    batch = lambda: sum(flat.numel() for _, flat in encoder.encode_tokens(ids, 4096))  # noqa: E731
+    batch()
+    gc.collect()
+    gc.disable()
+    try:
+        before = live_bytes()
+        values = batch()
+        left = live_bytes() - before
+    finally:
+        gc.enable()
+    assert left < values * 4 / 20, f"{left:,} bytes are left of a batch whose states take {values * 4:,}"
