@@ -31,7 +31,7 @@ from pipelines.embed import CALLS_PER_ACTOR, TOKENIZED, EncodeJob, EncodeUnits
 
 WIDTH, LONGEST = 1024, 4096
 # Captions in a unit, tokens of each.
-CASES = {"small": (64, 64), "medium": (1024, 64), "large": (8192, 64), "long captions": (64, LONGEST)}
+CASES = {"small": (64, 64), "medium": (1024, 64), "large": (4096, 64), "long captions": (64, LONGEST)}
 MIB = 1 << 20
 
 
@@ -52,10 +52,10 @@ def mebibytes(field: str) -> float:
 
 
 def actor(folder: Path, captions: int, tokens: int) -> None:
-    """Encode as many units as an actor takes at a time, twice; prints the growth above the loaded model in MiB."""
+    """Encode as many units as an actor takes at a time; prints the growth above the loaded model in MiB."""
     torch.set_num_threads(2)
     corpus = folder / f"corpus-{captions}-{tokens}"
-    units = 2 * CALLS_PER_ACTOR
+    units = CALLS_PER_ACTOR
     make_corpus(corpus, [captions] * units)
     settings = EncoderSettings(name="random", model=str(folder / "model"), max_tokens=LONGEST)
     spec = resolve_encoder(settings, "cpu")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lidit.config import PAPER_INSTRUCTION, EncoderSettings
 from lidit.text import EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
-from lidit.text.batching import Padding, plan_batches
+from lidit.text.batching import Padding
 from lidit.text.trunk import Trunk
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -111,31 +111,20 @@ class Peer:
         return states
 
 
-def ours(
-    encoder: PromptEncoder, captions: Sequence[Sequence[int]], budget: int, between: Callable[[int], None] | None = None
-) -> tuple[float, list[torch.Tensor]]:
-    """Seconds and states; `between` is called after each batch, its time not counted."""
+def ours(encoder: PromptEncoder, captions: Sequence[Sequence[int]], budget: int) -> list[torch.Tensor]:
     states: list[torch.Tensor] = [torch.empty(0)] * len(captions)
-    batches, spent, number = encoder.encode_tokens(captions, budget), 0.0, 0
-    device = encoder.trunk.device.type
-    while True:
-        seconds, batch = timed(device, functools.partial(next, batches, None), wait=between is not None)
-        spent += seconds
-        if batch is None:
-            return spent, states
-        for row, found in zip(batch[0], batch[1].split([len(captions[row]) for row in batch[0]]), strict=True):
+    for rows, flat in encoder.encode_tokens(captions, budget):
+        for row, found in zip(rows, flat.split([len(captions[row]) for row in rows]), strict=True):
             states[row] = found
-        if between:
-            between(number)
-        number += 1
+    return states
 
 
-def timed(device: str, work: Callable[[], Any], wait: bool = True) -> tuple[float, Any]:
-    if device == "cuda" and wait:
+def timed(device: str, work: Callable[[], Any]) -> tuple[float, Any]:
+    if device == "cuda":
         torch.cuda.synchronize()
     started = CLOCKS[clock]()
     result = work()
-    if device == "cuda" and wait:
+    if device == "cuda":
         torch.cuda.synchronize()
     return CLOCKS[clock]() - started, result
 
@@ -155,7 +144,7 @@ def dense_rate(encoder: PromptEncoder, seconds: float) -> float:
         captions = [[5 + (i + row) % 100 for i in range(length)] for row in range(rows)]
         spent, count = 0.0, 0
         while spent < seconds / 6 or count < 2:
-            once, _ = ours(encoder, captions, rows * length, between=lambda _: None)
+            once, _ = timed(encoder.trunk.device.type, functools.partial(ours, encoder, captions, rows * length))
             if count:  # the first warms up
                 spent += once
                 best = max(best, rows * length / once)
@@ -249,26 +238,16 @@ def main() -> None:
         peer(ids[: arguments.batch])
     for number in range(rounds):
         part = ids[number * len(ids) // rounds : (number + 1) * len(ids) // rounds]
-        steps = len(plan_batches([len(row) for row in part], budget))
-        expected: dict[str, list[torch.Tensor]] = {name: [] for name in peers}
-
-        def peer_turns(step: int, part: Any = part, steps: int = steps, expected: Any = expected) -> None:
-            """The peers' batches spread between ours: a machine that is busy for a while slows all three alike."""
-            for (name, peer), batches in zip(peers.items(), peer_batches, strict=True):
-                for turn in range(step * batches // steps, (step + 1) * batches // steps):
-                    some = part[turn * arguments.batch : (turn + 1) * arguments.batch]
-                    seconds, states = timed(arguments.device, functools.partial(peer, some))
-                    rates[name].add(seconds, len(some), sum(map(len, some)))
-                    expected[name] += states
-
-        interleave = arguments.device == "cpu"  # on a GPU our batches overlap, and nobody else is there
-        seconds, states = ours(encoder, part, budget, peer_turns if interleave else None)
-        if not interleave:
-            for step in range(steps):
-                peer_turns(step)
+        # One after the other: between a peer's batches, whose logits alone take a gigabyte, ours would pay for memory
+        # that the allocator has just given back.
+        seconds, states = timed(arguments.device, functools.partial(ours, encoder, part, budget))
         rates["ours"].add(seconds, len(part), sum(map(len, part)))
+        for (name, peer), batches in zip(peers.items(), peer_batches, strict=True):
+            some = part[: batches * arguments.batch]
+            theirs, expected = timed(arguments.device, functools.partial(peer, some))
+            rates[name].add(theirs, len(some), sum(map(len, some)))
+            error = max(error, worst_error(states[: len(expected)], expected))
         padding += encoder.padding(part, budget)
-        error = max(error, *(worst_error(states[: len(peer)], peer) for peer in expected.values()))
         done = ", ".join(f"{name} {1 / rate.per_caption:.2f}/s" for name, rate in rates.items())
         print(f"round {number + 1} of {rounds}: captions {done}", flush=True)
     dense = dense_rate(encoder, 12 if arguments.quick else 30)
