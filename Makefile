@@ -18,7 +18,7 @@ setup: .venv/.ready ## the environment in .venv, from constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup      ## scenes, ingest, embed with two LLMs, train, sample, evaluate: about 15 minutes on 2 cores
+demo: setup      ## scenes, ingest, embed with two LLMs, train, sample, evaluate: about 14 minutes on 2 cores
 	$(BIN)/lidit demo
 
 demo-pictures: setup ## the same on real pictures: 4,000 emoji, a codec of their own; needs npm

@@ -31,7 +31,7 @@ from pipelines.embed import CALLS_PER_ACTOR, TOKENIZED, EncodeJob, EncodeUnits
 
 WIDTH, LONGEST = 1024, 4096
 # Captions in a unit, tokens of each.
-CASES = {"small": (64, 64), "medium": (1024, 64), "large": (4096, 64), "long captions": (64, LONGEST)}
+CASES = {"small": (64, 64), "medium": (1024, 64), "large": (4096, 64), "long captions": (8, LONGEST)}
 MIB = 1 << 20
 
 
@@ -74,7 +74,7 @@ def actor(folder: Path, captions: int, tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the same: it takes two minutes")
+    parser.add_argument("--quick", action="store_true", help="the same: it takes some three minutes")
     parser.add_argument("--actor", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.actor:

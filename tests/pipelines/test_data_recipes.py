@@ -24,7 +24,7 @@ from pipelines.fit import run_fit
 from pipelines.ingest import run_ingest
 from pipelines.latents import run_latents
 
-WEIGHTS = "model/diffusion_pytorch_model.safetensors"
+WEIGHTS = "model/model/diffusion_pytorch_model.safetensors"
 
 
 def img2dataset(folder: Path, shard: int, rows: list[tuple[str, str | None, dict[str, Any], tuple[int, int]]]) -> None:
