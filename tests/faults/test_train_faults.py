@@ -27,6 +27,7 @@ from lidit.errors import InputError
 from pipelines import checkpoints
 from pipelines.fit import FitResult, run_fit
 
+pytestmark = pytest.mark.slow
 FINAL = "model/diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parents[2]
 
@@ -124,7 +125,6 @@ def test_a_checkpoint_that_was_never_finished_is_none(undisturbed: tuple[Recipe,
         checkpoints.newest_complete(tmp_path)
 
 
-@pytest.mark.slow
 def test_a_killed_driver_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
     recipe, result = undisturbed
     again = recipe.model_copy(update={"output": str(tmp_path / "runs")})
@@ -139,7 +139,6 @@ def test_a_killed_driver_costs_nothing_but_time(undisturbed: tuple[Recipe, FitRe
     assert losses(FitResult(again.run_folder / "model", 8, uri, run, True)) == losses(result)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_leaves(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
     """As a spot machine or a scheduler asks: a checkpoint of the very step, exit code 130, nothing done twice."""
     recipe, result = undisturbed
@@ -179,7 +178,6 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_the_run_goes_on(
     undisturbed: tuple[Recipe, FitResult], tmp_path: Path
 ) -> None:
@@ -214,7 +212,6 @@ def fill(ballast: object, process: subprocess.Popen[str]) -> None:
             time.sleep(0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (1, 2, 3), (2, 3, 1)])
 def test_another_number_of_workers_sees_the_same_batches(
     undisturbed: tuple[Recipe, FitResult], small_world: SmallWorld, tmp_path: Path, before: int, after: int, stage: int
@@ -246,7 +243,6 @@ def test_another_number_of_workers_sees_the_same_batches(
             torch.testing.assert_close(moved[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.slow
 def test_a_node_leaves_for_good_and_the_run_goes_on_with_the_rest(
     undisturbed: tuple[Recipe, FitResult], tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_the_folder_is_a_codec_with_a_measured_scale(trained: tuple[CodecRecipe,
     assert config["shift_factor"] != 0.0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_bits(trained: tuple[CodecRecipe, FitResult], corpus: Path, tmp_path: Path) -> None:
     _, straight = trained
     first = recipe_of(corpus, tmp_path, train={"steps": 12})
