@@ -245,7 +245,7 @@ def follow(
     pause = 0.0
     while True:
         try:
-            time.sleep(pause)
+            time.sleep(pause)  # before a reconnection only: a cluster that is restarting is not to be hammered
             pause = RETRY_SECONDS
             if client.get_job_status(name).is_terminal():
                 rest = client.get_job_logs(name)[written:]

@@ -6,12 +6,12 @@ import json
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import ray
 import yaml
 from ray.cluster_utils import Cluster
+from waiting import wait_until
 
 from lidit.config import Recipe
 from pipelines import checkpoints
@@ -29,8 +29,7 @@ def main(path: Path) -> None:
     os.environ["RAY_ADDRESS"] = cluster.address
 
     def take_away() -> None:
-        while not checkpoints.candidates(recipe.run_folder):
-            time.sleep(0.02)
+        wait_until(lambda: checkpoints.candidates(recipe.run_folder), 300)
         cluster.remove_node(leaving, allow_graceful=False)
 
     threading.Thread(target=take_away, daemon=True).start()

@@ -9,11 +9,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from s3_server import s3_server
+from waiting import wait_until
 
 # What each kind of node has; the head has nothing, as on a real cluster, and is where the driver runs.
 KINDS = {
@@ -60,13 +60,12 @@ def scenario(folder: Path) -> dict[str, object]:
             cwd=folder, env=os.environ | {"RAY_ADDRESS": cluster.address}, stdout=log, stderr=log,
         )  # fmt: skip
 
+        def log_end() -> str:
+            return (folder / "driver.log").read_text()[-4000:]
+
         def kill(kind: str, begun: Callable[[], object], ended: Callable[[], object]) -> dict[str, bool]:
             """Kill the node of this kind once the stage has begun, and bring another in its place."""
-            deadline = time.monotonic() + STAGE_SECONDS
-            while not begun():
-                assert driver.poll() is None, (folder / "driver.log").read_text()[-4000:]
-                assert time.monotonic() < deadline, f"{kind}: the stage did not begin"
-                time.sleep(0.01)
+            wait_until(begun, STAGE_SECONDS, lambda: None if driver.poll() is None else log_end())
             cluster.remove_node(nodes[kind], allow_graceful=False)
             in_the_middle = not ended()
             nodes[kind] = cluster.add_node(**KINDS[kind])

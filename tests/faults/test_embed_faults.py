@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import psutil
 import pytest
 from embed_job import contents, embed_here, encoder, finished, make_job, start
 from tiny_models import tiny_llm
+from waiting import wait_until
 
 from lidit.config import PoolSettings
 from lidit.errors import InputError, JobError
@@ -77,10 +77,7 @@ def encoder_actors(parent: int) -> list[psutil.Process]:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.002)
+    wait_until(condition, seconds, every=0.002)  # units of tiny models follow each other within milliseconds
 
 
 def test_kill_of_an_actor_is_survived(undisturbed: Path, model: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from trained import SmallWorld
+from waiting import wait_until
 
 from lidit.config import Recipe
 from lidit.errors import InputError
@@ -57,11 +58,12 @@ def step_file(recipe: Recipe, step: int) -> Path:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 400
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline, f"{path} never appeared"
-        time.sleep(0.02)
+    wait_until(path.exists, 400, lambda: ended(process))
+
+
+def ended(process: subprocess.Popen[str]) -> str | None:
+    """What a process said that is no more."""
+    return None if process.poll() is None else process.communicate()[0][-4000:]
 
 
 @contextmanager
@@ -147,11 +149,10 @@ def test_sigterm_saves_and_leaves(undisturbed: tuple[Recipe, FitResult], tmp_pat
     uri, run = f"sqlite:///{tmp_path}/runs/mlflow.db", again.run_folder / "mlflow-run"
     with command(again, tmp_path) as process:
         wait_for(run, process)
-        client, deadline = MlflowClient(uri), time.monotonic() + 300
-        while len(client.get_metric_history(run.read_text(), "loss")) < 3:
-            assert process.poll() is None, process.communicate()[0][-4000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        client = MlflowClient(uri)
+        wait_until(
+            lambda: len(client.get_metric_history(run.read_text(), "loss")) >= 3, 300, lambda: ended(process), every=0.1
+        )
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=200)[0]
     assert process.returncode == 130, output[-4000:]
@@ -209,7 +210,7 @@ def fill(ballast: object, process: subprocess.Popen[str]) -> None:
         try:
             ballast.write(bytes(4096))  # type: ignore[attr-defined]
         except OSError:
-            time.sleep(0.01)
+            time.sleep(0.01)  # full: until the process under test gives room back, there is nothing to take
 
 
 @pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (1, 2, 3), (2, 3, 1)])
@@ -254,7 +255,7 @@ def test_a_node_leaves_for_good_and_the_run_goes_on_with_the_rest(
     path.write_text(yaml.safe_dump(again.model_dump(mode="json")))
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("elastic_scenario.py"), path],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if "PlacementGroupCleaner" not in line]
     assert done.returncode == 0, "\n".join(said)[-6000:]

@@ -11,7 +11,7 @@ with open(settings["runs"], "a") as file:
     file.write("run\\n")
 for i in range(int(settings["lines"])):
     print(f"line {i}", flush=True)
-    time.sleep(float(settings["pause"]))
+    time.sleep(float(settings["pause"]))  # a job that is still at work while it is watched or stopped
 sys.exit(int(settings["exit"]))
 """
 

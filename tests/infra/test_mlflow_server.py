@@ -132,7 +132,7 @@ def running_server(
             except (OSError, urllib.error.URLError):
                 assert process.poll() is None, (folder / "server.log").read_text()
                 assert time.monotonic() < deadline, (folder / "server.log").read_text()
-                time.sleep(0.5)
+                time.sleep(0.5)  # a server tells nobody when it is ready: ask until it answers
         yield url
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -151,7 +151,7 @@ def train():
     metrics.step(seconds=0.3, data_wait_seconds=0.06, loss=1.5, mfu=0.4)
     metrics.step(seconds=0.5, data_wait_seconds=0.14, loss=float("nan"))
     metrics.checkpoint_saved(1.0e9)
-    time.sleep(30)
+    time.sleep(30)  # a worker that is gone takes its series with it: stay until they were read
 
 running = train.remote()
 metrics = EmbedMetrics("smollm2")
@@ -162,7 +162,7 @@ IngestMetrics("pictures").source_read(kept=7, refused=2)
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 for _ in range(60):
-    time.sleep(1)
+    time.sleep(1)  # the agent exports once a second
     text = urllib.request.urlopen(url).read().decode()
     if text.count("# HELP ray_lidit_") == int(sys.argv[2]):
         break
@@ -231,13 +231,13 @@ url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 def watch():
     while True:
-        time.sleep(0.5)
+        time.sleep(0.5)  # a scrape twice as often as the agent exports misses nothing
         text = urllib.request.urlopen(url).read().decode()
         print("\\n".join(line for line in text.splitlines() if line.startswith("ray_lidit_")), flush=True)
 
 threading.Thread(target=watch, daemon=True).start()
 run_chain(load_recipe(str(folder / "recipe.yaml")), lambda stage, summary: None, until="train")
-time.sleep(5)
+time.sleep(5)  # the last values are exported a second after the job ends
 """
 REAL_RECIPE = """
 name: watched
