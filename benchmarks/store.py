@@ -1,13 +1,12 @@
 """Storing and reading prompt states: this project's shards against the formats other caches use, in the same run.
 
-    python benchmarks/store.py [--quick] [--states package:smollm2]
+    python -m benchmarks.store --quick
 
 All formats hold the same bfloat16 bits of the same captions of varying length. Peers: npz per sample (PixArt, Kohya),
 WebDataset tars of .npy members, Parquet, safetensors per unit. Reading ends where training starts: every caption's
 states copied into a batch buffer as a torch tensor. `read_over_raw` is reading all tensors of a unit into one buffer
-against reading its file's bytes into the same buffer with readinto(), both from the page cache. `--states` adds the
-measured error of 8, 6 and 4 bits on real LLM states. Driver memory is the peak of planning and finishing a family, with
-a small and a large number of captions. The last line printed is one JSON object.
+against reading its file's bytes into the same buffer with readinto(), both from the page cache. The
+last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,13 +17,10 @@ import itertools
 import json
 import os
 import random
-import resource
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +30,6 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lidit.store import (
     Corpus,
@@ -50,7 +44,6 @@ from lidit.store import (
     unit_tables,
 )
 from lidit.store.folder import Folder
-from lidit.store.states import decode_table
 from lidit.store.unitfile import TextFile
 
 WIDTH = 576  # SmolLM2-135M
@@ -312,109 +305,15 @@ def compare(work: Path, captions: int) -> dict[str, Any]:
     }
 
 
-# -- memory and scale -------------------------------------------------------------------------------------------------
-
-
-def driver(corpus: str) -> None:
-    """What a job's driver does around its actors; prints the growth of its peak memory in MiB."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    writer = open_writer(Path(corpus), "bfloat16")
-    assert writer.pending() == []
-    writer.finish()
-    Corpus.open(corpus).text_family("bfloat16").record(0)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-
-
-def driver_memory(work: Path, counts: list[int]) -> dict[str, float]:
-    found = {}
-    for count in counts:
-        corpus = work / f"driver-{count}"
-        sizes = [min(UNIT, count - first) for first in range(0, count, UNIT)]
-        make_corpus(corpus, sizes)
-        writer = open_writer(corpus, "bfloat16")
-        one = torch.zeros(1, 8)
-        writer.write_shared(shared_table([0], one, [0], one, torch.zeros(8), torch.ones(8)))
-        for unit, size in enumerate(sizes):
-            states = [torch.full((3, 8), 1.0, dtype=torch.bfloat16)] * size
-            writer.publish(unit, text_table([[1, 2, 3]] * size, states, "bfloat16"))
-        command = [sys.executable, __file__, "--driver", str(corpus)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found[str(count)] = round(float(output.split()[-1]), 1)
-        print(f"  driver memory, {count:,} captions in {len(sizes)} units: +{found[str(count)]} MiB", flush=True)
-    return found
-
-
-def open_large(work: Path, units: int = 250_000) -> float:
-    """Seconds to open a corpus with the unit table of a billion samples and look at its last row."""
-    row = {"source": "shard.tar", "samples": 4096, "captions": 4096, "samples_bytes": 1, "captions_bytes": 1}
-    hashes = {"samples_sha256": "0" * 64, "captions_sha256": "0" * 64}
-    rows = [{**row, **hashes, "unit": unit} for unit in range(units)]
-    publish_corpus(Folder.at(work / "large"), rows, 6, "/", pa.table({"file": ["x"]}), {}, {})
-    return timed(lambda: Corpus.open(work / "large").units.slice(units - 1).to_pylist())
-
-
-# -- fewer bits -------------------------------------------------------------------------------------------------------
-
-
-def fewer_bits(model: str) -> dict[str, Any]:
-    """Error of 8, 6 and 4 bits on real states, in deviations, calibrated on other captions than are measured."""
-    from lidit.config import EncoderSettings
-    from lidit.text import PromptEncoder, resolve_encoder
-
-    encoder = PromptEncoder.load(resolve_encoder(EncoderSettings(name="bits", model=model), "cpu"), "cpu")
-    nouns, colours = ("cat", "clock", "bicycle", "teapot", "lighthouse"), ("red", "pale blue", "striped", "wooden")
-    texts = [f"a {c} {n} beside a {d} {m} at {t}" for n in nouns for m in nouns for c in colours for d in colours
-             for t in ("noon", "the harbour in the rain")]  # fmt: skip
-    random.Random(0).shuffle(texts)
-    calibration = [e.states.float() for e in encoder.encode(texts[:200])]
-    measured = torch.cat([e.states.float() for e in encoder.encode(texts[200:400])])
-    mean, deviation = channel_statistics(calibration)
-    width = measured.shape[1]
-    exact = (measured - mean) / deviation
-    found: dict[str, Any] = {}
-    for name, levels, group in _schemes(width):
-        grouped = exact.view(len(exact), -1, group)
-        scale = grouped.abs().amax(-1, keepdim=True) / (2 ** (levels - 1) - 1)
-        back = ((grouped / scale).round() * scale).view_as(exact)
-        size = width * levels / 8 + width / group * 2
-        found[name] = {
-            "error": round((back - exact).square().mean().sqrt().item(), 4),
-            "cosine": round(torch.nn.functional.cosine_similarity(back, exact, dim=-1).mean().item(), 5),
-            "bytes_per_token": int(size),
-        }
-        print(f"  {name:<26} error {found[name]['error']:.4f}  cosine {found[name]['cosine']:.5f}  {int(size)} B/token")
-    stored = text_table([[0] * len(measured)], [measured], "int8", width, mean, deviation)
-    ours = (torch.cat(decode_table(stored, mean, deviation)) - measured) / deviation
-    found["ours int8"] = {"error": round(ours.square().mean().sqrt().item(), 4)}
-    return found
-
-
-def _schemes(width: int) -> Iterator[tuple[str, int, int]]:
-    for levels in (8, 6, 4):
-        yield f"{levels} bits, one scale", levels, width
-        yield f"{levels} bits, groups of 64", levels, 64
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer captions; ends within 5 minutes on 2 cores")
-    parser.add_argument("--states", help="also measure 8, 6 and 4 bits on this model's states (package:smollm2)")
-    parser.add_argument("--driver", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.driver:
-        driver(arguments.driver)
-        return
     with tempfile.TemporaryDirectory(prefix="store-benchmark-") as name:
         work = Path(name)
         result: dict[str, Any] = {"benchmark": "store", "quick": arguments.quick, "cores": os.cpu_count()}
         result |= compare(work, 4096 if arguments.quick else 16_384)
-        counts = [10_000, 100_000] if arguments.quick else [10_000, 100_000, 1_000_000]
-        result["driver_memory_mib"] = driver_memory(work, counts)
-        result["open_250k_units_seconds"] = round(open_large(work), 2)
-        print(f"  corpus of 250,000 units opens in {result['open_250k_units_seconds']} s")
-        if arguments.states:
-            result["bits"] = fewer_bits(arguments.states)
     print(json.dumps(result))
 
 

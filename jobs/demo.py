@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from jobs import embed, ingest, scenes
+from jobs import scenes
 from jobs.recipe import load_recipe
+from jobs.run import showing
 from jobs.start import run
-from lidit.config import Stage
 
 SCENES, SIZE, SEED = 8000, 32, 0
 
@@ -39,19 +39,9 @@ def command(
     from pipelines.chain import run_chain
     from pipelines.tracking import open_command
 
-    made: dict[Stage, Any] = {}
-
-    def report(stage: Stage, summary: Any) -> None:
-        made[stage] = summary
-        if stage == "ingest":
-            ingest.show(recipe.corpus, summary)
-        elif stage == "embed":
-            embed.show(recipe.corpus, summary)
-
     scenes.command(folder / "scenes", count, SIZE, SEED, recipe.ingest.unit_samples, recipe.evaluate.layout)
-    run_chain(recipe, report)
+    made = run_chain(recipe, showing(recipe.corpus))
     result, scores = made["train"], made["evaluate"]
-    print(scores.table)
     print(f"\nmodel      {result.model}")
     print(f"pictures   {scores.folder / 'grid.png'}")
     print(f"draw       lidit sample {result.model} --prompt 'a red circle left of a blue square'")

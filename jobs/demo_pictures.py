@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from jobs import embed, ingest, latents, train, train_codec
+from jobs import train_codec
 from jobs.recipe import load_recipe
+from jobs.run import showing
 from jobs.start import run
-from lidit.config import Stage
 
 
 def command(
@@ -42,20 +42,10 @@ def command(
             *(overrides or []),
         ],
     )
-    made: dict[Stage, Any] = {}
-
-    def report(stage: Stage, summary: Any) -> None:
-        made[stage] = summary
-        if stage == "train":
-            train.show(summary)
-        else:
-            {"ingest": ingest, "embed": embed, "latents": latents}[stage].show(recipe.corpus, summary)
-
-    run_chain(recipe, report, until="ingest")
+    run_chain(recipe, showing(recipe.corpus), until="ingest")
     steps = [] if codec_steps is None else [f"train.steps={codec_steps}"]
     train_codec.command("codec-small", [f"output={runs}", f"corpus={corpus}", "name=pictures-codec", *steps])
-    run_chain(recipe, report, until="train")
-    result = made["train"]
+    result = run_chain(recipe, showing(recipe.corpus), until="train")["train"]
     held_out = [str(emoji / "held_out")]
     scores = evaluate_held_out(result.model, held_out, recipe.run_folder / "held-out", recipe.tracking)
     print(f"held-out pictures that prefer their own caption: {scores.preference} of {scores.pictures}, chance 0.5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -29,15 +30,19 @@ def command(
     checked = load_recipe(recipe, overrides)
     from pipelines.chain import run_chain
 
-    corpus = checked.corpus
-    say: dict[Stage, Any] = {
+    run_chain(checked, showing(checked.corpus), until, allow_drift)
+
+
+def showing(corpus: str) -> Callable[[Stage, Any], None]:
+    """Prints what came of each stage of a chain."""
+    show: dict[Stage, Callable[[Any], None]] = {
         "ingest": lambda made: ingest.show(corpus, made),
         "embed": lambda made: embed.show(corpus, made),
         "latents": lambda made: latents.show(corpus, made),
         "train": train.show,
         "evaluate": evaluate.show,
     }
-    run_chain(checked, lambda stage, summary: say[stage](summary), until, allow_drift)
+    return lambda stage, made: show[stage](made)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import typer
 from jobs.start import run
 
 if TYPE_CHECKING:
-    from pipelines.fit import FitResult
+    from pipelines.drive import FitResult
 
 
 def command(

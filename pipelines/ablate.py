@@ -14,8 +14,9 @@ from typing import Any
 
 import ray
 
+from lidit.config import PoolSettings
 from lidit.diffusion import build_objective
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError
 from lidit.evals.ablation import ArmResult
 from lidit.evals.ablation_report import write_ablation_report
 from lidit.evals.ablation_settings import Ablation
@@ -127,7 +128,7 @@ def _encode_cases(pending: list[ArmJob], corpus: Corpus) -> None:
     tasks = []
     for fingerprint, (job, encoder) in wanted.items():
         pool = job.recipe.pool_of(encoder.name)
-        task = _encode.options(num_cpus=pool.cpus, num_gpus=pool.gpus, resources=pool.resources or None)
+        task = _encode.options(**cluster.demands(pool))
         tasks.append(task.remote(job.study, corpus.folder.location, encoder, fingerprint))
     _get(tasks)
 
@@ -147,9 +148,9 @@ def _results(pending: list[ArmJob], ablation: Ablation) -> Iterator[tuple[ArmJob
             yield job, _fit_arm(job)
         return
     cluster.connect()
-    demands = {"num_cpus": engine.cpus_per_worker, "num_gpus": engine.gpus_per_worker,
-               "resources": engine.resources or None, "label_selector": engine.label_selector or None}  # fmt: skip
-    task = ray.remote(max_retries=engine.max_failures, **demands)(train_arm)
+    worker = PoolSettings(cpus=engine.cpus_per_worker, gpus=engine.gpus_per_worker, resources=engine.resources,
+                          label_selector=engine.label_selector)  # fmt: skip
+    task = ray.remote(max_retries=engine.max_failures, **cluster.demands(worker))(train_arm)
     waiting = list(pending)
     running: dict[Any, ArmJob] = {}
     limit = _side_by_side(engine.cpus_per_worker)
@@ -171,15 +172,8 @@ def _side_by_side(cpus: float) -> int:
 
 
 def _get(tasks: list[Any]) -> list[Any]:
-    try:
+    with cluster.plain_errors("an arm's worker died; finished arms are kept"):
         return list(ray.get(tasks))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError | JobError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise JobError(f"an arm's worker died; finished arms are kept: {reason}") from None
 
 
 def _fit_arm(job: ArmJob) -> ArmResult:

@@ -30,33 +30,41 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 READERS = 1  # logical CPUs of one embedding besides its actors
 SPARE_CPUS = 2  # workers of the stage before may still be on their way out
 Report = Callable[[Stage, Any], None]
+Made = dict[Stage, Any]
 Resources = Mapping[str, float]
 
 
-def run_chain(recipe: Recipe, report: Report, until: Stage = "evaluate", allow_drift: bool = False) -> None:
-    """Do what is missing of the recipe's stages up to `until`.
+def run_chain(recipe: Recipe, report: Report, until: Stage = "evaluate", allow_drift: bool = False) -> Made:
+    """Do what is missing of the recipe's stages up to `until`; the summary of each, of embed the last encoder's.
 
     report: called after each stage (embed: after each encoder) with its summary, also when nothing was left to do.
     Without `sources` the corpus must exist. Raises InputError, before anything is started, for encoders or a codec
     that cannot be used; otherwise what the stages raise. What is finished is kept.
     """
     wanted = STAGES[: STAGES.index(until) + 1]
+    made: Made = {}
+
+    def keep(stage: Stage, summary: Any) -> None:
+        made[stage] = summary
+        report(stage, summary)
+
     _check(recipe, wanted)
     cluster.at_least(_logical_cpus(recipe))
     if recipe.sources:
-        report("ingest", run_ingest(list(recipe.sources), recipe.corpus, recipe.ingest))
+        keep("ingest", run_ingest(list(recipe.sources), recipe.corpus, recipe.ingest))
     corpus = Corpus.open(recipe.corpus)
     if "embed" in wanted:
-        _embed(recipe, corpus, report)
+        _embed(recipe, corpus, keep)
     if "latents" in wanted:
-        report("latents", run_latents(recipe.corpus, recipe.codec, recipe.pool))
+        keep("latents", run_latents(recipe.corpus, recipe.codec, recipe.pool))
     if "train" not in wanted:
-        return
+        return made
     trained = run_fit(recipe, allow_drift)
-    report("train", trained)
+    keep("train", trained)
     if "evaluate" in wanted:
         out = recipe.run_folder / "evaluation"
-        report("evaluate", evaluate_scenes(trained.model, recipe.evaluate, recipe.tracking, out))
+        keep("evaluate", evaluate_scenes(trained.model, recipe.evaluate, recipe.tracking, out))
+    return made
 
 
 def _check(recipe: Recipe, wanted: tuple[Stage, ...]) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import ray
+
+from lidit.config import PoolSettings
+from lidit.errors import InputError, JobError
 
 CLUSTER_ADDRESS = "RAY_ADDRESS"
 _least_cpus = 1
@@ -46,3 +52,27 @@ def resources() -> dict[str, float]:
 def total(resource: str) -> float:
     """How much of a resource ("CPU", "GPU") the whole cluster has."""
     return resources().get(resource, 0.0)
+
+
+def demands(pool: PoolSettings) -> dict[str, Any]:
+    """What one actor or task of a pool asks of the cluster, as Ray's options."""
+    asked: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
+    if pool.resources:
+        asked["resources"] = dict(pool.resources)
+    if pool.label_selector:
+        asked["label_selector"] = dict(pool.label_selector)
+    return asked
+
+
+@contextmanager
+def plain_errors(died: str) -> Iterator[None]:
+    """Ray's errors as the user's: what a task raised on purpose as it was; `died` and why, where its worker died."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError | JobError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise JobError(f"{died}: {reason}") from None

@@ -143,7 +143,7 @@ def _compute(
     job = EncodeJob(corpus, settings, spec, pool)
     # An actor of its own kind of device publishes the shared states; with several, exactly one must come first.
     if pool.actors > 1 and _writer(corpus, spec).shared() is None:
-        _raise_problem(ray.get(ray.remote(**_demands(pool))(prepare).remote(job)))
+        _raise_problem(ray.get(ray.remote(**cluster.demands(pool))(prepare).remote(job)))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_fallback_to_arrow_object_ext_type = False  # it would pickle what Arrow cannot hold
@@ -165,7 +165,7 @@ def _compute(
         fn_constructor_kwargs={"job": job},
         max_restarts=ACTOR_RESTARTS,
         max_task_retries=TASK_RETRIES,
-        **_demands(pool),
+        **cluster.demands(pool),
     )
     try:
         return _consume(dataset, corpus, spec, pending, progress)
@@ -214,16 +214,6 @@ def _raise_problem(row: dict[str, Any]) -> None:
 
 def _blocks(units: int) -> int:
     return min(units, MOST_BLOCKS)
-
-
-def _demands(pool: PoolSettings) -> dict[str, Any]:
-    """What one encoder actor asks of the cluster."""
-    demands: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
-    if pool.resources:
-        demands["resources"] = dict(pool.resources)
-    if pool.label_selector:
-        demands["label_selector"] = dict(pool.label_selector)
-    return demands
 
 
 def _check_resources(pool: PoolSettings) -> None:

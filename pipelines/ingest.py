@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from lidit.config import IngestSettings
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError
 from lidit.settings import PASSWORD, has_password
 from lidit.sources import SourceFile, expand
 from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source
@@ -27,7 +27,7 @@ from lidit.store.corpus import CORPUS_FILE, spec_differences
 from lidit.store.folder import Folder
 from lidit.store.publish import publish_bytes
 from lidit.store.schema import FORMAT_VERSION, canonical_json, unit_digits
-from pipelines.cluster import connect
+from pipelines import cluster
 from pipelines.metrics import IngestMetrics
 from pipelines.progress import Progress
 
@@ -95,7 +95,7 @@ def run_ingest(
         return _finished(Corpus.open(folder), plan, root)
     staging = folder.child(STAGING)
     _claim(folder, staging, plan)
-    connect()
+    cluster.connect()
     metrics = IngestMetrics(folder.location.rpartition("/")[2])
     if progress is not None:
         staged = _stage_all(staging, files, settings, metrics, progress)
@@ -209,15 +209,9 @@ def _in_tasks(function: Callable[..., Any], calls: Iterable[tuple[str, tuple[Any
             return
         ready, _ = ray.wait(list(running), num_returns=1)
         subject = running.pop(ready[0])
-        try:
-            yield ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, InputError | JobError):
-                raise cause from None
-            raise
-        except ray.exceptions.WorkerCrashedError:
-            raise JobError(f"{subject}: the process reading it died three times; take this file out") from None
+        with cluster.plain_errors(f"{subject}: the process reading it died three times; take this file out"):
+            found = ray.get(ready[0])
+        yield found
 
 
 def _same_kind(staged: list[StagedSource]) -> None:

@@ -19,11 +19,11 @@ import torch
 
 from lidit.codecs import codec_spec, load_codec
 from lidit.config import CodecSettings, PoolSettings
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError
 from lidit.images.buckets import Bucket
 from lidit.images.reading import bucket_images
 from lidit.store import Corpus, FamilyWriter, UnitStatistics, latents_table
-from pipelines.cluster import connect
+from pipelines import cluster
 from pipelines.progress import Progress
 
 Report = Callable[[int, int, str], None]
@@ -99,7 +99,7 @@ def run_latents(
     pending = [] if writer.complete() else writer.pending()
     busy = [0.0, 0.0]
     if pending:
-        connect()
+        cluster.connect()
         total = opened.num_units
         if progress is not None:
             busy = _compute(job, pool, pending, total, progress)
@@ -135,14 +135,8 @@ def check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
 
 def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, report: Report) -> list[float]:
     """Give every actor a unit and the one after it; returns codec seconds and wall seconds over all units."""
-    actor_type = ray.remote(
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-        resources=pool.resources or None,
-        label_selector=pool.label_selector or None,
-        max_restarts=ACTOR_RESTARTS,
-        max_task_retries=TASK_RETRIES,
-    )(LatentsActor)
+    lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": TASK_RETRIES}
+    actor_type = ray.remote(**cluster.demands(pool), **lives)(LatentsActor)
     actors = [actor_type.remote(job) for _ in range(min(pool.actors, len(pending)))]
     remaining = iter(pending)
     queued = {actor: next(remaining, None) for actor in actors}
@@ -157,23 +151,16 @@ def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int
 
     for actor in actors:
         start(actor)
+    died = f"an actor of the codec died {ACTOR_RESTARTS + 1} times; finished units are kept"
     try:
         while running:
             (finished,), _ = ray.wait(list(running))
             actor = running.pop(finished)
-            codec_seconds, seconds, images = ray.get(finished)
+            with cluster.plain_errors(died):
+                codec_seconds, seconds, images = ray.get(finished)
             done, busy = done + 1, [busy[0] + codec_seconds, busy[1] + seconds]
             report(done, total, f"{images / max(seconds, 1e-9):.0f} images/s per actor")
             start(actor)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError | JobError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayActorError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise JobError(
-            f"an actor of the codec died {ACTOR_RESTARTS + 1} times; finished units are kept: {reason}"
-        ) from None
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lidit.config import EncoderSettings, Recipe
 from lidit.store import digest_of
 from lidit.text import PromptEncoder, resolve_encoder
-from pipelines.cluster import connect
+from pipelines import cluster
 
 
 def prompt_states(recipe: Recipe, prompts: Sequence[str], folder: Path) -> dict[str, list[torch.Tensor]]:
@@ -27,13 +27,11 @@ def prompt_states(recipe: Recipe, prompts: Sequence[str], folder: Path) -> dict[
         else:
             missing.append((encoder, path))
     if missing:
-        connect()
+        cluster.connect()
         folder.mkdir(parents=True, exist_ok=True)
     for encoder, path in missing:
         pool = recipe.pool_of(encoder.name)
-        task = _encode.options(
-            num_cpus=pool.cpus, num_gpus=pool.gpus, resources=pool.resources, label_selector=pool.label_selector or None
-        )
+        task = _encode.options(**cluster.demands(pool))
         found[encoder.name] = ray.get(task.remote(encoder, list(prompts)))
         save_file({str(index): states for index, states in enumerate(found[encoder.name])}, path)
     return found

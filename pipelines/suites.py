@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from lidit.config import PoolSettings, TrackingSettings
-from lidit.errors import InputError, JobError
 from lidit.evals.official import SuiteScores, parse_results, prepare_folder, suite_parts
 from lidit.evals.suites import FIRST_SEED, ImageTarget, missing, save_target
 from lidit.models import TextStates
@@ -71,28 +70,16 @@ def _draw(model: Path, out: Path, targets: list[ImageTarget], pool: PoolSettings
     import ray
     from ray.util import ActorPool
 
-    from pipelines.cluster import connect
+    from pipelines import cluster
 
-    connect(cpus=int(pool.actors * pool.cpus) + 1)
-    kind = ray.remote(
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-        resources=pool.resources or None,
-        label_selector=pool.label_selector or None,
-        max_restarts=ACTOR_RESTARTS,
-        max_task_retries=ACTOR_RESTARTS,
-    )(Painter)
+    cluster.connect(cpus=int(pool.actors * pool.cpus) + 1)
+    lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": ACTOR_RESTARTS}
+    kind = ray.remote(**cluster.demands(pool), **lives)(Painter)
     batches = _batches(targets, batch_size)
     actors = [kind.remote(model, max(1, int(pool.cpus))) for _ in range(min(pool.actors, len(batches)))]
     try:
-        yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.draw.remote(out, batch), batches)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayActorError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise JobError(f"a worker could not draw; finished images are kept: {reason}") from None
+        with cluster.plain_errors("a worker could not draw; finished images are kept"):
+            yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.draw.remote(out, batch), batches)
     finally:
         for actor in actors:
             ray.kill(actor)

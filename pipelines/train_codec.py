@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 from lidit.codec_recipe import CodecRecipe
 from lidit.config import CodecSettings, PoolSettings
-from lidit.settings import flatten
-from lidit.store import Corpus, digest_of
-from pipelines import tracking
+from lidit.store import Corpus
 from pipelines.cluster import connect
 from pipelines.codec_worker import codec_worker
-from pipelines.fit import (
-    FACTS,
-    FREE_ENGINE,
-    FitResult,
-    check_drift,
-    draw_curves,
-    finished_step,
-    launch,
-    note_run,
-    publish_model,
-    read_run_id,
-)
+from pipelines.drive import FREE_ENGINE, FitResult, drive, launch
 from pipelines.latents import check_buckets, run_latents
+from pipelines.tracking import Tracker
 
 FREE_SETTINGS = {
     "output": ..., "corpus": ..., "tracking": ...,
@@ -53,31 +38,9 @@ def run_train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> FitResult
         "corpus": corpus.digest,
         "pixels": pixels.fingerprint,
     }
-    folder = recipe.run_folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe = recipe.model_copy(update={"output": str(folder.parent), "corpus": corpus.folder.location})
-    check_drift(folder, facts, allow_drift)
-    uri = tracking.store_uri(recipe.tracking.uri, folder.parent)
-    finished = finished_step(folder)
-    if finished is not None and finished >= recipe.train.steps:
-        return FitResult(folder / "model", finished, uri, read_run_id(folder), trained=False)
-    (folder / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True))
-    tags = {
-        "lidit.job": "train-codec",
-        "lidit.corpus_digest": corpus.digest,
-        "lidit.pixels": pixels.fingerprint,
-        "lidit.ray_job": os.environ.get("RAY_JOB_ID", "embedded"),
-    }
-    key = digest_of({"name": recipe.name, "output": recipe.output})[:32]
-    with tracking.tracked_run(uri, recipe.tracking.experiment, recipe.name, key, flatten(recipe), tags, folder) as run:
-        run.dataset(Path(recipe.corpus).name, corpus.digest, recipe.corpus)
-        note_run(folder, run)
-        config: dict[str, Any] = {"facts": facts}
-        launch(codec_worker, recipe, config, run, folder)
-        publish_model(folder)
-        draw_curves(run, folder / "plots")
-        run.artifact(folder / "model", "model")
-        if recipe.tracking.registered_model:
-            run.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
-    note_run(folder, run)
-    return FitResult(folder / "model", recipe.train.steps, uri, run.handle.run_id, trained=True)
+    tags = {"lidit.job": "train-codec", "lidit.pixels": pixels.fingerprint}
+
+    def train(recipe: CodecRecipe, tracker: Tracker, folder: Path) -> None:
+        launch(codec_worker, recipe, {"facts": facts}, tracker, folder)
+
+    return drive(recipe, corpus, facts, tags, allow_drift, train)

@@ -26,7 +26,8 @@ from waiting import wait_until
 from lidit.config import Recipe
 from lidit.errors import InputError
 from pipelines import checkpoints
-from pipelines.fit import FitResult, run_fit
+from pipelines.drive import FitResult
+from pipelines.fit import run_fit
 
 pytestmark = pytest.mark.slow
 FINAL = "model/diffusion_pytorch_model.safetensors"

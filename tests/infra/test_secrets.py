@@ -18,7 +18,7 @@ from lidit.config import EncoderSettings, Recipe, TrackingSettings
 from lidit.errors import InputError
 from lidit.evals.scenes import write_scene_shards
 from lidit.settings import validate
-from pipelines import fit, tracking
+from pipelines import drive, tracking
 from pipelines.ingest import run_ingest
 
 __all__ = ["documents"]
@@ -133,4 +133,5 @@ def test_settings_refuse_passwords_without_repeating_them(tmp_path: Path) -> Non
 
 
 def test_no_secret_is_in_what_ray_records_of_a_worker() -> None:
-    assert not [n for n in fit.WORKER_ENVIRONMENT if any(word in n for word in ("PASSWORD", "TOKEN", "SECRET", "KEY"))]
+    secret = ("PASSWORD", "TOKEN", "SECRET", "KEY")
+    assert not [name for name in drive.WORKER_ENVIRONMENT if any(word in name for word in secret)]

@@ -20,7 +20,8 @@ from lidit.config import CodecSettings, PoolSettings, Recipe
 from lidit.errors import InputError, JobError
 from lidit.pipeline import LIDiTPipeline
 from pipelines import checkpoints
-from pipelines.fit import FitResult, run_fit
+from pipelines.drive import FitResult
+from pipelines.fit import run_fit
 from pipelines.latents import run_latents
 
 FINAL = "model/diffusion_pytorch_model.safetensors"

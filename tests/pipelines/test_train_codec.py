@@ -15,7 +15,7 @@ from lidit.config import CodecSettings, IngestSettings
 from lidit.errors import InputError
 from lidit.evals.scenes import write_scene_shards
 from lidit.store import Corpus
-from pipelines.fit import FitResult
+from pipelines.drive import FitResult
 from pipelines.ingest import run_ingest
 from pipelines.train_codec import run_train_codec
 
