@@ -27,11 +27,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """`mask` bool, broadcastable to [B, H, L, L], True where a query may attend."""
-        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, H, E]
-        query, key, value = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, E]
-        query, key = self.query_norm(query), self.key_norm(key)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.output(attended.transpose(1, 2).flatten(2))  # [B, L, D]
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)  # each [B, L, D]
+        query, key = self.query_norm(split(query, self.heads)), self.key_norm(split(key, self.heads))  # [B, L, H, E]
+        return self.output(attend(query, key, split(value, self.heads), mask))
 
 
 class CrossAttention(nn.Module):
@@ -48,12 +46,22 @@ class CrossAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`mask` bool [B, S], True at keys that exist, at least one per row."""
-        query = self.query(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, E]
-        key_value = self.key_value(context).unflatten(-1, (2, self.heads, -1))  # [B, S, 2, H, E]
-        key, value = key_value.transpose(1, 3).unbind(2)  # each [B, H, S, E]
-        query, key = self.query_norm(query), self.key_norm(key)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
-        return self.output(attended.transpose(1, 2).flatten(2))  # [B, L, D]
+        query = self.query_norm(split(self.query(hidden_states), self.heads))  # [B, L, H, E]
+        key, value = self.key_value(context).chunk(2, dim=-1)  # each [B, S, D]
+        key = self.key_norm(split(key, self.heads))  # [B, S, H, E]
+        return self.output(attend(query, key, split(value, self.heads), mask[:, None, None, :]))
+
+
+def split(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, L, D] -> [B, L, H, E]."""
+    return tokens.unflatten(-1, (heads, -1))
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[B, L, H, E], [B, S, H, E] twice, `mask` broadcastable to [B, H, L, S] -> [B, L, D]."""
+    query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))  # [B, H, L or S, E]
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -88,7 +96,7 @@ class Modulation(nn.Module):
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Shift and scale of a normalised [B, L, D] by [B, 1, D] each."""
-    return hidden_states * (1 + scale) + shift
+    return torch.addcmul(shift, hidden_states, 1 + scale)
 
 
 def normalise(hidden_states: torch.Tensor) -> torch.Tensor:

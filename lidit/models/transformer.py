@@ -61,11 +61,12 @@ class LIDiTBlock(nn.Module):
     ) -> torch.Tensor:
         """[B, N, D], [B, S, D], bool [B, S], [B, D] -> [B, N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition)
-        hidden_states = hidden_states + gate1 * self.self_attention(modulate(normalise(hidden_states), shift1, scale1))
-        hidden_states = hidden_states + gate2 * self.cross_attention(
-            modulate(normalise(hidden_states), shift2, scale2), context, context_mask
-        )
-        return hidden_states + gate3 * self.feed_forward(modulate(normalise(hidden_states), shift3, scale3))
+        attended = self.self_attention(modulate(normalise(hidden_states), shift1, scale1))
+        hidden_states = torch.addcmul(hidden_states, gate1, attended)
+        attended = self.cross_attention(modulate(normalise(hidden_states), shift2, scale2), context, context_mask)
+        hidden_states = torch.addcmul(hidden_states, gate2, attended)
+        expanded = self.feed_forward(modulate(normalise(hidden_states), shift3, scale3))
+        return torch.addcmul(hidden_states, gate3, expanded)
 
 
 class LIDiTTransformer(ModelMixin, ConfigMixin):
