@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from corpus_factory import make_corpus
 from probe_project import PROBE, make_project
 
+from jobs.submit import corpus_digest
 from lidit.errors import InputError
 from pipelines.submit import Submission, ask_on_terminal, code_version, connect
 
@@ -120,3 +122,14 @@ def test_without_a_terminal_ctrl_c_leaves_the_job_running(monkeypatch: pytest.Mo
     with Path(os.devnull).open() as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         assert ask_on_terminal() is False
+
+
+def test_the_corpus_a_command_names_is_recorded(tmp_path: Path) -> None:
+    first, second = make_corpus(tmp_path / "first", [["a cat"]]), make_corpus(tmp_path / "second", [["a dog"]])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"corpus: {tmp_path / 'first'}")
+    assert first.digest != second.digest
+    assert corpus_digest((str(recipe), "train.steps=3")) == first.digest
+    assert corpus_digest((str(recipe), f"corpus={tmp_path / 'second'}")) == second.digest
+    assert corpus_digest((str(tmp_path / "second"), "--encoder", "smollm2")) == second.digest
+    assert corpus_digest((str(tmp_path), "corpus=nowhere")) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,12 @@ from pathlib import Path
 
 import pytest
 from manifests import REPOSITORY
+from PIL import Image
 from probe_project import make_project
+from tiny_models import tiny_llm
 
+from lidit.evals.scenes import write_scene_shards
+from lidit.store import Corpus
 from pipelines.submit import code_version
 
 
@@ -291,3 +296,51 @@ def test_the_log_is_followed_across_broken_connections(cluster: Cluster, tmp_pat
     lines = [line for line in done.stdout.splitlines() if line.startswith("line ")]
     assert lines == [f"line {i}" for i in range(60)]
     assert proxy.cuts >= 3
+
+
+RECIPE = """
+name: sent
+output: {work}/runs
+corpus: {work}/corpus
+encoders: [tiny.yaml]
+model: {{width: 32, depth: 1, heads: 2, patch_size: 8, refiner: {{depth: 1}}}}
+objective: {{kind: clean, timesteps: uniform}}
+train: {{steps: 4, batch_size: 8, checkpoint_every: 2, log_every: 2}}
+sampler: {{steps: 2}}
+engine: {{workers: 1}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_work_is_submitted_job_by_job(cluster: Cluster, tmp_path: Path) -> None:
+    """With our command and with Ray's own, from a folder that holds the code and the recipe."""
+    project, work = tmp_path / "project", tmp_path / "work"
+    for package in ("lidit", "pipelines", "jobs"):
+        shutil.copytree(REPOSITORY / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "recipe.yaml").write_text(RECIPE.format(work=work))
+    (project / "tiny.yaml").write_text(f"name: tiny\nmodel: {tiny_llm(work / 'llama', 'llama')}\n")
+    write_scene_shards(work / "scenes", 60, 32, seed=3)
+    env = {**cluster.env, "RAY_AUTH_TOKEN": cluster.token}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, (command, done.stdout[-3000:], done.stderr[-3000:])
+        return done.stdout + done.stderr
+
+    def send(*words: str | Path) -> str:
+        return run("lidit", "submit", "--address", cluster.address, *words)
+
+    corpus, model, pictures = work / "corpus", work / "runs/sent/model", work / "pictures"
+    send("ingest", work / "scenes", "--corpus", corpus, "--set", "resolution=32", "--set", "bucket_multiple=8")
+    send("embed", corpus, "--encoder", "tiny.yaml")
+    send("latents", corpus, "--codec", "pixels")
+    trained = send("train", "recipe.yaml")
+    name = next(word.rstrip(":") for word in trained.split() if word.startswith("lidit-train-"))
+    assert "succeeded, following" in send("train", "recipe.yaml")
+    details = json.loads(cluster.run(f"print(connect(os.environ['ADDRESS']).get_job_info({name!r}).json())").stdout)
+    assert details["metadata"]["lidit.corpus_digest"] == Corpus.open(corpus).digest
+    drawing = ["python", "-m", "jobs.sample", str(model), "--prompt", "'a red circle'", "--out", str(pictures)]
+    run("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *drawing)
+    assert Image.open(pictures / "grid.png").width > 32
+    assert len(list(pictures.glob("000-*.png"))) == 4
