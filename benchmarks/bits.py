@@ -1,6 +1,6 @@
 """What fewer bits cost on real LLM states: error at 8, 6 and 4 bits, with one scale per token or one per 64 channels.
 
-    python -m benchmarks.bits --model package:smollm2
+    python -m benchmarks.bits --quick [--model package:smollm2]
 
 States are standardised per channel with the statistics of other captions than are measured; the error is in those
 deviations. The peer is bfloat16, what caches keep. The last line printed is one JSON object.
@@ -22,15 +22,15 @@ from lidit.store.states import decode_table
 from lidit.text import PromptEncoder, resolve_encoder
 
 
-def fewer_bits(model: str) -> dict[str, Any]:
-    """Error of 8, 6 and 4 bits on real states, in deviations, calibrated on other captions than are measured."""
+def fewer_bits(model: str, count: int) -> dict[str, Any]:
+    """Error of 8, 6 and 4 bits on real states, in deviations: `count` captions, calibrated on as many others."""
     encoder = PromptEncoder.load(resolve_encoder(EncoderSettings(name="bits", model=model), "cpu"), "cpu")
     nouns, colours = ("cat", "clock", "bicycle", "teapot", "lighthouse"), ("red", "pale blue", "striped", "wooden")
     texts = [f"a {c} {n} beside a {d} {m} at {t}" for n in nouns for m in nouns for c in colours for d in colours
              for t in ("noon", "the harbour in the rain")]  # fmt: skip
     random.Random(0).shuffle(texts)
-    calibration = [e.states.float() for e in encoder.encode(texts[:200])]
-    measured = torch.cat([e.states.float() for e in encoder.encode(texts[200:400])])
+    calibration = [e.states.float() for e in encoder.encode(texts[:count])]
+    measured = torch.cat([e.states.float() for e in encoder.encode(texts[count : 2 * count])])
     mean, deviation = channel_statistics(calibration)
     width = measured.shape[1]
     exact = (measured - mean) / deviation
@@ -63,8 +63,10 @@ def _schemes(width: int) -> Iterator[tuple[str, int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:smollm2", help="folder, hub id or package of a causal LLM")
+    parser.add_argument("--quick", action="store_true", help="50 captions of either kind, not 200")
     arguments = parser.parse_args()
-    print(json.dumps({"benchmark": "bits", "model": arguments.model, "schemes": fewer_bits(arguments.model)}))
+    schemes = fewer_bits(arguments.model, 50 if arguments.quick else 200)
+    print(json.dumps({"benchmark": "bits", "model": arguments.model, "schemes": schemes}))
 
 
 if __name__ == "__main__":

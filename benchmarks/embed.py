@@ -157,7 +157,9 @@ def load_real(arguments: argparse.Namespace) -> tuple[PromptEncoder, Any]:
 
     settings = EncoderSettings(name="bench", model=arguments.model, chat_template=arguments.model.endswith("smollm2"))
     spec = resolve_encoder(settings, arguments.device)
-    full = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=getattr(torch, spec.dtype)).to(arguments.device)
+    full = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=getattr(torch, spec.dtype), use_safetensors=True).to(
+        arguments.device
+    )
     return PromptEncoder.load(spec, arguments.device), full.eval()
 
 

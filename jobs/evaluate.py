@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.start import run
-from lidit.config import EvaluateSettings, PoolSettings, TrackingSettings
+from lidit.config import EvaluateSettings, PoolSettings
 from lidit.errors import InputError
 from lidit.settings import apply_overrides, validate
 
@@ -49,9 +49,10 @@ def command(
         _official(model, suite, prompts or [], parse, csv, pool, settings.batch_size, folder)
         return
     from pipelines.evaluate import evaluate_binding, evaluate_scenes
+    from pipelines.models import tracking_of
 
     evaluate = evaluate_binding if binding else evaluate_scenes
-    show(evaluate(model, settings, TrackingSettings(), folder))
+    show(evaluate(model, settings, tracking_of(model), folder))
 
 
 def show(scores: SceneScores) -> None:
@@ -81,6 +82,7 @@ def _official(
     batch_size: int,
     folder: Path,
 ) -> None:
+    from pipelines.models import tracking_of
     from pipelines.suites import draw_suite, track_results
 
     if prompts:
@@ -88,7 +90,7 @@ def _official(
         state = f"{made.drawn} drawn in {made.seconds:.0f} s" if made.drawn else "already there"
         print(f"{made.folder}: {made.images} files, {state}")
     if parse:
-        scores = track_results(model, suite, parse, csv, TrackingSettings(), folder)
+        scores = track_results(model, suite, parse, csv, tracking_of(model), folder)
         print("\n".join([scores.table, *scores.notes]))
 
 

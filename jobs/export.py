@@ -18,8 +18,8 @@ def command(
 ) -> None:
     """Write one tar or Parquet file per unit: keys, captions, metadata, states of the families named, images if asked.
 
-    **Reads** CORPUS and, with --images, the sources. **Writes** OUT; files that are there are left alone, so the same
-    command again goes on where it stopped.
+    **Reads** CORPUS and, with --images, the sources. **Writes** OUT; the same command again goes on where it stopped,
+    and an OUT with another corpus, format, families or images in it is refused.
 
     **Example:** `lidit export corpus --to parquet --out exported --family smollm2`
     """

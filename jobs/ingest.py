@@ -22,7 +22,8 @@ def command(
     """Read image-text sources into a corpus: units of samples, their distinct captions, and what was refused and why.
 
     **Reads** WebDataset tars and other sources; images stay where they are. **Writes** CORPUS/samples, captions,
-    quarantine and, last, corpus.json. The same command again does only what is missing.
+    quarantine and, last, corpus.json. The same command again does only what is missing; for a finished corpus whose
+    sources have moved, with their new place, it notes where they are.
 
     **Example:** `lidit ingest scenes --corpus corpus --set resolution=32 --set bucket_multiple=8`
     """
@@ -48,6 +49,7 @@ def ingest(sources: list[str], corpus: str, settings: IngestSettings) -> None:
 def show(corpus: str, made: IngestSummary) -> None:
     """What came of an ingest."""
     state = "already there" if made.skipped else f"made in {made.seconds:.0f} s"
+    state += f", sources are in {made.moved_to} now" if made.moved_to is not None else ""
     print(f"{corpus}: {made.samples} samples, {made.captions} captions in {made.units} units, {state}")
     for reason, count in made.reasons.items():
         print(f"  refused {count} x {reason} (see {corpus}/quarantine)")

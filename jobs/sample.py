@@ -31,8 +31,9 @@ def command(
 
     from lidit.pictures import labelled_grid
     from lidit.pipeline import LIDiTPipeline
+    from lidit.text.specs import default_device
 
-    pipe = LIDiTPipeline.from_pretrained(model)
+    pipe = LIDiTPipeline.from_pretrained(model).to(default_device())
     pipe.set_progress_bar_config(desc="sample")
     out.mkdir(parents=True, exist_ok=True)
     images, labels = [], []

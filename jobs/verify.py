@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 def command(
     corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address.")],
     deep: Annotated[bool, typer.Option("--deep", help="Every value too: finite, aligned, captions' digests.")] = False,
+    sources: Annotated[bool, typer.Option("--sources", help="Source files too; reads all their pictures.")] = False,
     encode: Annotated[int, typer.Option(min=0, help="Rows of each text family to compute again; loads the LLMs.")] = 0,
 ) -> None:
     """Check every file of a corpus against what was recorded when it was written: size, sha256, rows, Arrow structure.
 
-    **Reads** everything in CORPUS. **Writes** nothing. Exit code 1 when anything is wrong, with a line for each problem
-    that says what to do; unfinished families are no problem.
+    **Reads** everything in CORPUS, with --sources what it was ingested from, too. **Writes** nothing. Exit code 1 when
+    anything is wrong, with a line for each problem that says what to do; unfinished families are no problem.
 
     **Example:** `lidit verify corpus --deep`
     """
@@ -30,6 +31,8 @@ def command(
     if not report.sound:
         count = len(report.problems)
         raise JobError(f"{corpus}: {count} problem{'s'[: count != 1]} in {report.files} files; lidit repair {corpus}")
+    if sources:
+        check_sources(corpus)
     again = f", {report.rows_encoded_again} rows computed again" if encode else ""
     print(f"{corpus}: sound, {report.files} files, {report.bytes:,} bytes{again}")
 
@@ -62,6 +65,27 @@ def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
     for line in (*report.notes, *report.problems):
         print(line)
     return report
+
+
+def check_sources(corpus: str) -> None:
+    """Compare what the corpus was ingested from, with a progress bar. JobError where anything is another now."""
+    from lidit.sources.changes import compare_sources
+    from lidit.store import Corpus
+    from pipelines.progress import Progress
+
+    opened = Corpus.open(corpus)
+    wrong = []
+    with Progress("verify sources", opened.sources.num_rows, "files") as progress:
+        for path, reason in compare_sources(opened):
+            wrong += [f"{path}: {reason}"] if reason else []
+            progress.advance(1)
+    for line in wrong:
+        print(line)
+    if wrong:
+        raise JobError(
+            f"{corpus}: {len(wrong)} of {opened.sources.num_rows} source files are not what was ingested; put the old "
+            "files back before lidit latents reads them, or ingest anew"
+        )
 
 
 if __name__ == "__main__":

@@ -267,6 +267,11 @@ class PlanSettings(Settings):
     price_per_gpu_hour: float = Field(2.5, ge=0)
 
 
+def _absolute(place: str | None) -> str | None:
+    """A folder's absolute path; a hub id as it is."""
+    return str(Path(place).resolve()) if place and Path(place).is_dir() else place
+
+
 class RunRecipe(Settings):
     """What every training run is made of, of LI-DiT or of a codec."""
 
@@ -277,10 +282,23 @@ class RunRecipe(Settings):
     engine: EngineSettings = EngineSettings()
     tracking: TrackingSettings = TrackingSettings()
 
+    @field_validator("output")
+    @classmethod
+    def _a_folder(cls, output: str) -> str:
+        # Path("s3://bucket") is the local folder `s3:/bucket`: every node would write a run of its own.
+        if "://" in output:
+            raise ValueError("must be a folder that every node sees, not a URL; mount shared storage, give its path")
+        return output
+
     @model_validator(mode="after")
     def _divisible(self) -> Self:
-        if self.train.non_finite == "skip" and self.engine.accumulation > 1:
-            raise ValueError("train.non_finite: 'skip' needs engine.accumulation = 1; use 'stop' or fewer micro-steps")
+        if self.train.non_finite == "skip" and (self.engine.accumulation > 1 or self.engine.min_workers):
+            raise ValueError(
+                "train.non_finite: 'skip' needs whole batches: engine.accumulation = 1 and no engine.min_workers "
+                "(fewer workers take a batch in parts); use 'stop'"
+            )
+        if self.train.keep_best and not self.train.validate_every:
+            raise ValueError("train.keep_best: 'best' is by validation loss; set train.validate_every")
         if self.engine.min_workers and self.engine.min_workers > self.engine.workers:
             raise ValueError(
                 f"engine.min_workers: {self.engine.min_workers} must not exceed engine.workers = {self.engine.workers}"
@@ -296,6 +314,10 @@ class RunRecipe(Settings):
     @property
     def run_folder(self) -> Path:
         return Path(self.output) / self.name
+
+    def placed(self, output: str, corpus: str) -> Self:
+        """With these places, and local folders absolute: workers start in other folders."""
+        return self.model_copy(update={"output": output, "corpus": corpus})
 
 
 class Recipe(RunRecipe):
@@ -320,11 +342,18 @@ class Recipe(RunRecipe):
         names = [encoder.name for encoder in self.encoders]
         if len(set(names)) != len(names):
             raise ValueError(f"encoders: the names must differ, found {names}")
+        if self.train.validate_every and not self.data.validation_fraction:
+            raise ValueError("train.validate_every: nothing is held out; set data.validation_fraction")
         if unknown := sorted(set(self.pools) - set(names)):
             raise ValueError(f"pools: no encoder is called {unknown[0]!r}; encoders: {', '.join(names)}")
         if self.model.fusion.mode == "none" and len(names) != 1:
             raise ValueError(f"model.fusion.mode: 'none' takes exactly one encoder, found {len(names)}: {names}")
         return self
+
+    def placed(self, output: str, corpus: str) -> Self:
+        codec = self.codec.model_copy(update={"model": _absolute(self.codec.model)})
+        train = self.train.model_copy(update={"init_from": _absolute(self.train.init_from)})
+        return super().placed(output, corpus).model_copy(update={"codec": codec, "train": train})
 
     def pool_of(self, encoder: str) -> PoolSettings:
         """The pool that computes this encoder's states."""

@@ -83,7 +83,12 @@ class LIDiTPipeline(DiffusionPipeline):
         path = _local_folder(folder, revision)
         if not (path / INDEX).is_file():
             raise InputError(f"{path}: no {INDEX}, so this is not a model folder written by lidit train")
-        pipeline = super().from_pretrained(str(path), torch_dtype=dtype)
+        try:
+            # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
+            pipeline = super().from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{path}: the model cannot be loaded ({reason}); fetch or train it again") from None
         pipeline.model.eval()
         if pipeline.codec_settings.model == VAE:
             pipeline.codec_settings = pipeline.codec_settings.model_copy(update={"model": str(path / VAE)})

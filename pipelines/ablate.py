@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 
-from lidit.config import PoolSettings
 from lidit.diffusion import build_objective
 from lidit.errors import InputError
 from lidit.evals.ablation import ArmResult
@@ -22,13 +21,13 @@ from lidit.evals.ablation_report import write_ablation_report
 from lidit.evals.ablation_settings import Ablation
 from lidit.evals.captions import CaptionStyles
 from lidit.evals.scenes import write_scene_shards
-from lidit.pipeline import LIDiTPipeline
 from lidit.settings import flatten
 from lidit.store import Corpus, digest_of
 from pipelines import cluster, tracking
 from pipelines.arm import ArmJob, train_arm
 from pipelines.chain import run_chain
 from pipelines.fit import run_facts, run_fit
+from pipelines.models import load_pipeline
 from pipelines.progress import Progress
 from pipelines.study import Study
 
@@ -148,19 +147,25 @@ def _results(pending: list[ArmJob], ablation: Ablation) -> Iterator[tuple[ArmJob
             yield job, _fit_arm(job)
         return
     cluster.connect()
-    worker = PoolSettings(cpus=engine.cpus_per_worker, gpus=engine.gpus_per_worker, resources=engine.resources,
-                          label_selector=engine.label_selector)  # fmt: skip
-    task = ray.remote(max_retries=engine.max_failures, **cluster.demands(worker))(train_arm)
+    task = ray.remote(max_retries=engine.max_failures, **cluster.demands(cluster.worker_pool(engine)))(train_arm)
     waiting = list(pending)
     running: dict[Any, ArmJob] = {}
     limit = _side_by_side(engine.cpus_per_worker)
-    while waiting or running:
-        while waiting and len(running) < limit:
+    first: Exception | None = None
+    while running or (waiting and first is None):
+        while waiting and len(running) < limit and first is None:
             job = waiting.pop(0)
             running[task.remote(job)] = job
         (ready,), _ = ray.wait(list(running))
-        (result,) = _get([ready])
-        yield running.pop(ready), result
+        job = running.pop(ready)
+        try:
+            (result,) = _get([ready])
+        except Exception as error:  # the arms beside it keep no checkpoint: they may finish
+            first = first or error
+            continue
+        yield job, result
+    if first is not None:
+        raise first
 
 
 def _side_by_side(cpus: float) -> int:
@@ -179,7 +184,7 @@ def _get(tasks: list[Any]) -> list[Any]:
 def _fit_arm(job: ArmJob) -> ArmResult:
     """An arm by the ordinary training, measured at its end."""
     trained = run_fit(job.recipe)
-    model = LIDiTPipeline.from_pretrained(trained.model).model
+    model = load_pipeline(trained.model).model
     loss = job.study.loss(model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts)
     point = job.study.measure(loss, job.study.images(), trained.step)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -36,7 +36,8 @@ def checkpoint_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands. The data order needs nothing but the step."""
+    """Where a run stands. The data order needs nothing but the step; `ema_updates` are the steps that were taken,
+    fewer than `step` where some had no finite loss."""
 
     step: int
     world_size: int
@@ -52,7 +53,7 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, rank: int, position: Positi
         place = f"{fragment.name}|{fragment.start}"
         tensors[f"master|{place}"] = fragment.master
         tensors[f"ema|{place}"] = average
-        for kind in MOMENTS:
+        for kind in MOMENTS if position.ema_updates else ():  # there are none before the first step that is taken
             tensors[f"{kind}|{place}"] = fragment.moment(optimizer, kind)
     path = folder / f"rank-{rank:05}.safetensors"
     save_file(
@@ -139,6 +140,6 @@ class CheckpointReader:
         return torch.cat([file.get_tensor(key) for _, file, key in pieces])
 
     def restore(self, engine: Any, ema: ShardedEMA) -> Position:
-        load_numbers(engine, ema, self.read, self.position.step)
+        load_numbers(engine, ema, self.read, self.position.ema_updates)
         ema.updates = self.position.ema_updates
         return self.position

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from lidit.config import PoolSettings
+from lidit.config import EngineSettings, PoolSettings
 from lidit.errors import InputError, JobError
 
 CLUSTER_ADDRESS = "RAY_ADDRESS"
@@ -54,6 +54,17 @@ def total(resource: str) -> float:
     return resources().get(resource, 0.0)
 
 
+def worker_pool(engine: EngineSettings) -> PoolSettings:
+    """Training's workers, as a pool."""
+    return PoolSettings(
+        actors=engine.min_workers or engine.workers,
+        cpus=engine.cpus_per_worker,
+        gpus=engine.gpus_per_worker,
+        resources=engine.resources,
+        label_selector=engine.label_selector,
+    )
+
+
 def demands(pool: PoolSettings) -> dict[str, Any]:
     """What one actor or task of a pool asks of the cluster, as Ray's options."""
     asked: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
@@ -62,6 +73,23 @@ def demands(pool: PoolSettings) -> dict[str, Any]:
     if pool.label_selector:
         asked["label_selector"] = dict(pool.label_selector)
     return asked
+
+
+def check_resources(pool: PoolSettings, lower: str = "pool.actors, pool.cpus or pool.gpus") -> None:
+    """Raise InputError where an embedded Ray cannot hold the pool: it never grows, asking for more waits for ever.
+
+    lower: the settings that the user can change. Call after `connect`. A cluster is not checked: it may grow when
+    actors wait for a place.
+    """
+    if os.environ.get(CLUSTER_ADDRESS):
+        return
+    for resource, each in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items():
+        wanted, offered = pool.actors * each, total(resource)
+        if wanted > offered:
+            raise InputError(
+                f"pool: {pool.actors} actors ask for {wanted:g} {resource}, this machine offers {offered:g}; lower "
+                f"{lower}, or set {CLUSTER_ADDRESS} to a cluster"
+            )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lidit.images.autoencoder import ReconstructionLoss, TrainableAutoencoder, m
 from lidit.pictures import labelled_grid
 from lidit.store import Corpus, LatentFamily
 from pipelines.engine import ShardedEngine
-from pipelines.loop import TrainingLoop
+from pipelines.loop import TrainingLoop, attempt
 from pipelines.watch import averaged_model
 
 SCALE_BATCHES = 32  # of training images, from which the latents' mean and deviation are measured
@@ -29,6 +29,10 @@ SCALE_BATCHES = 32  # of training images, from which the latents' mean and devia
 
 def codec_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry. `config`: recipe, facts, tracking handle, progress board."""
+    attempt(_train, config)
+
+
+def _train(config: dict[str, Any]) -> None:
     job = CodecJob(config)
     try:
         for batch in job.batches():

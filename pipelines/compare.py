@@ -8,10 +8,10 @@ from pathlib import Path
 
 from lidit.config import Recipe
 from lidit.errors import InputError
-from lidit.evals.report import RunPage, write_report
+from lidit.evals.report import RunPage, check_names, write_report
 from lidit.settings import flatten
 from pipelines import tracking
-from pipelines.models import load_pipeline
+from pipelines.models import load_pipeline, run_recipe
 from pipelines.progress import Progress
 
 SHOWN_CURVES = ("loss", "validation/loss", "images_per_second")
@@ -22,18 +22,20 @@ def compare_runs(folders: Sequence[Path], prompts: Sequence[str], seeds: Sequenc
     """Draw every prompt with every seed by the model of every run and write the page to `out`.
 
     folders: OUTPUT/NAME as `lidit train` leaves them. Without prompts the first run's own sample prompts are taken.
-    Raises InputError for a folder without a trained model.
+    Raises InputError for a folder without a trained model and for fewer than two runs, before anything is drawn.
     """
+    names = _names(folders)
+    check_names(names)
     for folder in folders:
         if not (folder / "model").is_dir():
             raise InputError(f"{folder}: no trained model; give run folders, OUTPUT/NAME, with a model/ inside")
-    recipes = [_recipe(folder) for folder in folders]
+    recipes = [run_recipe(folder) for folder in folders]
     chosen = list(prompts) or next((list(r.train.sample_prompts) for r in recipes if r and r.train.sample_prompts), [])
     if not chosen:
         raise InputError("no prompts: give some with --prompt, the runs have no sample prompts of their own")
     pages = []
     with Progress("report", len(folders) * len(chosen) * len(seeds), "images") as progress:
-        for name, folder, recipe in zip(_names(folders), folders, recipes):
+        for name, folder, recipe in zip(names, folders, recipes):
             drawn = load_pipeline(folder / "model")(
                 [prompt for prompt in chosen for _ in seeds], seed=list(seeds) * len(chosen), output_type="np"
             )
@@ -51,13 +53,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
     if len(set(names)) == len(names):
         return names
     return [f"{folder.resolve().parent.name}/{folder.resolve().name}" for folder in folders]
-
-
-def _recipe(folder: Path) -> Recipe | None:
-    try:
-        return Recipe.model_validate_json((folder / "recipe.json").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _scores(folder: Path) -> dict[str, float]:

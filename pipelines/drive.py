@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -24,7 +25,7 @@ from lidit.pictures import curves
 from lidit.settings import flatten
 from lidit.store import Corpus, digest_of, spec_differences
 from pipelines import checkpoints, tracking
-from pipelines.cluster import connect
+from pipelines.cluster import check_resources, connect, worker_pool
 from pipelines.interrupt import is_disk_full, saved_on_sigterm
 from pipelines.progress import Progress
 from pipelines.watch import Board
@@ -36,7 +37,8 @@ FACTS = "run.json"
 FREE_ENGINE = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
                "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}  # fmt: skip
 # No secrets: Ray writes a worker's environment into its logs and shows it in the dashboard.
-WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "LIDIT_CACHE")
+WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "LIDIT_CACHE", "LIDIT_STORE_CACHE",
+                      "LIDIT_STORE_CACHE_GIGABYTES")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def drive(
     """
     folder = recipe.run_folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = recipe.model_copy(update={"output": str(folder.parent), "corpus": corpus.folder.location})
+    recipe = recipe.placed(str(folder.parent), corpus.folder.location)
     check_drift(folder, facts, allow_drift)
     uri = tracking.store_uri(recipe.tracking.uri, folder.parent)
     finished = finished_step(folder)
@@ -74,9 +76,9 @@ def drive(
             with _tracked(recipe, corpus, tags, uri, folder):
                 pass  # delivers what an outage left behind
         return FitResult(folder / "model", finished, uri, read_run_id(folder), trained=False)
-    (folder / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True))
-
-    connect(cpus=recipe.engine.workers + 2)
+    _write_facts(folder, facts)
+    connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
+    check_resources(worker_pool(recipe.engine), "engine.workers, engine.cpus_per_worker or engine.gpus_per_worker")
     with _tracked(recipe, corpus, tags, uri, folder) as tracker:
         note_run(folder, tracker)
         train(recipe, tracker, folder)
@@ -118,6 +120,13 @@ def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
             f"{folder}: this run was started with other settings or data:\n  {listed}\n"
             "give the run another name (name=...), or continue it all the same with --allow-drift"
         )
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Whole or not at all: a run whose facts were torn by a full disk could never go on."""
+    partial = folder / f"{FACTS}.partial"
+    partial.write_text(json.dumps(facts, indent=1, sort_keys=True))
+    partial.replace(folder / FACTS)
 
 
 def draw_curves(tracker: tracking.Tracker, folder: Path) -> None:
@@ -201,7 +210,9 @@ def launch(
         try:
             trainer.fit()
         except rt.TrainingFailedError as error:
-            raise _plain(error) from error
+            raise ray.get(board.failure.remote()) or _plain(error) from error
+        if (failure := ray.get(board.failure.remote())) is not None:
+            raise failure
     if stopped.is_set() and checkpoints.read_position(checkpoints.candidates(folder)[0]).step < recipe.train.steps:
         raise KeyboardInterrupt
 

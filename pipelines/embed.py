@@ -139,7 +139,7 @@ def _compute(
     from pipelines import cluster
 
     cluster.connect(cpus=math.ceil(pool.actors * pool.cpus) + 1)
-    _check_resources(pool)
+    cluster.check_resources(pool)
     job = EncodeJob(corpus, settings, spec, pool)
     # An actor of its own kind of device publishes the shared states; with several, exactly one must come first.
     if pool.actors > 1 and _writer(corpus, spec).shared() is None:
@@ -216,23 +216,6 @@ def _blocks(units: int) -> int:
     return min(units, MOST_BLOCKS)
 
 
-def _check_resources(pool: PoolSettings) -> None:
-    """A cluster of our own never grows: asking it for more would wait for ever."""
-    import os
-
-    from pipelines import cluster
-
-    if os.environ.get(cluster.CLUSTER_ADDRESS):
-        return
-    for resource, wanted in (("CPU", pool.actors * pool.cpus), ("GPU", pool.actors * pool.gpus)):
-        if wanted > cluster.total(resource):
-            raise InputError(
-                f"pool: {pool.actors} actors ask for {wanted:g} {resource}, this machine offers "
-                f"{cluster.total(resource):g}; lower pool.actors, pool.cpus or pool.gpus, or set "
-                f"{cluster.CLUSTER_ADDRESS} to a cluster"
-            )
-
-
 # -- what runs on the cluster ------------------------------------------------------------------------------------------
 
 
@@ -303,7 +286,7 @@ class EncodeUnits:
         self.writer = job.writer()
         try:
             self.encoder = job.load()
-            self.shared = ensure_shared(self.encoder, job.writer(), job.pool.token_budget)
+            self.shared = ensure_shared(self.encoder, self.writer, job.pool.token_budget)
         except (InputError, JobError) as error:  # Ray would only report that the actor died
             self.problem = error
 

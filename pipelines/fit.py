@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lidit.config import EncoderSettings, Recipe
+from lidit.codecs import codec_spec
+from lidit.config import CodecSettings, EncoderSettings, Recipe
 from lidit.errors import InputError
 from lidit.store import Corpus, TextFamily, spec_differences
 from pipelines.drive import FREE_ENGINE, FitResult, drive, launch
@@ -26,14 +27,16 @@ FREE_SETTINGS = {
 
 
 def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
-    """What a run is made of: config, corpus digest, family fingerprints. Raises InputError for a missing family."""
+    """What a run is made of: config, corpus digest, family fingerprints.
+
+    Raises InputError for a family that is missing or was made with other settings, and for a codec that is none.
+    """
     texts = {encoder.name: matching_family(corpus, encoder) for encoder in recipe.encoders}
-    latents = corpus.latent_family(recipe.codec.name)
     return {
         "config": recipe.model_dump(mode="json", exclude=FREE_SETTINGS),  # type: ignore[arg-type]
         "corpus": corpus.digest,
         "text": {name: family.fingerprint for name, family in sorted(texts.items())},
-        "latents": latents.fingerprint,
+        "latents": matching_latents(corpus, recipe.codec),
     }
 
 
@@ -54,13 +57,40 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
             return corpus.text_family(handle.fingerprint)
         differences += [f"{handle.directory}: {line}" for line in spec_differences(found, {**wanted, "blocks": blocks})]
     if differences:
-        listed = "\n  ".join(differences)
-        raise InputError(
-            f"{corpus.folder.location}: no text family {encoder.name!r} with the recipe's settings; "
-            f"found -> wanted:\n  {listed}\n"
-            "compute it with lidit embed, or change the recipe's encoder"
-        )
+        raise _no_match(corpus, "text", encoder.name, differences, "compute it with lidit embed", "encoder")
     return corpus.text_family(encoder.name)  # raises, naming what there is
+
+
+def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:
+    """The fingerprint of the corpus's latents of this very codec, weights included, whichever dtype `auto` was there.
+
+    InputError prints the fields in which the ones there differ.
+    """
+    wanted = codec_spec(codec)
+    free = {key: wanted[key] for key in {"dtype"} & set(wanted) if codec.dtype == "auto"}
+    named = [handle for handle in corpus.latent_families() if handle.name == codec.name]
+    differing = {handle.directory: spec_differences({**handle.spec, **free}, wanted) for handle in named}
+    matches = [handle for handle in named if not differing[handle.directory]]
+    if named and not matches:
+        differences = [f"{directory}: {line}" for directory, lines in differing.items() for line in lines]
+        raise _no_match(corpus, "latents", codec.name, differences, "compute it with lidit latents", "codec")
+    complete = [handle for handle in matches if handle.complete]
+    if len(complete) > 1:
+        listed = ", ".join(f"{handle.directory} ({handle.spec['dtype']})" for handle in complete)
+        raise InputError(
+            f"{corpus.folder.location}: latents of codec {codec.name!r} in several dtypes: {listed}; set codec.dtype"
+        )
+    # Raises, naming what there is, where nothing is of this name or what matches is unfinished.
+    found = corpus.latent_family(next((handle.directory for handle in [*complete, *matches]), codec.name))
+    return found.fingerprint
+
+
+def _no_match(corpus: Corpus, kind: str, name: str, differences: list[str], remedy: str, section: str) -> InputError:
+    listed = "\n  ".join(differences)
+    return InputError(
+        f"{corpus.folder.location}: no {kind} family {name!r} with the recipe's settings; found -> wanted:\n"
+        f"  {listed}\n{remedy}, or change the recipe's {section}"
+    )
 
 
 def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:

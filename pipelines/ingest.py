@@ -22,7 +22,7 @@ from lidit.settings import PASSWORD, has_password
 from lidit.sources import SourceFile, expand
 from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source
 from lidit.sources.units import SourcePlan, WrittenSource, find_duplicates, plan_units, write_units
-from lidit.store import Corpus, publish_corpus
+from lidit.store import Corpus, publish_corpus, publish_root
 from lidit.store.corpus import CORPUS_FILE, spec_differences
 from lidit.store.folder import Folder
 from lidit.store.publish import publish_bytes
@@ -51,7 +51,8 @@ SOURCES = pa.schema(
 
 @dataclass(frozen=True)
 class IngestSummary:
-    """What an ingest came to. reasons: refused samples and files by category; skipped: it was finished before."""
+    """What an ingest came to. reasons: refused samples and files by category; skipped: it was finished before;
+    moved_to: where its sources were found this time, if they lay elsewhere before."""
 
     corpus: str
     digest: str
@@ -63,6 +64,7 @@ class IngestSummary:
     reasons: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     skipped: bool = False
+    moved_to: str | None = None
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -70,6 +72,8 @@ class IngestSummary:
         if self.refused or self.refused_captions:
             listed = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.items())
             text += f"; refused {self.refused} samples, {self.refused_captions} captions ({listed or 'see quarantine'})"
+        if self.moved_to is not None:
+            return f"{text}; finished before, its sources are in {self.moved_to} now"
         return text + ("; finished before, nothing to do" if self.skipped else f"; {self.seconds:.1f} s")
 
 
@@ -79,8 +83,8 @@ def run_ingest(
     """Make `corpus` from `sources` (files, folders, globs, URLs).
 
     progress: called with (source files done, source files, note); by default a bar is shown.
-    A finished corpus of the same sources and settings is left alone, an interrupted one is finished. Raises InputError
-    for sources or a folder that cannot be used, and for a corpus made from something else.
+    A finished corpus of the same sources and settings is left alone but for where they lie, an interrupted one is
+    finished. Raises InputError for sources or a folder that cannot be used, and for a corpus made from something else.
     """
     started = time.monotonic()
     if secret := next(filter(has_password, sources), None):
@@ -140,7 +144,9 @@ def _finished(corpus: Corpus, plan: dict[str, Any], root: str) -> IngestSummary:
     before = {"settings": corpus.facts["settings"], "files": dict(zip(names, sizes, strict=True))}
     _refuse_differences(corpus.folder, before, plan)
     corpus.folder.child(STAGING).remove_tree()
-    return _summary(corpus, skipped=True, seconds=0.0)
+    if root == corpus.root:
+        return _summary(corpus, skipped=True, seconds=0.0)
+    return _summary(publish_root(corpus, root), skipped=True, seconds=0.0, moved_to=root)
 
 
 def _claim(folder: Folder, staging: Folder, plan: dict[str, Any]) -> None:
@@ -247,7 +253,7 @@ def _note(refused: int) -> str:
     return f"{refused} refused" if refused else ""
 
 
-def _summary(corpus: Corpus, skipped: bool, seconds: float) -> IngestSummary:
+def _summary(corpus: Corpus, skipped: bool, seconds: float, moved_to: str | None = None) -> IngestSummary:
     totals = corpus.facts["totals"]
     return IngestSummary(
         corpus.folder.location,
@@ -260,5 +266,6 @@ def _summary(corpus: Corpus, skipped: bool, seconds: float) -> IngestSummary:
         totals["reasons"],
         totals["ignored"],
         skipped,
+        moved_to,
         seconds,
     )

@@ -2,11 +2,13 @@
 
 Ray tasks and actors rather than a Ray Data pipeline: one actor must see all of a unit to publish it, and a unit's
 pixels need not fit in memory. So each actor draws its unit's chunks through a short window of decode tasks that runs
-ahead into its next unit, and the codec never waits for a picture.
+ahead into its next unit, and the codec never waits for a picture. Where actors hold every CPU of a cluster no such task
+can start, and a blocked actor gives none back: then its chunks are decoded on its own node, beside it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +18,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lidit.codecs import codec_spec, load_codec
+from lidit.codecs import Codec, codec_spec, load_codec
 from lidit.config import CodecSettings, PoolSettings
-from lidit.errors import InputError
+from lidit.errors import InputError, JobError
 from lidit.images.buckets import Bucket
 from lidit.images.reading import bucket_images
-from lidit.store import Corpus, FamilyWriter, UnitStatistics, latents_table
+from lidit.store import Corpus, FamilyWriter, UnitStatistics, latents_table, spec_differences
 from pipelines import cluster
 from pipelines.progress import Progress
 
@@ -31,6 +34,7 @@ CHUNK_PIXELS = 64 * 512 * 512  # one decode task: 48 MiB of pixels
 # One forward pass of the codec: fills a GPU; on a CPU more than its cache holds halves the rate.
 BATCH_PIXELS = {"cuda": 16 * 512 * 512, "cpu": 4 * 128 * 128}
 WINDOW = 4  # chunks decoded ahead of the codec
+DECODE_PATIENCE = 15.0  # seconds an actor waits for a chunk before it is decoded beside it as well
 ACTOR_RESTARTS = 3
 TASK_RETRIES = -1  # bounded by the restarts: while a lost node is not yet given up, tries fail many times a second
 
@@ -66,14 +70,35 @@ class LatentsJob:
     """What an actor needs to know; small and picklable."""
 
     corpus: str
-    root: str
     settings: CodecSettings
     device: str
+    spec: dict[str, Any]  # of the driver's codec: what every actor must have too
 
     def writer(self) -> FamilyWriter:
-        return FamilyWriter.open_or_create(
-            self.corpus, "latents", self.settings.name, codec_spec(self.settings, self.device)
-        )
+        return FamilyWriter(self.corpus, "latents", self.settings.name, self.spec)
+
+    def load(self) -> Codec:
+        """This node's codec. InputError where there is none, or one that would make other latents."""
+        if differing := spec_differences(self.spec, codec_spec(self.settings, self.device)):
+            raise InputError(
+                f"{self.settings.model}: this node has other codec files than the node the job started on "
+                f"({'; '.join(differing)}); give all nodes the same files"
+            )
+        return load_codec(self.settings, self.device)
+
+
+@dataclass(frozen=True)
+class EncodedUnit:
+    """A published unit. decoded_here: chunks of it for which no CPU of the cluster came free."""
+
+    codec_seconds: float
+    seconds: float
+    images: int
+    decoded_here: int
+
+    def __str__(self) -> str:
+        rate = f"{self.images / max(self.seconds, 1e-9):.0f} images/s per actor"
+        return f"{rate}, no CPU left for decoding: use fewer actors" if self.decoded_here else rate
 
 
 def run_latents(
@@ -81,25 +106,27 @@ def run_latents(
     settings: CodecSettings,
     pool: PoolSettings | None = None,
     progress: Report | None = None,
-    root: str | None = None,
 ) -> LatentsSummary:
     """Compute and publish what is missing of one latents family. Call again after any interruption.
 
-    progress: called with (units done, units, note); by default a bar is shown. root: where the source files are now.
-    Raises InputError for a corpus without images, a codec that is none or whose factor does not divide the buckets;
-    JobError where a source has changed, the disk is full or an actor dies too often. Finished units are kept.
+    progress: called with (units done, units, note); by default a bar is shown.
+    Raises InputError for a corpus without images, a codec that is none, is another on some node or whose factor does
+    not divide the buckets, and for actors this machine has no room for; JobError where a source has changed, the disk
+    is full or an actor dies too often. Finished units are kept.
     """
     started = time.monotonic()
     pool = pool or PoolSettings()
-    opened = Corpus.open(corpus, root)
-    job = LatentsJob(opened.folder.location, opened.root, settings, "cuda" if pool.gpus else "cpu")
-    spec = codec_spec(settings, job.device)
+    opened = Corpus.open(corpus)
+    device = "cuda" if pool.gpus else "cpu"
+    spec = codec_spec(settings, device)
     check_buckets(opened, spec["factor"], settings.scale)
-    writer = job.writer()
+    job = LatentsJob(opened.folder.location, settings, device, spec)
+    writer = FamilyWriter.open_or_create(job.corpus, "latents", settings.name, spec)
     pending = [] if writer.complete() else writer.pending()
     busy = [0.0, 0.0]
     if pending:
-        cluster.connect()
+        cluster.connect(cpus=math.ceil(pool.actors * pool.cpus) + 1)
+        cluster.check_resources(pool)
         total = opened.num_units
         if progress is not None:
             busy = _compute(job, pool, pending, total, progress)
@@ -157,9 +184,9 @@ def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int
             (finished,), _ = ray.wait(list(running))
             actor = running.pop(finished)
             with cluster.plain_errors(died):
-                codec_seconds, seconds, images = ray.get(finished)
-            done, busy = done + 1, [busy[0] + codec_seconds, busy[1] + seconds]
-            report(done, total, f"{images / max(seconds, 1e-9):.0f} images/s per actor")
+                unit: EncodedUnit = ray.get(finished)
+            done, busy = done + 1, [busy[0] + unit.codec_seconds, busy[1] + unit.seconds]
+            report(done, total, str(unit))
             start(actor)
     finally:
         for actor in actors:
@@ -168,7 +195,7 @@ def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int
 
 
 def _decode(job: LatentsJob, unit: int, start: int, stop: int) -> tuple[list[np.ndarray], list[Any]]:
-    corpus = Corpus.open(job.corpus, job.root)
+    corpus = Corpus.open(job.corpus)
     max_pixels = int(corpus.facts["settings"]["max_pixels"])
     return bucket_images(corpus, unit, start, stop, job.settings.scale, max_pixels)
 
@@ -177,19 +204,27 @@ class LatentsActor:
     """Holds the codec; encodes and publishes whole units."""
 
     def __init__(self, job: LatentsJob) -> None:
-        self.job, self.writer = job, job.writer()
-        self.corpus = Corpus.open(job.corpus, job.root)
-        self.codec = load_codec(job.settings, job.device)
+        self.job = job
+        self.problem: InputError | JobError | None = None
+        try:
+            self.writer, self.corpus, self.codec = job.writer(), Corpus.open(job.corpus), job.load()
+        except (InputError, JobError) as error:  # Ray would only report that the actor died
+            self.problem = error
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.decode = ray.remote(num_cpus=1, max_retries=2)(_decode)
+        self.decode_here = ray.remote(num_cpus=0, max_retries=2, scheduling_strategy=here)(_decode)
         self.ahead: dict[tuple[int, int, int], Any] = {}
-        self.codec_seconds = 0.0
+        self.patience = DECODE_PATIENCE
+        self.codec_seconds, self.decoded_here = 0.0, 0
 
-    def encode(self, unit: int, following: int | None) -> tuple[float, float, int]:
-        """Publish one unit; returns seconds in the codec, seconds in all, images."""
-        started, self.codec_seconds = time.monotonic(), 0.0
+    def encode(self, unit: int, following: int | None) -> EncodedUnit:
+        """Publish one unit. Raises what kept the actor from starting, too."""
+        if self.problem:
+            raise self.problem
+        started, self.codec_seconds, self.decoded_here = time.monotonic(), 0.0, 0
         statistics = UnitStatistics()
         record = self.writer.publish(unit, self._tables(unit, following, statistics), statistics=statistics)
-        return self.codec_seconds, time.monotonic() - started, record.rows
+        return EncodedUnit(self.codec_seconds, time.monotonic() - started, record.rows, self.decoded_here)
 
     def _tables(self, unit: int, following: int | None, statistics: UnitStatistics) -> Iterator[pa.Table]:
         mine = self._chunks(unit)
@@ -198,10 +233,29 @@ class LatentsActor:
             for chunk in order[position : position + WINDOW]:
                 if chunk not in self.ahead:
                     self.ahead[chunk] = self.decode.remote(self.job, *chunk)
-            pixels, crops = ray.get(self.ahead.pop(order[position]))
+            pixels, crops = self._decoded(order[position])
             means, deviations = self._encode_chunk(pixels)
             statistics.add(means)
             yield latents_table(means, crops, self.codec.storage, deviations)
+
+    def _decoded(self, chunk: tuple[int, int, int]) -> tuple[list[np.ndarray], list[Any]]:
+        """The chunk's pixels and crops, from its task or from one beside this actor, whichever ends first.
+
+        The wait is over at once as long as only the second kind comes to an end.
+        """
+        task = self.ahead.pop(chunk)
+        ready, _ = ray.wait([task], timeout=self.patience)
+        self.patience = DECODE_PATIENCE
+        if not ready:
+            beside = self.decode_here.remote(self.job, *chunk)
+            ready, (late,) = ray.wait([task, beside])
+            ray.cancel(late)
+            if ready == [beside]:
+                self.patience = 0.0
+                self.decoded_here += 1
+        (found,) = ray.get(ready)
+        pixels, crops = found
+        return pixels, crops
 
     def _chunks(self, unit: int) -> list[tuple[int, int, int]]:
         """(unit, start, stop): consecutive rows of about CHUNK_PIXELS, a function of the corpus alone."""

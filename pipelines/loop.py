@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,13 +22,28 @@ from torch import nn
 
 from lidit.config import RunRecipe
 from lidit.data.feed import Feed
-from lidit.errors import JobError
+from lidit.errors import InputError, JobError
 from pipelines import checkpoints
 from pipelines.engine import AnyBatch, ShardedEngine
 from pipelines.interrupt import Listener, Wish, is_disk_full
 from pipelines.watch import Watch, averaged_model
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+
+def attempt(body: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
+    """One start of a worker. Ray starts workers again after any error; after one of ours that is no use.
+
+    The driver's board hears of such an error, and later starts end at once.
+    """
+    board = config["board"]
+    if ray.get(board.failure.remote()) is not None:
+        return
+    try:
+        body(config)
+    except (InputError, JobError) as error:
+        ray.get(board.fail.remote(error))
+        raise
 
 
 class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
@@ -93,10 +109,18 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         self.watch.step(batch, result, time.perf_counter() - began + wait, wait)
 
     def _not_finite(self, batch: AnyBatch, loss: float) -> None:
+        """`loss`: this worker's own, which may be sound. Stopping, all workers save what they have."""
+        self.watch.not_finite()
         path = self.run.run_folder / f"not-finite-{batch.step:09}-rank{self.rank}.json"
-        path.write_text(json.dumps({"step": batch.step, "loss": str(loss), "keys": list(batch.keys)}, indent=1))
-        if self.run.train.non_finite == "stop":
+        if bad := not math.isfinite(loss):
+            path.write_text(json.dumps({"step": batch.step, "loss": str(loss), "keys": list(batch.keys)}, indent=1))
+        if self.run.train.non_finite == "skip":
+            return
+        if self.saved != self.step:
+            self.save()
+        if bad:
             raise JobError(f"step {batch.step}: the loss is {loss}; the batch's keys are in {path}")
+        raise RuntimeError(f"step {batch.step}: the loss is not finite on another worker")
 
     def due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.run.train.steps)
@@ -124,12 +148,13 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         last = self.step == self.run.train.steps
         position = checkpoints.Position(self.step, self.world_size, self.engine.ema.updates, self.config["facts"])
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-        behind = self.run.train.async_upload and not last
+        behind = False  # else Ray deletes the folder after the upload
         try:
             checkpoints.save(folder, self.engine.deepspeed, self.engine.ema, self.rank, position)
             model = averaged_model(self.engine, self.fresh) if last else None
             if model is not None:
                 self.export(folder / "model", model)
+            behind = self.run.train.async_upload and not last
             rt.report(
                 {"step": self.step, "validation_loss": self.watch.validation_loss},
                 checkpoint=rt.Checkpoint.from_directory(str(folder)),
@@ -137,7 +162,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
                 checkpoint_upload_mode=CheckpointUploadMode.ASYNC if behind else CheckpointUploadMode.SYNC,
             )
         finally:
-            if not behind:  # else Ray deletes it after the upload
+            if not behind:
                 shutil.rmtree(folder, ignore_errors=True)
         self.watch.checkpoint_saved()
 

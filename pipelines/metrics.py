@@ -114,10 +114,12 @@ class TrainMetrics:
         _record("lidit_train_seconds_total", seconds, self.run)
         _record("lidit_data_wait_seconds_total", data_wait_seconds, self.run)
         _record("lidit_loss", loss, self.run)
-        if not math.isfinite(loss):
-            _record("lidit_loss_nonfinite_total", 1, self.run)
         if mfu is not None:
             _record("lidit_mfu", mfu, self.run)
+
+    def not_finite(self) -> None:
+        """A step was not taken, for its loss was not finite on some worker."""
+        _record("lidit_loss_nonfinite_total", 1, self.run)
 
     def checkpoint_saved(self, timestamp: float | None = None) -> None:
         """A checkpoint became complete, now or at the given unix time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from lidit.config import Recipe, TrackingSettings
 from lidit.pipeline import LIDiTPipeline
 from lidit.text.specs import default_device
 
@@ -14,6 +15,20 @@ def load_pipeline(model: Path) -> LIDiTPipeline:
     pipe = LIDiTPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)  # jobs count images, not the steps of one batch
     return pipe.to(default_device())
+
+
+def run_recipe(folder: Path) -> Recipe | None:
+    """The recipe of the run in this folder, OUTPUT/NAME; None for a model that came without one."""
+    try:
+        return Recipe.model_validate_json((folder / "recipe.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def tracking_of(model: Path) -> TrackingSettings:
+    """Where the run that made the model is tracked: what is found out about the model belongs beside it."""
+    recipe = run_recipe(model.resolve().parent)
+    return recipe.tracking if recipe else TrackingSettings()
 
 
 def weights_digest(model: Path) -> str:

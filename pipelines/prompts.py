@@ -1,4 +1,7 @@
-"""States of a run's fixed prompts, computed once before training, so that no trainer ever loads an LLM."""
+"""States of a run's fixed prompts, computed once before training, so that no trainer ever loads an LLM.
+
+Where a trainer will be: the pools that embedded the corpus may be on another cluster, or gone.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,12 @@ def prompt_states(recipe: Recipe, prompts: Sequence[str], folder: Path) -> dict[
         cluster.connect()
         folder.mkdir(parents=True, exist_ok=True)
     for encoder, path in missing:
-        pool = recipe.pool_of(encoder.name)
-        task = _encode.options(**cluster.demands(pool))
-        found[encoder.name] = ray.get(task.remote(encoder, list(prompts)))
-        save_file({str(index): states for index, states in enumerate(found[encoder.name])}, path)
+        task = _encode.options(**cluster.demands(cluster.worker_pool(recipe.engine)))
+        with cluster.plain_errors(f"the process that encodes the sample prompts with {encoder.name} died"):
+            found[encoder.name] = ray.get(task.remote(encoder, list(prompts)))
+        partial = path.with_suffix(".partial")
+        save_file({str(index): states for index, states in enumerate(found[encoder.name])}, partial)
+        partial.replace(path)
     return found
 
 

@@ -126,20 +126,23 @@ def full_shapes(engine: Any) -> dict[str, torch.Size]:
 
 
 @torch.no_grad()
-def load_numbers(engine: Any, ema: ShardedEMA, read: Any, step: int) -> None:
-    """Put saved numbers back. `read(kind, name)` gives the full flat fp32 tensor, kind "master", "ema" or a moment."""
+def load_numbers(engine: Any, ema: ShardedEMA, read: Any, taken: int) -> None:
+    """Put saved numbers back. `read(kind, name)` gives the full flat fp32 tensor, kind "master", "ema" or a moment.
+
+    taken: steps the optimizer took, by which it corrects the bias of its moments.
+    """
     optimizer = inner_optimizer(engine)
     for fragment in live_fragments(engine):
         cut = slice(fragment.start, fragment.start + fragment.length)
         fragment.master.copy_(read("master", fragment.name)[cut])
-        if step == 0:
+        if taken == 0:
             continue
         state = optimizer.state[fragment.flat]
         for kind in MOMENTS:
             if kind not in state:
                 state[kind] = torch.zeros_like(fragment.flat, memory_format=torch.preserve_format).detach()
             fragment.moment(optimizer, kind).copy_(read(kind, fragment.name)[cut])
-        state["step"] = torch.tensor(float(step))
+        state["step"] = torch.tensor(float(taken))
     for fragment, average in zip(ema.fragments, ema.average):
         average.copy_(read("ema", fragment.name)[fragment.start : fragment.start + fragment.length])
     for name, parameter in _writable_parameters(engine):

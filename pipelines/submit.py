@@ -25,10 +25,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from lidit.errors import InputError, JobError
-from lidit.settings import load_yaml
+from lidit.settings import has_password, load_yaml
 
 JOB_NAME = re.compile(r"[a-z][a-z0-9_]*")
-URL_WITH_PASSWORD = re.compile(r"://[^/\s:@'\"]+:[^/\s@'\"]+@")
 CODE_FOLDERS = ("lidit", "pipelines", "jobs")
 ADDRESS_OVERRIDE = "RAY_API_SERVER_ADDRESS"
 LOST_CONTACT_SECONDS = 600.0
@@ -63,10 +62,10 @@ class Submission:
                     f"{argument}: the file must lie inside {self.working_dir.resolve()}, which is what the cluster "
                     "gets; copy it there or start from its folder"
                 )
-            if URL_WITH_PASSWORD.search(argument):
+            if has_password(argument):
                 raise _password_error(argument.partition("=")[0] if "=" in argument else "the arguments")
         for path in self.files:
-            if path.suffix in (".yaml", ".yml") and URL_WITH_PASSWORD.search(path.read_text("utf-8", "replace")):
+            if path.suffix in (".yaml", ".yml") and has_password(path.read_text("utf-8", "replace")):
                 raise _password_error(str(path))
 
     @property

@@ -5,6 +5,7 @@ An image that is there is complete, so a rerun draws only what is missing, on an
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def _draw(model: Path, out: Path, targets: list[ImageTarget], pool: PoolSettings
 
     from pipelines import cluster
 
-    cluster.connect(cpus=int(pool.actors * pool.cpus) + 1)
+    cluster.connect(cpus=math.ceil(pool.actors * pool.cpus) + 1)
+    cluster.check_resources(pool)
     lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": ACTOR_RESTARTS}
     kind = ray.remote(**cluster.demands(pool), **lives)(Painter)
     batches = _batches(targets, batch_size)

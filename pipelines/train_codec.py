@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from lidit.codec_recipe import CodecRecipe
@@ -30,7 +31,7 @@ def run_train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> FitResult
     """
     corpus = Corpus.open(recipe.corpus)
     check_buckets(corpus, recipe.model.factor, recipe.data.scale)
-    connect(cpus=recipe.engine.workers + 2)
+    connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
     name = "pixels" if recipe.data.scale == 1 else f"pixels-x{recipe.data.scale}"
     pixels = run_latents(corpus.folder.location, CodecSettings(name=name, scale=recipe.data.scale), PoolSettings())
     facts = {

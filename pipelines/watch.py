@@ -18,6 +18,7 @@ from torch import nn
 from lidit.config import Recipe, RunRecipe
 from lidit.data.feed import Feed, TrainingBatch
 from lidit.diffusion import GuidedPredictor, initial_noise, sample, seeded_generators, timestep_losses
+from lidit.errors import InputError, JobError
 from lidit.models import LIDiT, TextStates
 from lidit.pictures import labelled_grid
 from pipelines.engine import Batch, Engine, ShardedEngine, StepResult, learning_rate
@@ -36,6 +37,14 @@ class Board:
         self.messages: list[dict[str, Any]] = []
         self.kept: dict[str, str] = {}
         self.stopping = False
+        self.failed: InputError | JobError | None = None
+
+    def fail(self, error: InputError | JobError) -> None:
+        """What no new start of the workers can mend. The first one counts."""
+        self.failed = self.failed or error
+
+    def failure(self) -> InputError | JobError | None:
+        return self.failed
 
     def stop(self) -> None:
         """Rank 0 asks after every step: all workers then save and leave."""
@@ -77,34 +86,36 @@ class Watch:
         self.began, self.waited = time.perf_counter(), self.feed.waited
         self.losses: list[float] = []
         self.norms: list[float] = []
-        self.images = self.tokens = 0
+        self.steps = self.images = self.tokens = 0
 
     def step(self, batch: Batch, result: StepResult, seconds: float, data_wait: float) -> None:
         """Call after every step. Logs every `train.log_every` steps and at the last one."""
-        self.losses.append(result.loss)
-        self.norms.append(result.gradient_norm)
-        self.images += self.engine.recipe.train.batch_size
-        self.tokens += batch.tokens * self.engine.world_size
         if not self.speaks:
             return
+        if result.finite:
+            self.losses.append(result.loss)
+            self.norms.append(result.gradient_norm)
+        self.steps += 1
+        self.images += self.engine.recipe.train.batch_size
+        self.tokens += batch.tokens * self.engine.world_size
         self.prometheus.step(seconds, data_wait, result.loss, self._mfu(1, seconds))
         done = batch.step + 1
         if done % self.recipe.train.log_every and done != self.recipe.train.steps:
             return
         elapsed = time.perf_counter() - self.began
         values = {
-            "loss": float(np.mean(self.losses)),
-            "gradient_norm": float(np.mean(self.norms)),
             "learning_rate": learning_rate(self.recipe.train, batch.step),
             "images_per_second": self.images / elapsed,
             "tokens_per_second": self.tokens / elapsed,
-            "step_seconds": elapsed / len(self.losses),
+            "step_seconds": elapsed / self.steps,
             "data_wait_share": (self.feed.waited - self.waited) / elapsed,
             "memory_gigabytes": self._memory(),
         }
+        if self.losses:
+            values |= {"loss": float(np.mean(self.losses)), "gradient_norm": float(np.mean(self.norms))}
         if self.flops_per_step:
-            values["teraflops_per_worker"] = self.flops_per_step * len(self.losses) / elapsed / 1e12
-        if (mfu := self._mfu(len(self.losses), elapsed)) is not None:
+            values["teraflops_per_worker"] = self.flops_per_step * self.steps / elapsed / 1e12
+        if (mfu := self._mfu(self.steps, elapsed)) is not None:
             values["mfu"] = mfu
         self.metrics(values, done)
         self._reset()
@@ -141,6 +152,11 @@ class Watch:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.engine.forward(one)
         self.flops_per_step = 3.0 * counter.get_total_flops() * len(batch.keys)
+
+    def not_finite(self) -> None:
+        """Call for a step that is not taken, for its loss is not finite on some worker."""
+        if self.speaks:
+            self.prometheus.not_finite()
 
     def checkpoint_saved(self) -> None:
         if self.speaks:

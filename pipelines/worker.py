@@ -19,12 +19,16 @@ from lidit.pipeline import save_pipeline
 from lidit.prompts import ModelEncoder
 from lidit.store import Corpus, LatentFamily, TextFamily
 from pipelines.engine import Engine
-from pipelines.loop import TrainingLoop
+from pipelines.loop import TrainingLoop, attempt
 from pipelines.watch import averaged_model, draw_prompts, validation_loss
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry. `config`: recipe, facts, tracking handle, progress board, prompt states (see `fit`)."""
+    attempt(_train, config)
+
+
+def _train(config: dict[str, Any]) -> None:
     job = TrainingJob(config)
     try:
         for batch in job.batches():
@@ -74,7 +78,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         torch.manual_seed(self.recipe.data.seed)
         model = LIDiT.from_settings(self.recipe.model, self._widths(), self.shape[0])
         if self.recipe.train.init_from:
-            source = LIDiT.from_pretrained(Path(self.recipe.train.init_from) / "model")
+            source = LIDiT.load(Path(self.recipe.train.init_from) / "model")
             model.load_state_dict(source.state_dict())
         for name, family in self.texts.items():
             shared = family.shared()

@@ -13,12 +13,14 @@ from lidit.store.folder import Folder
 WORDS = ("a red circle", "a blue square left of a green star", "", "两只猫坐在沙发上", "naïve café", "x")
 
 
-def make_corpus(path: Path | str, units: Sequence[Sequence[str]], settings: dict | None = None) -> Corpus:
-    """A captions-only corpus: one sample per caption, one inner sequence per unit."""
+def make_corpus(
+    path: Path | str, units: Sequence[Sequence[str]], settings: dict | None = None, digits: int = 5
+) -> Corpus:
+    """A captions-only corpus: one sample per caption, one inner sequence per unit. digits: of unit numbers in names."""
     folder = Folder.at(path)
     rows = []
     for unit, captions in enumerate(units):
         samples = [Sample(f"{unit}-{i}", ((text, "original"),)) for i, text in enumerate(captions)]
-        rows.append(publish_unit(folder, unit, 5, f"{unit}.txt", *unit_tables(samples)))
+        rows.append(publish_unit(folder, unit, digits, f"{unit}.txt", *unit_tables(samples)))
     sources = pa.table({"file": [f"{u}.txt" for u in range(len(units))]})
-    return publish_corpus(folder, rows, 5, "/nowhere", sources, settings or {}, {"refused": 0})
+    return publish_corpus(folder, rows, digits, "/nowhere", sources, settings or {}, {"refused": 0})

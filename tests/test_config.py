@@ -36,6 +36,8 @@ def recipe_file(tmp_path: Path) -> Path:
         ("train.optimizer.betas=[0.9]", ["train.optimizer.betas"]),
         ("model.fusion.mode=none", ["exactly one encoder", "smollm2"]),
         ("train.batch_size=31", ["train.batch_size", "divisible"]),
+        ("output=s3://bucket/runs", ["output: must be a folder", "mount shared storage", "found 's3://bucket/runs'"]),
+        ("output=file:///runs", ["output: must be a folder that every node sees, not a URL"]),
         ("encoders.1.name=smollm2", ["names must differ"]),
         ("train.steps.deeper=1", ["train.steps.deeper", "single value"]),
         ("train", ["key.path=value"]),
@@ -47,6 +49,34 @@ def test_a_mistake_gives_one_clear_error(recipe_file: Path, override: str, expec
         load_recipe(str(recipe_file), ["engine.workers=2", override])
     assert all(part in str(caught.value) for part in expected), caught.value
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.non_finite=skip", "engine.accumulation=2"], "train.non_finite: 'skip' needs whole batches"),
+        (["train.non_finite=skip", "engine.workers=2", "engine.min_workers=1"], "'skip' needs whole batches"),
+        (["train.keep_best=true"], "train.keep_best: .* set train.validate_every"),
+        (["train.validate_every=5"], "nothing is held out; set data.validation_fraction"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_harm_together(
+    recipe_file: Path, overrides: list[str], expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        load_recipe(str(recipe_file), overrides)
+
+
+def test_local_folders_become_absolute_and_hub_ids_stay(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "low").mkdir()
+    recipe = load_recipe(str(recipe_file), ["train.init_from=low", "codec.model=some/hub-id"])
+    placed = recipe.placed("/out", "s3://bucket/corpus")
+    assert (placed.output, placed.corpus) == ("/out", "s3://bucket/corpus")
+    assert placed.train.init_from == str(tmp_path / "low")
+    assert placed.codec.model == "some/hub-id"
 
 
 def test_overrides_reach_lists_and_numbers(recipe_file: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from embed_job import embed_here, encoder, make_job
+from corpus_factory import make_corpus
+from embed_job import captions, embed_here, encoder
 from tiny_models import tiny_llm
 
 from jobs.main import app
@@ -136,6 +137,14 @@ def test_every_message_of_the_troubleshooting_page_exists() -> None:
     assert not exists("this message is … nowhere", said)
 
 
+def test_every_benchmark_of_the_page_takes_quick() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = re.findall(r"^\| `python -m benchmarks\.(\w+)`", page, re.MULTILINE)
+    assert len(scripts) > 6
+    without = [name for name in scripts if '"--quick"' not in (ROOT / "benchmarks" / f"{name}.py").read_text()]
+    assert without == []
+
+
 def test_files_the_pages_link_to_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
@@ -146,8 +155,11 @@ def test_the_format_page_reads_a_corpus_without_our_code(tmp_path: Path) -> None
     (code,) = blocks(ROOT / "docs" / "format.md", "python")
     assert "lidit" not in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)
     (tmp_path / "read.py").write_text(code)
-    corpus, model = make_job(tmp_path / "corpus", units=3, rows=5), tiny_llm(tmp_path / "model", "llama")
-    for storage in ("int8", "bfloat16", "float32"):
+    model = tiny_llm(tmp_path / "model", "llama")
+    usual, large = tmp_path / "corpus", tmp_path / "large"  # large: named like one of more than 100,000 units
+    make_corpus(usual, captions(units=3, rows=5))
+    make_corpus(large, captions(units=3, rows=5), digits=6)
+    for corpus, storage in ((usual, "int8"), (usual, "bfloat16"), (usual, "float32"), (large, "int8")):
         settings = encoder(model, name=storage, storage=storage)
         embed_here(corpus, settings)
         done = subprocess.run(

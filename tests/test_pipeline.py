@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import tiny_llm
 
 from lidit.config import (
@@ -285,3 +286,18 @@ def test_calls_that_cannot_work_are_refused(saved, pipe):
         pipe(states={"llama": TextStates.collate([torch.randn(2, 32)], torch.randn(3, 32))})
     with pytest.raises(InputError, match="no encoder 'gemma'; it was trained with llama, qwen"):
         LIDiTPipeline.from_pretrained(saved, encoders={"gemma": "somewhere"})
+
+
+def test_a_folder_with_only_a_pickle_is_refused(saved, tmp_path):
+    """A harmless one that torch would load: another could run code. Both ways to our weights are tried."""
+
+    def pickled(folder):
+        weights = folder / "model" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+
+    assert "no file named diffusion_pytorch_model.safetensors" in refused(saved, tmp_path, pickled)
+    with pytest.raises(InputError, match=r"no file named diffusion_pytorch_model\.safetensors"):
+        LIDiT.load(tmp_path / "copy" / "model")
+    with pytest.raises(InputError, match="no such folder"):
+        LIDiT.load(tmp_path / "absent")

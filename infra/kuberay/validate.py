@@ -9,9 +9,11 @@ gives them too). Prints one line per finding; exit code 2 when there is any.
 import argparse
 import json
 import re
+import shlex
+import string
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jsonschema
@@ -28,6 +30,8 @@ LONGEST_NAME = {"RayJob": 47, "RayCluster": 53}
 RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 FIRST_VERSION_WITH_TOKENS = (2, 52)
 WORKLOADS = ("Deployment", "StatefulSet", "Job")
+METADATA_FIELDS = {"name", "namespace", "labels", "annotations"}
+ANY_TRAINING = "output=$LIDIT_RUNS"  # what somebody sends to a cluster that has no entrypoint of its own
 
 
 def load_documents(text: str) -> list[Document]:
@@ -301,12 +305,63 @@ def _container_errors(name: str, container: Document, with_image: bool = True) -
             yield f"{name}: {entry['name']} must come from a Secret"
 
 
+def run_folder_errors(documents: list[Document]) -> Iterator[str]:
+    """Every cluster that trains has its `output` on one writable claim, mounted in the head and all workers.
+
+    Workers write their parts of a checkpoint, the driver publishes the model and a retry is a new set of pods: a
+    folder of one pod, or a URL, would lose the run.
+    """
+    maps = {d["metadata"]["name"]: d.get("data", {}) for d in documents if d["kind"] == "ConfigMap"}
+    for document in documents:
+        if cluster_spec(document) is None:
+            continue
+        label = f"{document['kind']}/{document['metadata']['name']}"
+        for word in shlex.split(document["spec"].get("entrypoint", ANY_TRAINING)):
+            key, _, value = word.partition("=")
+            if key == "output":
+                yield from (f"{label}: {error}" for error in _claim_errors(document, value, maps))
+
+
+def _claim_errors(document: Document, output: str, maps: dict[str, dict[str, str]]) -> Iterator[str]:
+    claims = set()
+    for where, template in pod_templates(document):
+        if where == "submitter":  # it only sends the command
+            continue
+        container = template["spec"]["containers"][0]
+        sources = [entry.get("configMapRef", {}).get("name") for entry in container.get("envFrom", [])]
+        settings = {key: value for name in sources for key, value in maps.get(name, {}).items()}
+        folder = string.Template(output).safe_substitute(settings)
+        if not folder.startswith("/"):
+            yield f"{where}: output {folder!r} is not the absolute path of a folder"
+            continue
+        mount, claim = _claim_at(PurePosixPath(folder), template["spec"])
+        if claim is None:
+            yield f"{where}: output {folder} is not on a PersistentVolumeClaim mounted in this pod"
+        elif claim.get("readOnly") or mount.get("readOnly"):
+            yield f"{where}: output {folder} is mounted read-only"
+        else:
+            claims.add(claim["claimName"])
+    if len(claims) > 1:
+        yield f"output is on different claims in different pods: {', '.join(sorted(claims))}"
+
+
+def _claim_at(folder: PurePosixPath, pod: Document) -> tuple[Document, Document | None]:
+    """(mount, claim) that a path of the pod's first container lies on; the innermost mount hides the others."""
+    mounts = {mount["mountPath"]: mount for mount in pod["containers"][0].get("volumeMounts", [])}
+    places = (str(place) for place in (folder, *folder.parents))
+    mount = next((mounts[place] for place in places if place in mounts), {})
+    volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+    return mount, volumes.get(mount.get("name"), {}).get("persistentVolumeClaim")
+
+
 def check(document: Document, schemas: dict[str, Document] | None) -> list[str]:
     """Every finding for one document, each with the document's kind and name in front."""
     label = f"{document['kind']}/{document.get('metadata', {}).get('name')}"
     errors: list[str] = []
     if document["kind"] == "Secret":
         errors.append("no Secret belongs in a manifest: create it beside them")
+    for field in sorted(set(document.get("metadata") or {}) - METADATA_FIELDS):
+        errors.append(f"metadata: unknown field {field!r}")
     if schemas is not None:
         errors += schema_errors(document, schemas)
     # The rules walk the structure that the schema promises, so a broken structure is reported alone.
@@ -324,6 +379,8 @@ def main() -> int:
     schemas = load_schemas(arguments.crds) if arguments.crds else None
     documents = load_documents(text)
     errors = [error for document in documents for error in check(document, schemas)]
+    # It walks pods as the checks above promise them to be, so broken ones are reported alone.
+    errors = errors or list(run_folder_errors(documents))
     print(*errors, sep="\n", end="\n" if errors else "")
     print(json.dumps({"documents": len(documents), "findings": len(errors)}))
     return 2 if errors else 0

@@ -64,6 +64,8 @@ class Assembler:
         self.corpus, self.latents, self.texts, self.rows, self.settings = corpus, latents, texts, rows, settings
         self.empty = {name: family.shared().empty for name, family in texts.items()}
         self.prefix = {name: family.shared().prefix for name, family in texts.items()}
+        for family in (latents, *texts.values()):  # a batch at a window's border reads from both windows
+            family.keep_open = max(family.keep_open, 2 * settings.window_units)
 
     def assemble(self, batch: GlobalBatch) -> TrainingBatch:
         seed, size = self.settings.seed, len(batch.row)

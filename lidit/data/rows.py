@@ -59,7 +59,7 @@ class Rows:
         with self._lock:
             if unit not in self._cache:
                 self._cache[unit] = self._read(unit)
-                while len(self._cache) > UNITS_KEPT:
+                while len(self._cache) > max(UNITS_KEPT, 2 * self.settings.window_units):
                     self._cache.popitem(last=False)
             self._cache.move_to_end(unit)
             return self._cache[unit]

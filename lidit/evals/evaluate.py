@@ -18,7 +18,6 @@ from lidit.evals.scorer import Item, SceneScore, judge, score_image
 from lidit.evals.shapes import vocabulary_for
 from lidit.evals.statistics import Interval, bootstrap_mean
 
-GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 HELD_OUT = ("none", "pair", "template")
 
 

@@ -47,11 +47,16 @@ class RunPage:
     images: Mapping[str, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises InputError for fewer than two runs or two runs of one name."""
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise InputError(f"a comparison needs two or more runs of different names, found {', '.join(names) or 'none'}")
+
+
 def write_report(path: Path, runs: Sequence[RunPage], seeds: Sequence[int], title: str = "Runs side by side") -> None:
     """Writes the page. Raises InputError for fewer than two runs or two runs of one name."""
     names = [run.name for run in runs]
-    if len(runs) < 2 or len(set(names)) != len(names):
-        raise InputError(f"a comparison needs two or more runs of different names, found {', '.join(names) or 'none'}")
+    check_names(names)
     sections = [
         _images(runs, seeds),
         _scores(runs),

@@ -6,7 +6,8 @@ Shapes: B batch, C latent channels, H x W latent size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -14,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from lidit.config import ModelSettings
+from lidit.errors import InputError
 from lidit.models.conditioner import PromptConditioner
 from lidit.models.layers import initialise
 from lidit.models.presets import resolve_shape
@@ -83,6 +85,18 @@ class LIDiT(ModelMixin, ConfigMixin):
         if settings.activation_checkpointing:
             model.enable_gradient_checkpointing()
         return model
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The model that `save_pretrained` wrote. Raises InputError where its safetensors cannot be loaded."""
+        if not folder.is_dir():  # else it would be taken for the name of a model on the hub
+            raise InputError(f"{folder}: no such folder; give the `model` folder of a run of lidit train")
+        try:
+            # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
+            return cls.from_pretrained(str(folder), use_safetensors=True)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{folder}: the model cannot be loaded ({reason}); fetch or train it again") from None
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, TextStates]) -> torch.Tensor:
         """`latents` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise), `text` per encoder -> [B, C, H, W].

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-import fsspec
-
 from lidit.store import ImageReference
-from lidit.store.folder import is_url
+from lidit.store.folder import is_url, open_url
 
 # Text members and rows larger than this are refused unread: no caption or metadata record needs more.
 MAX_TEXT_BYTES = 16 * 1024 * 1024
@@ -118,7 +116,8 @@ class _HashingReader(io.RawIOBase):
 def open_binary(path: str) -> BinaryIO:
     """A local file or an object behind a URL, for reading."""
     if is_url(path):
-        opened: BinaryIO = fsspec.open(path, "rb").open()
+        file_system, name = open_url(path)
+        opened: BinaryIO = file_system.open(name, "rb")
         return opened
     return open(path, "rb")  # noqa: PTH123
 

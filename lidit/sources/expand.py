@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from braceexpand import braceexpand
 
 from lidit.errors import InputError
 from lidit.images.decode import SUFFIXES
 from lidit.sources.base import SourceFile
-from lidit.store.folder import is_url
+from lidit.store.folder import is_url, open_url
 
 # In a folder the first kind found is taken: a .parquet or .json beside tars describes them, as img2dataset does.
 KINDS = {
@@ -109,7 +108,7 @@ def _local_folder(folder: Path) -> dict[str, tuple[str, int, str]]:
 
 
 def _remote(pattern: str) -> dict[str, tuple[str, int, str]]:
-    file_system, path = fsspec.core.url_to_fs(pattern, use_listings_cache=False)
+    file_system, path = open_url(pattern)
     protocol = pattern.split("://", 1)[0]
     try:
         if glob.has_magic(path):

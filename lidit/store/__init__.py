@@ -1,6 +1,6 @@
 """The corpus on disk: what a platform team keeps, whatever model it trains later."""
 
-from lidit.store.corpus import Corpus, FamilyHandle, publish_corpus, publish_unit, spec_differences
+from lidit.store.corpus import Corpus, FamilyHandle, publish_corpus, publish_root, publish_unit, spec_differences
 from lidit.store.families import LatentFamily, TextFamily
 from lidit.store.latents import Crop, latents_table
 from lidit.store.publish import CRASH_POINTS, crash_point
@@ -40,6 +40,7 @@ __all__ = [
     "latents_table",
     "normalise",
     "publish_corpus",
+    "publish_root",
     "publish_unit",
     "shared_table",
     "spec_differences",

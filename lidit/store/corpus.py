@@ -49,8 +49,8 @@ class Corpus:
         self.root: str = facts["root"]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str] | Folder, root: str | None = None) -> Corpus:
-        """`path`: local folder or fsspec URL; `root`: where the source files are now, if they have moved.
+    def open(cls, path: str | os.PathLike[str] | Folder) -> Corpus:
+        """`path`: local folder or fsspec URL.
 
         Raises InputError where there is no finished corpus, or one of another format version.
         """
@@ -73,10 +73,7 @@ class Corpus:
             raise InputError(
                 f"{folder.location}/{CORPUS_FILE}: format version {version}, this release reads {FORMAT_VERSION}"
             )
-        corpus = cls(folder, facts)
-        if root is not None:
-            corpus.root = root.rstrip("/")
-        return corpus
+        return cls(folder, facts)
 
     @cached_property
     def units(self) -> pa.Table:
@@ -85,7 +82,7 @@ class Corpus:
 
     @cached_property
     def sources(self) -> pa.Table:
-        """One row per source file: file, bytes, sha256, samples, captions, refused."""
+        """One row per source file: file, bytes, sha256, samples, refused; quarantine file, its bytes and sha256."""
         return read_named_table(self.folder, self.facts["sources"])
 
     @property
@@ -274,3 +271,9 @@ def publish_corpus(
     }
     publish_bytes(folder, CORPUS_FILE, seal(facts))
     return Corpus.open(folder)
+
+
+def publish_root(corpus: Corpus, root: str) -> Corpus:
+    """Note that the source files lie below `root` now: the one thing about a finished corpus that may change."""
+    publish_bytes(corpus.folder, CORPUS_FILE, seal({**corpus.facts, "root": root}))
+    return Corpus.open(corpus.folder)

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import save
 
 from lidit.errors import InputError
-from lidit.store.corpus import Corpus
+from lidit.store.corpus import Corpus, spec_differences
 from lidit.store.families import TextFamily
 from lidit.store.folder import Folder
-from lidit.store.publish import published
+from lidit.store.publish import TEMPORARY_PREFIX, publish_bytes, published
+from lidit.store.schema import seal, unseal
 
 FORMATS = ("webdataset", "parquet")
+EXPORT_FILE = "_export.json"  # readers of a folder of Parquet files pass over names with an underscore in front
 
 
 def export_corpus(
@@ -32,19 +34,19 @@ def export_corpus(
     images: Callable[[Corpus, int], Iterable[bytes]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Write every unit to `out`; returns the file names. A file appears whole or not at all, and is never overwritten
-    with other contents: units that are there are skipped.
+    """Write every unit to `out`; returns the file names. A file appears whole or not at all, and units that are there
+    are skipped: `out` belongs to one corpus, format, choice of families and of images, which its _export.json names.
 
     families: text families to include. images: gives the image bytes of a unit's samples in order, to include them.
     webdataset: UUUUU_RRRRRR.json (key, captions, metadata), .NAME.safetensors (one tensor [tokens, width] per caption,
     "0", "1", ...) and .image. parquet: one row per sample and caption; states as float32, row-major, with their width
-    in the schema metadata. Raises InputError for an unknown format or family.
+    in the schema metadata. Raises InputError for an unknown format or family, and where `out` holds something else.
     """
     if to not in FORMATS:
         raise InputError(f"export to {to!r}: choose one of {', '.join(FORMATS)}")
     corpus, folder = Corpus.open(path), Folder.at(out)
     opened = [corpus.text_family(name) for name in families]
-    folder.create()
+    _claim(folder, corpus, to, opened, images is not None)
     suffix, write = ("tar", _write_tar) if to == "webdataset" else ("parquet", _write_parquet)
     written, present = [], folder.sizes()
     for unit in range(corpus.num_units):
@@ -59,6 +61,33 @@ def export_corpus(
         written.append(name)
         progress(unit + 1, corpus.num_units)
     return written
+
+
+def _claim(folder: Folder, corpus: Corpus, to: str, families: Sequence[TextFamily], images: bool) -> None:
+    """Make the folder this export's, or make sure that it is; else files of another one would pass for its own."""
+    names = [family.name for family in families]
+    if len(set(names)) != len(names):
+        raise InputError(f"families: {', '.join(names)}: two have one name; export them into two folders")
+    identity = {
+        "corpus": corpus.digest,
+        "format": to,
+        "families": {family.name: family.fingerprint for family in families},
+        "images": images,
+    }
+    if folder.local and folder.path.is_file():
+        raise InputError(f"{folder.location}: is a file; give a folder for --out")
+    folder.create()
+    try:
+        found = unseal(folder.read_bytes(EXPORT_FILE))
+    except FileNotFoundError:
+        if folder.folders() or any(not name.startswith(TEMPORARY_PREFIX) for name in folder.sizes()):
+            raise InputError(f"{folder.location}: not empty and without {EXPORT_FILE}; give a new folder") from None
+        publish_bytes(folder, EXPORT_FILE, seal(identity))
+        return
+    except ValueError:
+        raise InputError(f"{folder.where(EXPORT_FILE)}: damaged; give a new folder or delete this one") from None
+    if differing := spec_differences(found, identity):
+        raise InputError(f"{folder.location}: holds another export ({'; '.join(differing)}); give a new folder")
 
 
 def _fixed(name: str, sha256: str) -> str:

@@ -22,14 +22,17 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in str(path) and not str(path).startswith("file://")
 
 
-@cache
-def _remote(url: str) -> tuple[Any, str]:
+def open_url(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it). InputError where the package for such URLs is missing."""
     try:
         # Listings must be fresh: another writer may have published since the last look.
         file_system, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise InputError(f"{url}: cannot be opened ({error}); install the fsspec package for such URLs") from None
     return file_system, str(root).rstrip("/")
+
+
+_remote = cache(open_url)  # of the few folders a process works with
 
 
 @dataclass(frozen=True)

@@ -105,12 +105,17 @@ class FamilyWriter:
     # -- shared states ------------------------------------------------------------------------------------------------
 
     def shared(self) -> SharedStates | None:
-        """What `write_shared` stored; None before it."""
+        """What `write_shared` stored; None before it. Units this writer publishes name these from then on.
+
+        (On an object store two first writers may both succeed, the later one stands: units made with the values of
+        the other name a digest that no longer exists, and so are computed again.)
+        """
         content = self._shared_bytes()
         if content is None:
             return None
+        self._known_shared = hashlib.sha256(content).hexdigest()
         table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
-        return read_shared(table, hashlib.sha256(content).hexdigest(), self.folder.where(SHARED_FILE))
+        return read_shared(table, self._known_shared, self.folder.where(SHARED_FILE))
 
     def write_shared(self, table: pa.Table) -> SharedStates:
         """Store `shared_table(...)` unless it is there already; returns what is stored.
@@ -143,7 +148,7 @@ class FamilyWriter:
 
     def pending(self, clean: bool = True) -> list[int]:
         """Units without a valid record, in order. With `clean`, dead writers' leftovers are removed."""
-        listing = self.folder.sizes()
+        listing, self._known_shared = self.folder.sizes(), None
         valid = {record.unit: record for record in self._valid_records(listing)}
         if clean:
             self._clean(listing, {record.file for record in valid.values()})
@@ -292,7 +297,7 @@ class FamilyWriter:
         standing = self._manifest()
         if standing is not None and self.complete():
             return standing
-        listing = self.folder.sizes()
+        listing, self._known_shared = self.folder.sizes(), None
         records = list(self._valid_records(listing))
         if len(records) != self.corpus.num_units:
             raise JobError(

@@ -174,6 +174,7 @@ def _convert_gguf(name: str, weights: Path, target: Path) -> None:
         folder,
         config=config,
         gguf_file=file,
+        use_safetensors=True,  # should the GGUF not be read, nothing that can run code is read in its place
         dtype=torch.bfloat16,
         # without it the model stays marked as quantized and cannot be saved
         quantization_config=GgufConfig(gguf_file=file, dequantize=True),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lidit.errors import InputError
 from lidit.evals.report import RunPage, write_report
+from pipelines import compare
 
 PROMPT = 'a <b>red</b> circle & a "blue" square'
 
@@ -91,6 +92,14 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
     for runs in ([RunPage("a")], [RunPage("a"), RunPage("a")], []):
         with pytest.raises(InputError, match="two or more runs"):
             write_report(tmp_path / "r.html", runs, (0,))
+
+
+def test_one_run_is_refused_before_it_draws_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    monkeypatch.setattr(compare, "load_pipeline", lambda _: pytest.fail("a model was loaded"))
+    for folders in ([tmp_path / "run"], [tmp_path / "run", tmp_path / "run"]):
+        with pytest.raises(InputError, match="two or more runs of different names"):
+            compare.compare_runs(folders, ["a red circle"], (0,), tmp_path / "r.html")
 
 
 @pytest.mark.slow

@@ -14,9 +14,17 @@ import yaml
 from manifests import KUBERAY, REPOSITORY, Network, find, render
 from typer.main import get_command
 
-from infra.kuberay.validate import check, load_schemas, pod_templates, rule_errors, security_errors
+from infra.kuberay.validate import (
+    check,
+    load_schemas,
+    pod_templates,
+    rule_errors,
+    run_folder_errors,
+    security_errors,
+)
 from jobs.main import app
-from lidit.settings import apply_overrides
+from lidit.config import Recipe
+from lidit.settings import apply_overrides, validate
 
 OVERLAYS = ("small", "large")
 RAY_PORTS = (6379, 8265, 10001, 10002, 52365)
@@ -91,6 +99,12 @@ def test_a_planted_typo_fails(
     assert any(typo in error for error in check(document, schemas))
 
 
+def test_a_setting_in_the_wrong_section_is_found(small: list[dict[str, Any]]) -> None:
+    """The API server refuses it, or drops it without a word where validation is off."""
+    settings = put(find(small, "ConfigMap", "lidit-settings"), "metadata/LIDIT_RUNS", "/runs")
+    assert check(settings, None) == ["ConfigMap/lidit-settings: metadata: unknown field 'LIDIT_RUNS'"]
+
+
 def put(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """A deep copy with one value set; `None` removes the key."""
     changed = copy.deepcopy(document)
@@ -99,7 +113,7 @@ def put(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     for step in steps:
         node = node[int(step)] if isinstance(node, list) else node.setdefault(step, {})
     if value is None:
-        del node[last]
+        del node[int(last) if isinstance(node, list) else last]
     else:
         node[last] = value
     return changed
@@ -203,6 +217,39 @@ def test_ray_promises_are_checked_on_every_cluster(
         assert any(message in error for error in security_errors(changed)), name
 
 
+# --- where runs are written ------------------------------------------------------------------------------------------
+
+
+def test_runs_go_to_one_claim_that_head_and_workers_mount(documents: list[dict[str, Any]]) -> None:
+    assert list(run_folder_errors(documents)) == []
+    for kind, name in (("RayJob", "lidit-train"), ("RayCluster", "lidit-interactive")):
+        for where, template in pod_templates(find(documents, kind, name)):
+            claims = [volume.get("persistentVolumeClaim") for volume in template["spec"]["volumes"]]
+            assert ({"claimName": "lidit-runs"} in claims) is (where != "submitter"), f"{name}: {where}"
+
+
+TRAIN_POD = "spec/rayClusterSpec/workerGroupSpecs/1/template/spec/"
+BROKEN_RUN_FOLDERS = [
+    ("ConfigMap", "lidit-settings", "data/LIDIT_RUNS", "s3://lidit/runs", "is not the absolute path of a folder"),
+    ("ConfigMap", "lidit-settings", "data/LIDIT_RUNS", None, "'$LIDIT_RUNS' is not the absolute path of a folder"),
+    ("ConfigMap", "lidit-settings", "data/LIDIT_RUNS", "/scratch/runs", "head: output /scratch/runs is not on a Pers"),
+    ("ConfigMap", "lidit-settings", "data/LIDIT_RUNS", "/models/runs", "mounted read-only"),
+    ("RayJob", "lidit-train", TRAIN_POD + "containers/0/volumeMounts/6", None, "worker group train: output /runs is"),
+    ("RayJob", "lidit-train", TRAIN_POD + "volumes/6/persistentVolumeClaim/readOnly", True, "mounted read-only"),
+    ("RayJob", "lidit-train", TRAIN_POD + "volumes/6/persistentVolumeClaim/claimName", "x", "different claims"),
+    ("RayCluster", "lidit-interactive", "spec/headGroupSpec/template/spec/volumes/5", None, "head: output /runs is"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "path", "value", "message"), BROKEN_RUN_FOLDERS)
+def test_a_run_folder_that_would_lose_the_run_is_found(
+    small: list[dict[str, Any]], kind: str, name: str, path: str, value: Any, message: str
+) -> None:
+    whole = find(small, kind, name)
+    broken = [put(document, path, value) if document is whole else document for document in small]
+    assert any(message in error for error in run_folder_errors(broken)), list(run_folder_errors(broken))
+
+
 def test_training_is_one_gang(documents: list[dict[str, Any]]) -> None:
     job = find(documents, "RayJob", "lidit-train")
     assert job["spec"]["suspend"] is True
@@ -263,7 +310,10 @@ def test_entrypoints_are_commands_our_jobs_take(documents: list[dict[str, Any]],
             limits = groups[pool]["template"]["spec"]["containers"][0]["resources"]["limits"]
             assert parsed["actors"] == groups[pool]["maxReplicas"] * int(limits["nvidia.com/gpu"])
         else:
-            tree = apply_overrides({}, parsed["overrides"])
+            tree = apply_overrides(
+                {"name": "r", "encoders": [{"name": "e", "model": "m"}], "corpus": "c"}, parsed["overrides"]
+            )
+            assert validate(Recipe, tree, name).run_folder == Path("/runs/r")
             assert groups["train"]["labels"] == tree["engine"]["label_selector"]
 
 
@@ -378,6 +428,7 @@ def test_referenced_secrets_and_maps_are_documented_and_never_shipped(documents:
         "lidit-object-store",
         "lidit-recipe",
         "lidit-models",
+        "lidit-runs",
     ):
         assert name in text
         assert name in page
@@ -393,3 +444,8 @@ def test_the_command_reports_findings_and_exits_with_2(small: list[dict[str, Any
     done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False)
     assert done.returncode == 2
     assert "RayJob/lidit-train: suspend needs shutdownAfterJobFinishes" in done.stdout
+    lost = put(find(small, "ConfigMap", "lidit-settings"), "data/LIDIT_RUNS", "/scratch")
+    bad.write_text(yaml.safe_dump_all([lost, find(small, "RayJob", "lidit-train")]))
+    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert "RayJob/lidit-train: head: output /scratch is not on a PersistentVolumeClaim" in done.stdout

@@ -144,6 +144,15 @@ def test_ray_up_uses_tokens_pinned_images_and_a_closed_dashboard(cluster_file: d
     assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(cluster_file["docker"]["run_options"])
 
 
+def test_ray_up_gives_every_container_the_folder_of_runs(cluster_file: dict[str, Any]) -> None:
+    """Only one given to head and workers alike keeps a run; a plain --volume would make an empty folder in silence."""
+    (mount,) = [option for option in cluster_file["docker"]["run_options"] if option.startswith("--mount=")]
+    found = dict(part.split("=") for part in mount.removeprefix("--mount=").split(","))
+    assert found == {"type": "bind", "source": "/shared", "target": "/shared"}
+    recipe = yaml.safe_load((REPOSITORY / "jobs" / "recipes" / "ablate-cluster.yaml").read_text())["recipe"]
+    assert recipe["output"].startswith(f"{found['target']}/")
+
+
 # --- one server ------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +174,12 @@ def test_compose_publishes_on_loopback_only_and_every_container_is_hardened(comp
     assert compose["services"]["ray"]["environment"]["RAY_AUTH_MODE"] == "token"
     assert compose["services"]["ray"]["ports"] == ["127.0.0.1:8265:8265"]
     assert compose["services"]["postgres"].get("ports") is None
+
+
+def test_the_run_folder_the_page_names_outlives_the_container(compose: dict[str, Any]) -> None:
+    (folder,) = re.findall(r"`output=(/data/[a-z]+)`", (REPOSITORY / "docs" / "cluster.md").read_text())
+    mounts = [volume.rpartition(":")[2] for volume in compose["services"]["ray"]["volumes"]]
+    assert any(folder.startswith(f"{mount}/") for mount in mounts)
 
 
 def test_compose_holds_no_secret_and_the_script_makes_what_it_mounts(compose: dict[str, Any], tmp_path: Path) -> None:

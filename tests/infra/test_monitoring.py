@@ -150,6 +150,7 @@ def train():
     metrics = TrainMetrics("run-1")
     metrics.step(seconds=0.3, data_wait_seconds=0.06, loss=1.5, mfu=0.4)
     metrics.step(seconds=0.5, data_wait_seconds=0.14, loss=float("nan"))
+    metrics.not_finite()
     metrics.checkpoint_saved(1.0e9)
     time.sleep(30)  # a worker that is gone takes its series with it: stay until they were read
 

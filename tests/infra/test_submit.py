@@ -93,12 +93,15 @@ def test_what_is_refused_before_anything_is_sent(project: Path, tmp_path: Path) 
         Submission("probe", (str(outside),), project)
     with pytest.raises(InputError, match="not the name of a job"):
         submission(project, job="probe; rm")
-    with pytest.raises(InputError, match=r"tracking\.uri: a URL with a password") as caught:
-        submission(project, "tracking.uri=https://me:hunter2@mlflow.example.com")
-    assert "hunter2" not in str(caught.value)
-    (project / "recipe.yaml").write_text("uri: https://me:hunter2@mlflow.example.com")
-    with pytest.raises(InputError, match=r"recipe\.yaml: a URL with a password"):
-        submission(project)
+    for url in ("https://me:hunter2@mlflow.example.com", "redis://:hunter2@h/0"):  # with a user's name and without
+        with pytest.raises(InputError, match=r"tracking\.uri: a URL with a password") as caught:
+            submission(project, f"tracking.uri={url}")
+        assert "hunter2" not in str(caught.value)
+    whole = (project / "recipe.yaml").read_text()
+    for url in ("https://me:hunter2@mlflow.example.com", "redis://:hunter2@h/0"):
+        (project / "recipe.yaml").write_text(f"{whole}\nuri: {url}")
+        with pytest.raises(InputError, match=r"recipe\.yaml: a URL with a password"):
+            submission(project)
 
 
 def test_addresses_that_cannot_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

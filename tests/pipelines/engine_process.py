@@ -52,7 +52,8 @@ def recipe_of(job: dict, world_size: int) -> Recipe:
     )
 
 
-def global_batch(step: int, poison: bool, size: int = BATCH) -> TrainingBatch:
+def global_batch(step: int, poisoned: int | None = None, size: int = BATCH) -> TrainingBatch:
+    """`poisoned`: the row whose latents are not numbers."""
     generator = torch.Generator().manual_seed(step)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     mask = torch.arange(5)[None] < torch.randint(1, 6, (size, 1), generator=generator)
@@ -62,8 +63,8 @@ def global_batch(step: int, poison: bool, size: int = BATCH) -> TrainingBatch:
     }
     u = torch.rand(size, generator=generator)
     latents = draw(size, CHANNELS, SIDE, SIDE)
-    if poison:
-        latents[0] = float("nan")
+    if poisoned is not None:
+        latents[poisoned] = float("nan")
     noise = draw(size, CHANNELS, SIDE, SIDE)
     return TrainingBatch(step, tuple(str(i) for i in range(size)), latents, noise, u, text, tokens=int(mask.sum()) * 2)
 
@@ -82,7 +83,10 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
     losses, norms, finite = [], [], []
     shapes, plain = full_shapes(engine.deepspeed), None
     for step in range(start, job["steps"]):
-        whole_batch = global_batch(step, step == job.get("poison"), recipe.train.batch_size)
+        if step == job.get("leave_out"):
+            continue
+        row = job.get("poisoned_row", 0) if step == job.get("poison") else None
+        whole_batch = global_batch(step, row, recipe.train.batch_size)
         part = whole_batch.split(world_size)[rank]
         result = engine.train_step(part)
         losses.append(result.loss)
@@ -115,7 +119,7 @@ def measured(engine: Engine, before: int, count: int, world_size: int) -> dict:
     between, held = live_bytes() - before, []
     take = engine.deepspeed.step
     engine.deepspeed.step = lambda: (held.append(live_bytes() - before), take())
-    engine.train_step(global_batch(0, poison=False).split(world_size)[dist.get_rank()])
+    engine.train_step(global_batch(0).split(world_size)[dist.get_rank()])
     engine.deepspeed.step = take
     return {"between": between, "held": held[0], "parameters": count}
 

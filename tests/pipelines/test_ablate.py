@@ -1,6 +1,7 @@
 """An ablation on real Ray with a tiny real LLM: nested runs, nothing done twice, one page at the end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,12 @@ import yaml
 from command import lidit
 from mlflow import MlflowClient
 from tiny_models import tiny_llm
+
+from jobs.recipe import load_ablation
+from lidit.errors import InputError
+from lidit.store import Corpus
+from pipelines import ablate
+from pipelines.study import Study
 
 RESULT = "runs/tiny/arms/{}-seed0/result.json"
 
@@ -86,6 +93,18 @@ def test_only_what_is_missing_is_done_again(folder: Path, capsys: pytest.Capture
 def test_results_of_other_settings_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lidit("ablate", folder / "tiny.yaml", "recipe.train.steps=5") == 2
     assert "other settings or data" in capsys.readouterr().err
+
+
+def test_arms_beside_a_failing_one_are_finished(folder: Path) -> None:
+    ablation = load_ablation(str(folder / "tiny.yaml"))
+    home = folder / "runs/tiny"
+    corpus = Corpus.open(folder / "corpus")
+    jobs = ablate._jobs(ablate._absolute(ablation, home), Study.of(ablation, home / "cases"), corpus)
+    broken = replace(jobs[0], latents="0" * 64)
+    found = ablate._results([broken, jobs[1]], ablation)
+    assert next(found)[0].arm == jobs[1].arm
+    with pytest.raises(InputError, match="no latents family"):
+        next(found)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """ZeRO 0 to 3 are one computation; checkpoints move between stages and worker counts. Real processes, real gloo."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -54,7 +55,14 @@ def results(folder: Path) -> dict:
     """All jobs of this file: three process groups, started once."""
     stage = lambda n, **more: {"zero_stage": n, **more}  # noqa: E731
     two = [{"name": "accumulated", "engine": stage(2, accumulation=3), "steps": 20}]
-    two += [{"name": "poisoned", "engine": stage(2), "steps": 3, "poison": 1}]
+    for n in (1, 2):
+        two += [{"name": f"poisoned-{n}", "engine": stage(n), "steps": 6, "poison": 1}]
+        two[-1] |= {"save": f"poisoned-{n}", "save_at": 3}
+        two += [{"name": f"poisoned-again-{n}", "engine": stage(n), "steps": 6, "restore": f"poisoned-{n}"}]
+        two += [{"name": f"without-{n}", "engine": stage(n), "steps": 6, "leave_out": 1}]
+    two += [{"name": "poisoned-first", "engine": stage(2), "steps": 3, "poison": 0, "poisoned_row": -1}]
+    two[-1] |= {"save": "poisoned-first", "save_at": 1}
+    two += [{"name": "poisoned-first-again", "engine": stage(2), "steps": 3, "restore": "poisoned-first"}]
     two += [{"name": f"bf16-{n}", "engine": stage(n, precision="bfloat16"), "steps": 20} for n in range(3)]
     for n in range(4):  # stage 3 last: DeepSpeed then replaces torch's linear for the whole process
         two += [{"name": f"two-{n}", "engine": stage(n), "steps": 20, "save": f"two-{n}", "save_at": 10}]
@@ -136,9 +144,23 @@ def test_the_sharded_average_is_the_plain_one(folder: Path, results: dict, stage
     assert len(moved) > len(saved["ema"]) / 2, "the average is just the weights"
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(results: dict) -> None:
-    assert results["poisoned"]["finite"] == [True, False, True]
-    assert results["poisoned"]["losses"][0] == results["two-2"]["losses"][0]
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_loss_that_is_not_finite_changes_nothing(results: dict, folder: Path, stage: int) -> None:
+    poisoned, without = results[f"poisoned-{stage}"], results[f"without-{stage}"]
+    assert poisoned["finite"] == [True, False, True, True, True, True]
+    assert math.isnan(poisoned["losses"][1])
+    assert [loss for loss, taken in zip(poisoned["losses"], poisoned["finite"]) if taken] == without["losses"]
+    assert results[f"poisoned-again-{stage}"]["losses"] == poisoned["losses"][3:]
+    for name, value in tensors(folder, f"without-{stage}")["weights"].items():
+        for job in (f"poisoned-{stage}", f"poisoned-again-{stage}"):
+            assert torch.equal(tensors(folder, job)["weights"][name], value), (job, name)
+
+
+def test_a_checkpoint_before_any_step_was_taken_goes_on_too(results: dict) -> None:
+    first = results["poisoned-first"]
+    assert first["finite"] == [False, True, True]
+    assert math.isfinite(first["losses"][0]), "this worker's part was sound"
+    assert results["poisoned-first-again"]["losses"] == first["losses"][1:]
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -56,6 +56,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
 
 
+def test_workers_this_machine_has_no_room_for_are_refused(model: Path, geneval_prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="1 actors ask for 1 GPU, this machine offers 0"):
+        draw_suite(model, "geneval", [geneval_prompts], tmp_path / "out", PoolSettings(gpus=1), batch_size=4)
+
+
 def test_geneval_is_drawn_in_its_layout_and_resumed(
     model: Path, small_world: SmallWorld, geneval_prompts: Path, tmp_path: Path
 ) -> None:

@@ -121,6 +121,12 @@ def test_a_missing_family_and_other_settings_are_named(small_world: SmallWorld, 
         run_fit(recipe.model_copy(update={"corpus": str(tmp_path)}))
 
 
+def test_what_this_machine_does_not_have_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
+    for engine in ({"gpus_per_worker": 1}, {"resources": {"trainer": 1}}):
+        with pytest.raises(InputError, match=r"this machine offers 0; lower engine\.workers"):
+            run_fit(small_world.recipe(tmp_path, engine=engine))
+
+
 def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
     recipe, result = undisturbed
     train = recipe.train.model_copy(update={"async_upload": True})
@@ -200,11 +206,17 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, FitResul
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(small_world: SmallWorld, tmp_path: Path) -> None:
     recipe = small_world.recipe(
-        tmp_path, train={"optimizer": {"lr": 1e30, "gradient_clip": 0.0}}, engine={"workers": 1, "max_failures": 0}
+        tmp_path,
+        train={"optimizer": {"lr": 1e30, "gradient_clip": 0.0}, "checkpoint_every": 100},
+        engine={"workers": 1},
     )
     with pytest.raises(JobError, match="the loss is"):
         run_fit(recipe)
-    written = sorted(recipe.run_folder.glob("not-finite-*.json"))
-    keys = json.loads(written[0].read_text())["keys"]
+    (written,) = recipe.run_folder.glob("not-finite-*.json")
+    told = json.loads(written.read_text())
+    newest = checkpoints.newest_complete(recipe.run_folder)
+    assert newest is not None, "the steps before it are lost"
+    assert checkpoints.read_position(newest).step == told["step"] > 0
+    keys = told["keys"]
     assert len(keys) == 12
     assert set(keys) <= {k for u in range(5) for k in small_world.open().samples(u)["key"].to_pylist()}

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from command import lidit
 from pictures import bomb, encoded, picture, sample, write_tar
 
 from lidit.config import IngestSettings
@@ -15,6 +16,7 @@ from lidit.sources.staging import stage_source
 from lidit.sources.units import find_duplicates
 from lidit.store import Corpus
 from lidit.store.folder import Folder
+from lidit.store.verify import verify_corpus
 from pipelines.ingest import IngestSummary, run_ingest
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -112,8 +114,39 @@ def test_contents_do_not_depend_on_where_source_and_corpus_lie(source: Path, tmp
     assert one.digest == other.digest
     for group in ("samples", "captions", "quarantine"):
         assert tree(tmp_path / "one" / group) == tree(tmp_path / "other" / group)
-    corpus = Corpus.open(tmp_path / "one", root=str(moved))
-    assert Path(corpus.image_path("0.tar")).exists()
+    assert not Path(Corpus.open(tmp_path / "one").image_path("0.tar")).exists()
+    found = run_ingest([str(moved)], str(tmp_path / "one"), SETTINGS)
+    assert (found.skipped, found.moved_to, found.digest) == (True, str(moved), one.digest)
+    assert Path(Corpus.open(tmp_path / "one").image_path("0.tar")).exists()
+    assert verify_corpus(str(tmp_path / "one"), deep=True).sound
+    assert run_ingest([str(moved)], str(tmp_path / "one"), SETTINGS).moved_to is None
+
+
+@pytest.mark.parametrize("kind", ["tars", "pictures"])
+def test_other_bytes_of_the_same_sizes_are_found_by_verify(
+    source: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = source / "1.tar"
+    if kind == "pictures":
+        source = tmp_path / "pictures"
+        source.mkdir()
+        for seed in range(2):
+            (source / f"{seed}.png").write_bytes(encoded(picture(seed=seed)))
+            (source / f"{seed}.txt").write_text("a caption")
+        changed = source / "1.png"
+    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS)
+    assert lidit("verify", tmp_path / "c", "--sources") == 0
+    content = bytearray(changed.read_bytes())
+    content[len(content) // 2] ^= 1
+    changed.write_bytes(content)
+    assert lidit("verify", tmp_path / "c") == 0
+    capsys.readouterr()
+    assert lidit("verify", tmp_path / "c", "--sources") == 1
+    told = capsys.readouterr()
+    assert f"{changed if kind == 'tars' else source}: other contents than were ingested" in told.out
+    assert "1 of " in told.err
+    changed.unlink()
+    assert lidit("verify", tmp_path / "c", "--sources") == 1
 
 
 def test_interrupted_ingest_goes_on_where_it_was(source: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,13 @@ from lidit.errors import InputError, JobError
 from lidit.images import Bucket, decode_image, fit
 from lidit.images.reading import bucket_images
 from lidit.store import Corpus
+from pipelines import cluster
 from pipelines import latents as latents_module
 from pipelines.ingest import run_ingest
 from pipelines.latents import run_latents
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+ROOT = Path(__file__).parents[2]
 SETTINGS = IngestSettings(unit_samples=4, resolution=32, bucket_multiple=8)
 SIZES = [(32, 32), (40, 30), (30, 40), (64, 20), (33, 31), (100, 100), (40, 30)]
 
@@ -124,25 +128,20 @@ def test_actor_killed_in_its_work_is_replaced(corpus: Path) -> None:
         family.verify_unit(unit)
 
 
-def test_other_scale_and_other_root(corpus: Path, tmp_path: Path) -> None:
+def test_other_scale_and_sources_that_have_moved(corpus: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     moved.mkdir()
     (tmp_path / "x.tar").rename(moved / "x.tar")
     settings = CodecSettings(name="double", scale=2)
-    with pytest.raises(JobError, match=r"x\.tar s0\.png: sample s0 is not what was ingested"):
+    with pytest.raises(JobError, match=r"x\.tar s0\.png: sample s0 is not what was ingested (.|\n)*their new place"):
         run_latents(str(corpus), settings, PoolSettings(), quiet)
-    run_latents(str(corpus), settings, PoolSettings(), quiet, root=str(moved))
+    assert run_ingest([str(moved / "x.tar")], str(corpus), SETTINGS, quiet).moved_to == str(moved)
+    run_latents(str(corpus), settings, PoolSettings(), quiet)
     opened = Corpus.open(corpus)
     row = opened.samples(0).to_pylist()[1]
     latent = opened.latent_family("double").read(0, [1])[0]
     expected = expected_pixels(originals()[row["key"]], row["bucket"], 2)
     assert torch.equal(latent.mul(127.5).round(), expected.mul(127.5).round())
-
-
-def test_source_that_has_changed_is_an_error_not_another_image(corpus: Path, tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", [m for i in range(7) for m in sample(f"t{i}", seed=i + 5)])
-    with pytest.raises(JobError, match="not what was ingested"):
-        bucket_images(Corpus.open(corpus), 0, 0, 4, 1, 10**6)
 
 
 def test_codec_and_corpus_that_do_not_fit_are_refused_first(corpus: Path, tmp_path: Path) -> None:
@@ -157,16 +156,72 @@ def test_codec_and_corpus_that_do_not_fit_are_refused_first(corpus: Path, tmp_pa
         run_latents(str(tmp_path / "odd"), settings, PoolSettings(), quiet)
 
 
-@pytest.mark.parametrize("kind", ["gz", "parquet", "parquet-paths", "jsonl", "folder"])
-def test_images_are_found_again_in_every_kind_of_source(tmp_path: Path, kind: str) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    images = {key: encoded(image) for key, image in originals().items()}
-    if kind == "gz":
+def test_what_this_machine_does_not_have_is_refused(corpus: Path) -> None:
+    with pytest.raises(InputError, match="1 actors ask for 1 GPU, this machine offers 0"):
+        run_latents(str(corpus), CodecSettings(), PoolSettings(gpus=1), quiet)
+    with pytest.raises(InputError, match="ask for 900 CPU"):
+        run_latents(str(corpus), CodecSettings(), PoolSettings(actors=9, cpus=100), quiet)
+
+
+def test_actors_that_hold_every_cpu_still_get_pictures(corpus: Path) -> None:
+    notes = []
+    all_of_them = PoolSettings(cpus=cluster.total("CPU"))
+    run_latents(str(corpus), CodecSettings(), all_of_them, lambda done, total, note: notes.append(note))
+    assert len(notes) == 2
+    assert all("no CPU left for decoding: use fewer actors" in note for note in notes)
+    assert Corpus.open(corpus).latent_family("pixels").records["rows"].to_pylist() == [4, 3]
+
+
+AS_MANY_ACTORS_AS_CPUS = """
+import os, sys
+from lidit.config import CodecSettings, PoolSettings
+from pipelines import cluster
+from pipelines.latents import run_latents
+run_latents(sys.argv[1], CodecSettings(), PoolSettings(cpus=os.cpu_count()), lambda *call: None)
+print(cluster.total("CPU") - os.cpu_count())
+"""
+
+
+def test_an_embedded_cluster_has_a_cpu_for_decoding_besides_the_actors(corpus: Path) -> None:
+    command = [sys.executable, "-c", AS_MANY_ACTORS_AS_CPUS, str(corpus)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 1
+
+
+def test_a_codec_that_cannot_be_loaded_is_the_users_mistake(corpus: Path, tmp_path: Path) -> None:
+    folder = save_codec(tmp_path / "kl", "AutoencoderKL")
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="the codec cannot be loaded"):
+        run_latents(str(corpus), CodecSettings(name="kl", model=str(folder)), PoolSettings(), quiet)
+
+
+def test_an_actor_with_other_codec_files_makes_no_second_family(corpus: Path, tmp_path: Path) -> None:
+    folder = save_codec(tmp_path / "kl", "AutoencoderKL")
+
+    def replaced(done: int, total: int, note: str) -> None:
+        """The actor starts again where the files are others: as on another node."""
+        save_codec(folder, "AutoencoderKL", seed=1)
+        for process in psutil.Process().children(recursive=True):
+            if any("LatentsActor" in word for word in process.cmdline()):
+                process.kill()
+
+    with pytest.raises(InputError, match=r"kl: this node has other codec files .*weights_sha256"):
+        run_latents(str(corpus), CodecSettings(name="kl", model=str(folder)), PoolSettings(), replaced)
+    assert len(list((corpus / "latents").iterdir())) == 1
+
+
+KINDS = ["tar", "gz", "parquet", "parquet-paths", "jsonl", "folder"]
+
+
+def write_source(source: Path, kind: str, images: dict[str, bytes]) -> None:
+    source.mkdir(exist_ok=True)
+    if kind in ("tar", "gz"):
         members = [m for key, content in images.items() for m in ((f"{key}.png", content), (f"{key}.txt", b"x"))]
-        write_tar(source / "x.tar.gz", members, "w:gz")
+        write_tar(source / ("x.tar.gz" if kind == "gz" else "x.tar"), members, "w:gz" if kind == "gz" else "w")
     elif kind == "parquet":
-        columns = {"key": list(images), "image": list(images.values()), "caption": ["x"] * 7}
+        columns = {"key": list(images), "image": list(images.values()), "caption": ["x"] * len(images)}
         pq.write_table(pa.table(columns), source / "x.parquet")
     else:
         for key, content in images.items():
@@ -178,6 +233,13 @@ def test_images_are_found_again_in_every_kind_of_source(tmp_path: Path, kind: st
             (source / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif kind == "parquet-paths":
             pq.write_table(pa.Table.from_pylist(rows), source / "x.parquet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_found_again_in_every_kind_of_source(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "source"
+    images = {key: encoded(image) for key, image in originals().items()}
+    write_source(source, kind, images)
     run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, quiet)
     corpus = Corpus.open(tmp_path / "c")
     found = {}
@@ -190,3 +252,34 @@ def test_images_are_found_again_in_every_kind_of_source(tmp_path: Path, kind: st
     for key, (image, bucket) in found.items():
         fitted, _ = fit(decode_image(images[key]).image, Bucket.parse(bucket))
         assert np.array_equal(image, np.asarray(fitted))
+
+
+def read_all(corpus: Corpus) -> None:
+    for unit in range(corpus.num_units):
+        bucket_images(corpus, unit, 0, corpus.samples(unit).num_rows, 1, 10**6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_picture_of_the_same_size_in_pixels_is_an_error(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "source"
+    images = {key: encoded(image) for key, image in originals().items()}
+    write_source(source, kind, images)
+    before = {path.name: path.stat().st_size for path in source.iterdir()}
+    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, quiet)
+    corpus = Corpus.open(tmp_path / "c")
+    read_all(corpus)
+    write_source(source, kind, images | {"s5": encoded(picture(*SIZES[5], seed=9))})
+    if kind == "tar":
+        assert {path.name: path.stat().st_size for path in source.iterdir()} == before, "too easy: tars are padded"
+    with pytest.raises(JobError, match=r"is not what was ingested \(.* bytes\b.*\); put the old file back, or ingest"):
+        read_all(corpus)
+
+
+def test_tar_members_of_equal_sizes_in_another_order_are_an_error(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    images = {f"s{i}": encoded(picture(seed=i), "BMP") for i in range(3)}
+    write_source(source, "tar", images)
+    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, quiet)
+    write_source(source, "tar", {key: images[key] for key in ("s1", "s0", "s2")})
+    with pytest.raises(JobError, match=r"s0\.png: sample s0 is not what was ingested \(in its place is 's1\.png' of"):
+        read_all(Corpus.open(tmp_path / "c"))

@@ -6,17 +6,20 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.registry import _registry
 from pictures import encoded, picture, sample, write_tar
 
 from lidit.config import IngestSettings
 from lidit.errors import InputError
 from lidit.sources import FieldNames, OpenedSource, RawSample, expand, read_source
+from lidit.sources.base import open_binary
 from lidit.store import Refusal
 
 DEFAULTS = IngestSettings()
@@ -321,6 +324,18 @@ def test_what_a_person_types_becomes_an_ordered_list(tmp_path: Path) -> None:
         root, files = expand(sources)
         assert (root, [f.name for f in files]) == (str(tmp_path), expected), sources
     assert [f.name for f in expand([f"{tmp_path}/b/1.tar"])[1]] == ["1.tar"]
+
+
+def test_a_url_without_its_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # importing it fails as where it is not installed
+    monkeypatch.delitem(_registry, "s3", raising=False)  # another test may have imported it
+    for source in ("s3://bucket/x.tar", "nosuch://bucket/x.tar"):
+        message = f"{source}: cannot be opened .*; install the fsspec package"
+        with pytest.raises(InputError, match=message) as caught:
+            expand([source])
+        assert len(str(caught.value).splitlines()) == 1
+        with pytest.raises(InputError, match=message):
+            open_binary(source)
 
 
 def test_sources_that_are_none_are_named(tmp_path: Path) -> None:

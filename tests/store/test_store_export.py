@@ -88,6 +88,45 @@ def test_export_goes_on_where_it_was_and_refuses_damaged_units(corpus: Path, tmp
         export_corpus(str(corpus), str(tmp_path / "out"), "zip")
 
 
+def test_a_folder_belongs_to_one_export(corpus: Path, tmp_path: Path) -> None:
+    """Files of the same names from another export would pass for its own: without states, or of another corpus."""
+    out = tmp_path / "out"
+    export_corpus(str(corpus), str(out), "parquet")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    make_corpus(tmp_path / "other", [("three", "four"), ("five",)])
+    family_job.run(str(corpus), "int8")
+    first, second = (family.directory for family in Corpus.open(corpus).text_families())
+    for message, arguments in (
+        (r"families\.fake: null -> \"", (str(corpus), str(out), "parquet", [first])),
+        (r"corpus: ", (str(tmp_path / "other"), str(out), "parquet")),
+        (r"format: \"parquet\" -> \"webdataset\"", (str(corpus), str(out), "webdataset")),
+        (r"images: false -> true", (str(corpus), str(out), "parquet", [], images)),
+    ):
+        with pytest.raises(InputError, match=f"out: holds another export .*{message}.*give a new folder"):
+            export_corpus(*arguments)  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    export_corpus(str(corpus), str(tmp_path / "states"), "parquet", [first])
+    with pytest.raises(InputError, match=r"families\.fake"):  # the name is the same, the states are others
+        export_corpus(str(corpus), str(tmp_path / "states"), "parquet", [second])
+    with pytest.raises(InputError, match="two have one name"):
+        export_corpus(str(corpus), str(tmp_path / "both"), "parquet", [first, second])
+
+
+def test_a_folder_of_something_else_is_refused(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "00000.parquet").write_bytes(b"not ours")
+    with pytest.raises(InputError, match=r"used: not empty and without _export\.json"):
+        export_corpus(str(corpus), str(tmp_path / "used"), "parquet")
+    with pytest.raises(InputError, match=r"00000\.parquet: is a file"):
+        export_corpus(str(corpus), str(tmp_path / "used" / "00000.parquet"), "parquet")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".tmp-0123").touch()  # what a kill while the first file was written leaves
+    export_corpus(str(corpus), str(tmp_path / "killed"), "parquet")
+    (tmp_path / "killed" / "_export.json").write_text("{}")
+    with pytest.raises(InputError, match=r"_export\.json: damaged"):
+        export_corpus(str(corpus), str(tmp_path / "killed"), "parquet")
+
+
 def test_summary_counts_what_is_there(corpus: Path) -> None:
     unfinished = FamilyWriter.open_or_create(str(corpus), "text", "half", {"storage": "float32"})
     unfinished.write_shared(family_job.shared())

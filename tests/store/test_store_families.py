@@ -18,7 +18,7 @@ from corpus_factory import WORDS, make_corpus
 
 from lidit.errors import InputError, JobError
 from lidit.store import CRASH_POINTS, Corpus, FamilyWriter, shared_table, text_table
-from lidit.store.publish import TEMPORARY_PREFIX, published
+from lidit.store.publish import TEMPORARY_PREFIX, publish_table, published
 from lidit.store.states import decode_table
 
 UNITS = [WORDS, ("one",), (), ("two tokens", "", "a red circle")]
@@ -183,6 +183,19 @@ def test_two_writers_of_different_bits_leave_the_first_record_and_its_data(corpu
     stands = first.publish(0, one)
     assert second.publish(0, two) == stands
     assert [p.name for p in first.folder.path.glob("00000-*.arrow")] == [stands.file]
+
+
+def test_units_made_with_shared_states_that_were_replaced_are_computed_again(corpus: Path) -> None:
+    """As on an object store, where the later of two first writers stands."""
+    early = family_job.open_writer(str(corpus), "float32")
+    made_with = early.write_shared(family_job.shared()).sha256
+    one, width = torch.randn(1, family_job.WIDTH), family_job.WIDTH
+    publish_table(early.folder, "shared.arrow", shared_table([1], one, [2], one, torch.zeros(width), torch.ones(width)))
+    rows = [family_job.states_of(c) for c in WORDS]
+    record = early.publish(0, text_table([i for i, _ in rows], [s for _, s in rows], "float32"))
+    assert record.shared == made_with
+    assert 0 in family_job.open_writer(str(corpus), "float32").pending()
+    assert 0 in early.pending()
 
 
 def _race(corpus: str, seed: int, barrier: object) -> None:

@@ -1,0 +1,38 @@
+"""Are a corpus's sources still what was ingested? Every source file against its sha256."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lidit.sources.base import FieldNames, OpenedSource, SourceFile
+from lidit.sources.image_folder import read_folder
+from lidit.store import Corpus
+from lidit.store.folder import is_url
+
+
+def compare_sources(corpus: Corpus) -> Iterator[tuple[str, str | None]]:
+    """(path, what is wrong with it or None) of each source file, or folder of images. Reads all of every one.
+
+    Pictures that a table or a text file names are in files of their own, of which no sha256 is known: nothing is said
+    about them here, and when they are encoded only their sizes are compared.
+    """
+    for row in corpus.sources.to_pylist():
+        path = corpus.image_path(row["file"]).rstrip("/")
+        try:
+            found = _sha256(path, row["file"])
+        except OSError as error:
+            yield path, f"cannot be read: {error}"
+            continue
+        yield path, None if found == row["sha256"] else "other contents than were ingested (sha256 differs)"
+
+
+def _sha256(path: str, name: str) -> str:
+    opened = OpenedSource(SourceFile("", path, name, 0, ""))
+    if is_url(path) or not Path(path).is_dir():
+        with opened.stream():
+            opened.finish()
+    else:
+        for _ in read_folder(opened, FieldNames({}, (), captions_only=False)):
+            pass
+    return opened.sha256_read
