@@ -41,12 +41,15 @@ def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
 
 
 def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
-    """The corpus's family with these settings. InputError prints the fields in which the ones there differ."""
+    """The corpus's family with these settings. InputError prints the fields in which the ones there differ.
+
+    The model's files are not asked for: trainers need not have them. A name that stands for two models is refused.
+    """
     wanted = encoder.model_dump(
         include={"kind", "system_prompt", "instruction", "chat_template", "max_tokens", "storage", "dtype"}
     )
     wanted = {k: v for k, v in wanted.items() if v not in ("auto", "compute", None)}
-    differences = []
+    differences, matches = [], []
     for handle in corpus.text_families():
         if handle.name != encoder.name:
             continue
@@ -54,8 +57,17 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
         blocks = encoder.layer if encoder.layer >= 0 else spec["total_blocks"] + 1 + encoder.layer
         found = {**{key: spec[key] for key in wanted}, "blocks": spec["blocks"]}
         if found == {**wanted, "blocks": blocks}:
-            return corpus.text_family(handle.fingerprint)
+            matches.append(handle)
         differences += [f"{handle.directory}: {line}" for line in spec_differences(found, {**wanted, "blocks": blocks})]
+    complete = [handle for handle in matches if handle.complete]
+    if len(complete) > 1:
+        listed = "\n  ".join(spec_differences(complete[0].spec, complete[1].spec))
+        raise InputError(
+            f"{corpus.folder.location}: {complete[0].directory} and {complete[1].directory} both fit encoder "
+            f"{encoder.name!r}; they differ in:\n  {listed}\ndelete the one that is not meant"
+        )
+    if matches:
+        return corpus.text_family((complete or matches)[0].fingerprint)
     if differences:
         raise _no_match(corpus, "text", encoder.name, differences, "compute it with lidit embed", "encoder")
     return corpus.text_family(encoder.name)  # raises, naming what there is

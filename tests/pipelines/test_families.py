@@ -14,7 +14,7 @@ from lidit.config import CodecSettings, Recipe
 from lidit.errors import InputError
 from lidit.store import Corpus, FamilyWriter, latents_table
 from lidit.store.latents import Crop
-from pipelines.fit import matching_latents, run_facts
+from pipelines.fit import matching_family, matching_latents, run_facts
 
 UNITS = [("a red circle", "a blue square"), ("a star",)]
 
@@ -56,6 +56,8 @@ def test_a_run_takes_the_latents_of_its_own_weights_and_no_others(corpus: Corpus
     retrained = write_latents(corpus, other.codec)  # of the same name
     assert run_facts(other, corpus)["latents"] == retrained != made
     assert run_facts(one, corpus)["latents"] == made
+    pixels = write_latents(corpus, CodecSettings())
+    assert run_facts(Recipe.model_validate(tree), corpus)["latents"] == pixels
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,14 @@ def test_an_automatic_dtype_takes_what_is_there(corpus: Corpus, tmp_path: Path) 
         matching_latents(corpus, automatic)
     assert matching_latents(corpus, vae(tmp_path, 1, dtype="float32")) == on_cpu
     assert matching_latents(corpus, vae(tmp_path, 1, dtype="bfloat16")) == on_gpu
+
+
+def test_one_name_for_two_llms_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    first, second = (encoder(tiny_llm(tmp_path / kind, kind), name="one") for kind in ("llama", "qwen2"))
+    embed_here(corpus.folder.path, first)
+    embed_here(corpus.folder.path, second)
+    with pytest.raises(InputError, match=r"one-\w+ and one-\w+ both fit encoder 'one'(.|\n)*weights_sha256"):
+        matching_family(corpus, first)
 
 
 @pytest.mark.parametrize("finished", ["cpu", "cuda"])
