@@ -55,11 +55,9 @@ def results(folder: Path) -> dict:
     """All jobs of this file: three process groups, started once."""
     stage = lambda n, **more: {"zero_stage": n, **more}  # noqa: E731
     two = [{"name": "accumulated", "engine": stage(2, accumulation=3), "steps": 20}]
-    for n in (1, 2):
-        two += [{"name": f"poisoned-{n}", "engine": stage(n), "steps": 6, "poison": 1}]
-        two[-1] |= {"save": f"poisoned-{n}", "save_at": 3}
-        two += [{"name": f"poisoned-again-{n}", "engine": stage(n), "steps": 6, "restore": f"poisoned-{n}"}]
-        two += [{"name": f"without-{n}", "engine": stage(n), "steps": 6, "leave_out": 1}]
+    two += [{"name": "poisoned", "engine": stage(2), "steps": 6, "poison": 1, "save": "poisoned", "save_at": 3}]
+    two += [{"name": "poisoned-again", "engine": stage(2), "steps": 6, "restore": "poisoned"}]
+    two += [{"name": "without", "engine": stage(2), "steps": 6, "leave_out": 1}]
     two += [{"name": "poisoned-first", "engine": stage(2), "steps": 3, "poison": 0, "poisoned_row": -1}]
     two[-1] |= {"save": "poisoned-first", "save_at": 1}
     two += [{"name": "poisoned-first-again", "engine": stage(2), "steps": 3, "restore": "poisoned-first"}]
@@ -144,15 +142,14 @@ def test_the_sharded_average_is_the_plain_one(folder: Path, results: dict, stage
     assert len(moved) > len(saved["ema"]) / 2, "the average is just the weights"
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_loss_that_is_not_finite_changes_nothing(results: dict, folder: Path, stage: int) -> None:
-    poisoned, without = results[f"poisoned-{stage}"], results[f"without-{stage}"]
+def test_a_loss_that_is_not_finite_changes_nothing(results: dict, folder: Path) -> None:
+    poisoned, without = results["poisoned"], results["without"]
     assert poisoned["finite"] == [True, False, True, True, True, True]
     assert math.isnan(poisoned["losses"][1])
     assert [loss for loss, taken in zip(poisoned["losses"], poisoned["finite"]) if taken] == without["losses"]
-    assert results[f"poisoned-again-{stage}"]["losses"] == poisoned["losses"][3:]
-    for name, value in tensors(folder, f"without-{stage}")["weights"].items():
-        for job in (f"poisoned-{stage}", f"poisoned-again-{stage}"):
+    assert results["poisoned-again"]["losses"] == poisoned["losses"][3:]
+    for name, value in tensors(folder, "without")["weights"].items():
+        for job in ("poisoned", "poisoned-again"):
             assert torch.equal(tensors(folder, job)["weights"][name], value), (job, name)
 
 
