@@ -17,6 +17,7 @@ Document = dict[str, Any]
 Labels = dict[str, str]
 REPOSITORY = Path(__file__).parents[2]
 KUBERAY = REPOSITORY / "infra" / "kuberay"
+OVERLAYS = ("small", "large")
 CLUSTER_SCOPED = {"Namespace", "ResourceFlavor", "ClusterQueue", "WorkloadPriorityClass"}
 FEATURES = {"apiVersion", "kind", "resources", "namespace", "images", "patches"}
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from manifests import REPOSITORY, Network, find, render
+from waiting import wait_until
 
 from infra.kuberay.validate import check, load_schemas, pod_templates, security_errors
 
@@ -81,6 +81,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:  # urllib's errors are such
+        return False
+
+
 @contextlib.contextmanager
 def running_server(
     documents: list[dict[str, Any]], folder: Path, backend: str, auth_database: str, extra_env: dict[str, str]
@@ -123,16 +131,8 @@ def running_server(
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-                    assert answer.status == 200
-                break
-            except (OSError, urllib.error.URLError):
-                assert process.poll() is None, (folder / "server.log").read_text()
-                assert time.monotonic() < deadline, (folder / "server.log").read_text()
-                time.sleep(0.5)  # a server tells nobody when it is ready: ask until it answers
+        log_when_dead = lambda: None if process.poll() is None else (folder / "server.log").read_text()  # noqa: E731
+        wait_until(lambda: healthy(url), 120, log_when_dead, every=0.5)
         yield url
     finally:
         with contextlib.suppress(ProcessLookupError):

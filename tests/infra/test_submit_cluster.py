@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from manifests import REPOSITORY
 from PIL import Image
 from probe_project import make_project
 from tiny_models import tiny_llm
+from waiting import wait_until
 
 from lidit.evals.scenes import write_scene_shards
 from lidit.store import Corpus
@@ -75,6 +75,14 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     home = tmp_path_factory.mktemp("s")
@@ -106,15 +114,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", dashboard), timeout=1).close()
-                break
-            except OSError:
-                assert head.poll() is None, (home / "ray.log").read_text()
-                assert time.monotonic() < deadline, (home / "ray.log").read_text()
-                time.sleep(0.5)
+        log_when_dead = lambda: None if head.poll() is None else (home / "ray.log").read_text()  # noqa: E731
+        wait_until(lambda: answers(dashboard), 90, log_when_dead, every=0.5)
         yield Cluster(address, {**env, "ADDRESS": address}, token)
     finally:
         head.send_signal(signal.SIGTERM)

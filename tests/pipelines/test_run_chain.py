@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from command import lidit
 from tiny_models import tiny_llm
+from waiting import wait_until
 
 from lidit.errors import InputError, JobError
 from lidit.store import Corpus
@@ -125,7 +126,7 @@ def test_what_fits_runs_together_and_what_does_not_waits() -> None:
     def large() -> str:
         if not alone.acquire(blocking=False):
             overlaps.append("large")
-        time.sleep(0.05)
+        time.sleep(0.05)  # long enough for another one beside it to be seen
         alone.release()
         return "large"
 
@@ -146,7 +147,7 @@ def test_a_failure_leaves_the_others_alone() -> None:
 
     def good() -> str:
         assert failed.wait(20)
-        time.sleep(0.2)
+        time.sleep(0.2)  # the failure is told first, by a thread that nothing here can be told of
         return "good"
 
     results: list[str] = []
@@ -194,11 +195,12 @@ def test_killed_in_every_stage_it_ends_the_same(finished: Path, inputs: Path, tm
         if list(tmp_path.glob(pattern)):
             continue  # the run before got further than it was to
         process = start(tmp_path, inputs)
-        deadline = time.monotonic() + 240
-        while not list(tmp_path.glob(pattern)):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, pattern
-            time.sleep(0.005)
+        wait_until(
+            lambda wanted=pattern: list(tmp_path.glob(wanted)),  # type: ignore[misc]
+            240,
+            lambda driver=process: None if driver.poll() is None else str(driver.communicate()),  # type: ignore[misc]
+            every=0.005,
+        )
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

@@ -1,0 +1,18 @@
+"""The manifests as kubectl would apply them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from manifests import KUBERAY, OVERLAYS, render
+
+
+@pytest.fixture(params=OVERLAYS)
+def documents(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return render(KUBERAY / "overlays" / request.param)
+
+
+@pytest.fixture
+def small() -> list[dict[str, Any]]:
+    return render(KUBERAY / "overlays" / "small")
