@@ -24,6 +24,8 @@ from lidit.errors import InputError, JobError
 from lidit.pictures import curves
 from lidit.settings import flatten
 from lidit.store import Corpus, digest_of, spec_differences
+from lidit.store.folder import Folder
+from lidit.store.publish import publish_bytes
 from pipelines import checkpoints, tracking
 from pipelines.cluster import check_resources, connect, worker_pool
 from pipelines.interrupt import is_disk_full, saved_on_sigterm
@@ -76,7 +78,8 @@ def drive(
             with _tracked(recipe, corpus, tags, uri, folder):
                 pass  # delivers what an outage left behind
         return FitResult(folder / "model", finished, uri, read_run_id(folder), trained=False)
-    _write_facts(folder, facts)
+    # Whole or not at all: a run whose facts were torn by a full disk could never go on.
+    publish_bytes(Folder.at(folder), FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
     connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
     check_resources(worker_pool(recipe.engine), "engine.workers, engine.cpus_per_worker or engine.gpus_per_worker")
     with _tracked(recipe, corpus, tags, uri, folder) as tracker:
@@ -120,13 +123,6 @@ def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
             f"{folder}: this run was started with other settings or data:\n  {listed}\n"
             "give the run another name (name=...), or continue it all the same with --allow-drift"
         )
-
-
-def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Whole or not at all: a run whose facts were torn by a full disk could never go on."""
-    partial = folder / f"{FACTS}.partial"
-    partial.write_text(json.dumps(facts, indent=1, sort_keys=True))
-    partial.replace(folder / FACTS)
 
 
 def draw_curves(tracker: tracking.Tracker, folder: Path) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import ray
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from lidit.config import EncoderSettings, Recipe
 from lidit.store import digest_of
+from lidit.store.folder import Folder
+from lidit.store.publish import publish_bytes
 from lidit.text import PromptEncoder, resolve_encoder
 from pipelines import cluster
 
@@ -36,9 +38,8 @@ def prompt_states(recipe: Recipe, prompts: Sequence[str], folder: Path) -> dict[
         task = _encode.options(**cluster.demands(cluster.worker_pool(recipe.engine)))
         with cluster.plain_errors(f"the process that encodes the sample prompts with {encoder.name} died"):
             found[encoder.name] = ray.get(task.remote(encoder, list(prompts)))
-        partial = path.with_suffix(".partial")
-        save_file({str(index): states for index, states in enumerate(found[encoder.name])}, partial)
-        partial.replace(path)
+        content = save({str(index): states for index, states in enumerate(found[encoder.name])})
+        publish_bytes(Folder.at(folder), path.name, content)
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from lidit.codecs import load_codec
 from lidit.config import CodecSettings, EncoderSettings, Recipe
@@ -19,6 +19,8 @@ from lidit.evals.caption_loss import CaptionLoss
 from lidit.models import LIDiT
 from lidit.prompts import ModelEncoder
 from lidit.store import Corpus, digest_of
+from lidit.store.folder import Folder
+from lidit.store.publish import publish_bytes
 from lidit.text.specs import default_device
 
 CASE_SEED = 1_000_003  # no training set is drawn with it, and all arms and seeds meet the same cases
@@ -64,9 +66,8 @@ class Study:
         encoder = ModelEncoder.of_family(settings, corpus.text_family(fingerprint))
         rows = encoder.encode(self.captions, default_device())
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({str(number): row.contiguous() for number, row in enumerate(rows)}, partial)
-        partial.replace(path)
+        content = save({str(number): row.contiguous() for number, row in enumerate(rows)})
+        publish_bytes(Folder.at(self.folder), path.name, content)
 
     def loss(self, model: LIDiT, objective: Objective, corpus: Corpus, fingerprints: dict[str, str]) -> CaptionLoss:
         """The model's loss under any caption of the study. `fingerprints`: the model's encoders -> text family."""
