@@ -123,6 +123,9 @@ class ModelSettings(Settings):
     patch_size: int | None = Field(None, ge=1)
     refiner: RefinerSettings = RefinerSettings()
     fusion: FusionSettings = FusionSettings()
+    visible_tokens: int | None = Field(
+        None, ge=1, description="the transformer sees the first N caption tokens only, the refiners all (control)"
+    )
     activation_checkpointing: bool = False
 
 

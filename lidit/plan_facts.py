@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lidit.config import EncoderSettings, EncoderShape, Recipe
+from lidit.data.families import matching_family
 from lidit.errors import InputError
 from lidit.plan import Facts, kept_blocks
-from lidit.store import Corpus
+from lidit.store import Corpus, TextFamily
 from lidit.text.packaged import MODELS, PREFIX, cache_folder
 
 
@@ -20,15 +21,14 @@ def gather_facts(recipe: Recipe) -> Facts:
     samples = assumed.samples or (corpus.num_samples if corpus else 0)
     per_sample = corpus.facts["totals"]["captions"] / corpus.num_samples if corpus else assumed.captions_per_sample
     tokens, prefixes, shapes = {}, {}, {}
-    complete = {handle.name for handle in corpus.text_families() if handle.complete} if corpus else set()
     for encoder in recipe.encoders:
         shapes[encoder.name] = encoder_shape(encoder, recipe)
         if not 1 <= kept_blocks(shapes[encoder.name], encoder.layer) <= shapes[encoder.name].blocks:
             raise InputError(
                 f"encoder {encoder.name}: layer {encoder.layer}: it has {shapes[encoder.name].blocks} blocks"
             )
-        if corpus and encoder.name in complete:
-            family = corpus.text_family(encoder.name)
+        family = _family(corpus, encoder)
+        if family is not None:
             tokens[encoder.name] = family.manifest["tokens"] / max(1, family.manifest["rows"])
             prefixes[encoder.name] = len(family.shared().prefix)
         else:
@@ -54,11 +54,21 @@ def _corpus(recipe: Recipe) -> Corpus | None:
         return None
 
 
+def _family(corpus: Corpus | None, encoder: EncoderSettings) -> TextFamily | None:
+    """The recipe's family where it is whole; a plan does not mind that it is missing, unfinished or another one."""
+    try:
+        return None if corpus is None else matching_family(corpus, encoder)
+    except InputError:
+        return None
+
+
 def _latent(recipe: Recipe, corpus: Corpus | None) -> tuple[int, int, int]:
     if recipe.plan.latent:
         return recipe.plan.latent
-    if corpus and any(handle.name == recipe.codec.name and handle.complete for handle in corpus.latent_families()):
-        return corpus.latent_family(recipe.codec.name).shapes(0)[0]
+    if corpus is not None:
+        for handle in corpus.latent_families():
+            if handle.name == recipe.codec.name and handle.complete:  # a retrained codec's have the same shape
+                return corpus.latent_family(handle.directory).shapes(0)[0]
     if recipe.codec.model is None:
         side = recipe.ingest.resolution * recipe.codec.scale
         return (3, side, side)

@@ -89,7 +89,7 @@ def _prepare(ablation: Ablation, folder: Path) -> Corpus:
     styles = CaptionStyles(original=scenes.styles, synthetic=())
     write_scene_shards(
         folder / "scenes", scenes.count, scenes.size, scenes.seed, scenes.layout,
-        categories={scenes.tag: 1.0}, styles=styles,
+        categories=dict.fromkeys(scenes.tags, 1.0), styles=styles,
     )  # fmt: skip
     run_chain(ablation.recipe, lambda stage, summary: None, until="latents")
     return Corpus.open(ablation.recipe.corpus)
@@ -214,16 +214,16 @@ def _write(ablation: Ablation, corpus: Corpus, folder: Path, results: dict[str, 
 
 
 def _facts(ablation: Ablation, corpus: Corpus, results: list[ArmResult]) -> dict[str, str]:
-    scenes, recipe = ablation.scenes, ablation.recipe
+    scenes, measures, recipe = ablation.scenes, ablation.measures, ablation.recipe
     encoders = ", ".join(f"{encoder.name} ({encoder.model}, {encoder.kind})" for encoder in recipe.encoders)
     styles = ", ".join(f"`{style}`" for style in scenes.styles)
     return {
-        "scenes": f"{scenes.count} of category {scenes.tag}, {scenes.size} px, layout {scenes.layout}",
+        "scenes": f"{scenes.count} of categories {', '.join(scenes.tags)}, {scenes.size} px, layout {scenes.layout}",
         "captions": styles,
         "training": f"{recipe.train.steps} steps of {recipe.train.batch_size}, objective {recipe.objective.kind}, "
         f"lr {recipe.train.optimizer.lr:g}",
         "seeds": ", ".join(str(seed) for seed in ablation.seeds),
-        "judged on": f"{ablation.measures.scenes} scenes per style; errors: {', '.join(ablation.measures.kinds)}",
+        "judged on": f"{measures.scenes} scenes of {measures.tag} per style; errors: {', '.join(measures.kinds)}",
         "encoders": encoders,
         "corpus": corpus.digest[:12],
         "time": f"{sum(result.seconds for result in results) / 60:.0f} minutes of arms in all",

@@ -75,11 +75,13 @@ def demands(pool: PoolSettings) -> dict[str, Any]:
     return asked
 
 
-def check_resources(pool: PoolSettings, lower: str = "pool.actors, pool.cpus or pool.gpus") -> None:
+def check_resources(
+    pool: PoolSettings, who: str = "pool: {} actors", lower: str = "pool.actors, pool.cpus or pool.gpus"
+) -> None:
     """Raise InputError where an embedded Ray cannot hold the pool: it never grows, asking for more waits for ever.
 
-    lower: the settings that the user can change. Call after `connect`. A cluster is not checked: it may grow when
-    actors wait for a place.
+    who: what the message calls the pool's members; lower: the settings that the user can change. Call after `connect`.
+    A cluster is not checked: it may grow when actors wait for a place.
     """
     if os.environ.get(CLUSTER_ADDRESS):
         return
@@ -87,7 +89,7 @@ def check_resources(pool: PoolSettings, lower: str = "pool.actors, pool.cpus or 
         wanted, offered = pool.actors * each, total(resource)
         if wanted > offered:
             raise InputError(
-                f"pool: {pool.actors} actors ask for {wanted:g} {resource}, this machine offers {offered:g}; lower "
+                f"{who.format(pool.actors)} ask for {wanted:g} {resource}, this machine offers {offered:g}; lower "
                 f"{lower}, or set {CLUSTER_ADDRESS} to a cluster"
             )
 

@@ -81,7 +81,8 @@ def drive(
     # Whole or not at all: a run whose facts were torn by a full disk could never go on.
     publish_bytes(Folder.at(folder), FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
     connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
-    check_resources(worker_pool(recipe.engine), "engine.workers, engine.cpus_per_worker or engine.gpus_per_worker")
+    settings = "engine.workers, engine.cpus_per_worker or engine.gpus_per_worker"
+    check_resources(worker_pool(recipe.engine), "engine: {} workers", settings)
     with _tracked(recipe, corpus, tags, uri, folder) as tracker:
         note_run(folder, tracker)
         train(recipe, tracker, folder)

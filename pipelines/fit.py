@@ -1,14 +1,13 @@
-"""Training LI-DiT, the driver: what a run is made of, the corpus's families that fit the recipe, and the run itself."""
+"""Training LI-DiT, the driver: what a run is made of, and the run itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from lidit.codecs import codec_spec
-from lidit.config import CodecSettings, EncoderSettings, Recipe
-from lidit.errors import InputError
-from lidit.store import Corpus, TextFamily, spec_differences
+from lidit.config import Recipe
+from lidit.data.families import matching_family, matching_latents
+from lidit.store import Corpus
 from pipelines.drive import FREE_ENGINE, FitResult, drive, launch
 from pipelines.prompts import prompt_states
 from pipelines.tracking import Tracker
@@ -38,71 +37,6 @@ def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
         "text": {name: family.fingerprint for name, family in sorted(texts.items())},
         "latents": matching_latents(corpus, recipe.codec),
     }
-
-
-def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
-    """The corpus's family with these settings. InputError prints the fields in which the ones there differ.
-
-    The model's files are not asked for: trainers need not have them. A name that stands for two models is refused.
-    """
-    wanted = encoder.model_dump(
-        include={"kind", "system_prompt", "instruction", "chat_template", "max_tokens", "storage", "dtype"}
-    )
-    wanted = {k: v for k, v in wanted.items() if v not in ("auto", "compute", None)}
-    differences, matches = [], []
-    for handle in corpus.text_families():
-        if handle.name != encoder.name:
-            continue
-        spec = handle.spec
-        blocks = encoder.layer if encoder.layer >= 0 else spec["total_blocks"] + 1 + encoder.layer
-        found = {**{key: spec[key] for key in wanted}, "blocks": spec["blocks"]}
-        if found == {**wanted, "blocks": blocks}:
-            matches.append(handle)
-        differences += [f"{handle.directory}: {line}" for line in spec_differences(found, {**wanted, "blocks": blocks})]
-    complete = [handle for handle in matches if handle.complete]
-    if len(complete) > 1:
-        listed = "\n  ".join(spec_differences(complete[0].spec, complete[1].spec))
-        raise InputError(
-            f"{corpus.folder.location}: {complete[0].directory} and {complete[1].directory} both fit encoder "
-            f"{encoder.name!r}; they differ in:\n  {listed}\ndelete the one that is not meant"
-        )
-    if matches:
-        return corpus.text_family((complete or matches)[0].fingerprint)
-    if differences:
-        raise _no_match(corpus, "text", encoder.name, differences, "compute it with lidit embed", "encoder")
-    return corpus.text_family(encoder.name)  # raises, naming what there is
-
-
-def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:
-    """The fingerprint of the corpus's latents of this very codec, weights included, whichever dtype `auto` was there.
-
-    InputError prints the fields in which the ones there differ.
-    """
-    wanted = codec_spec(codec)
-    free = {key: wanted[key] for key in {"dtype"} & set(wanted) if codec.dtype == "auto"}
-    named = [handle for handle in corpus.latent_families() if handle.name == codec.name]
-    differing = {handle.directory: spec_differences({**handle.spec, **free}, wanted) for handle in named}
-    matches = [handle for handle in named if not differing[handle.directory]]
-    if named and not matches:
-        differences = [f"{directory}: {line}" for directory, lines in differing.items() for line in lines]
-        raise _no_match(corpus, "latents", codec.name, differences, "compute it with lidit latents", "codec")
-    complete = [handle for handle in matches if handle.complete]
-    if len(complete) > 1:
-        listed = ", ".join(f"{handle.directory} ({handle.spec['dtype']})" for handle in complete)
-        raise InputError(
-            f"{corpus.folder.location}: latents of codec {codec.name!r} in several dtypes: {listed}; set codec.dtype"
-        )
-    # Raises, naming what there is, where nothing is of this name or what matches is unfinished.
-    found = corpus.latent_family(next((handle.directory for handle in [*complete, *matches]), codec.name))
-    return found.fingerprint
-
-
-def _no_match(corpus: Corpus, kind: str, name: str, differences: list[str], remedy: str, section: str) -> InputError:
-    listed = "\n  ".join(differences)
-    return InputError(
-        f"{corpus.folder.location}: no {kind} family {name!r} with the recipe's settings; found -> wanted:\n"
-        f"  {listed}\n{remedy}, or change the recipe's {section}"
-    )
 
 
 def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:

@@ -68,7 +68,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.bar:
-            self._line()
+            if error is None or self.done > self.start:  # nothing done says nothing; the error will
+                self._line()
             return
         self.bar.stop_task(self.task)
         with Progress._lock:

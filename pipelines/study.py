@@ -42,7 +42,7 @@ class Study:
         scenes, settings = ablation.scenes, ablation.measures
         measures = {
             f"{kind}, {style}": draw_cases(
-                kind, scenes.tag, settings.scenes, scenes.size, scenes.layout, style, CASE_SEED
+                kind, settings.tag, settings.scenes, scenes.size, scenes.layout, style, CASE_SEED
             )
             for kind in settings.kinds
             for style in scenes.styles

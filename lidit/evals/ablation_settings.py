@@ -11,19 +11,23 @@ from lidit.settings import Settings, explain
 
 
 class AblationScenes(Settings):
-    """What every arm trains on: rendered scenes of one category, captions in several styles."""
+    """What every arm trains on: rendered scenes of some categories, equally often, and their captions.
+
+    Scenes of two objects teach in hundreds of steps what a caption's words mean; of four alone it takes thousands.
+    """
 
     count: int = Field(2400, ge=1)
     size: int = Field(32, ge=16)
     seed: int = Field(0, ge=0)
     layout: Literal["simple", "free"] = "simple"
-    tag: str = Field("list4", description="category of every scene; listK has K segments")
+    tags: tuple[str, ...] = Field(("list2", "list3", "list4"), min_length=1, description="listK has K segments")
     styles: tuple[str, ...] = Field(("clauses", "long"), min_length=1)
 
 
 class AblationMeasures(Settings):
     """How an arm is judged: binding accuracy on scenes no arm has seen, without sampling."""
 
+    tag: str = Field("list4", description="category of the scenes, which no arm has seen")
     kinds: tuple[Literal["binding", "attribute"], ...] = Field(("binding",), min_length=1)
     scenes: int = Field(128, ge=8, description="per kind of error and caption style; every segment is met")
     points: int = Field(4, ge=1, description="measured at this many equal parts of the training")

@@ -36,20 +36,30 @@ def ordinals(scene: Scene, rng: Random) -> str:
     return f"{core(scene, attributes=False)}. {', '.join(said)}."
 
 
+def sentences(scene: Scene, rng: Random) -> str:
+    """ "It shows two shapes: a circle and a square. The square is painted blue. The circle is red.": the shortest prose
+    whose attributes come in sentences of their own, in random order."""
+    return f"{_shown(scene, attributes=False)} {' '.join(_capitalised(_looks(scene, rng)))}"
+
+
 def long(scene: Scene, rng: Random) -> str:
     """Prose in which the objects come first, their places next, and their attributes last, one sentence each."""
     places = _places(scene, rng)
-    looks = [
-        f"{name} {rng.choice(_verbs(scene))} {attribute(scene, item)}."
-        for name, item in zip(references(scene), scene.objects)
-    ]
-    rng.shuffle(looks)
-    return _prose(scene, rng, core(scene, attributes=False), places + looks)
+    return _prose(scene, rng, places + _looks(scene, rng), attributes=False)
 
 
 def long_before(scene: Scene, rng: Random) -> str:
     """The same prose with every attribute in front of its noun, where the objects are named first."""
-    return _prose(scene, rng, core(scene), _places(scene, rng))
+    return _prose(scene, rng, _places(scene, rng), attributes=True)
+
+
+def _looks(scene: Scene, rng: Random) -> list[str]:
+    sentences = [
+        f"{name} {rng.choice(_verbs(scene))} {attribute(scene, item)}."
+        for name, item in zip(references(scene), scene.objects)
+    ]
+    rng.shuffle(sentences)
+    return sentences
 
 
 def _verbs(scene: Scene) -> tuple[str, ...]:
@@ -67,11 +77,24 @@ def _places(scene: Scene, rng: Random) -> list[str]:
     return sentences
 
 
-def _prose(scene: Scene, rng: Random, objects: str, sentences: list[str]) -> str:
+def _prose(scene: Scene, rng: Random, sentences: list[str], attributes: bool) -> str:
+    said = [_shown(scene, attributes), *_capitalised(sentences)]
+    return " ".join([rng.choice(OPENINGS), *said, rng.choice(CLOSINGS)])
+
+
+def _shown(scene: Scene, attributes: bool) -> str:
     count = len(scene.objects)
-    shown = f"It shows {COUNTS[count]} {'shape' if count == 1 else 'shapes'}: {objects}."
-    capitalised = [sentence[0].upper() + sentence[1:] for sentence in sentences]
-    return " ".join([rng.choice(OPENINGS), shown, *capitalised, rng.choice(CLOSINGS)])
+    return f"It shows {COUNTS[count]} {'shape' if count == 1 else 'shapes'}: {core(scene, attributes)}."
 
 
-LATE_STYLES = {"clauses": clauses, "ordinals": ordinals, "long": long, "long_before": long_before}
+def _capitalised(sentences: list[str]) -> list[str]:
+    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+
+LATE_STYLES = {
+    "clauses": clauses,
+    "ordinals": ordinals,
+    "sentences": sentences,
+    "long": long,
+    "long_before": long_before,
+}

@@ -19,6 +19,7 @@ STYLE_WORDS = {
     "bare": "attributes before their nouns (`a red circle, a blue square, ...`)",
     "clauses": "attributes in later clauses (`a circle, a square, ...; the square is blue, the circle is red, ...`)",
     "ordinals": "attributes in a later sentence, by number (`... the first is red, the second is blue.`)",
+    "sentences": "attributes in sentences of their own, in any order",
     "long": "long prose: objects, then their places, then their attributes",
     "long_before": "long prose with the attributes before their nouns",
 }

@@ -110,6 +110,8 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         fusion_mode: "refiner" (collaborative), "concatenation", or "none" for exactly one encoder (table 6). With one
             encoder there is nothing to fuse and all three are the same.
         fusion_depth: blocks of the collaborative refiner.
+        visible_tokens: caption tokens per encoder that leave the conditioner, from the first; None leaves all. The
+            refiners see every token whatever it is: what reaches the transformer from behind was carried by them.
     Raises:
         InputError: no encoder, or several with fusion mode "none".
     """
@@ -129,12 +131,14 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         refiner_mixing: bool = True,
         fusion_mode: Literal["none", "concatenation", "refiner"] = "refiner",
         fusion_depth: int = 1,
+        visible_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if not encoders:
             raise InputError("the model needs at least one encoder")
         if fusion_mode == "none" and len(encoders) > 1:
             raise InputError(f"fusion mode 'none' takes exactly one encoder, found {sorted(encoders)}")
+        self.visible_tokens = visible_tokens
         self.names = sorted(encoders)  # a saved configuration sorts its keys, so no other order would survive
         fuse = fusion_mode == "refiner" and len(encoders) > 1
         adaptive = fuse or (refiner_depth > 0 and refiner_gated)
@@ -192,8 +196,9 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         if self.fusion is not None:
             states = self.fusion(states, masks, conditions)
         # Only now the instruction is cut off: both refiners have seen it.
-        tokens = torch.cat([states[i][:, len(text[name].prefix) :] for i, name in enumerate(self.names)], dim=1)
-        mask = torch.cat([_visible(text[name]) for name in self.names], dim=1)  # [B, S]
+        captions = [states[i][:, len(text[name].prefix) :] for i, name in enumerate(self.names)]  # each [B, T, D]
+        tokens = torch.cat([caption[:, : self.visible_tokens] for caption in captions], dim=1)  # [B, S, D]
+        mask = torch.cat([text[name].mask[:, : self.visible_tokens] for name in self.names], dim=1)  # [B, S]
         return PromptCondition(tokens, attendable(mask), masked_mean(tokens, mask).to(tokens.dtype))
 
     def check(self, text: Mapping[str, TextStates]) -> None:
@@ -210,13 +215,8 @@ class PromptConditioner(ModelMixin, ConfigMixin):
                     raise InputError(
                         f"encoder {name!r}: {label} are {tensor.shape[-1]} wide, the model expects {width}"
                     )
-            for label, tokens in (("mask", entry.mask), ("visible", entry.visible)):
-                if tokens is not None and (tokens.shape != entry.states.shape[:2] or tokens.dtype != torch.bool):
-                    raise InputError(
-                        f"encoder {name!r}: {label} must be bool {list(entry.states.shape[:2])}, "
-                        f"found {tokens.dtype} {list(tokens.shape)}"
-                    )
-
-
-def _visible(text: TextStates) -> torch.Tensor:
-    return text.mask if text.visible is None else text.mask & text.visible
+            if entry.mask.shape != entry.states.shape[:2] or entry.mask.dtype != torch.bool:
+                raise InputError(
+                    f"encoder {name!r}: mask must be bool {list(entry.states.shape[:2])}, "
+                    f"found {entry.mask.dtype} {list(entry.mask.shape)}"
+                )

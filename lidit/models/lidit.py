@@ -46,6 +46,7 @@ class LIDiT(ModelMixin, ConfigMixin):
         refiner_mixing: bool = True,
         fusion_mode: Literal["none", "concatenation", "refiner"] = "refiner",
         fusion_depth: int = 1,
+        visible_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.conditioner = PromptConditioner(
@@ -58,6 +59,7 @@ class LIDiT(ModelMixin, ConfigMixin):
             refiner_mixing,
             fusion_mode,
             fusion_depth,
+            visible_tokens,
         )
         self.transformer = LIDiTTransformer(channels, width, depth, heads, patch_size)
         initialise(self)
@@ -81,6 +83,7 @@ class LIDiT(ModelMixin, ConfigMixin):
             refiner_mixing=settings.refiner.mixing,
             fusion_mode=settings.fusion.mode,
             fusion_depth=settings.fusion.depth,
+            visible_tokens=settings.visible_tokens,
         )
         if settings.activation_checkpointing:
             model.enable_gradient_checkpointing()

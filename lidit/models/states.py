@@ -17,14 +17,12 @@ class TextStates:
     """The states of one encoder for a batch of captions, as stored: neither normalised nor projected.
 
     `states` [B, T, W] caption tokens, `mask` bool [B, T] True at real tokens (what stands elsewhere never matters),
-    `prefix` [P, W] states of the instruction, one copy for all rows (P may be 0). `visible` bool [B, T], if given,
-    hides caption tokens from the transformer (cross-attention and pooled text) while the refiners still see them.
+    `prefix` [P, W] states of the instruction, one copy for all rows (P may be 0).
     """
 
     states: torch.Tensor
     mask: torch.Tensor
     prefix: torch.Tensor
-    visible: torch.Tensor | None = None
 
     @classmethod
     def collate(cls, captions: Sequence[torch.Tensor], prefix: torch.Tensor) -> TextStates:
@@ -36,36 +34,27 @@ class TextStates:
 
     def to(self, device: torch.device | str) -> TextStates:
         """The same states on `device`; the dtype stays, because the conditioner normalises in float32."""
-        visible = None if self.visible is None else self.visible.to(device, non_blocking=True)
         return TextStates(
             self.states.to(device, non_blocking=True),
             self.mask.to(device, non_blocking=True),
             self.prefix.to(device, non_blocking=True),
-            visible,
         )
 
     def stack(self, other: TextStates) -> TextStates:
         """The rows of both, padded to the longer one: the two halves of a guided batch. The prefix is this one's."""
         tokens = max(self.states.shape[1], other.states.shape[1])
         first, second = self.pad_to(tokens), other.pad_to(tokens)
-        visible = None
-        if first.visible is not None or second.visible is not None:
-            parts = [half.mask if half.visible is None else half.visible for half in (first, second)]
-            visible = torch.cat(parts)
         return TextStates(
             torch.cat([first.states, second.states]),  # of two dtypes the wider one is taken
             torch.cat([first.mask, second.mask]),
             self.prefix,
-            visible,
         )
 
     def pad_to(self, tokens: int) -> TextStates:
         """The same rows with padding behind them, `tokens` long in all."""
         missing = tokens - self.states.shape[1]
         pad = torch.nn.functional.pad
-        visible = None if self.visible is None else pad(self.visible, (0, missing))
-        padded_states = pad(self.states, (0, 0, 0, missing))
-        return replace(self, states=padded_states, mask=pad(self.mask, (0, missing)), visible=visible)
+        return replace(self, states=pad(self.states, (0, 0, 0, missing)), mask=pad(self.mask, (0, missing)))
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def test_both_captions_meet_the_same_noise_whatever_the_batch() -> None:
     assert np.array_equal(measure_binding(network, cases, batch_size=3, timesteps=(0.9, 0.4)).gaps, whole.gaps)
 
 
-@pytest.mark.parametrize("style", ["bare", "clauses", "ordinals", "long", "long_before"])
+@pytest.mark.parametrize("style", ["bare", "clauses", "ordinals", "sentences", "long", "long_before"])
 def test_wrong_captions_keep_the_words_and_move_the_colours(style: str) -> None:
     for case in draw_cases("binding", "list4", 20, 32, "free", style):
         true, wrong = case.caption.split(), case.wrong.split()

@@ -246,6 +246,12 @@ def test_late_styles_say_the_same_after_the_nouns(tag: str) -> None:
         for name, word in zip(names, said):
             assert any(sentence.startswith(name) and sentence.endswith(f" {word}") for sentence in sentences)
         assert len(sentences) == 3 + 2 * len(names)
+        first, *looks = write_caption(scene, "sentences", Random(seed)).lower().rstrip(".").split(". ")
+        assert first == sentences[1]
+        assert sorted((look.split()[-1], look.startswith("the ")) for look in looks) == sorted((w, True) for w in said)
+        assert all(
+            any(look.startswith(name) and look.endswith(f" {w}") for look in looks) for name, w in zip(names, said)
+        )
         before = write_caption(scene, "long_before", Random(seed))
         assert core(scene) in before
         if tag.startswith("list"):

@@ -25,7 +25,7 @@ def folder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ablate")
     llm = str(tiny_llm(folder / "llm", "llama", layers=3, width=32))
     tree = {
-        "scenes": {"count": 48, "styles": ["clauses"]},
+        "scenes": {"count": 48, "tags": ["list4"], "styles": ["clauses"]},
         "measures": {"scenes": 8, "points": 2},
         "seeds": [0],
         "arms": {

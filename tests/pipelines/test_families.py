@@ -11,10 +11,12 @@ from tiny_models import tiny_llm
 
 from lidit.codecs import codec_spec
 from lidit.config import CodecSettings, Recipe
+from lidit.data.families import matching_family, matching_latents
 from lidit.errors import InputError
+from lidit.plan_facts import gather_facts
 from lidit.store import Corpus, FamilyWriter, latents_table
 from lidit.store.latents import Crop
-from pipelines.fit import matching_family, matching_latents, run_facts
+from pipelines.fit import run_facts
 
 UNITS = [("a red circle", "a blue square"), ("a star",)]
 
@@ -58,6 +60,20 @@ def test_a_run_takes_the_latents_of_its_own_weights_and_no_others(corpus: Corpus
     assert run_facts(one, corpus)["latents"] == made
     pixels = write_latents(corpus, CodecSettings())
     assert run_facts(Recipe.model_validate(tree), corpus)["latents"] == pixels
+
+
+def test_a_plan_minds_no_second_family_of_the_name(corpus: Corpus, tmp_path: Path) -> None:
+    """A codec trained again leaves two latents of one name, another instruction two families of one encoder."""
+    bare, instructed = (encoder(tiny_llm(tmp_path / "llm", "llama"), instruction=text) for text in ("", "Describe it:"))
+    for llm in (bare, instructed):
+        embed_here(corpus.folder.path, llm)
+    for seed in (1, 2):
+        write_latents(corpus, vae(tmp_path, seed))
+    tree = {"name": "r", "corpus": corpus.folder.location, "codec": vae(tmp_path, 1).model_dump()}
+    for llm in (bare, instructed):
+        facts = gather_facts(Recipe.model_validate(tree | {"encoders": [llm.model_dump()]}))
+        assert facts.latent == (4, 4, 4)
+        assert (facts.prefix_tokens[llm.name] > 0) == (llm is instructed)
 
 
 @pytest.mark.parametrize(
