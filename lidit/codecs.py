@@ -45,6 +45,9 @@ class Codec(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, C, h, w] -> [B, 3, H, W] float32 on [0, 1], on the latents' device."""
 
+    def to(self, device: str | torch.device) -> None:
+        """Moves its weights, where it has any; `decode` brings them to the latents."""
+
 
 class PixelCodec:
     """Latents are the pixels on [-1, 1]; stored as the 8 bits they came from."""
@@ -56,6 +59,9 @@ class PixelCodec:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return ((latents.float() + 1) / 2).clamp(0, 1)
+
+    def to(self, device: str | torch.device) -> None:
+        pass
 
 
 class AutoencoderCodec:
@@ -78,10 +84,13 @@ class AutoencoderCodec:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         if latents.device != self._device:
-            self.model.to(latents.device)
+            self.to(latents.device)
         unscaled = latents.float() / self.scaling + self.shift
         images = self.model.decode(unscaled.to(self._dtype)).sample
         return ((images.float() + 1) / 2).clamp(0, 1)
+
+    def to(self, device: str | torch.device) -> None:
+        self.model.to(device)
 
     @property
     def _device(self) -> torch.device:

@@ -121,12 +121,32 @@ class LIDiTPipeline(DiffusionPipeline):
         """The codec, loaded when the first latents are decoded."""
         if self._codec is None:
             self._codec = load_codec(self.codec_settings, str(self._execution_device))
+            if self._offloads:
+                self._codec.to("cpu")
         return self._codec
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, TextStates]:
         """States of the prompts per encoder, the same values that a corpus would hold for these captions."""
-        device = str(self._execution_device)
-        return {name: entry.collate(entry.encode(prompts, device)) for name, entry in self.encoders.items()}
+        device, found = str(self._execution_device), {}
+        for name, entry in self.encoders.items():
+            if self._offloads:
+                entry.encoder(device).to(device)
+            found[name] = entry.collate(entry.encode(prompts, device))
+            if self._offloads:
+                entry.encoder().to("cpu")
+        return found
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """One part at a time on the GPU, the others in the machine's memory: each LLM while it reads the prompts, then
+        the network for all steps, then the codec. The images stay the same. Arguments as in diffusers."""
+        super().enable_model_cpu_offload(gpu_id, device)
+        for entry in self.encoders.values():
+            if entry.loaded is not None:
+                entry.loaded.to("cpu")
+
+    @property
+    def _offloads(self) -> bool:
+        return bool(getattr(self, "_all_hooks", None))
 
     def unload_encoders(self) -> None:
         """Forget the LLMs; they come back with the next prompt given as text."""
@@ -191,7 +211,12 @@ class LIDiTPipeline(DiffusionPipeline):
                 lambda _step, _latents: bar.update(),
             )
         self.maybe_free_model_hooks()
-        return latents if output_type == "latent" else _as_images(self.codec.decode(latents), output_type)
+        if output_type == "latent":
+            return latents
+        images = self.codec.decode(latents)
+        if self._offloads:
+            self.codec.to("cpu")
+        return _as_images(images, output_type)
 
     def _sampler(self, **changes: Any) -> SamplerSettings:
         given = {key: value for key, value in changes.items() if value is not None}

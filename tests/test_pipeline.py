@@ -237,6 +237,28 @@ def test_an_autoencoder_travels_with_the_model(pipe, tmp_path):
         loaded(PROMPTS[0], height=20, width=16)
 
 
+def test_offloading_draws_the_same_images(saved, pipe):
+    expected = pipe(PROMPTS, seed=0, output_type="np")
+    offloaded = LIDiTPipeline.from_pretrained(saved)
+    offloaded.set_progress_bar_config(disable=True)
+    offloaded.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # diffusers takes its hooks off and puts them on again after every call
+        np.testing.assert_array_equal(offloaded(PROMPTS, seed=0, output_type="np"), expected)
+        assert offloaded._offloads
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloading_leaves_nothing_on_the_gpu(saved, pipe):
+    expected = pipe.to("cuda")(PROMPTS, seed=0, output_type="pt")
+    pipe.to("cpu")
+    pipe.unload_encoders()
+    before = torch.cuda.memory_allocated()
+    pipe.enable_model_cpu_offload()
+    torch.testing.assert_close(pipe(PROMPTS, seed=0, output_type="pt"), expected, rtol=1e-3, atol=1e-3)
+    assert {entry.loaded.trunk.device.type for entry in pipe.encoders.values()} == {"cpu"}
+    assert torch.cuda.memory_allocated() - before < 1 << 20
+
+
 def refused(saved, tmp_path, change):
     copy = shutil.copytree(saved, tmp_path / "copy")
     change(copy)

@@ -46,6 +46,10 @@ class PromptEncoder:
         tokenizer = PromptTokenizer(spec)
         return cls(spec, tokenizer, Trunk.load(spec, device or default_device()))
 
+    def to(self, device: str | torch.device) -> None:
+        """Moves the LLM; what it returns is on the CPU wherever it runs."""
+        self.trunk.to(device)
+
     def prefix_states(self) -> tuple[tuple[int, ...], torch.Tensor]:
         """Token ids and states [P, W] of the prefix. P = 0 where the states behind it do not leave it constant:
         with the causal mask removed the prefix sees the caption, and encoders have none."""

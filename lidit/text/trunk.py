@@ -41,6 +41,14 @@ class Trunk:
         """Read the blocks the spec needs. InputError where the folder lacks one of their tensors."""
         return cls(spec, _load(spec, torch.device(device)))
 
+    def to(self, device: str | torch.device) -> None:
+        """Moves the blocks and the context's keys and values."""
+        self.model.to(device)
+        self.device = next(self.model.parameters()).device
+        for layer in [] if self._context is None else self._context.layers:
+            if layer.keys is not None:
+                layer.keys, layer.values = layer.keys.to(self.device), layer.values.to(self.device)
+
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())

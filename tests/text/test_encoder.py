@@ -227,3 +227,14 @@ def test_a_batch_leaves_nothing_behind(model_of: Callable[[str], Path], settings
     finally:
         gc.enable()
     assert left < values * 4 / 20, f"{left:,} bytes are left of a batch whose states take {values * 4:,}"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_moved_llm_leaves_nothing_behind(model_of: Callable[[str], Path], settings: Make, family: str) -> None:
+    """The context's keys and values go with the weights. "meta" is the one other device every machine has."""
+    encoder = PromptEncoder.load(resolve_encoder(settings(model_of(family))))
+    trunk = encoder.trunk
+    encoder.to("meta")
+    held = [*trunk.model.parameters(), *trunk.model.buffers()]
+    held += [tensor for layer in trunk._context.layers for tensor in (layer.keys, layer.values)]
+    assert {tensor.device.type for tensor in held} == {trunk.device.type} == {"meta"}
