@@ -54,12 +54,12 @@ def long_before(scene: Scene, rng: Random) -> str:
 
 
 def _looks(scene: Scene, rng: Random) -> list[str]:
-    sentences = [
+    said = [
         f"{name} {rng.choice(_verbs(scene))} {attribute(scene, item)}."
         for name, item in zip(references(scene), scene.objects)
     ]
-    rng.shuffle(sentences)
-    return sentences
+    rng.shuffle(said)
+    return said
 
 
 def _verbs(scene: Scene) -> tuple[str, ...]:
@@ -69,17 +69,17 @@ def _verbs(scene: Scene) -> tuple[str, ...]:
 
 
 def _places(scene: Scene, rng: Random) -> list[str]:
-    sentences = [
+    said = [
         f"{name} {rng.choice(('sits near', 'can be found at', 'is placed towards'))} {place(scene, item)}."
         for name, item in zip(references(scene), scene.objects)
     ]
-    rng.shuffle(sentences)
-    return sentences
+    rng.shuffle(said)
+    return said
 
 
-def _prose(scene: Scene, rng: Random, sentences: list[str], attributes: bool) -> str:
-    said = [_shown(scene, attributes), *_capitalised(sentences)]
-    return " ".join([rng.choice(OPENINGS), *said, rng.choice(CLOSINGS)])
+def _prose(scene: Scene, rng: Random, said: list[str], attributes: bool) -> str:
+    told = [_shown(scene, attributes), *_capitalised(said)]
+    return " ".join([rng.choice(OPENINGS), *told, rng.choice(CLOSINGS)])
 
 
 def _shown(scene: Scene, attributes: bool) -> str:
@@ -87,8 +87,8 @@ def _shown(scene: Scene, attributes: bool) -> str:
     return f"It shows {COUNTS[count]} {'shape' if count == 1 else 'shapes'}: {core(scene, attributes)}."
 
 
-def _capitalised(sentences: list[str]) -> list[str]:
-    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+def _capitalised(said: list[str]) -> list[str]:
+    return [sentence[0].upper() + sentence[1:] for sentence in said]
 
 
 LATE_STYLES = {

@@ -31,7 +31,7 @@ td.best { font-weight: 600; }
 td img { image-rendering: pixelated; display: inline-block; margin: 0 3px 3px 0; }
 img.curve { max-width: 100%; }
 .differs td { background: #fff7e0; }
-caption { text-align: left; color: #555; }
+p { margin: 0 0 .4em; color: #555; }
 """
 
 
@@ -77,7 +77,7 @@ def write_report(path: Path, runs: Sequence[RunPage], seeds: Sequence[int], titl
 def _section(title: str, note: str, head: Sequence[str], rows: Sequence[str]) -> str:
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     table = f"<thead><tr>{cells}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>"
-    return f"<h2>{title}</h2>\n<table>\n<caption>{html.escape(note)}</caption>\n{table}\n</table>"
+    return f"<h2>{title}</h2>\n<p>{html.escape(note)}</p>\n<table>\n{table}\n</table>"
 
 
 def _images(runs: Sequence[RunPage], seeds: Sequence[int]) -> str:
