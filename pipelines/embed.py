@@ -33,6 +33,7 @@ ACTOR_RESTARTS = 3  # a caption that kills the process must not be tried for eve
 # Restarts are the bound: while a lost node is not yet given up, every try counts, and three are gone within a second.
 TASK_RETRIES = -1
 MOST_BLOCKS = 10_000
+TOKENIZERS_PER_ACTOR = 2
 CALLS_PER_ACTOR = 2  # one unit is packed and written while the next one computes
 # A user's mistake travels as a row: Ray would strip an exception of its class and bury its text.
 PROBLEM = pa.field("problem", pa.struct([("text", pa.string()), ("input", pa.bool_())]))
@@ -134,7 +135,7 @@ def _compute(
     corpus: str, settings: EncoderSettings, spec: EncoderSpec, pool: PoolSettings, pending: list[int], progress: bool
 ) -> list[int]:
     import ray
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     from pipelines import cluster
 
@@ -151,7 +152,12 @@ def _compute(
     dataset = ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=_blocks(len(pending)))
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated", module=__name__)
     dataset = dataset.map_batches(
-        tokenize_units, batch_size=1, batch_format="pyarrow", fn_kwargs={"job": job}, num_cpus=1
+        tokenize_units,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"job": job},
+        compute=TaskPoolStrategy(size=TOKENIZERS_PER_ACTOR * pool.actors),
+        num_cpus=0,  # actors that hold every CPU would wait for these tasks for ever, and these for a CPU
     ).map_batches(
         EncodeUnits,
         batch_size=1,

@@ -12,6 +12,7 @@ from lidit.config import PoolSettings
 from lidit.errors import InputError
 from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
+from pipelines import cluster
 from pipelines.embed import run_embed
 
 ONE, TWO = PoolSettings(actors=1, cpus=1, token_budget=256), PoolSettings(actors=2, cpus=1, token_budget=256)
@@ -130,6 +131,12 @@ def test_what_this_machine_does_not_have_is_refused(tmp_path: Path, model: Path,
         run_embed(str(corpus), encoder(model), PoolSettings(actors=1, gpus=1), progress=False)
     with pytest.raises(InputError, match="ask for 900 CPU"):
         run_embed(str(corpus), encoder(model), PoolSettings(actors=9, cpus=100), progress=False)
+
+
+def test_actors_that_hold_every_cpu_still_get_tokens(tmp_path: Path, model: Path, ray_cluster: None) -> None:
+    corpus = make_job(tmp_path / "corpus", units=3, rows=2)
+    all_of_them = PoolSettings(cpus=cluster.total("CPU"))
+    assert run_embed(str(corpus), encoder(model), all_of_them, progress=False).computed_units == 3
 
 
 def test_not_a_corpus_is_said_before_a_model_is_looked_for(tmp_path: Path) -> None:
