@@ -14,6 +14,7 @@ from lidit.evals.ablation import ArmResult, ArmSummary, Comparison, compare, sum
 from lidit.evals.paper import MEANING, PAPER
 from lidit.evals.statistics import Interval
 
+FEW = 6
 PAGE, LEARNING_PLOT, POSITION_PLOT = "README.md", "learning.png", "positions.png"
 INTRODUCTION = """\
 Every arm has the same scenes, steps, data order and seeds; only encoders and model differ. An arm is judged on scenes
@@ -34,7 +35,9 @@ def write_ablation_report(
     _plot_positions(folder / POSITION_PLOT, arms)
     parts = [f"# {title}", INTRODUCTION, _facts_table(facts)]
     if missing:
-        parts.append(f"Not finished when this page was written: {', '.join(missing)}.")
+        shown = f"{', '.join(missing[:FEW])}{' and others' if len(missing) > FEW else ''}"
+        total = len(results) + len(missing)
+        parts.append(f"{len(missing)} of {total} trainings were not finished when this page was written: {shown}.")
     parts += ["## Which of the paper's orderings hold here", words(comparisons), _claims_table(comparisons, arms)]
     parts += ["## Arms", _arms_table(arms), f"![accuracy while learning]({LEARNING_PLOT})"]
     parts += ["## By position of the segment in the caption", _positions_table(arms)]
@@ -85,7 +88,7 @@ def _claims_table(comparisons: Sequence[Comparison], arms: Mapping[str, ArmSumma
     ]
     for one in comparisons:
         better, worse = one.claim.better, one.claim.worse
-        ours = f"{arms[better].learning.value:.3f} > {arms[worse].learning.value:.3f}"
+        ours = f"{arms[better].learning.value:.3f}, {arms[worse].learning.value:.3f}"
         lines.append(
             f"| {one.claim.table} | {better} > {worse} | {_paper_pair(better, worse)} | {ours} | "
             f"{_signed(one.difference)} | {_signed(one.gap, 5)} | **{one.verdict}** |"
