@@ -217,9 +217,11 @@ def _facts(ablation: Ablation, corpus: Corpus, results: list[ArmResult]) -> dict
     scenes, measures, recipe = ablation.scenes, ablation.measures, ablation.recipe
     encoders = ", ".join(f"{encoder.name} ({encoder.model}, {encoder.kind})" for encoder in recipe.encoders)
     styles = ", ".join(f"`{style}`" for style in scenes.styles)
+    visible = recipe.model.visible_tokens
     return {
         "scenes": f"{scenes.count} of categories {', '.join(scenes.tags)}, {scenes.size} px, layout {scenes.layout}",
         "captions": styles,
+        **({"seen by the transformer": f"the first {visible} tokens of a caption"} if visible else {}),
         "training": f"{recipe.train.steps} steps of {recipe.train.batch_size}, objective {recipe.objective.kind}, "
         f"lr {recipe.train.optimizer.lr:g}",
         "seeds": ", ".join(str(seed) for seed in ablation.seeds),
