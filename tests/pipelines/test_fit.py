@@ -123,7 +123,7 @@ def test_a_missing_family_and_other_settings_are_named(small_world: SmallWorld, 
 
 def test_what_this_machine_does_not_have_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
     for engine in ({"gpus_per_worker": 1}, {"resources": {"trainer": 1}}):
-        with pytest.raises(InputError, match=r"engine: 1 workers ask for .* offers 0; lower engine\.workers"):
+        with pytest.raises(InputError, match=r"engine: 2 workers ask for .* offers 0; lower engine\.workers"):
             run_fit(small_world.recipe(tmp_path, engine=engine))
 
 
