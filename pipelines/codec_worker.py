@@ -16,7 +16,6 @@ from lidit.data.feed import Feed
 from lidit.data.order import Order
 from lidit.data.pixels import PixelAssembler, PixelBatch
 from lidit.data.rows import Rows
-from lidit.errors import InputError
 from lidit.images.autoencoder import ReconstructionLoss, TrainableAutoencoder, measure_scale, psnr, reconstruct
 from lidit.pictures import labelled_grid
 from lidit.store import Corpus, LatentFamily
@@ -67,12 +66,6 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         super().__init__(config, recipe)
         self.corpus = Corpus.open(recipe.corpus)
         self.pixels: LatentFamily = self.corpus.latent_family(config["facts"]["pixels"])
-        held_out = self._feed("validation").order
-        if held_out.batches_before(1) == 0:
-            raise InputError(
-                f"data.validation_fraction: only {held_out.samples_per_epoch} images are held out, fewer than one "
-                f"batch of {recipe.train.batch_size}; raise it or lower train.batch_size"
-            )
         torch.manual_seed(recipe.data.seed)
         model = TrainableAutoencoder(recipe.model).train()
         fresh = TrainableAutoencoder(recipe.model) if self.rank == 0 else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from lidit.config import Recipe
 from lidit.data.families import matching_family, matching_latents
+from lidit.data.rows import require_held_out
 from lidit.store import Corpus
 from pipelines.drive import FREE_ENGINE, FitResult, drive, launch
 from pipelines.prompts import prompt_states
@@ -43,6 +44,8 @@ def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:
     """Train `recipe` to its last step, from wherever the run of this name stands."""
     corpus = Corpus.open(recipe.corpus)
     facts = run_facts(recipe, corpus)
+    if recipe.train.validate_every:
+        require_held_out(corpus, recipe.data, recipe.train.batch_size)
     tags = {
         "lidit.job": "train",
         "lidit.latents": facts["latents"],

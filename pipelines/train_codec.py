@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from lidit.codec_recipe import CodecRecipe
-from lidit.config import CodecSettings, PoolSettings
+from lidit.config import CodecSettings, DataSettings, PoolSettings
+from lidit.data.rows import require_held_out
 from lidit.store import Corpus
 from pipelines.cluster import connect
 from pipelines.codec_worker import codec_worker
@@ -27,10 +28,12 @@ def run_train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> FitResult
     """Train `recipe` to its last step, from wherever the run of this name stands.
 
     The corpus's images are decoded once, into a family of codec `pixels`. Raises InputError for a corpus without
-    images or whose buckets the codec does not divide.
+    images, whose buckets the codec does not divide, or of which less than a batch is held out.
     """
     corpus = Corpus.open(recipe.corpus)
     check_buckets(corpus, recipe.model.factor, recipe.data.scale)
+    held_out = DataSettings(seed=recipe.data.seed, validation_fraction=recipe.data.validation_fraction)
+    require_held_out(corpus, held_out, recipe.train.batch_size)
     connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
     name = "pixels" if recipe.data.scale == 1 else f"pixels-x{recipe.data.scale}"
     pixels = run_latents(corpus.folder.location, CodecSettings(name=name, scale=recipe.data.scale), PoolSettings())

@@ -13,7 +13,6 @@ from lidit.data.feed import Assembler, Feed, TrainingBatch
 from lidit.data.order import Order
 from lidit.data.rows import Rows
 from lidit.diffusion import build_objective
-from lidit.errors import InputError
 from lidit.models import LIDiT
 from lidit.pipeline import save_pipeline
 from lidit.prompts import ModelEncoder
@@ -110,13 +109,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         if not hasattr(self, "_held_out"):
             _, feed = self._feed("validation")
             count = max(1, self.recipe.train.validation_samples // self.recipe.train.batch_size)
-            available = feed.order.batches_before(1)
-            if available == 0:
-                raise InputError(
-                    f"data.validation_fraction: only {feed.order.samples_per_epoch} samples are held out, fewer than "
-                    f"one batch of {self.recipe.train.batch_size}; raise it or lower train.batch_size"
-                )
-            self._held_out = list(feed.batches(0, min(count, available)))
+            self._held_out = list(feed.batches(0, min(count, feed.order.batches_before(1))))
         return self._held_out
 
     def export(self, folder: Path, model: LIDiT) -> None:

@@ -96,6 +96,16 @@ class Rows:
         )
 
 
+def require_held_out(corpus: Corpus, settings: DataSettings, batch_size: int) -> None:
+    """Raise InputError where no bucket's held-out samples fill a batch: told before training begins."""
+    counts = Rows(corpus, settings, "validation").counts.sum(0)
+    if not (counts >= batch_size).any():
+        raise InputError(
+            f"data.validation_fraction: only {counts.sum()} samples are held out, fewer than one batch of {batch_size}"
+            f"{' in any bucket' if len(counts) > 1 else ''}; raise it or lower train.batch_size"
+        )
+
+
 def bucket_counts(corpus: Corpus) -> tuple[list[str], Ints]:
     """The corpus's buckets, sorted, and the samples of each in each unit [units, buckets], from the unit table."""
     column = corpus.units.column("buckets").combine_chunks()

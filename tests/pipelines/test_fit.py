@@ -127,6 +127,13 @@ def test_what_this_machine_does_not_have_is_refused(small_world: SmallWorld, tmp
             run_fit(small_world.recipe(tmp_path, engine=engine))
 
 
+def test_too_few_held_out_samples_are_told_before_training(small_world: SmallWorld, tmp_path: Path) -> None:
+    recipe = small_world.recipe(tmp_path, train={"validate_every": 4}, data={"validation_fraction": 0.01})
+    with pytest.raises(InputError, match=r"only \d samples are held out, fewer than one batch of 12(.|\n)*batch_size"):
+        run_fit(recipe)
+    assert not recipe.run_folder.exists()
+
+
 def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
     recipe, result = undisturbed
     train = recipe.train.model_copy(update={"async_upload": True})

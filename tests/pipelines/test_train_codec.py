@@ -109,5 +109,5 @@ def test_what_does_not_fit_is_refused_before_training(corpus: Path, tmp_path: Pa
     deep = {"block_out_channels": [4] * 5, "norm_groups": 4}
     with pytest.raises(InputError, match="multiples of 8, the codec needs multiples of 16"):
         run_train_codec(recipe_of(corpus, tmp_path, model=deep))
-    with pytest.raises(InputError, match=r"validation_fraction: only \d+ images are held out, fewer than one batch"):
-        run_train_codec(recipe_of(corpus, tmp_path, data={"validation_fraction": 0.02}, engine={"max_failures": 0}))
+    with pytest.raises(InputError, match=r"validation_fraction: only \d+ samples are held out, fewer than one batch"):
+        run_train_codec(recipe_of(corpus, tmp_path, data={"validation_fraction": 0.02}))
