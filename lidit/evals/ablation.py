@@ -132,11 +132,11 @@ def summaries(results: Sequence[ArmResult]) -> dict[str, ArmSummary]:
             arm=arm,
             seeds=len(chosen),
             parameters=chosen[0].parameters,
-            learning=mean_over_seeds([learning(result) for result in chosen]),
-            final=mean_over_seeds([result.points[-1].accuracy for result in chosen]),
+            learning=mean_over_seeds([learning(result) for result in chosen], 0, 1),
+            final=mean_over_seeds([result.points[-1].accuracy for result in chosen], 0, 1),
             gap=mean_over_seeds([result.points[-1].gap for result in chosen]),
-            validation_loss=mean_over_seeds([result.points[-1].validation_loss for result in chosen]),
-            by_position=tuple(mean_over_seeds(column.tolist()) for column in positions.T),
+            validation_loss=mean_over_seeds([result.points[-1].validation_loss for result in chosen], 0),
+            by_position=tuple(mean_over_seeds(column.tolist(), 0, 1) for column in positions.T),
             drop=mean_over_seeds((positions[:, 0] - positions[:, -1]).tolist()),
         )
     return found

@@ -70,12 +70,15 @@ def paired_difference(first: ArrayLike, second: ArrayLike, clusters: Sequence[ob
     return bootstrap_mean(a - b, clusters)
 
 
-def mean_over_seeds(values: Sequence[float]) -> Interval:
-    """Mean over independent runs with Student's t interval. One run has no interval: low and high are then infinite."""
+def mean_over_seeds(values: Sequence[float], least: float = -np.inf, most: float = np.inf) -> Interval:
+    """Mean over independent runs with Student's t interval. One run has no interval: low and high are then infinite.
+
+    least, most: what the mean cannot leave (an accuracy is between 0 and 1), so neither does its interval.
+    """
     if not len(values):
         raise InputError("no runs to average")
     mean = float(np.mean(values))
     if len(values) == 1:
         return Interval(mean, -np.inf, np.inf)
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return Interval(mean, mean - half, mean + half)
+    return Interval(mean, max(mean - half, least), min(mean + half, most))

@@ -42,8 +42,8 @@ def test_arms_are_averaged_over_points_and_seeds() -> None:
     arm = summaries([result("refiner", 0, (0.5, 0.7)), result("refiner", 1, (0.6, 1.0))])["refiner"]
     assert arm.learning.value == pytest.approx(0.7)
     assert arm.final.value == pytest.approx(0.85)
-    # two seeds .6 and .8: half = t(.975, 1) x .1 = 1.27
-    assert (arm.learning.low, arm.learning.high) == pytest.approx((0.7 - 1.2706, 0.7 + 1.2706), abs=1e-3)
+    # two seeds .6 and .8: half = t(.975, 1) x .1 = 1.27, more than an accuracy can be off
+    assert (arm.learning.low, arm.learning.high) == (0, 1)
     assert [interval.value for interval in arm.by_position] == pytest.approx([0.9, 0.7])
     assert arm.drop.value == pytest.approx(0.2)
 

@@ -181,6 +181,8 @@ def test_absent_values_and_seeds() -> None:
     assert (single.low, single.high) == (-np.inf, np.inf)
     three = mean_over_seeds([0.4, 0.5, 0.6])
     assert (three.value, three.low, three.high) == pytest.approx((0.5, 0.2516, 0.7484), abs=1e-4)
+    within = mean_over_seeds([0.9, 1.0, 1.0], 0, 1)
+    assert (within.low, within.high) == pytest.approx((0.8232, 1.0), abs=1e-4)
     assert paired_difference([1, 2, 3], [0, 1, 2]).low == 1.0
     with pytest.raises(InputError, match="the same cases"):
         paired_difference([1, 2], [1])
