@@ -155,13 +155,14 @@ def _positions(result: ArmResult) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`difference`: better minus worse in `learning`, paired by seed. `gap`: the same in the final loss gap.
+    """`learning`, `final`, `gap`: better minus worse in learning, final accuracy and final loss gap, paired by seed.
 
     `saturated`: both arms end so near to perfect that their order is a matter of speed alone.
     """
 
     claim: Claim
-    difference: Interval
+    learning: Interval
+    final: Interval
     gap: Interval
     verdict: Verdict
     saturated: bool
@@ -176,10 +177,12 @@ def compare(results: Sequence[ArmResult], claims: Sequence[Claim] = CLAIMS) -> l
         if not seeds:
             continue
         pairs = [(by_run[claim.better, seed], by_run[claim.worse, seed]) for seed in seeds]
-        difference = mean_over_seeds([learning(a) - learning(b) for a, b in pairs])
+        speed = mean_over_seeds([learning(a) - learning(b) for a, b in pairs])
+        ends = np.array([[one.points[-1].accuracy for one in pair] for pair in pairs])  # [seeds, 2]
+        final = mean_over_seeds((ends[:, 0] - ends[:, 1]).tolist())
         gap = mean_over_seeds([a.points[-1].gap - b.points[-1].gap for a, b in pairs])
-        final = min(np.mean([pair[i].points[-1].accuracy for pair in pairs]) for i in (0, 1))
-        found.append(Comparison(claim, difference, gap, verdict(difference), bool(final > 0.97)))
+        decisive = final if claim.by == "final" else speed
+        found.append(Comparison(claim, speed, final, gap, verdict(decisive), bool(ends.mean(axis=0).min() > 0.97)))
     return found
 
 

@@ -6,6 +6,7 @@ Scores are T2I-CompBench average and DPG-Bench average. Arms of a recipe that be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 Scores = tuple[float, float | None]
 
@@ -51,11 +52,13 @@ class Claim:
     """`better` scores higher than `worse`; `table`: where the paper says so.
 
     "ours" compares with an arm the paper has not; "control" is the demonstration of the mechanism (docs/evidence.md).
+    by: what decides. Arms that all learn differ in how fast; the control asks what can be learned at all.
     """
 
     table: str
     better: str
     worse: str
+    by: Literal["learning", "final"] = "learning"
 
 
 CLAIMS = (
@@ -76,6 +79,6 @@ CLAIMS = (
     Claim("6", "two-llms", "concatenation"),
     Claim("ours", "refiner", "own-token"),
     Claim("ours", "unmasked", "baseline"),
-    Claim("control", "control", "control-causal"),
-    Claim("control", "control", "control-none"),
+    Claim("control", "control", "control-causal", by="final"),
+    Claim("control", "control", "control-none", by="final"),
 )

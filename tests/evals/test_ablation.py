@@ -62,12 +62,21 @@ def test_verdicts_follow_the_paired_difference() -> None:
     assert found["instruction", "baseline"].verdict == "holds"
     assert found["refiner", "baseline"].verdict == "does not hold"
     assert found["refiner", "own-token"].verdict == "cannot be told"
-    assert found["instruction", "baseline"].difference.value == pytest.approx(0.021)
+    assert found["instruction", "baseline"].learning.value == pytest.approx(0.021)
     assert set(found) == {("instruction", "baseline"), ("refiner", "baseline"), ("refiner", "own-token")}
     text = words(list(found.values()))
     assert "**Hold**: instruction > baseline (table 2)" in text
     assert "the other way round): refiner > baseline (table 2)" in text
     assert "refiner > own-token (our own arm)" in text
+
+
+def test_the_control_is_judged_by_what_was_learned_in_the_end() -> None:
+    """Seeds that begin to learn at different times differ in `learning` more than they exceed chance."""
+    results = [result("control", seed, (0.5, early, 0.99)) for seed, early in enumerate((0.5, 0.5, 0.98))]
+    results += [result("control-causal", seed, (0.5, 0.5, 0.5)) for seed in range(3)]
+    (one,) = compare(results)
+    assert one.learning.low < 0 < one.final.low
+    assert one.verdict == "holds"
 
 
 def test_one_seed_tells_nothing() -> None:
