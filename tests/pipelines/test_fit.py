@@ -211,6 +211,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, FitResul
         checkpoints.newest_complete(tmp_path)
 
 
+@pytest.mark.slow  # what a bad loss does to an engine is in test_engine.py; here it goes through the whole job
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(small_world: SmallWorld, tmp_path: Path) -> None:
     recipe = small_world.recipe(
         tmp_path,
