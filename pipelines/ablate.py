@@ -7,6 +7,7 @@ ordinary training, one after the other. Every arm is a run below the ablation's 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import ray
 
 from lidit.diffusion import build_objective
 from lidit.errors import InputError
-from lidit.evals.ablation import ArmResult
+from lidit.evals.ablation import RESULT_FILE, ArmResult
 from lidit.evals.ablation_report import write_ablation_report
 from lidit.evals.ablation_settings import Ablation
 from lidit.evals.captions import CaptionStyles
@@ -32,6 +33,7 @@ from pipelines.progress import Progress
 from pipelines.study import Study
 
 PARENT = "mlflow.parentRunId"
+TRACKED = "tracked"  # a file in an arm's folder, made when the tracker has all of its numbers
 Report = Callable[[str], None]
 
 
@@ -53,6 +55,7 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
     """
     folder = ablation.recipe.run_folder.resolve()
     ablation = _absolute(ablation, folder)
+    _check_machine(ablation)
     study = Study.of(ablation, folder / "cases")
     corpus = _prepare(ablation, folder)
     jobs = _jobs(ablation, study, corpus)
@@ -63,9 +66,12 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
     params = flatten(ablation)
     name, experiment = ablation.recipe.name, ablation.recipe.tracking.experiment
     with tracking.tracked_run(uri, experiment, name, key, params, {"lidit.job": "ablate"}, folder) as parent:
+        for job in jobs:
+            if job.name in results and not _tracked(job):  # a kill or an outage between its result and the tracker
+                _track(job, results[job.name], uri, experiment, parent.handle.run_id)
         _encode_cases(pending, corpus)
         with Progress(f"ablate {name}", len(jobs), "arms", start=len(results)) as progress:
-            for job, result in _results(pending, ablation):
+            for job, result in _results(pending, ablation, uri, parent.handle.run_id):
                 results[job.name] = result
                 _track(job, result, uri, experiment, parent.handle.run_id)
                 progress.advance(1, f"{job.name}: accuracy {result.points[-1].accuracy:.3f}")
@@ -74,6 +80,17 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
         page = _write(ablation, corpus, folder, results, jobs)
         parent.artifact(page.parent, "report")
     return AblationSummary(page, len(pending), len(jobs) - len(pending), uri)
+
+
+def _check_machine(ablation: Ablation) -> None:
+    """Tell what could never run here before the corpus is made; nothing is asked of Ray where all arms are finished."""
+    folders = (ablation.arm_recipe(arm, seed).run_folder for arm in ablation.arms for seed in ablation.seeds)
+    if all((folder / RESULT_FILE).is_file() for folder in folders):
+        return
+    cluster.connect()
+    cluster.check_engine(ablation.recipe.engine)
+    for encoder in ablation.recipe.encoders:
+        cluster.check_resources(ablation.recipe.pool_of(encoder.name).model_copy(update={"actors": 1}))
 
 
 def _absolute(ablation: Ablation, folder: Path) -> Ablation:
@@ -137,14 +154,14 @@ def _encode(study: Study, corpus: str, encoder: Any, fingerprint: str) -> None:
     study.encode(Corpus.open(corpus), encoder, fingerprint)
 
 
-def _results(pending: list[ArmJob], ablation: Ablation) -> Iterator[tuple[ArmJob, ArmResult]]:
-    """Results as they come."""
+def _results(pending: list[ArmJob], ablation: Ablation, uri: str, parent: str) -> Iterator[tuple[ArmJob, ArmResult]]:
+    """Results as they come. Trainings of several workers are tracked at `uri` themselves, below the run `parent`."""
     if not pending:
         return
     engine = ablation.recipe.engine
     if engine.workers > 1:
         for job in pending:
-            yield job, _fit_arm(job)
+            yield job, _fit_arm(job, uri, parent)
         return
     cluster.connect()
     task = ray.remote(max_retries=engine.max_failures, **cluster.demands(cluster.worker_pool(engine)))(train_arm)
@@ -181,14 +198,16 @@ def _get(tasks: list[Any]) -> list[Any]:
         return list(ray.get(tasks))
 
 
-def _fit_arm(job: ArmJob) -> ArmResult:
-    """An arm by the ordinary training, measured at its end."""
-    trained = run_fit(job.recipe)
+def _fit_arm(job: ArmJob, uri: str, parent: str) -> ArmResult:
+    """An arm by the ordinary training, measured at its end. Its seconds are this call's."""
+    started = time.monotonic()
+    tracked = job.recipe.tracking.model_copy(update={"uri": uri})
+    trained = run_fit(job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {})
     model = load_pipeline(trained.model).model
     loss = job.study.loss(model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts)
     point = job.study.measure(loss, job.study.images(), trained.step)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    found = ArmResult(job.identity, job.arm, job.seed, parameters, 0.0, (), (point,))
+    found = ArmResult(job.identity, job.arm, job.seed, parameters, time.monotonic() - started, (), (point,))
     found.save(job.folder)
     return found
 
@@ -204,17 +223,26 @@ def _track(job: ArmJob, result: ArmResult, uri: str, experiment: str, parent: st
     with tracking.tracked_run(uri, experiment, job.name, key, flatten(job.recipe), tags, job.folder) as run:
         for step, values in sorted(result.metrics().items()):
             run.metrics(values, step)
+    if not (job.folder / tracking.SPOOL).exists():
+        (job.folder / TRACKED).touch()
+
+
+def _tracked(job: ArmJob) -> bool:
+    """Whether the tracker has all of a finished arm's numbers."""
+    return (job.folder / TRACKED).exists()
 
 
 def _write(ablation: Ablation, corpus: Corpus, folder: Path, results: dict[str, ArmResult], jobs: list[ArmJob]) -> Path:
     missing = [job.name for job in jobs if job.name not in results]
     in_order = [results[job.name] for job in jobs if job.name in results]
-    facts = _facts(ablation, corpus, in_order)
+    facts = _facts(ablation, corpus, jobs[0].study, in_order)
     return write_ablation_report(folder / "report", in_order, f"Ablation {ablation.recipe.name}", facts, missing)
 
 
-def _facts(ablation: Ablation, corpus: Corpus, results: list[ArmResult]) -> dict[str, str]:
+def _facts(ablation: Ablation, corpus: Corpus, study: Study, results: list[ArmResult]) -> dict[str, str]:
     scenes, measures, recipe = ablation.scenes, ablation.measures, ablation.recipe
+    trained = {text for unit in range(corpus.num_units) for text in corpus.captions(unit)["text"].to_pylist()}
+    judged = {case.caption for cases in study.measures.values() for case in cases}
     encoders = ", ".join(f"{encoder.name} ({encoder.model}, {encoder.kind})" for encoder in recipe.encoders)
     styles = ", ".join(f"`{style}`" for style in scenes.styles)
     visible = recipe.model.visible_tokens
@@ -225,7 +253,9 @@ def _facts(ablation: Ablation, corpus: Corpus, results: list[ArmResult]) -> dict
         "training": f"{recipe.train.steps} steps of {recipe.train.batch_size}, objective {recipe.objective.kind}, "
         f"lr {recipe.train.optimizer.lr:g}",
         "seeds": ", ".join(str(seed) for seed in ablation.seeds),
-        "judged on": f"{measures.scenes} scenes of {measures.tag} per style; errors: {', '.join(measures.kinds)}",
+        "judged on": f"{measures.scenes} scenes of {measures.tag} per style; errors: {', '.join(measures.kinds)}; "
+        f"{len(judged & trained)} of their {len(judged)} captions occur in training, with other scenes",
+        "measured": f"{len(results[0].points)} times in a training, the last at its end" if results else "not yet",
         "encoders": encoders,
         "corpus": corpus.digest[:12],
         "time": f"{sum(result.seconds for result in results) / 60:.0f} minutes of arms in all",

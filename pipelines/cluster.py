@@ -94,6 +94,12 @@ def check_resources(
             )
 
 
+def check_engine(engine: EngineSettings) -> None:
+    """`check_resources` for training's workers."""
+    lower = "engine.workers, engine.cpus_per_worker or engine.gpus_per_worker"
+    check_resources(worker_pool(engine), "engine: {} workers", lower)
+
+
 @contextmanager
 def plain_errors(died: str) -> Iterator[None]:
     """Ray's errors as the user's: what a task raised on purpose as it was; `died` and why, where its worker died."""

@@ -27,7 +27,7 @@ from lidit.store import Corpus, digest_of, spec_differences
 from lidit.store.folder import Folder
 from lidit.store.publish import publish_bytes
 from pipelines import checkpoints, tracking
-from pipelines.cluster import check_resources, connect, worker_pool
+from pipelines.cluster import check_engine, connect
 from pipelines.interrupt import is_disk_full, saved_on_sigterm
 from pipelines.progress import Progress
 from pipelines.watch import Board
@@ -81,8 +81,7 @@ def drive(
     # Whole or not at all: a run whose facts were torn by a full disk could never go on.
     publish_bytes(Folder.at(folder), FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
     connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
-    settings = "engine.workers, engine.cpus_per_worker or engine.gpus_per_worker"
-    check_resources(worker_pool(recipe.engine), "engine: {} workers", settings)
+    check_engine(recipe.engine)
     with _tracked(recipe, corpus, tags, uri, folder) as tracker:
         note_run(folder, tracker)
         train(recipe, tracker, folder)

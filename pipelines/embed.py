@@ -149,14 +149,15 @@ def _compute(
     context.enable_progress_bars = False
     context.enable_fallback_to_arrow_object_ext_type = False  # it would pickle what Arrow cannot hold
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset = ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=_blocks(len(pending)))
+    blocks = _blocks(len(pending))
+    dataset = ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=blocks)
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated", module=__name__)
     dataset = dataset.map_batches(
         tokenize_units,
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"job": job},
-        compute=TaskPoolStrategy(size=TOKENIZERS_PER_ACTOR * pool.actors),
+        compute=TaskPoolStrategy(size=min(TOKENIZERS_PER_ACTOR * pool.actors, blocks)),
         num_cpus=0,  # actors that hold every CPU would wait for these tasks for ever, and these for a CPU
     ).map_batches(
         EncodeUnits,

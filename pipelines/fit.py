@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,14 @@ def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def run_fit(recipe: Recipe, allow_drift: bool = False) -> FitResult:
-    """Train `recipe` to its last step, from wherever the run of this name stands."""
+def run_fit(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | None = None) -> FitResult:
+    """Train `recipe` to its last step, from wherever the run of this name stands. `tags`: more of them for its run."""
     corpus = Corpus.open(recipe.corpus)
     facts = run_facts(recipe, corpus)
     if recipe.train.validate_every:
         require_held_out(corpus, recipe.data, recipe.train.batch_size)
     tags = {
+        **(tags or {}),
         "lidit.job": "train",
         "lidit.latents": facts["latents"],
         **{f"lidit.text.{name}": fingerprint for name, fingerprint in facts["text"].items()},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lidit.config import EncoderSettings, TrackingSettings
+from lidit.errors import InputError
 from lidit.evals.probe_report import ACCURACY_PLOT, NORMS_PLOT, metrics, write_probe_report
 from lidit.evals.probes import ProbeResult, probe_captions, probe_encoder, settings_grid
 from lidit.store import Corpus, digest_of
@@ -15,13 +16,19 @@ from pipelines.progress import Progress
 
 
 def corpus_encoders(corpus: Corpus) -> list[EncoderSettings]:
-    """The LLMs behind a corpus's finished text families, one per model."""
+    """The LLMs behind a corpus's finished text families, one per model: with an instruction where a family has one.
+
+    Raises InputError for a corpus without a finished family.
+    """
     found: dict[str, EncoderSettings] = {}
     for handle in corpus.text_families():
         if handle.complete:
             manifest = corpus.text_family(handle.directory).manifest
             settings = EncoderSettings.model_validate(manifest["extra"]["encoder"])
-            found.setdefault(settings.model, settings)
+            if settings.model not in found or found[settings.model].instruction == "":
+                found[settings.model] = settings
+    if not found:
+        raise InputError(f"{corpus.folder.location}: no finished text family to take LLMs from; run lidit embed first")
     return list(found.values())
 
 

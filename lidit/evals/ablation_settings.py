@@ -57,6 +57,11 @@ class Ablation(Settings):
                 self.arm_recipe(name, self.seeds[0])
             except ValidationError as error:  # it would be taken for errors of this class's own fields
                 raise ValueError(explain(Recipe, error, f"arms.{name}")) from None
+        if self.recipe.ingest.resolution != self.scenes.size:
+            raise ValueError(
+                f"recipe.ingest.resolution: found {self.recipe.ingest.resolution} and scenes.size {self.scenes.size}: "
+                "arms would be judged at a size they never saw; set both to the same"
+            )
         return self
 
     def arm_recipe(self, arm: str, seed: int) -> Recipe:

@@ -177,16 +177,17 @@ def measure_binding(
     images = pixels(cases) if images is None else images
     if len(images) != len(cases) or not cases:
         raise InputError(f"{len(cases)} cases and {len(images)} images: one image is needed per case")
-    true = loss_table(loss, images, [case.caption for case in cases], timesteps, batch_size, seed)
+    captions = [case.caption for case in cases]  # cases of one caption are a cluster: they are not independent
+    true = loss_table(loss, images, captions, timesteps, batch_size, seed)
     wrong = loss_table(loss, images, [case.wrong for case in cases], timesteps, batch_size, seed)
     gaps = wrong - true
     decided = wins(gaps.mean(axis=1))
     positions = sorted({position for case in cases for position in case.positions})
     at = {p: [index for index, case in enumerate(cases) if p in case.positions] for p in positions}
     return BindingResult(
-        accuracy=bootstrap_mean(decided),
-        gap=bootstrap_mean(gaps.mean(axis=1)),
-        by_position={position: bootstrap_mean(decided[chosen]) for position, chosen in at.items()},
+        accuracy=bootstrap_mean(decided, captions),
+        gap=bootstrap_mean(gaps.mean(axis=1), captions),
+        by_position={p: bootstrap_mean(decided[chosen], [captions[i] for i in chosen]) for p, chosen in at.items()},
         by_timestep={t: float(wins(gaps[:, index]).mean()) for index, t in enumerate(timesteps)},
         gaps=gaps,
     )
@@ -203,7 +204,7 @@ def loss_by_timestep(
 ) -> dict[float, Interval]:
     """Validation loss at each timestep with fixed noise: `images` [N, ...] and one caption each. Errors as above."""
     table = loss_table(loss, images, list(captions), timesteps, batch_size, seed)
-    return {t: bootstrap_mean(table[:, index]) for index, t in enumerate(timesteps)}
+    return {t: bootstrap_mean(table[:, index], captions) for index, t in enumerate(timesteps)}
 
 
 def loss_table(

@@ -215,9 +215,10 @@ def linear_probe(features: torch.Tensor, labels: torch.Tensor, train: int) -> fl
 def settings_grid(settings: Any, instructions: Sequence[bool] = (False, True)) -> list[tuple[str, Any]]:
     """(name, settings) of one LLM with and without instruction, causal and with the mask removed, all blocks kept.
 
+    Settings without an instruction of their own are given the paper's where one is wanted.
     An encoder of kind "encoder" has one setting only: it reads the bare caption in both directions.
     """
-    whole = settings.model_copy(update={"layer": -1})
+    whole = settings.model_copy(update={"layer": -1, "instruction": settings.instruction or None})
     if settings.kind == "encoder":
         return [(f"{settings.name}, encoder", whole)]
     grid = []

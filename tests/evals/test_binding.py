@@ -174,6 +174,20 @@ def test_correlated_values_widen_the_interval_by_their_clusters() -> None:
     assert 3 < (grouped.high - grouped.low) / (alone.high - alone.low) < 5.5
 
 
+def test_cases_of_one_caption_do_not_narrow_the_interval() -> None:
+    cases = draw_cases("attribute", "colors", 16, 32, "simple")
+    repeated = [case for case in cases for _ in range(8)]
+
+    def loss(images: torch.Tensor, captions: list[str], t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Right and wrong by the caption alone, so a caption's copies agree."""
+        return torch.tensor([float(len(caption) % 3) for caption in captions])
+
+    once, eightfold = (measure_binding(loss, group, timesteps=(0.5,)) for group in (cases, repeated))
+    assert once.accuracy.low < once.accuracy.value < once.accuracy.high
+    assert eightfold.accuracy == once.accuracy
+    assert eightfold.gap == once.gap
+
+
 def test_absent_values_and_seeds() -> None:
     first, second = bootstrap_columns([[1.0, np.nan], [0.0, 1.0], [0.5, np.nan]])
     assert (first.value, second.value) == (0.5, 1.0)

@@ -99,5 +99,8 @@ def test_settings_of_one_llm(tmp_path: Path) -> None:
     assert names["llama, mask removed, instruction"].kind == "unmasked"
     assert all(one.layer == -1 for one in names.values())
     assert len(settings_grid(settings.model_copy(update={"kind": "encoder", "chat_template": False}))) == 1
+    bare = dict(settings_grid(settings.model_copy(update={"instruction": ""})))
+    assert bare["llama, causal, bare"].instruction == ""
+    assert bare["llama, causal, instruction"].instruction is None  # the paper's
     with pytest.raises(InputError, match="at least 8"):
         probe_encoder(None, "x", "bare", [])  # type: ignore[arg-type]
