@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.recipe import load_recipe
 from jobs.start import run
+from lidit.config import CodecSettings, PoolSettings
+from lidit.errors import InputError
+from lidit.settings import apply_overrides, validate
 
 if TYPE_CHECKING:
     from pipelines.latents import LatentsSummary
@@ -14,27 +18,48 @@ if TYPE_CHECKING:
 
 def command(
     corpus: Annotated[str, typer.Argument(help="Corpus folder written by `lidit ingest`.")],
-    codec: Annotated[str, typer.Option(help="pixels, or hub id or folder of a diffusers autoencoder.")] = "pixels",
+    codec: Annotated[str | None, typer.Option(help="pixels, or hub id or folder of a diffusers autoencoder.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the family; default: pixels or the model's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub id.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The codec of this recipe instead.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A codec setting: storage=bfloat16")] = None,
     actors: Annotated[int, typer.Option(min=1, help="Encoder actors.")] = 1,
+    cpus: Annotated[float, typer.Option(min=0, help="CPUs of an actor.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of an actor.")] = 0,
+    node_label: Annotated[list[str] | None, typer.Option(help="Ray node label to ask for: lidit/pool=large")] = None,
 ) -> None:
     """Encode every image of a corpus with an autoencoder, in batches per aspect bucket, with a Ray actor pool.
 
-    **Reads** CORPUS/samples and the images in their sources. **Writes** CORPUS/latents/NAME-FINGERPRINT.
+    **Reads** CORPUS/samples and the images in their sources. **Writes** CORPUS/latents/NAME-FINGERPRINT. A training
+    finds latents by the codec's settings, so take them from its recipe where they are not the defaults.
 
-    **Example:** `lidit latents corpus --codec pixels`
+    **Example:** `lidit latents corpus --recipe lidit-1b --actors 8 --gpus 1`
     """
-    from lidit.config import CodecSettings, PoolSettings
-    from lidit.settings import validate
-
-    tree = {"name": name or codec.rstrip("/").rsplit("/", 1)[-1].lower(), "revision": revision}
-    tree |= {} if codec == "pixels" else {"model": codec}
-    settings = validate(CodecSettings, tree, "lidit latents")
+    settings = codec_settings(codec, name, revision, recipe, setting or [])
+    pool = PoolSettings(
+        actors=actors,
+        cpus=cpus,
+        gpus=gpus,
+        label_selector=dict(label.partition("=")[::2] for label in node_label or []),
+    )
     from pipelines.latents import run_latents
 
-    show(corpus, run_latents(corpus, settings, PoolSettings(actors=actors, gpus=gpus)))
+    show(corpus, run_latents(corpus, settings, pool))
+
+
+def codec_settings(
+    codec: str | None, name: str | None, revision: str | None, recipe: str | None, overrides: list[str]
+) -> CodecSettings:
+    """The codec that the options name. InputError for a recipe beside a codec, and for settings that are none."""
+    given = {"name": name, "revision": revision, "model": None if codec == "pixels" else codec}
+    tree = {key: value for key, value in given.items() if value}
+    if recipe and (tree or codec):
+        raise InputError("--recipe names the codec: leave --codec, --name and --revision out, or change it with --set")
+    if recipe:
+        tree = load_recipe(recipe).codec.model_dump()
+    elif codec and not name:
+        tree["name"] = codec.rstrip("/").rsplit("/", 1)[-1].lower()
+    return validate(CodecSettings, apply_overrides(tree, overrides), "lidit latents")
 
 
 def show(corpus: str, made: LatentsSummary) -> None:

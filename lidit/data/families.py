@@ -53,7 +53,7 @@ def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:
     matches = [handle for handle in named if not differing[handle.directory]]
     if named and not matches:
         differences = [f"{directory}: {line}" for directory, lines in differing.items() for line in lines]
-        raise _no_match(corpus, "latents", codec.name, differences, "compute it with lidit latents", "codec")
+        raise _no_match(corpus, "latents", codec.name, differences, "compute it with lidit latents --recipe", "codec")
     complete = [handle for handle in matches if handle.complete]
     if len(complete) > 1:
         listed = ", ".join(f"{handle.directory} ({handle.spec['dtype']})" for handle in complete)
