@@ -148,6 +148,15 @@ class SamplerSettings(Settings):
         "auto", description="auto: ddim for ddpm, euler for the others"
     )
 
+    @model_validator(mode="after")
+    def _interval(self) -> SamplerSettings:
+        low, high = self.guidance_interval
+        if low > high:
+            raise ValueError(
+                f"guidance_interval: ({low:g}, {high:g}) is empty, so guidance would never act; turn it round"
+            )
+        return self
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -347,6 +356,11 @@ class Recipe(RunRecipe):
             raise ValueError(f"encoders: the names must differ, found {names}")
         if self.train.validate_every and not self.data.validation_fraction:
             raise ValueError("train.validate_every: nothing is held out; set data.validation_fraction")
+        if self.objective.kind == "ddpm" and self.sampler.steps > self.objective.train_steps:
+            raise ValueError(
+                f"sampler.steps: {self.sampler.steps} exceed objective.train_steps = {self.objective.train_steps}, "
+                "the noise levels there are"
+            )
         if unknown := sorted(set(self.pools) - set(names)):
             raise ValueError(f"pools: no encoder is called {unknown[0]!r}; encoders: {', '.join(names)}")
         if self.model.fusion.mode == "none" and len(names) != 1:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
@@ -71,12 +72,12 @@ class LIDiTPipeline(DiffusionPipeline):
         folder: str | Path,
         revision: str | None = None,
         dtype: torch.dtype | None = None,
-        encoders: Mapping[str, str | PromptEncoder] | None = None,
+        encoders: Mapping[str, str | Path | PromptEncoder] | None = None,
     ) -> Self:
         """Load a folder written by `save_pipeline`, or a hub id. No LLM is loaded before a prompt needs it.
 
         dtype: of the weights, as saved if None. encoders: per name an encoder that is already loaded, to share it, or
-        the folder or hub id where its files are on this machine.
+        the folder where its files are on this machine, or a hub id as `id@commit`.
 
         Raises InputError where the folder is no model, a family is missing, or an encoder is another one.
         """
@@ -84,9 +85,10 @@ class LIDiTPipeline(DiffusionPipeline):
         if not (path / INDEX).is_file():
             raise InputError(f"{path}: no {INDEX}, so this is not a model folder written by lidit train")
         try:
+            model = LIDiT.load(path / "model", dtype)
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
-            pipeline = super().from_pretrained(str(path), torch_dtype=dtype, use_safetensors=True)
-        except OSError as error:
+            pipeline = super().from_pretrained(str(path), model=model, torch_dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{path}: the model cannot be loaded ({reason}); fetch or train it again") from None
         pipeline.model.eval()
@@ -98,10 +100,11 @@ class LIDiTPipeline(DiffusionPipeline):
             if name not in pipeline.encoders:
                 raise InputError(f"the model has no encoder {name!r}; it was trained with {', '.join(names)}")
             entry = pipeline.encoders[name]
-            if isinstance(replacement, str):
-                entry.settings = entry.settings.model_copy(update={"model": replacement, "revision": None})
-            else:
+            if isinstance(replacement, PromptEncoder):
                 entry.share(replacement)
+            else:
+                place, _, commit = str(replacement).partition("@")
+                entry.settings = entry.settings.model_copy(update={"model": place, "revision": commit or None})
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB") -> None:
@@ -112,6 +115,8 @@ class LIDiTPipeline(DiffusionPipeline):
             exact.model.save_pretrained(Path(save_directory) / VAE, safe_serialization=True)
             inside = self.codec_settings.model_copy(update={"model": VAE, "revision": None})
             self.register_to_config(codec=inside.model_dump(mode="json"))
+        # diffusers would leave the index of a save in shards, and could not load what is saved whole over it.
+        (Path(save_directory) / "model" / f"{SAFETENSORS_WEIGHTS_NAME}.index.json").unlink(missing_ok=True)
         super().save_pretrained(str(save_directory), safe_serialization=True, max_shard_size=max_shard_size)
         for encoder in self.encoders.values():
             encoder.save(Path(save_directory) / ENCODERS)
@@ -124,6 +129,20 @@ class LIDiTPipeline(DiffusionPipeline):
             if self._offloads:
                 self._codec.to("cpu")
         return self._codec
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in diffusers; LLMs and codec that are loaded go along, in the dtypes they have."""
+        super().to(*args, **kwargs)
+        self._move_parts(self.model.device)
+        return self
+
+    def _move_parts(self, device: torch.device | str) -> None:
+        """What diffusers does not know of: LLMs and codec, where they are loaded."""
+        for entry in self.encoders.values():
+            if entry.loaded is not None:
+                entry.loaded.to(str(device))
+        if self._codec is not None:
+            self._codec.to(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, TextStates]:
         """States of the prompts per encoder, the same values that a corpus would hold for these captions."""
@@ -140,9 +159,7 @@ class LIDiTPipeline(DiffusionPipeline):
         """One part at a time on the GPU, the others in the machine's memory: each LLM while it reads the prompts, then
         the network for all steps, then the codec. The images stay the same. Arguments as in diffusers."""
         super().enable_model_cpu_offload(gpu_id, device)
-        for entry in self.encoders.values():
-            if entry.loaded is not None:
-                entry.loaded.to("cpu")
+        self._move_parts("cpu")
 
     @property
     def _offloads(self) -> bool:
@@ -184,9 +201,9 @@ class LIDiTPipeline(DiffusionPipeline):
         """
         if (prompt is None) == (states is None):
             raise InputError("give either prompt or states")
-        if prompt is not None:
-            states = self.encode_prompts([prompt] if isinstance(prompt, str) else list(prompt))
-        assert states is not None
+        # What can be wrong is looked at before the LLMs are loaded.
+        height = self.config.height if height is None else height
+        shape = self._latent_shape(height, self.config.width if width is None else width)
         sampler = self._sampler(
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -194,12 +211,19 @@ class LIDiTPipeline(DiffusionPipeline):
             guidance_rescale=guidance_rescale,
             scheduler=scheduler,
         )
+        self.objective.scheduler(sampler)
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            seeds = _seeds(seed, len(prompts))
+            states = self.encode_prompts(prompts)
+        else:
+            assert states is not None
+            seeds = _seeds(seed, len(next(iter(states.values())).states))
         device = self._execution_device
         text = {name: entry.to(device) for name, entry in states.items()}
         self.model.conditioner.check(text)
         empty = {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}
-        generators = seeded_generators(_seeds(seed, len(next(iter(text.values())).states)))
-        shape = self._latent_shape(height or self.config.height, width or self.config.width)
+        generators = seeded_generators(seeds)
         predict = GuidedPredictor(self.model, text, empty, sampler)
         with self.progress_bar(total=sampler.steps) as bar:
             latents = sample(
@@ -282,11 +306,11 @@ def _local_folder(folder: str | Path, revision: str | None) -> Path:
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         return [int(value) for value in torch.randint(0, 2**31, (count,))]
-    if isinstance(seed, int):
-        return [seed] * count
+    if isinstance(seed, (int, np.integer)):
+        return [int(seed)] * count
     if len(seed) != count:
         raise InputError(f"{len(seed)} seeds for {count} prompts: give one, or one per prompt")
-    return list(seed)
+    return [int(value) for value in seed]
 
 
 def _as_images(images: torch.Tensor, output_type: str) -> Any:

@@ -6,6 +6,7 @@ Shapes: P prefix tokens, T caption tokens, W width of the LLM.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from lidit.store import SharedStates, TextFamily, digest_of, spec_differences
 from lidit.store.states import decode, encode
 from lidit.text import PromptEncoder, resolve_encoder
 
+log = logging.getLogger(__name__)
 SHARED_TENSORS = ("prefix", "empty", "mean", "deviation")
 
 
@@ -110,7 +112,12 @@ class ModelEncoder:
         """States [T_i, W] of each caption, rounded as the corpus stores them: the same as training saw."""
         storage = self.spec["storage"]
         rows = []
-        for caption in self.encoder(device).encode(captions):
+        for number, caption in enumerate(self.encoder(device).encode(captions), start=1):
+            if caption.truncated:
+                log.warning(
+                    "encoder %s: prompt %d is cut to its first %d tokens, more were not used in training either",
+                    self.name, number, self.spec["max_tokens"],
+                )  # fmt: skip
             values, scale = encode(caption.states, storage, self.mean, self.deviation)
             rows.append(decode(values, storage, scale, self.mean, self.deviation))
         return rows

@@ -161,6 +161,9 @@ def test_an_llm_found_elsewhere_is_taken_if_it_is_the_same(saved, llms, tmp_path
     moved = shutil.copytree(llms[0].model, tmp_path / "moved")
     pipe = LIDiTPipeline.from_pretrained(saved, encoders={"llama": str(moved)})
     assert pipe.encoders["llama"].encoder().spec.folder == str(moved)
+    assert LIDiTPipeline.from_pretrained(saved, encoders={"llama": moved}).encoders["llama"].encoder()
+    hub = LIDiTPipeline.from_pretrained(saved, encoders={"llama": f"someone/llama@{'a' * 40}"}).encoders["llama"]
+    assert (hub.settings.model, hub.settings.revision) == ("someone/llama", "a" * 40)
     other = LIDiTPipeline.from_pretrained(saved, encoders={"llama": llms[1].model})
     with pytest.raises(InputError, match=r"encoder 'llama': .* is not what the model was trained with.*weights_sha256"):
         other(PROMPTS[0])
@@ -183,6 +186,28 @@ def test_folder_is_safetensors_and_json(saved):
     assert index["objective"]["kind"] == "clean"
     assert index["codec"]["name"] == "pixels"
     assert (index["height"], index["width"]) == (16, 24)
+
+
+def test_saved_whole_over_shards_it_can_be_loaded(pipe, tmp_path):
+    for shard in ("20KB", "5GB", "20KB"):
+        pipe.save_pretrained(tmp_path, max_shard_size=shard)
+        loaded = LIDiTPipeline.from_pretrained(tmp_path)
+        for name, value in pipe.model.state_dict().items():
+            assert torch.equal(loaded.model.state_dict()[name], value), name
+
+
+def test_llms_and_codec_go_where_the_pipeline_goes(pipe):
+    pipe(PROMPTS[0], seed=0)
+    pipe.to("meta")
+    assert {entry.loaded.trunk.device.type for entry in pipe.encoders.values()} == {"meta"}
+    pipe.unload_encoders()
+
+
+def test_a_prompt_that_is_cut_is_told(pipe, caplog):
+    limit = pipe.encoders["qwen"].spec["max_tokens"]
+    pipe.encode_prompts([PROMPTS[0], "red " * 2 * limit])
+    assert f"encoder qwen: prompt 2 is cut to its first {limit} tokens" in caplog.text
+    assert "prompt 1" not in caplog.text
 
 
 def test_saved_again_it_is_the_same_pipeline(pipe, tmp_path):
@@ -280,12 +305,17 @@ def test_what_is_missing_or_altered_is_named(saved, pipe, tmp_path):
         facts["sampler"]["stepz"] = 3
         path.write_text(json.dumps(facts))
 
+    def widen(folder):
+        path = folder / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"width": 64}))
+
     cases = [
         (lambda folder: (folder / "encoders/qwen.json").unlink(), "encoder 'qwen', but qwen.json is missing"),
         (lambda folder: (folder / "encoders/qwen.safetensors").write_bytes(b"cut"), "encoder 'qwen' cannot be read"),
         (edit_spec, "the fingerprint does not belong to the spec"),
         (edit_sampler, "model_index.json: sampler: stepz: unknown key; did you mean 'steps'"),
         (lambda folder: (folder / "model_index.json").unlink(), "not a model folder"),
+        (widen, "the model cannot be loaded"),
     ]
     for number, (change, message) in enumerate(cases):
         assert message in refused(saved, tmp_path / str(number), change)
@@ -304,6 +334,11 @@ def test_calls_that_cannot_work_are_refused(saved, pipe):
         pipe(PROMPTS[0], scheduler="ddim")
     with pytest.raises(InputError, match=r"sampling: steps: .*greater than or equal to 1"):
         pipe(PROMPTS[0], num_inference_steps=0)
+    with pytest.raises(InputError, match=r"sampling: guidance_interval: \(0\.8, 0\.2\) is empty"):
+        pipe(PROMPTS[0], guidance_interval=(0.8, 0.2))
+    with pytest.raises(InputError, match="0 x 24 pixels"):
+        pipe(PROMPTS[0], height=0)
+    assert not any(entry.loaded for entry in pipe.encoders.values()), "an LLM was loaded for a call that cannot work"
     with pytest.raises(InputError, match=r"states of \['qwen'\] are missing"):
         pipe(states={"llama": TextStates.collate([torch.randn(2, 32)], torch.randn(3, 32))})
     with pytest.raises(InputError, match="no encoder 'gemma'; it was trained with llama, qwen"):

@@ -12,12 +12,14 @@ import torch
 from lidit.config import SamplerSettings
 from lidit.models import LIDiT, TextStates
 
+ROUNDING = 1e-6
+
 
 class GuidedPredictor:
     """predict(x_t, t) for `sample`: unconditional + scale * (conditional - unconditional).
 
     The empty caption's states and the captions' are stacked once and run as the two halves of one batch. Outside the
-    guidance interval, or at scale 1, only the captions run.
+    guidance interval (its ends belong to it), or at scale 1, only the captions run.
 
     Args:
         model: the network. text: states of B captions per encoder. empty: of B (or one) empty captions.
@@ -41,7 +43,8 @@ class GuidedPredictor:
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W], t [B] the same value throughout -> float32 prediction [B, C, H, W]."""
         low, high = self.sampler.guidance_interval
-        if not self.both or not low <= float(t[0]) <= high:
+        # A timestep is a float32: 0.8 as one lies above the 0.8 of the settings.
+        if not self.both or not low - ROUNDING <= float(t[0]) <= high + ROUNDING:
             return self.model(x_t, t, self.text).float()
         doubled = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self.both)
         unconditional, conditional = doubled.float().chunk(2)
@@ -54,7 +57,9 @@ class GuidedPredictor:
 def rescale(guided: torch.Tensor, conditional: torch.Tensor, amount: float) -> torch.Tensor:
     """Pull each sample's deviation back to the conditional prediction's (arXiv 2305.08891, section 3.4)."""
     dims = tuple(range(1, guided.dim()))
-    matched = guided * (conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
+    # A prediction that is the same everywhere has no deviation: it stays as it is.
+    own = guided.std(dim=dims, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)
+    matched = guided * (conditional.std(dim=dims, keepdim=True) / own)
     return amount * matched + (1 - amount) * guided
 
 

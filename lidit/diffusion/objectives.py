@@ -102,6 +102,11 @@ class NoisePrediction(Objective):
 
     def scheduler(self, sampler: SamplerSettings) -> Any:
         name = self.scheduler_name(sampler)
+        if sampler.steps > self.train_steps:
+            raise InputError(
+                f"sampler.steps: {sampler.steps}, but the objective has {self.train_steps} noise levels "
+                "(objective.train_steps); take fewer steps"
+            )
         # "trailing" starts at the last, noisiest step; "leading" would start short of it (arXiv 2305.08891).
         common = {
             "num_train_timesteps": self.train_steps,

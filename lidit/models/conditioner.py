@@ -220,3 +220,6 @@ class PromptConditioner(ModelMixin, ConfigMixin):
                     f"encoder {name!r}: mask must be bool {list(entry.states.shape[:2])}, "
                     f"found {entry.mask.dtype} {list(entry.mask.shape)}"
                 )
+        rows = {name: len(text[name].states) for name in self.names}
+        if len(set(rows.values())) > 1:
+            raise InputError(f"the encoders' states are of different numbers of captions: {rows}")

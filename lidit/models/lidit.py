@@ -90,16 +90,27 @@ class LIDiT(ModelMixin, ConfigMixin):
         return model
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """The model that `save_pretrained` wrote. Raises InputError where its safetensors cannot be loaded."""
+    def load(cls, folder: Path, dtype: torch.dtype | None = None) -> Self:
+        """The model that `save_pretrained` wrote, in `dtype` or as saved.
+
+        Raises InputError where its safetensors cannot be loaded, lack a tensor or hold one that the model has not.
+        """
         if not folder.is_dir():  # else it would be taken for the name of a model on the hub
             raise InputError(f"{folder}: no such folder; give the `model` folder of a run of lidit train")
         try:
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
-            return cls.from_pretrained(str(folder), use_safetensors=True)
+            model, found = cls.from_pretrained(
+                str(folder), use_safetensors=True, torch_dtype=dtype, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{folder}: the model cannot be loaded ({reason}); fetch or train it again") from None
+        # diffusers only logs these, and gives a tensor that is missing any value at all.
+        wrong = {kind: names for kind in ("missing", "unexpected", "mismatched") if (names := found[f"{kind}_keys"])}
+        if wrong:
+            listed = "; ".join(f"{kind}: {', '.join(map(str, sorted(names)[:3]))}" for kind, names in wrong.items())
+            raise InputError(f"{folder}: config.json and weights do not belong together ({listed}); fetch it again")
+        return model
 
     def forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, TextStates]) -> torch.Tensor:
         """`latents` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise), `text` per encoder -> [B, C, H, W].

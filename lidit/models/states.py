@@ -26,11 +26,12 @@ class TextStates:
 
     @classmethod
     def collate(cls, captions: Sequence[torch.Tensor], prefix: torch.Tensor) -> TextStates:
-        """Captions of unequal lengths, each [T_i, W], padded on the right into one batch."""
+        """Captions of unequal lengths, each [T_i, W], padded on the right into one batch of one token or more."""
         lengths = torch.tensor([len(caption) for caption in captions])
         states = pad_sequence(list(captions), batch_first=True)  # [B, T, W]
         mask = torch.arange(states.shape[1])[None, :] < lengths[:, None]  # [B, T]
-        return cls(states, mask.to(states.device), prefix)
+        batch = cls(states, mask.to(states.device), prefix)
+        return batch if states.shape[1] else batch.pad_to(1)  # attention needs a place, be it a masked one
 
     def to(self, device: torch.device | str) -> TextStates:
         """The same states on `device`; the dtype stays, because the conditioner normalises in float32."""

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 from lidit.config import ModelSettings, ObjectiveSettings, SamplerSettings
 from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators, timestep_losses
+from lidit.diffusion.guidance import rescale
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
 
@@ -152,6 +153,33 @@ def test_guidance_runs_both_halves_in_one_forward_pass(model):
     torch.testing.assert_close(plain, conditional)
     torch.testing.assert_close(outside, conditional)
     assert (guided - conditional).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("edge", [0.2, 0.4, 0.6, 0.8, 0.96])
+def test_the_ends_of_the_guidance_interval_belong_to_it(model, edge):
+    text, empty, x = captions((3,)), captions((1,), seed=9), torch.randn(1, *SHAPE)
+    t = torch.tensor([edge])  # float32, a little above or below the interval's own number
+    batches = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    with torch.no_grad():
+        for interval in ((0, edge), (edge, 1), (0, edge - 0.01), (edge + 0.01, 1)):
+            GuidedPredictor(model, text, empty, SamplerSettings(guidance_interval=interval))(x, t)
+    hook.remove()
+    assert batches == [2, 2, 1, 1]
+
+
+def test_more_steps_than_noise_levels_are_refused():
+    few = build_objective(ObjectiveSettings(train_steps=10))
+    for name in ("ddim", "ddpm", "dpm_solver"):
+        with pytest.raises(InputError, match=r"sampler\.steps: 25, but the objective has 10 noise levels"):
+            few.scheduler(SamplerSettings(scheduler=name))
+        few.scheduler(SamplerSettings(scheduler=name, steps=10))
+
+
+def test_a_prediction_without_any_deviation_is_left_as_it_is():
+    flat = torch.ones(2, *SHAPE)
+    assert torch.equal(rescale(flat, flat, 0.0), flat)
+    assert torch.isfinite(rescale(torch.zeros(2, *SHAPE), flat, 0.7)).all()
 
 
 def test_guidance_rescale_restores_the_conditional_deviation(model):

@@ -206,6 +206,26 @@ def test_one_token_and_empty_captions(make_model, make_text):
     assert all(torch.isfinite(parameter.grad).all() for parameter in alone.parameters())
 
 
+def test_a_batch_of_nothing_but_empty_captions(make_model):
+    """No caption beside them gives the batch a width: a row's result must not depend on that."""
+    for count, tokens in ((1, 0), (2, 0), (2, 3)):
+        model = make_model(count)
+        widths = {
+            name: model.conditioner.branch(name).projection.linear.in_features for name in model.conditioner.names
+        }
+        prefixes = {name: torch.randn(tokens, width) for name, width in widths.items()}
+        nothing = {name: [torch.zeros(0, width)] * 3 for name, width in widths.items()}
+        empty = {name: TextStates.collate(nothing[name], prefixes[name]) for name in widths}
+        beside = {
+            name: TextStates.collate([*nothing[name], torch.randn(2, width)], prefixes[name])
+            for name, width in widths.items()
+        }
+        x, t = torch.randn(4, 3, 8, 8), torch.rand(4)
+        alone = model(x[:3], t[:3], empty)
+        assert torch.isfinite(alone).all()
+        torch.testing.assert_close(alone, model(x, t, beside)[:3])
+
+
 def test_bfloat16_stays_within_three_percent_of_float32(make_model, make_text):
     model, text, x = make_model(awake=False, width=96, depth=4), make_text(), latents()
     with torch.no_grad():

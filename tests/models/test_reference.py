@@ -102,15 +102,20 @@ def refiner(w: Weights, x: torch.Tensor, condition: torch.Tensor, heads: int, ki
 
 
 def fuse(w: Weights, xs: list[torch.Tensor], conditions: list[torch.Tensor], heads: int) -> list[torch.Tensor]:
-    """Each branch: cross-attention to LN of all the others, then FFN; shift, scale and output scale for both."""
-    outputs = []
-    for i, x in enumerate(xs):
-        block = part(w, f"blocks.{i}")
-        b1, s1, g1, b2, s2, g2 = modulation(part(block, "modulation"), conditions[i], 6)
-        others = torch.cat([standardise(other) for j, other in enumerate(xs) if j != i])
-        x = x + g1 * cross_attention(part(block, "attention"), standardise(x) * (1 + s1) + b1, others, heads)
-        outputs.append(x + g2 * feed_forward(part(block, "feed_forward"), standardise(x) * (1 + s2) + b2))
-    return outputs
+    """Each branch: cross-attention to LN of all the others, then FFN; shift, scale and output scale for both.
+
+    Block k of branch i is number k x branches + i.
+    """
+    for first in range(0, 1 + max(int(name.split(".")[1]) for name in w), len(xs)):
+        outputs = []
+        for i, x in enumerate(xs):
+            block = part(w, f"blocks.{first + i}")
+            b1, s1, g1, b2, s2, g2 = modulation(part(block, "modulation"), conditions[i], 6)
+            others = torch.cat([standardise(other) for j, other in enumerate(xs) if j != i])
+            x = x + g1 * cross_attention(part(block, "attention"), standardise(x) * (1 + s1) + b1, others, heads)
+            outputs.append(x + g2 * feed_forward(part(block, "feed_forward"), standardise(x) * (1 + s2) + b2))
+        xs = outputs
+    return xs
 
 
 def condition_of(w: Weights, caption: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -227,6 +232,14 @@ def test_refiner_depths_of_table_5(make_model, make_text, depth):
     condition = model.conditioner(text, timestep)
     tokens, _ = conditioner(model.conditioner.state_dict(), text, 2, timestep[2], 4, "full", False)
     torch.testing.assert_close(condition.tokens[2][condition.mask[2]], tokens, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_collaborative_refiner_of_two_blocks(make_model, make_text):
+    model = make_model(3, dtype=torch.float64, fusion={"depth": 2})
+    text, timestep = make_text(count=3, dtype=torch.float64), torch.tensor([0.2, 0.3, 0.4])
+    condition = model.conditioner(text, timestep)
+    tokens, _ = conditioner(model.conditioner.state_dict(), text, 1, timestep[1], 4, "full", True)
+    torch.testing.assert_close(condition.tokens[1][condition.mask[1]], tokens, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (10, 6)])

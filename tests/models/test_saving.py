@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lidit.config import ModelSettings, RefinerSettings
+from lidit.errors import InputError
 from lidit.models import LIDiT, LIDiTTransformer, PromptConditioner
 
 
@@ -24,6 +26,26 @@ def test_round_trip_is_bit_exact(make_model, make_text, tmp_path, shard):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
     text, x, t = make_text(count=3), torch.randn(3, 3, 8, 8), torch.rand(3)
     torch.testing.assert_close(loaded(x, t, text), model(x, t, text), rtol=0, atol=0)
+
+
+def test_weights_and_configuration_that_do_not_belong_together_are_refused(make_model, tmp_path):
+    """diffusers would fill what is missing with anything, the mean and deviation of an LLM's states included."""
+    make_model().save_pretrained(tmp_path)
+    weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    whole, settings = load_file(weights), json.loads(config.read_text())
+    for name in ("conditioner.branches.0.projection.mean", "transformer.final_linear.weight"):
+        save_file({key: value for key, value in whole.items() if key != name}, weights)
+        with pytest.raises(InputError, match=f"do not belong together .missing: {name}"):
+            LIDiT.load(tmp_path)
+    save_file({**whole, "transformer.more": torch.zeros(1)}, weights)
+    with pytest.raises(InputError, match="unexpected: transformer.more"):
+        LIDiT.load(tmp_path)
+    save_file(whole, weights)
+    assert LIDiT.load(tmp_path, torch.bfloat16).transformer.final_linear.weight.dtype == torch.bfloat16
+    for change, message in (({"depth": 3}, "missing: "), ({"width": 64}, "cannot be loaded|mismatched")):
+        config.write_text(json.dumps(settings | change))
+        with pytest.raises(InputError, match=message):
+            LIDiT.load(tmp_path)
 
 
 def test_parts_round_trip_alone(make_model, make_text, tmp_path):
