@@ -153,7 +153,7 @@ class SamplerSettings(Settings):
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(
-                f"guidance_interval: ({low:g}, {high:g}) is empty, so guidance would never act; turn it round"
+                f"guidance_interval: ({low:g}, {high:g}) is empty, guidance would never act; turn it round"
             )
         return self
 

@@ -38,7 +38,7 @@ def test_weights_and_configuration_that_do_not_belong_together_are_refused(make_
         with pytest.raises(InputError, match=f"do not belong together .missing: {name}"):
             LIDiT.load(tmp_path)
     save_file({**whole, "transformer.more": torch.zeros(1)}, weights)
-    with pytest.raises(InputError, match="unexpected: transformer.more"):
+    with pytest.raises(InputError, match=r"unexpected: transformer\.more"):
         LIDiT.load(tmp_path)
     save_file(whole, weights)
     assert LIDiT.load(tmp_path, torch.bfloat16).transformer.final_linear.weight.dtype == torch.bfloat16
