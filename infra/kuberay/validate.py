@@ -1,25 +1,28 @@
 """Check rendered manifests offline: the CRD schemas (unknown fields refused), KubeRay's own rules, our security rules.
 
-    kubectl kustomize infra/kuberay/overlays/small | python infra/kuberay/validate.py --crds DIR
+    cd infra/kuberay/overlays/small
+    (for part in cluster embed train; do kubectl kustomize $part; echo ---; done) > all.yaml
+    python -m infra.kuberay.validate all.yaml --crds DIR        (from the repository's root)
 
-DIR holds `ray.io_rayjobs.yaml` and `ray.io_rayclusters.yaml` of the installed operator (`kubectl get crd -o yaml`
-gives them too). Prints one line per finding; exit code 2 when there is any.
+DIR holds `ray.io_rayjobs.yaml` and `ray.io_rayclusters.yaml` of the installed operator: docs/cluster.md says how to get
+them. Prints one line per finding; exit code 2 when there is any. Give the parts together: jobs are checked against the
+settings that the cluster's part holds.
 """
 
 import argparse
 import json
 import re
-import shlex
-import string
 import sys
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import yaml
 
-Document = dict[str, Any]
+from infra.kuberay.documents import WORKLOADS, Document, cluster_spec, load_documents, pod_templates
+from infra.kuberay.together import together_errors
+
 DNS1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 DIGEST = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
@@ -29,14 +32,7 @@ MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 LONGEST_NAME = {"RayJob": 47, "RayCluster": 53}
 RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 FIRST_VERSION_WITH_TOKENS = (2, 52)
-WORKLOADS = ("Deployment", "StatefulSet", "Job")
 METADATA_FIELDS = {"name", "namespace", "labels", "annotations"}
-ANY_TRAINING = "output=$LIDIT_RUNS"  # what somebody sends to a cluster that has no entrypoint of its own
-
-
-def load_documents(text: str) -> list[Document]:
-    """Every YAML document of a rendered overlay."""
-    return [document for document in yaml.safe_load_all(text) if document]
 
 
 def strict(node: Any) -> Any:
@@ -84,26 +80,6 @@ def schema_errors(document: Document, schemas: dict[str, Document]) -> Iterator[
     for kind, part in checks:
         for error in jsonschema.Draft202012Validator(schemas[kind]).iter_errors(part):
             yield f"{'.'.join(map(str, error.absolute_path)) or kind}: {error.message[:200]}"
-
-
-def cluster_spec(document: Document) -> Document | None:
-    """The RayCluster spec inside a RayJob or a RayCluster, None for any other kind."""
-    if document["kind"] == "RayCluster":
-        return document["spec"]
-    return document["spec"].get("rayClusterSpec") if document["kind"] == "RayJob" else None
-
-
-def pod_templates(document: Document) -> Iterator[tuple[str, Document]]:
-    """(where, pod template) of every pod this document makes."""
-    spec = document.get("spec") or {}
-    if document["kind"] in WORKLOADS:
-        yield "template", spec["template"]
-    if "submitterPodTemplate" in spec:
-        yield "submitter", spec["submitterPodTemplate"]
-    if cluster := cluster_spec(document):
-        yield "head", cluster["headGroupSpec"]["template"]
-        for group in cluster.get("workerGroupSpecs", []):
-            yield f"worker group {group['groupName']}", group["template"]
 
 
 def rule_errors(document: Document) -> Iterator[str]:
@@ -305,55 +281,6 @@ def _container_errors(name: str, container: Document, with_image: bool = True) -
             yield f"{name}: {entry['name']} must come from a Secret"
 
 
-def run_folder_errors(documents: list[Document]) -> Iterator[str]:
-    """Every cluster that trains has its `output` on one writable claim, mounted in the head and all workers.
-
-    Workers write their parts of a checkpoint, the driver publishes the model and a retry is a new set of pods: a
-    folder of one pod, or a URL, would lose the run.
-    """
-    maps = {d["metadata"]["name"]: d.get("data", {}) for d in documents if d["kind"] == "ConfigMap"}
-    for document in documents:
-        if cluster_spec(document) is None:
-            continue
-        label = f"{document['kind']}/{document['metadata']['name']}"
-        for word in shlex.split(document["spec"].get("entrypoint", ANY_TRAINING)):
-            key, _, value = word.partition("=")
-            if key == "output":
-                yield from (f"{label}: {error}" for error in _claim_errors(document, value, maps))
-
-
-def _claim_errors(document: Document, output: str, maps: dict[str, dict[str, str]]) -> Iterator[str]:
-    claims = set()
-    for where, template in pod_templates(document):
-        if where == "submitter":  # it only sends the command
-            continue
-        container = template["spec"]["containers"][0]
-        sources = [entry.get("configMapRef", {}).get("name") for entry in container.get("envFrom", [])]
-        settings = {key: value for name in sources for key, value in maps.get(name, {}).items()}
-        folder = string.Template(output).safe_substitute(settings)
-        if not folder.startswith("/"):
-            yield f"{where}: output {folder!r} is not the absolute path of a folder"
-            continue
-        mount, claim = _claim_at(PurePosixPath(folder), template["spec"])
-        if claim is None:
-            yield f"{where}: output {folder} is not on a PersistentVolumeClaim mounted in this pod"
-        elif claim.get("readOnly") or mount.get("readOnly"):
-            yield f"{where}: output {folder} is mounted read-only"
-        else:
-            claims.add(claim["claimName"])
-    if len(claims) > 1:
-        yield f"output is on different claims in different pods: {', '.join(sorted(claims))}"
-
-
-def _claim_at(folder: PurePosixPath, pod: Document) -> tuple[Document, Document | None]:
-    """(mount, claim) that a path of the pod's first container lies on; the innermost mount hides the others."""
-    mounts = {mount["mountPath"]: mount for mount in pod["containers"][0].get("volumeMounts", [])}
-    places = (str(place) for place in (folder, *folder.parents))
-    mount = next((mounts[place] for place in places if place in mounts), {})
-    volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
-    return mount, volumes.get(mount.get("name"), {}).get("persistentVolumeClaim")
-
-
 def check(document: Document, schemas: dict[str, Document] | None) -> list[str]:
     """Every finding for one document, each with the document's kind and name in front."""
     label = f"{document['kind']}/{document.get('metadata', {}).get('name')}"
@@ -380,7 +307,7 @@ def main() -> int:
     documents = load_documents(text)
     errors = [error for document in documents for error in check(document, schemas)]
     # It walks pods as the checks above promise them to be, so broken ones are reported alone.
-    errors = errors or list(run_folder_errors(documents))
+    errors = errors or list(together_errors(documents))
     print(*errors, sep="\n", end="\n" if errors else "")
     print(json.dumps({"documents": len(documents), "findings": len(errors)}))
     return 2 if errors else 0

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from manifests import KUBERAY, OVERLAYS, render
+from manifests import OVERLAYS, render_overlay
 
 
 @pytest.fixture(params=OVERLAYS)
 def documents(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return render(KUBERAY / "overlays" / request.param)
+    return render_overlay(request.param)
 
 
 @pytest.fixture
 def small() -> list[dict[str, Any]]:
-    return render(KUBERAY / "overlays" / "small")
+    return render_overlay("small")

@@ -1,6 +1,7 @@
 """A faithful application of the kustomize features our overlays use, and of NetworkPolicy: both testable offline.
 
-Kustomize: resources, namespace, images, JSON 6902 patches with a kind + name target; anything else is refused.
+Kustomize: resources, components, namespace, images, JSON 6902 patches with a kind + name target; anything else is
+refused.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ Labels = dict[str, str]
 REPOSITORY = Path(__file__).parents[2]
 KUBERAY = REPOSITORY / "infra" / "kuberay"
 OVERLAYS = ("small", "large")
+PARTS = ("cluster", "embed", "train")
 CLUSTER_SCOPED = {"Namespace", "ResourceFlavor", "ClusterQueue", "WorkloadPriorityClass"}
-FEATURES = {"apiVersion", "kind", "resources", "namespace", "images", "patches"}
+FEATURES = {"apiVersion", "kind", "resources", "components", "namespace", "images", "patches"}
 
 
 def render(folder: Path) -> list[Document]:
@@ -27,14 +29,32 @@ def render(folder: Path) -> list[Document]:
     return copy.deepcopy(_render(folder))
 
 
+def render_overlay(name: str) -> list[Document]:
+    """All parts of an overlay, in the order in which they are applied."""
+    return [document for part in PARTS for document in render(KUBERAY / "overlays" / name / part)]
+
+
 @cache
 def _render(folder: Path) -> list[Document]:
-    settings = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    assert set(settings) <= FEATURES, f"{folder}: this renderer does not know {set(settings) - FEATURES}"
+    settings = _kustomization(folder, "Kustomization")
     documents: list[Document] = []
     for name in settings["resources"]:
         path = (folder / name).resolve()
         documents += render(path) if path.is_dir() else [d for d in yaml.safe_load_all(path.read_text()) if d]
+    for name in settings.get("components", []):
+        _transform(documents, _kustomization((folder / name).resolve(), "Component"), folder / name)
+    _transform(documents, settings, folder)
+    return documents
+
+
+def _kustomization(folder: Path, kind: str) -> Document:
+    settings = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert settings["kind"] == kind, f"{folder} is not a {kind}"
+    assert set(settings) <= FEATURES, f"{folder}: this renderer does not know {set(settings) - FEATURES}"
+    return settings
+
+
+def _transform(documents: list[Document], settings: Document, folder: Path) -> None:
     for patch in settings.get("patches", []):
         target = patch["target"]
         matches = [i for i, d in enumerate(documents) if _identity(d) == (target["kind"], target["name"])]
@@ -45,7 +65,6 @@ def _render(folder: Path) -> list[Document]:
         _set_images(document, settings.get("images", []))
         if "namespace" in settings and document["kind"] not in CLUSTER_SCOPED:
             document["metadata"]["namespace"] = settings["namespace"]
-    return documents
 
 
 def _identity(document: Document) -> tuple[str, str]:

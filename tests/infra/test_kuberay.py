@@ -11,20 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import KUBERAY, OVERLAYS, REPOSITORY, find, render
-from typer.main import get_command
+from manifests import KUBERAY, OVERLAYS, PARTS, REPOSITORY, find, render
 
-from infra.kuberay.validate import (
-    check,
-    load_schemas,
-    pod_templates,
-    rule_errors,
-    run_folder_errors,
-    security_errors,
-)
-from jobs.main import app
-from lidit.config import Recipe
-from lidit.settings import apply_overrides, validate
+from infra.kuberay.documents import pod_templates
+from infra.kuberay.together import run_folder_errors, shared_state_errors, together_errors
+from infra.kuberay.validate import check, load_schemas, rule_errors, security_errors
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +26,11 @@ def schemas(shared_data: Path) -> dict[str, Any]:
     return load_schemas(folder)
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_our_renderer_agrees_with_kustomize(overlay: str) -> None:
+@pytest.mark.parametrize("part", ["models", *(f"overlays/{overlay}/{part}" for overlay in OVERLAYS for part in PARTS)])
+def test_our_renderer_agrees_with_kustomize(part: str) -> None:
     if not shutil.which("kubectl"):
         pytest.skip("no kubectl here: its built-in kustomize is the reference")
-    folder = KUBERAY / "overlays" / overlay
+    folder = KUBERAY / part
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode != 0 and "unknown command" in done.stderr:
         pytest.skip("this kubectl has no kustomize")
@@ -50,19 +41,44 @@ def test_our_renderer_agrees_with_kustomize(overlay: str) -> None:
 
 
 def test_manifests_pass_schema_rules_and_security(documents: list[dict[str, Any]], schemas: dict[str, Any]) -> None:
-    assert [error for document in documents for error in check(document, schemas)] == []
+    everything = [*documents, *render(KUBERAY / "models")]
+    assert [error for document in everything for error in check(document, schemas)] == []
+    assert list(together_errors(everything)) == []
 
 
-def test_the_base_alone_has_no_pinned_image() -> None:
-    errors = [error for document in render(KUBERAY / "base") for error in check(document, None)]
+@pytest.mark.parametrize("folder", ["base", "embed", "train"])
+def test_without_an_overlay_no_image_is_pinned(folder: str) -> None:
+    errors = [error for document in render(KUBERAY / folder) for error in check(document, None)]
     assert errors
     assert all("not pinned by digest" in error for error in errors)
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_job_is_applied_by_itself_and_after_the_cluster(overlay: str) -> None:
+    """Training that starts beside embedding finds no family, fails and is retried as one new cluster after another."""
+    made = {part: render(KUBERAY / "overlays" / overlay / part) for part in PARTS}
+    assert {d["metadata"]["name"] for d in made["embed"]} == {"lidit-embed-large", "lidit-embed-small"}
+    assert {d["metadata"]["name"] for d in made["train"]} == {"lidit-train"}
+    assert "RayJob" not in {d["kind"] for d in made["cluster"]}
+    page = (REPOSITORY / "docs" / "cluster.md").read_text()
+    steps = [
+        "models",
+        f"overlays/{'small'}/cluster",
+        " ingest ",
+        "overlays/small/embed",
+        " latents ",
+        " inspect ",
+        "overlays/small/train",
+    ]
+    order = page[page.index("### Order") :]
+    places = [order.index(step) for step in steps]
+    assert places == sorted(places)
+
+
 TYPOS = [
-    ("RayJob", "lidit-embed", ["spec", "activeDeadlineSeconds"], "activeDeadlineSecond"),
+    ("RayJob", "lidit-embed-large", ["spec", "activeDeadlineSeconds"], "activeDeadlineSecond"),
     ("RayJob", "lidit-train", ["spec", "rayClusterSpec", "workerGroupSpecs", 1, "minReplicas"], "minReplica"),
-    ("RayJob", "lidit-embed", ["spec", "rayClusterSpec", "authOptions", "secretName"], "secretname"),
+    ("RayJob", "lidit-embed-small", ["spec", "rayClusterSpec", "authOptions", "secretName"], "secretname"),
     (
         "RayCluster",
         "lidit-interactive",
@@ -144,7 +160,7 @@ BROKEN_RULES = [
 
 @pytest.mark.parametrize(("path", "value", "message"), BROKEN_RULES)
 def test_every_operator_rule_fires(small: list[dict[str, Any]], path: str, value: Any, message: str) -> None:
-    job = find(small, "RayJob", "lidit-embed")
+    job = find(small, "RayJob", "lidit-embed-large")
     assert list(rule_errors(job)) == []
     assert any(message in error for error in rule_errors(put(job, path, value)))
 
@@ -177,7 +193,7 @@ def test_every_security_promise_is_checked_on_every_pod(
             template["spec"] = put(template["spec"], path, value)
             assert any(where in error and message in error for error in security_errors(changed)), where
             broken += 1
-    assert broken == 13  # embed 5 (submitter, head, three pools), train 4, interactive 3, redis 1
+    assert broken == 16  # two embeddings and train 4 each (submitter, head, two pools), interactive 3, redis 1
 
 
 RAY_BREAKAGES: list[tuple[str, Any, str]] = [
@@ -196,7 +212,7 @@ def test_ray_promises_are_checked_on_every_cluster(
     small: list[dict[str, Any]], path: str, value: Any, message: str
 ) -> None:
     for kind, name, prefix in (
-        ("RayJob", "lidit-embed", "spec/rayClusterSpec/"),
+        ("RayJob", "lidit-embed-large", "spec/rayClusterSpec/"),
         ("RayJob", "lidit-train", "spec/rayClusterSpec/"),
         ("RayCluster", "lidit-interactive", "spec/"),
     ):
@@ -259,56 +275,56 @@ def test_training_is_one_gang(documents: list[dict[str, Any]]) -> None:
 
 
 def test_encoder_pools_are_separate_spot_and_may_be_empty(documents: list[dict[str, Any]]) -> None:
-    groups = {
-        g["groupName"]: g
-        for g in find(documents, "RayJob", "lidit-embed")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    }
-    for name in ("encode-large", "encode-small"):
-        pod = groups[name]["template"]["spec"]
-        assert groups[name]["minReplicas"] == 0
-        assert groups[name]["labels"] == {"lidit/pool": name}
-        assert pod["nodeSelector"]["lidit/capacity"] == "spot"
+    for size in ("large", "small"):
+        cluster = find(documents, "RayJob", f"lidit-embed-{size}")["spec"]["rayClusterSpec"]
+        cpu, gpu = cluster["workerGroupSpecs"]
+        pod = gpu["template"]["spec"]
+        assert gpu["groupName"] == f"encode-{size}"
+        assert gpu["minReplicas"] == 0
+        assert gpu["labels"] == {"lidit/pool": f"encode-{size}"}
+        assert pod["nodeSelector"] == {"lidit/capacity": "spot", "lidit/gpu": size}
         assert {"key": "lidit/capacity", "operator": "Equal", "value": "spot", "effect": "NoSchedule"} in pod[
             "tolerations"
         ]
         assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
-    assert groups["cpu"]["minReplicas"] >= 1
-    assert "nodeSelector" not in groups["cpu"]["template"]["spec"]
+        assert cpu["minReplicas"] >= 1
+        assert "nodeSelector" not in cpu["template"]["spec"]
 
 
-@pytest.mark.parametrize("name", ["lidit-embed", "lidit-train"])
-def test_entrypoints_are_commands_our_jobs_take(documents: list[dict[str, Any]], name: str) -> None:
-    """Expanded by a real shell as Ray does, parsed by the jobs' own command line, pools checked against the groups."""
-    job = find(documents, "RayJob", name)["spec"]
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("spec/rayClusterSpec/gcsFaultToleranceOptions/externalStorageNamespace", "is another cluster's too"),
+        ("spec/rayClusterSpec/workerGroupSpecs/0/template/metadata/labels/lidit~job", "different labels lidit/job"),
+    ],
+)
+def test_clusters_that_share_what_must_be_their_own_are_found(
+    small: list[dict[str, Any]], path: str, message: str
+) -> None:
+    """A third LLM is a copy of the second one's patch: what was not changed in it is named."""
+    copied = find(small, "RayJob", "lidit-embed-small")
+    *steps, last = (step.replace("~", "/") for step in path.split("/"))
+    node: Any = copied
+    for step in steps:
+        node = node[int(step)] if isinstance(node, list) else node[step]
+    node[last] = {"externalStorageNamespace": "lidit-embed-large"}.get(last, "embed-large")
+    assert any(message in error for error in shared_state_errors(small))
+    twin = {**find(small, "RayJob", "lidit-train"), "metadata": {"name": "twin"}}
+    assert any("same label lidit/job" in error for error in shared_state_errors([*small, twin]))
+
+
+def test_the_cache_of_units_fits_on_the_disk_of_the_pods_that_read_states(documents: list[dict[str, Any]]) -> None:
+    """The kubelet evicts a pod that holds more than its ephemeral storage."""
     settings = find(documents, "ConfigMap", "lidit-settings")["data"]
-    shown = job["entrypoint"].replace("python -m ", "show ")
-    # One write for each command: they run beside each other.
-    script = 'show() { line=; for word in "$@"; do line="$line$word\t"; done; echo "$line"; }\n' + shown
-    done = subprocess.run(["sh", "-c", script], env=settings, capture_output=True, text=True, check=True)
-    commands = [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
-    assert len(commands) == job["entrypoint"].count("python -m")
-    groups = {group["groupName"]: group for group in job["rayClusterSpec"]["workerGroupSpecs"]}
-    for module, *words in commands:
-        command = get_command(app).commands[module.removeprefix("jobs.")]
-        parsed = command.make_context(module, list(words)).params
-        if name == "lidit-embed":
-            pool = dict(label.split("=") for label in parsed["node_label"])["lidit/pool"]
-            assert groups[pool]["labels"] == {"lidit/pool": pool}
-            limits = groups[pool]["template"]["spec"]["containers"][0]["resources"]["limits"]
-            assert parsed["actors"] == groups[pool]["maxReplicas"] * int(limits["nvidia.com/gpu"])
-        else:
-            tree = apply_overrides(
-                {"name": "r", "encoders": [{"name": "e", "model": "m"}], "corpus": "c"}, parsed["overrides"]
-            )
-            assert validate(Recipe, tree, name).run_folder == Path("/runs/r")
-            assert groups["train"]["labels"] == tree["engine"]["label_selector"]
-
-
-@pytest.mark.parametrize(("large", "small", "expected"), [(0, 0, 0), (3, 0, 3), (0, 2, 2), (3, 2, 2)])
-def test_the_embed_entrypoint_fails_when_either_llm_does(large: int, small: int, expected: int) -> None:
-    entrypoint = find(render(KUBERAY / "overlays" / "small"), "RayJob", "lidit-embed")["spec"]["entrypoint"]
-    fake = f'python() {{ case "$*" in *large.yaml*) return {large};; *) return {small};; esac; }}\n'
-    assert subprocess.run(["sh", "-c", fake + entrypoint], check=False).returncode == expected
+    for kind, name in (("RayJob", "lidit-train"), ("RayCluster", "lidit-interactive")):
+        for where, template in pod_templates(find(documents, kind, name)):
+            container = template["spec"]["containers"][0]
+            own = {entry["name"]: entry.get("value") for entry in container.get("env", [])}
+            gigabytes = float({**settings, **own}["LIDIT_STORE_CACHE_GIGABYTES"])
+            disk = container["resources"]["limits"]["ephemeral-storage"]
+            assert disk.endswith("Gi")
+            if where not in ("submitter", "head") and (name, where) != ("lidit-train", "worker group cpu"):
+                assert gigabytes * 1e9 < int(disk.removesuffix("Gi")) * 2**30, f"{name}: {where}"
 
 
 # --- secrets and the command -----------------------------------------------------------------------------------------
@@ -316,7 +332,7 @@ def test_the_embed_entrypoint_fails_when_either_llm_does(large: int, small: int,
 
 def test_referenced_secrets_and_maps_are_documented_and_never_shipped(documents: list[dict[str, Any]]) -> None:
     assert not [d for d in documents if d["kind"] == "Secret"]
-    text = yaml.safe_dump(documents)
+    text = yaml.safe_dump([*documents, *render(KUBERAY / "models")])
     page = (REPOSITORY / "docs" / "cluster.md").read_text()
     for name in (
         "lidit-ray-auth",
@@ -324,6 +340,8 @@ def test_referenced_secrets_and_maps_are_documented_and_never_shipped(documents:
         "lidit-mlflow-client",
         "lidit-object-store",
         "lidit-recipe",
+        "lidit-model-list",
+        "lidit-hub",
         "lidit-models",
         "lidit-runs",
     ):
@@ -332,17 +350,23 @@ def test_referenced_secrets_and_maps_are_documented_and_never_shipped(documents:
 
 
 def test_the_command_reports_findings_and_exits_with_2(small: list[dict[str, Any]], tmp_path: Path) -> None:
-    command = [sys.executable, str(KUBERAY / "validate.py")]
+    command = [sys.executable, "-m", "infra.kuberay.validate"]
     good = yaml.safe_dump_all(small)
-    assert subprocess.run(command, input=good, text=True, capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run(command, input=good, text=True, capture_output=True, check=False, cwd=REPOSITORY).returncode == 0
+    )
     job = put(find(small, "RayJob", "lidit-train"), "spec/suspend", True)
     bad = tmp_path / "bad.yaml"
     bad.write_text(yaml.safe_dump_all([put(job, "spec/shutdownAfterJobFinishes", False)]))
-    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False)
+    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 2
     assert "RayJob/lidit-train: suspend needs shutdownAfterJobFinishes" in done.stdout
     lost = put(find(small, "ConfigMap", "lidit-settings"), "data/LIDIT_RUNS", "/scratch")
     bad.write_text(yaml.safe_dump_all([lost, find(small, "RayJob", "lidit-train")]))
-    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False)
+    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 2
     assert "RayJob/lidit-train: head: output /scratch is not on a PersistentVolumeClaim" in done.stdout
+    bad.write_text(yaml.safe_dump_all([find(small, "RayJob", "lidit-train")]))
+    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY)
+    assert done.returncode == 2
+    assert "LIDIT_CORPUS, LIDIT_RUNS: in no ConfigMap of the job's pods" in done.stdout

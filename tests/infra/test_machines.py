@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import REPOSITORY, find, render
+from manifests import REPOSITORY, find, render, render_overlay
 
+from infra.kuberay.documents import cluster_spec
 from infra.kuberay.validate import DIGEST
 
 IMAGE = REPOSITORY / "infra" / "image"
@@ -70,14 +71,24 @@ def test_final_images_run_as_a_numbered_user_without_build_tools() -> None:
     assert [rest for word, rest in stages(DOCKERFILES[1])["server"][1] if word == "USER"] == ["1000:1000"]
 
 
+def test_the_pages_say_which_image_has_a_compiler() -> None:
+    tools = {target: str(stages(IMAGE / "Dockerfile")[target][1]) for target in ("cpu", "cuda", "cuda-compile")}
+    assert "install --yes --no-install-recommends gcc" in tools["cuda-compile"]
+    assert not any("nvcc" in text and "install --yes" in text for text in tools.values())
+    security, cluster = (REPOSITORY / "SECURITY.md").read_text(), (REPOSITORY / "docs" / "cluster.md").read_text()
+    assert "no compiler but in the target `cuda-compile`" in security
+    for setting in ("engine.compile", "engine.fused_optimizer", "`nvme`", "nvcc"):
+        assert setting in cluster
+
+
 def test_images_start_from_the_locked_ray_and_install_from_the_lock() -> None:
     text = (IMAGE / "Dockerfile").read_text()
     locked = re.search(r"^ray==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
     assert locked
     assert f"ARG RAY_IMAGE=rayproject/ray:{locked[1]}-" in text
     for overlay in ("small", "large"):
-        documents = render(REPOSITORY / "infra" / "kuberay" / "overlays" / overlay)
-        assert find(documents, "RayJob", "lidit-embed")["spec"]["rayClusterSpec"]["rayVersion"] == locked[1]
+        clusters = [spec for document in render_overlay(overlay) if (spec := cluster_spec(document))]
+        assert [cluster["rayVersion"] for cluster in clusters] == [locked[1]] * 4
     script = (IMAGE / "install.sh").read_text()
     pip_calls = [
         line for line in script.replace("\\\n", " ").splitlines() if re.search(r"-m pip (wheel|download|install)", line)
@@ -153,6 +164,18 @@ def test_ray_up_gives_every_container_the_folder_of_runs(cluster_file: dict[str,
     assert recipe["output"].startswith(f"{found['target']}/")
 
 
+def test_ray_up_gives_every_container_credentials_a_kept_model_cache_and_a_known_metrics_port(
+    cluster_file: dict[str, Any],
+) -> None:
+    options = cluster_file["docker"]["run_options"]
+    (file,) = [option.removeprefix("--env-file=") for option in options if option.startswith("--env-file=")]
+    assert f"`{file}`" in (REPOSITORY / "docs" / "cluster.md").read_text()
+    (home,) = [option.removeprefix("--env=HF_HOME=") for option in options if "HF_HOME=" in option]
+    assert home.startswith("/shared/")
+    starts = [c for key in ("head", "worker") for c in cluster_file[f"{key}_start_ray_commands"] if "ray start" in c]
+    assert all("--metrics-export-port=8080" in command for command in starts)
+
+
 # --- one server ------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +203,19 @@ def test_the_run_folder_the_page_names_outlives_the_container(compose: dict[str,
     (folder,) = re.findall(r"`output=(/data/[a-z]+)`", (REPOSITORY / "docs" / "cluster.md").read_text())
     mounts = [volume.rpartition(":")[2] for volume in compose["services"]["ray"]["volumes"]]
     assert any(folder.startswith(f"{mount}/") for mount in mounts)
+
+
+def test_the_server_keeps_hub_models_and_takes_credentials_from_a_file_git_ignores(compose: dict[str, Any]) -> None:
+    ray = compose["services"]["ray"]
+    mounts = [volume.rpartition(":")[2] for volume in ray["volumes"]]
+    assert any(ray["environment"]["HF_HOME"].startswith(f"{mount}/") for mount in mounts)
+    assert not any(ray["environment"]["HF_HOME"].startswith(memory) for memory in ray["tmpfs"])
+    assert ray["env_file"] == [{"path": "secrets/lidit.env", "required": False}]
+    page = (REPOSITORY / "docs" / "cluster.md").read_text()
+    for path in ("secrets/lidit.env", "secrets/ray-token", "secrets/mlflow-admin-password"):
+        assert path in page
+        command = ["git", "check-ignore", "-q", f"infra/single-server/{path}"]
+        assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0, path
 
 
 def test_compose_holds_no_secret_and_the_script_makes_what_it_mounts(compose: dict[str, Any], tmp_path: Path) -> None:

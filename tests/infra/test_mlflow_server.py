@@ -19,7 +19,8 @@ import pytest
 from manifests import REPOSITORY, Network, find, render
 from waiting import wait_until
 
-from infra.kuberay.validate import check, load_schemas, pod_templates, security_errors
+from infra.kuberay.documents import pod_templates
+from infra.kuberay.validate import check, load_schemas, security_errors
 
 MLFLOW = REPOSITORY / "infra" / "mlflow"
 ADMIN_PASSWORD = "a-long-password-of-the-test"
@@ -40,6 +41,15 @@ def test_manifests_pass_schema_and_security(documents: list[dict[str, Any]], sha
     schemas = load_schemas(shared_data / "kuberay")
     assert [error for document in documents for error in check(document, schemas)] == []
     assert sum(len(list(pod_templates(document))) for document in documents) == 2
+
+
+def test_the_page_names_what_a_team_has_to_change(documents: list[dict[str, Any]]) -> None:
+    page = (REPOSITORY / "docs" / "mlflow-server.md").read_text()
+    server = container(documents)
+    (endpoint,) = [entry for entry in server["env"] if "example.com" in entry.get("value", "")]
+    (bucket,) = [arg.partition("=")[2] for arg in server["args"] if "s3://" in arg]
+    assert f"`{endpoint['name']}`" in page
+    assert f"`{bucket}`" in page
 
 
 def test_a_password_in_the_manifest_is_found(documents: list[dict[str, Any]]) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import REPOSITORY
+from manifests import REPOSITORY, Network, render_overlay, selects
 from pictures import write_tar
 from tiny_models import tiny_llm
 
+from infra.kuberay.documents import cluster_spec, pod_templates
+from lidit.config import Recipe
 from lidit.evals.scenes import write_scene_shards
 from lidit.store import Corpus
 from pipelines.metrics import METRICS
@@ -115,6 +117,45 @@ def test_alerts_fire_when_they_should_and_only_then(promtool: str) -> None:
         for case in test["alert_rule_test"]
     }
     assert tested == {rule["alert"] for rule in rules()}
+
+
+def test_the_podmonitor_finds_every_ray_pod_and_may_reach_it() -> None:
+    """Its selectors and its port, against the pods as the manifests make them and KubeRay labels them."""
+    monitor = yaml.safe_load((MONITORING / "podmonitor.yaml").read_text())
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    documents = render_overlay("large")
+    network = Network(documents)
+    seen = 0
+    for document in documents:
+        for where, template in pod_templates(document) if cluster_spec(document) else ():
+            labels = template["metadata"]["labels"]
+            if where == "submitter":
+                assert not selects(monitor["spec"]["selector"], labels)
+                continue
+            labels |= {"ray.io/node-type": "head" if where == "head" else "worker"}
+            ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+            assert selects(monitor["spec"]["selector"], labels)
+            assert document["metadata"]["namespace"] in monitor["spec"]["namespaceSelector"]["matchNames"]
+            space = monitor["metadata"]["namespace"]
+            assert network.allows({"app": "prometheus"}, labels, ports[endpoint["port"]], space, "lidit"), where
+            seen += 1
+    assert seen == 12
+
+
+def test_the_scrape_configuration_is_valid(promtool: str) -> None:
+    command = [promtool, "check", "config", str(MONITORING / "prometheus.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_remedies_name_settings_that_exist() -> None:
+    page = (REPOSITORY / "docs" / "monitoring.md").read_text()
+    (remedy,) = [rule["annotations"]["remedy"] for rule in rules() if rule["alert"] == "LiditWaitingForData"]
+    for text in (page, *(rule["annotations"]["remedy"] for rule in rules())):
+        for section, key in re.findall(r"\b(data|engine|train)\.([a-z_]+)", text):
+            assert key in Recipe.model_fields[section].annotation.model_fields, f"{section}.{key}"  # type: ignore[union-attr]
+    assert "data.prefetch_batches" in remedy
+    assert "LIDIT_STORE_CACHE_GIGABYTES" in remedy
 
 
 def test_panel_expressions_parse(promtool: str, tmp_path: Path) -> None:
