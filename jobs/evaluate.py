@@ -23,7 +23,7 @@ def command(
     binding: Annotated[
         bool, typer.Option("--binding", help="Binding and relation accuracy instead of images.")
     ] = False,
-    suite: Annotated[str | None, typer.Option(help="Official suite: geneval, t2i-compbench or dpg-bench.")] = None,
+    suite: Annotated[str | None, typer.Option(help="geneval, t2i-compbench, dpg-bench; segments4, segments8.")] = None,
     prompts: Annotated[list[Path] | None, typer.Option(help="The suite's prompt file; one per category.")] = None,
     parse: Annotated[Path | None, typer.Option(help="What the suite's scorer wrote: sum it up.")] = None,
     csv: Annotated[Path | None, typer.Option(help="dpg_bench.csv, for DPG-Bench's categories.")] = None,
@@ -33,11 +33,11 @@ def command(
     """Draw the scene benchmark's prompts and score the images by program, lax and strict, beside the chance floor.
 
     With --binding: is the loss higher under a wrong caption? With --suite and --prompts: images in the layout the
-    official scorer reads; the same command goes on where it stopped. With --suite and --parse: the official aggregates.
+    official scorer reads. With --suite and --parse: the official aggregates. The same command goes on where it stopped.
 
     **Reads** a model folder; loads its LLMs. **Writes** scores.md, scores.json, results.jsonl (GenEval's format),
-    grid.png and, for list prompts, positions.png; binding.md and binding.json; or the suite's folders. And an MLflow
-    run.
+    grid.png, images/ (GenEval's layout; those of an earlier evaluation are replaced) and, for list prompts,
+    positions.png; binding.md and binding.json; or the suite's folders. And an MLflow run, except for --prompts.
 
     **Example:** `lidit evaluate runs/demo/model per_tag=24`
     """
@@ -58,12 +58,14 @@ def command(
 def show(scores: SceneScores) -> None:
     """What came of an evaluation."""
     print(scores.table)
-    print(f"{scores.folder}: {'written' if scores.computed else 'already there, for these weights and settings'}")
+    print(f"{scores.folder}: {'written' if scores.computed else 'already there, for this model and these settings'}")
 
 
 def _check(binding: bool, suite: str | None, prompts: list[Path] | None, parse: Path | None, csv: Path | None) -> None:
     if suite is None and (prompts or parse or csv):
-        raise InputError("--prompts, --parse and --csv belong to --suite geneval, t2i-compbench or dpg-bench")
+        raise InputError(
+            "--prompts, --parse and --csv belong to --suite geneval, t2i-compbench, dpg-bench, segments4 or segments8"
+        )
     if suite and binding:
         raise InputError("--binding and --suite are two jobs: run them one after the other")
     if suite and not (prompts or parse):

@@ -18,8 +18,10 @@ def command(
 ) -> None:
     """Compare runs on one page: same prompts and seeds, scores, curves, and the settings that differ.
 
+    Scores of other weights or another sampler than the model has now are left out, and the page says so.
+
     **Reads** run folders, their evaluations and the tracker; loads their LLMs. **Writes** one HTML file that opens
-    offline.
+    offline, and nothing to the tracker.
 
     **Example:** `lidit report runs/small runs/large --prompt "a red circle above a blue square"`
     """

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from lidit.config import EvaluateSettings, TrackingSettings
+from lidit.errors import InputError
 from lidit.evals.binding_table import measure_model, plot_binding
-from lidit.evals.evaluate import Evaluation, evaluate_images, write_results
-from lidit.evals.positional import plot_curves, scene_curves
+from lidit.evals.evaluate import Evaluation, ScoredImage, evaluate_images, write_results
+from lidit.evals.positional import plot_curves, positions_table, scene_curves
 from lidit.evals.scenes import benchmark_prompts
 from lidit.pictures import labelled_grid
-from lidit.pipeline import LIDiTPipeline
+from lidit.pipeline import INDEX
 from lidit.settings import flatten
 from lidit.store import digest_of
+from lidit.store.folder import Folder
+from lidit.store.publish import publish_bytes
 from pipelines import tracking
 from pipelines.models import load_pipeline, weights_digest
 from pipelines.progress import Progress
+from pipelines.scene_images import draw_scenes, images_folder, read_image, read_scenes, remove_others, scene_targets
 
 SCORES, TABLE, RESULTS, GRID = "scores.json", "scores.md", "results.jsonl", "grid.png"
 POSITIONS = "positions.png"
 BINDING_SCORES, BINDING_TABLE, BINDING_POSITIONS = "binding.json", "binding.md", "binding-positions.png"
 GRID_PER_TAG = 6
+
+
+# what model_index.json says and scores depend on, apart from the weights
+DRAWN_BY = ("sampler", "objective", "codec", "height", "width")
 
 
 @dataclass(frozen=True)
@@ -39,57 +45,62 @@ class SceneScores:
     computed: bool
 
 
+def model_identity(model: Path) -> dict[str, Any]:
+    """What scores are of: the weights and how they draw. Raises InputError where `model` is no model folder."""
+    path, weights = model / INDEX, weights_digest(model)
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        drawn_by = {name: index.get(name) for name in DRAWN_BY}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not readable ({error}); give a model folder written by lidit train") from None
+    return {"weights": weights, **drawn_by}
+
+
 def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path) -> SceneScores:
-    """Draw and score the benchmark's prompts; nothing is done again for the same weights and settings."""
-    identity = digest_of({"model": weights_digest(model), "settings": settings.model_dump(mode="json")})
-    known = _known_scores(out, SCORES, identity)
+    """Draw and score the benchmark's prompts; nothing is done again for the same weights, sampler and settings.
+
+    Images that an interrupted call has drawn are kept. Once there are scores, `out` holds the images of this model and
+    these settings only.
+    """
+    used = settings.model_dump(mode="json", exclude={"binding_scenes"})
+    made_with = {"model": model_identity(model), "settings": used}
+    known = _known_scores(out, SCORES, made_with)
     if known:
         return known
     pipe = load_pipeline(model)
-    size = pipe.config.height
-    items = benchmark_prompts(size, settings.layout, settings.seed, settings.per_tag, settings.tags)
-    prompts = [item["prompt"] for item in items for _ in range(settings.images_per_prompt)]
-    seeds = [settings.seed * 1_000_003 + number for number in range(len(prompts))]
-    with Progress("draw", len(prompts), "images") as progress:
-        images = _draw(pipe, prompts, seeds, settings.batch_size, progress.update)
-    groups = [images[i : i + settings.images_per_prompt] for i in range(0, len(images), settings.images_per_prompt)]
-    with Progress("score", len(prompts), "images") as progress:
-        evaluation = evaluate_images(items, groups, progress=lambda done: progress.update(done))
-    return _publish(model, settings, tracker, out, identity, evaluation, images)
+    items = benchmark_prompts(pipe.config.height, settings.layout, settings.seed, settings.per_tag, settings.tags)
+    targets, images = scene_targets(items, settings), images_folder(digest_of(made_with))
+    draw_scenes(pipe, items, targets, out / images, settings.batch_size)
+    with Progress("score", len(targets), "images") as progress:
+        drawn = read_scenes(out / images, targets, settings.images_per_prompt)
+        evaluation = evaluate_images(items, drawn, progress=lambda done: progress.update(done))
+    files, found = _write(out, evaluation, images)
+    scores = _track("evaluate", model, settings, tracker, out, made_with, found, "scenes", SCORES, files)
+    remove_others(out / images)
+    return scores
 
 
-def _draw(
-    pipe: LIDiTPipeline, prompts: list[str], seeds: list[int], batch_size: int, done: Callable[[int], None]
-) -> list[NDArray[np.uint8]]:
-    images: list[NDArray[np.uint8]] = []
-    for start in range(0, len(prompts), batch_size):
-        stop = start + batch_size
-        images.extend(pipe(prompts[start:stop], seed=seeds[start:stop], output_type="np"))
-        done(len(images))
-    return images
-
-
-def _publish(
-    model: Path,
-    settings: EvaluateSettings,
-    tracker: TrackingSettings,
-    out: Path,
-    identity: str,
-    evaluation: Evaluation,
-    images: list[NDArray[np.uint8]],
-) -> SceneScores:
-    out.mkdir(parents=True, exist_ok=True)
+def _write(out: Path, evaluation: Evaluation, images: str) -> tuple[list[str], tuple[dict[str, float], str]]:
+    """The files that go to the tracker; metrics and table."""
+    _begin(out, SCORES)
     metrics, table = evaluation.metrics(), evaluation.table()
-    write_results(out / RESULTS, evaluation)
-    (out / TABLE).write_text(table + "\n")
-    _draw_grid(out / GRID, evaluation, images)
     files = [RESULTS, TABLE, GRID]
     curves = scene_curves(evaluation)
     if curves:
         plot_curves(out / POSITIONS, curves)
         files.append(POSITIONS)
         metrics |= {f"{tag}/{key}": value for tag, curve in curves.items() for key, value in curve.metrics().items()}
-    return _track("evaluate", model, settings, tracker, out, identity, (metrics, table), "scenes", SCORES, files)
+        table = f"{table}\n\n{positions_table(curves)}"
+    write_results(out / RESULTS, evaluation, images)
+    (out / TABLE).write_text(table + "\n")
+    _draw_grid(out / GRID, evaluation, out / images)
+    return files, (metrics, table)
+
+
+def _begin(out: Path, scores: str) -> None:
+    """Scores that are there say that the files beside them are theirs: from here on they are not."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / scores).unlink(missing_ok=True)
 
 
 def _track(
@@ -98,7 +109,7 @@ def _track(
     settings: EvaluateSettings,
     tracker: TrackingSettings,
     out: Path,
-    identity: str,
+    made_with: Mapping[str, Any],
     found: tuple[dict[str, float], str],
     prefix: str,
     scores: str,
@@ -106,6 +117,7 @@ def _track(
 ) -> SceneScores:
     """Metrics and files in a run of their own; the `scores` file, written last, says that all is there."""
     metrics, table = found
+    identity = digest_of(made_with)
     uri = tracking.store_uri(tracker.uri, model.resolve().parent.parent)
     tags = {"lidit.job": job, "lidit.model": str(model), "lidit.identity": identity}
     name = f"{job} {model.resolve().parent.name}"
@@ -113,37 +125,38 @@ def _track(
         run.metrics({f"{prefix}/{key}": value for key, value in metrics.items()}, 0)
         for file in files:
             run.artifact(out / file)
-    (out / scores).write_text(json.dumps({"identity": identity, "metrics": metrics, "table": table}, indent=1))
+    record = {"identity": identity, "made_with": made_with, "metrics": metrics, "table": table}
+    publish_bytes(Folder.at(out), scores, json.dumps(record, indent=1).encode())
     return SceneScores(metrics, table, out, computed=True)
 
 
 def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path) -> SceneScores:
     """Binding, attribute and relation accuracy without sampling; nothing is done again for the same weights."""
     used = settings.model_dump(mode="json", include={"binding_scenes", "layout", "seed"})
-    identity = digest_of({"model": weights_digest(model), "binding": used})
-    known = _known_scores(out, BINDING_SCORES, identity)
+    losses_of = {name: value for name, value in model_identity(model).items() if name != "sampler"}
+    made_with = {"model": losses_of, "settings": used}
+    known = _known_scores(out, BINDING_SCORES, made_with)
     if known:
         return known
     pipe = load_pipeline(model)
     scores = measure_model(pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed)
-    out.mkdir(parents=True, exist_ok=True)
+    _begin(out, BINDING_SCORES)
     (out / BINDING_TABLE).write_text(scores.table + "\n")
     files = [BINDING_TABLE]
     if scores.by_position:
         plot_binding(out / BINDING_POSITIONS, scores.by_position)
         files.append(BINDING_POSITIONS)
     found = (scores.metrics, scores.table)
-    return _track("binding", model, settings, tracker, out, identity, found, "binding", BINDING_SCORES, files)
+    return _track("binding", model, settings, tracker, out, made_with, found, "binding", BINDING_SCORES, files)
 
 
-def _draw_grid(path: Path, evaluation: Evaluation, images: list[NDArray[np.uint8]]) -> None:
+def _draw_grid(path: Path, evaluation: Evaluation, images: Path) -> None:
     """The first images of each category, a row each, framed by the strict rule: chosen by position, not by result."""
-    numbers: list[int] = []
+    shown: list[ScoredImage] = []
     for tag in evaluation.tags:
-        numbers += [i for i, one in enumerate(evaluation.images) if one.item["tag"] == tag.tag][:GRID_PER_TAG]
-    shown = [evaluation.images[i] for i in numbers]
+        shown += [one for one in evaluation.images if one.item["tag"] == tag.tag][:GRID_PER_TAG]
     grid = labelled_grid(
-        [images[i] for i in numbers],
+        [read_image(images / one.filename) for one in shown],
         [str(one.item["prompt"]) for one in shown],
         columns=GRID_PER_TAG,
         right=[one.score.strict for one in shown],
@@ -151,11 +164,11 @@ def _draw_grid(path: Path, evaluation: Evaluation, images: list[NDArray[np.uint8
     grid.save(path)
 
 
-def _known_scores(out: Path, file: str, identity: str) -> SceneScores | None:
+def _known_scores(out: Path, file: str, made_with: Mapping[str, Any]) -> SceneScores | None:
     try:
         known = json.loads((out / file).read_text())
-    except (OSError, ValueError):
-        return None
-    if known.get("identity") != identity:
-        return None
-    return SceneScores(known["metrics"], known["table"], out, computed=False)
+        if known["identity"] == digest_of(made_with):
+            return SceneScores(known["metrics"], known["table"], out, computed=False)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there or not whole: it is made again
+    return None

@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from lidit.config import Recipe, TrackingSettings
-from lidit.pipeline import LIDiTPipeline
+from lidit.errors import InputError
+from lidit.pipeline import INDEX, LIDiTPipeline
 from lidit.text.specs import default_device
 
 
@@ -32,9 +33,15 @@ def tracking_of(model: Path) -> TrackingSettings:
 
 
 def weights_digest(model: Path) -> str:
-    """sha256 over the model folder's weight files."""
+    """sha256 over the model folder's weight files. InputError where the folder is not a model's: no file has a digest
+    too, and scores would be filed under it."""
+    if not (model / INDEX).is_file():
+        raise InputError(f"{model}: no {INDEX}, so this is not a model folder written by lidit train")
+    weights = sorted(model.rglob("*.safetensors"))
+    if not weights:
+        raise InputError(f"{model}: no weights (*.safetensors) in the model folder; copy it again, whole")
     total = hashlib.sha256()
-    for path in sorted(model.rglob("*.safetensors")):
+    for path in weights:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()

@@ -1,6 +1,6 @@
 """The official suites' images, drawn by a pool of workers; and what the official scorers say, in the tracker.
 
-An image that is there is complete, so a rerun draws only what is missing, on any number of workers.
+An image that is there whole is done, so a rerun draws only what is missing, on any number of workers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from lidit.config import PoolSettings, TrackingSettings
 from lidit.evals.official import SuiteScores, parse_results, prepare_folder, suite_parts
+from lidit.evals.positional import plot_curves
 from lidit.evals.suites import FIRST_SEED, ImageTarget, missing, save_target
 from lidit.models import TextStates
 from lidit.pipeline import LIDiTPipeline
@@ -118,19 +119,27 @@ class Painter:
 def track_results(
     model: Path, suite: str, results: Path, graph: Path | None, tracker: TrackingSettings, out: Path
 ) -> SuiteScores:
-    """The official aggregates of `results`, written to `out` and logged as a run of their own."""
-    scores = parse_results(suite, results, graph)
+    """The official aggregates of `results`, written to `out` and logged as a run of their own.
+
+    Raises InputError where `model` is no model folder, or the results are not what the suite's scorer writes.
+    """
+    weights = weights_digest(model)
+    scores = parse_results(suite, results, graph, drawn=out / suite)
     out.mkdir(parents=True, exist_ok=True)
     report = out / f"{suite}.md"
     report.write_text("\n\n".join([f"# {suite}", scores.table, *scores.notes]) + "\n")
-    weights = weights_digest(model)
+    artifacts = [report]
+    if scores.curve is not None:
+        artifacts.append(out / f"{suite}.png")
+        plot_curves(artifacts[-1], {suite: scores.curve})
     key = digest_of({"model": weights, "suite": suite, "metrics": scores.metrics})[:32]
     uri = tracking.store_uri(tracker.uri, model.resolve().parent.parent)
     tags = {"lidit.job": "evaluate", "lidit.suite": suite, "lidit.model": str(model), "lidit.weights": weights}
     name = f"{suite} {model.resolve().parent.name}"
     with tracking.tracked_run(uri, tracker.experiment, name, key, {"results": str(results)}, tags, out) as run:
         run.metrics({f"{suite}/{_metric_name(name)}": value for name, value in scores.metrics.items()}, 0)
-        run.artifact(report)
+        for path in artifacts:
+            run.artifact(path)
     return scores
 
 

@@ -1,8 +1,7 @@
 """Check rendered manifests offline: the CRD schemas (unknown fields refused), KubeRay's own rules, our security rules.
 
-    cd infra/kuberay/overlays/small
-    (for part in cluster embed train; do kubectl kustomize $part; echo ---; done) > all.yaml
-    python -m infra.kuberay.validate all.yaml --crds DIR        (from the repository's root)
+    for part in cluster embed train; do kubectl kustomize infra/kuberay/overlays/small/$part; echo ---; done > all.yaml
+    python -m infra.kuberay.validate all.yaml --crds DIR
 
 DIR holds `ray.io_rayjobs.yaml` and `ray.io_rayclusters.yaml` of the installed operator: docs/cluster.md says how to get
 them. Prints one line per finding; exit code 2 when there is any. Give the parts together: jobs are checked against the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from random import Random
 
 import numpy as np
@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 
 from lidit.errors import InputError
 from lidit.evals.analysis import Analysis, analyse
+from lidit.evals.generalisation import SEEN, HeldOutComparison, compare_held_out, held_out_table
 from lidit.evals.generator import draw_scene
 from lidit.evals.scorer import Item, SceneScore, judge, score_image
 from lidit.evals.shapes import vocabulary_for
 from lidit.evals.statistics import Interval, bootstrap_mean
 
-HELD_OUT = ("none", "pair", "template")
-
 
 @dataclass(frozen=True)
 class ScoredImage:
+    """`filename`: where GenEval's layout has the image, relative to the folder of all images."""
+
     prompt: int
     item: Item
     score: SceneScore
@@ -47,8 +48,8 @@ class Evaluation:
     """Per category, and overall = unweighted mean of the categories, as GenEval defines it.
 
     `correct_images` is the share of images, `correct_prompts` of prompts with any correct image (both lax).
-    `by_held_out`: overall lax and strict score of the seen prompts ("none"), of those that name a colour-shape pair
-    never trained ("pair") and of those in a caption template never trained ("template").
+    `by_held_out`: seen prompts against those that name a colour-shape pair never trained ("pair") and those in a
+    caption template never trained ("template"), within the same categories.
     """
 
     tags: tuple[TagScore, ...]
@@ -58,7 +59,7 @@ class Evaluation:
     floor_strict: float
     correct_images: float
     correct_prompts: float
-    by_held_out: dict[str, tuple[float, float]]
+    by_held_out: dict[str, HeldOutComparison]
     images: tuple[ScoredImage, ...]
 
     def metrics(self) -> dict[str, float]:
@@ -74,12 +75,15 @@ class Evaluation:
         for tag in self.tags:
             flat |= {f"{tag.tag}/lax": tag.lax.value, f"{tag.tag}/strict": tag.strict.value}
             flat |= {f"{tag.tag}/floor_lax": tag.floor_lax, f"{tag.tag}/floor_strict": tag.floor_strict}
-        for name, (lax, strict) in self.by_held_out.items():
-            flat |= {f"held_out_{name}/lax": lax, f"held_out_{name}/strict": strict}
+        for name, comparison in self.by_held_out.items():
+            for rule, found in (("lax", comparison.mean.lax), ("strict", comparison.mean.strict)):
+                flat |= with_bounds(f"held_out_{name}/{rule}_seen", found.seen)
+                flat |= with_bounds(f"held_out_{name}/{rule}", found.held_out)
+                flat |= with_bounds(f"held_out_{name}/{rule}_gap", found.gap)
         return flat
 
     def table(self) -> str:
-        """A Markdown table: one row per category, then the overall mean."""
+        """Markdown tables: one row per category, then the overall mean; and seen prompts against held-out ones."""
         lines = [
             "| category | prompts | images | lax | strict | floor lax | floor strict |",
             "|---|---|---|---|---|---|---|",
@@ -93,7 +97,14 @@ class Evaluation:
             f"| **overall** | {sum(t.prompts for t in self.tags)} | {len(self.images)} | {self.overall_lax:.3f} | "
             f"{self.overall_strict:.3f} | {self.floor_lax:.3f} | {self.floor_strict:.3f} |"
         )
+        if self.by_held_out:
+            lines += ["", held_out_table(self.by_held_out)]
         return "\n".join(lines)
+
+
+def with_bounds(name: str, interval: Interval) -> dict[str, float]:
+    """An interval as a tracker takes it: NAME, NAME_low and NAME_high."""
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def chance_floor(items: Sequence[Item], size: int, scenes: int = 64, seed: int = 0) -> dict[str, tuple[float, float]]:
@@ -119,28 +130,34 @@ def chance_floor(items: Sequence[Item], size: int, scenes: int = 64, seed: int =
 
 def evaluate_images(
     items: Sequence[Item],
-    images: Sequence[Sequence[NDArray[np.uint8]]],
+    images: Iterable[Iterable[NDArray[np.uint8]]],
     floor: dict[str, tuple[float, float]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Scores `images[i]`, the uint8 [S, S, 3] images drawn for prompt `items[i]` (from `benchmark_prompts`).
+    """Scores the i-th of `images`, the uint8 [S, S, 3] images drawn for prompt `items[i]` (from `benchmark_prompts`).
 
-    `floor`: from `chance_floor`, measured here where None. `progress` is called with the images scored so far. Raises
-    InputError where a prompt has no image, or an image cannot be scored.
+    Images are taken one by one and not kept, so generators of any length will do. `floor`: from `chance_floor`,
+    measured here where None. `progress` is called with the images scored so far. Raises InputError where a prompt has
+    no image, or an image cannot be scored.
     """
-    if not items or len(items) != len(images):
-        raise InputError(f"{len(items)} prompts and {len(images)} groups of images: one group is needed per prompt")
     scored: list[ScoredImage] = []
-    for prompt, (item, group) in enumerate(zip(items, images)):
-        if not len(group):
-            raise InputError(f"prompt {prompt} ({item['prompt']!r}): no images")
+    groups = 0
+    for prompt, group in enumerate(images):
+        groups += 1
+        if groups > len(items):
+            break
+        item, number = items[prompt], -1
         for number, image in enumerate(group):
+            size = len(image)
             scored.append(ScoredImage(prompt, item, score_image(image, item), f"{prompt:05d}/samples/{number:04d}.png"))
             if progress is not None:
                 progress(len(scored))
-    if floor is None:
-        floor = chance_floor(items, len(images[0][0]))
-    return _sum_up(scored, floor)
+        if number < 0:
+            raise InputError(f"prompt {prompt} ({item['prompt']!r}): no images")
+    if not items or groups != len(items):
+        more = " or more" if groups > len(items) else ""
+        raise InputError(f"{len(items)} prompts and {groups}{more} groups of images: one group is needed per prompt")
+    return _sum_up(scored, chance_floor(items, size) if floor is None else floor)
 
 
 def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) -> Evaluation:
@@ -159,11 +176,6 @@ def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) ->
                 floor_strict=floor[tag][1],
             )
         )
-    held_out = {}
-    for name in HELD_OUT:
-        chosen = [one for one in scored if one.item.get("held_out", "none") == name]
-        if chosen:
-            held_out[name] = (_overall(chosen, lambda s: s.lax), _overall(chosen, lambda s: s.strict))
     correct_prompts = {one.prompt for one in scored if one.score.lax}
     return Evaluation(
         tags=tuple(tags),
@@ -173,7 +185,12 @@ def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) ->
         floor_strict=float(np.mean([tag.floor_strict for tag in tags])),
         correct_images=float(np.mean([one.score.lax for one in scored])),
         correct_prompts=len(correct_prompts) / len({one.prompt for one in scored}),
-        by_held_out=held_out,
+        by_held_out=compare_held_out(
+            [one.item["tag"] for one in scored],
+            [one.item.get("held_out", SEEN) for one in scored],
+            [one.prompt for one in scored],
+            [(one.score.lax, one.score.strict) for one in scored],
+        ),
         images=tuple(scored),
     )
 
@@ -186,13 +203,16 @@ def _overall(scored: Iterable[ScoredImage], rule: Callable[[SceneScore], bool]) 
     return float(np.mean([np.mean(group) for group in groups.values()]))
 
 
-def write_results(path: Path, evaluation: Evaluation) -> None:
-    """One JSON line per image in the format of GenEval's results file (`correct` is the lax rule), plus `strict`."""
+def write_results(path: Path, evaluation: Evaluation, images: str = "") -> None:
+    """One JSON line per image in the format of GenEval's results file (`correct` is the lax rule), plus `strict`.
+
+    images: the folder of all images, relative to that of `path`; file names are written with it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for one in evaluation.images:
             record = {
-                "filename": one.filename,
+                "filename": str(PurePosixPath(images) / one.filename),
                 "tag": one.item["tag"],
                 "prompt": one.item["prompt"],
                 "correct": one.score.lax,

@@ -7,6 +7,7 @@ prompt: published numbers with rewritten prompts or twelve images are not compar
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +51,18 @@ def image_targets(
 
 
 def write_metadata(out: Path, items: Sequence[Mapping[str, Any]]) -> None:
-    """`00000/metadata.jsonl` ...: ONE JSON object each, as the scorer loads it."""
+    """`00000/metadata.jsonl` ...: ONE JSON object each, as the scorer loads it; those that are there are left alone."""
     for number, item in enumerate(items):
-        write_whole(out, Path(f"{number:05d}/metadata.jsonl"), json.dumps(dict(item)).encode())
+        path, content = Path(f"{number:05d}/metadata.jsonl"), json.dumps(dict(item)).encode()
+        if not (out / path).is_file() or (out / path).read_bytes() != content:
+            write_whole(out, path, content)
 
 
 @dataclass(frozen=True)
 class GenEvalSummary:
     """GenEval's own aggregates: `overall` is the unweighted mean of the tags; shares of images and of prompts with any
-    correct image; `tags` with 95 % intervals over prompts."""
+    correct image; `tags` with 95 % intervals over prompts. `uneven`: prompts with more or fewer than four images ->
+    how many."""
 
     tags: dict[str, Interval]
     overall: float
@@ -66,6 +70,7 @@ class GenEvalSummary:
     correct_prompts: float
     images: int
     prompts: int
+    uneven: dict[str, int]
 
     def metrics(self) -> dict[str, float]:
         flat = {tag: interval.value for tag, interval in self.tags.items()}
@@ -79,18 +84,23 @@ class GenEvalSummary:
 def read_results(path: Path) -> GenEvalSummary:
     """Sums up the official scorer's results file (and our own). InputError names a line that is not a result."""
     tags: dict[str, list[tuple[str, bool]]] = {}
+    names: dict[str, str] = {}
     for number, line in enumerate(read_lines(path), start=1):
         try:
             record = json.loads(line)
-            tag, correct, prompt = record["tag"], record["correct"], record["metadata"]
+            tag, correct, metadata = record["tag"], record["correct"], record["metadata"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}:{number}: expected a result with tag, correct and metadata") from None
+        if not isinstance(tag, str):
+            raise InputError(f"{path}:{number}: tag is {tag!r}, expected a string; run evaluate_images.py again")
         if not isinstance(correct, bool):
             raise InputError(f"{path}:{number}: correct is {correct!r}, expected true or false")
-        tags.setdefault(tag, []).append((prompt if isinstance(prompt, str) else json.dumps(prompt), correct))
+        prompt = metadata if isinstance(metadata, str) else json.dumps(metadata)
+        names[prompt] = str(record.get("prompt", prompt))
+        tags.setdefault(tag, []).append((prompt, correct))
     rows = [row for group in tags.values() for row in group]
     means = {tag: bootstrap_mean([c for _, c in group], [p for p, _ in group]) for tag, group in tags.items()}
-    prompts = {prompt for prompt, _ in rows}
+    prompts = Counter(prompt for prompt, _ in rows)
     return GenEvalSummary(
         tags=means,
         overall=float(np.mean([interval.value for interval in means.values()])),
@@ -98,4 +108,5 @@ def read_results(path: Path) -> GenEvalSummary:
         correct_prompts=len({prompt for prompt, correct in rows if correct}) / len(prompts),
         images=len(rows),
         prompts=len(prompts),
+        uneven={names[prompt]: count for prompt, count in prompts.items() if count != IMAGES_PER_PROMPT},
     )

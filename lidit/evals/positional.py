@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from lidit.errors import InputError
-from lidit.evals.evaluate import Evaluation
+from lidit.evals.evaluate import Evaluation, with_bounds
 from lidit.evals.scene import list_length
 from lidit.evals.statistics import Interval, bootstrap_columns
 
@@ -39,10 +39,15 @@ class PositionalCurve:
     by_quartile: tuple[Interval, ...]
     drop: Interval
 
+    def named(self) -> dict[str, Interval]:
+        """Every interval under the name it has in a tracker."""
+        named = {f"position_{i + 1}_of_{self.segments}": v for i, v in enumerate(self.by_position)}
+        named |= {f"quartile_{i + 1}": v for i, v in enumerate(self.by_quartile)}
+        return named | {"drop": self.drop}
+
     def metrics(self) -> dict[str, float]:
-        flat = {f"position_{i + 1}_of_{self.segments}": v.value for i, v in enumerate(self.by_position)}
-        flat |= {f"quartile_{i + 1}": v.value for i, v in enumerate(self.by_quartile)}
-        return flat | {"drop": self.drop.value}
+        """Flat numbers for a tracker: NAME, NAME_low and NAME_high of every interval."""
+        return {key: value for name, v in self.named().items() for key, value in with_bounds(name, v).items()}
 
 
 def positional_curve(scores: ArrayLike, prompts: Sequence[object]) -> PositionalCurve:
@@ -80,6 +85,20 @@ def scene_curves(evaluation: Evaluation) -> dict[str, PositionalCurve]:
     return curves
 
 
+def positions_table(curves: Mapping[str, PositionalCurve]) -> str:
+    """A Markdown table of curves (label -> curve): a row per position, per quartile, and for the drop."""
+    lines = ["| list | place in the prompt | prompts | images | score |", "|---|---|---|---|---|"]
+    for label, curve in curves.items():
+        for name, interval in curve.named().items():
+            place = name.replace("_", " ")
+            if name == "drop":
+                place = f"**drop**, first {'quartile' if curve.by_quartile else 'position'} less last"
+            elif name.startswith("quartile") and curve.segments == QUARTILES:
+                continue  # the positions themselves
+            lines.append(f"| {label} | {place} | {curve.prompts} | {curve.images} | {interval} |")
+    return "\n".join(lines)
+
+
 def read_segment_scores(path: Path) -> tuple[NDArray[np.float64], list[int]]:
     """Scores [images, segments] and prompt numbers from a JSON-lines file of {"prompt": number, "scores": [...]}.
 
@@ -109,11 +128,18 @@ def read_segment_scores(path: Path) -> tuple[NDArray[np.float64], list[int]]:
 def plot_curves(
     path: Path, curves: Mapping[str, PositionalCurve], title: str = "Score by position in the prompt"
 ) -> None:
-    """Writes the curves (label -> curve) with their intervals as a PNG; x is the relative position in [0, 1]."""
+    """Writes the curves (label -> curve) with their intervals as a PNG; x is the relative position in [0, 1].
+
+    The legend says the drop and its interval, which decide whether there is a bias.
+    """
     if not curves:
         raise InputError("no positional curves to plot: evaluate list4 or list8 prompts")
-    labelled = {f"{label} ({curve.prompts} prompts)": curve.by_position for label, curve in curves.items()}
-    plot_intervals(path, labelled, "score", title)
+    plot_intervals(path, plot_labels(curves), "score", title)
+
+
+def plot_labels(curves: Mapping[str, PositionalCurve]) -> dict[str, tuple[Interval, ...]]:
+    """What the plot's legend says of each curve -> the curve's points."""
+    return {f"{label} ({c.prompts} prompts), drop {c.drop}": c.by_position for label, c in curves.items()}
 
 
 def plot_intervals(path: Path, series: Mapping[str, Sequence[Interval]], y_label: str, title: str) -> None:

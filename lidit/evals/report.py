@@ -22,6 +22,7 @@ from lidit.errors import InputError
 
 Curve = Sequence[tuple[int, float]]
 SMALLEST_SIDE = 96
+NOT_BETTER_HIGHER = ("floor", "drop", "gap")  # parts of the names of numbers that say something else than how good
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; }
 table { border-collapse: collapse; margin: .8rem 0; }
@@ -38,13 +39,19 @@ p { margin: 0 0 .4em; color: #555; }
 @dataclass(frozen=True)
 class RunPage:
     """One run. `facts`: setting -> value; `scores`: metric -> value; `curves`: metric -> (step, value);
-    `images`: prompt -> its images, uint8 [H, W, 3], drawn with the same seeds in every run."""
+    `images`: prompt -> its images, uint8 [H, W, 3], drawn with the same seeds in every run.
+
+    `measured`: metric -> how; values measured in different ways are not compared. `notes`: what must be known of the
+    scores.
+    """
 
     name: str
     facts: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
     images: Mapping[str, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)
+    measured: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -74,10 +81,13 @@ def write_report(path: Path, runs: Sequence[RunPage], seeds: Sequence[int], titl
     )
 
 
-def _section(title: str, note: str, head: Sequence[str], rows: Sequence[str]) -> str:
+def _section(title: str, notes: Sequence[str], head: Sequence[str], rows: Sequence[str]) -> str:
+    said = "\n".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    if not rows:
+        return f"<h2>{title}</h2>\n{said}"
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     table = f"<thead><tr>{cells}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>"
-    return f"<h2>{title}</h2>\n<p>{html.escape(note)}</p>\n<table>\n{table}\n</table>"
+    return f"<h2>{title}</h2>\n{said}\n<table>\n{table}\n</table>"
 
 
 def _images(runs: Sequence[RunPage], seeds: Sequence[int]) -> str:
@@ -89,7 +99,7 @@ def _images(runs: Sequence[RunPage], seeds: Sequence[int]) -> str:
         cells = "".join(f"<td>{''.join(map(_picture, run.images.get(prompt, ())))}</td>" for run in runs)
         rows.append(f"<tr><td>{html.escape(prompt)}</td>{cells}</tr>")
     note = f"Every run draws every prompt with the seeds {', '.join(map(str, seeds))}."
-    return _section("Same prompts, same seeds", note, ["prompt", *(run.name for run in runs)], rows)
+    return _section("Same prompts, same seeds", [note], ["prompt", *(run.name for run in runs)], rows)
 
 
 def _picture(image: NDArray[np.uint8]) -> str:
@@ -105,18 +115,33 @@ def _data(content: bytes) -> str:
 
 
 def _scores(runs: Sequence[RunPage]) -> str:
-    names = list(dict.fromkeys(name for run in runs for name in run.scores))
-    rows = []
-    for name in names:
-        values = [run.scores.get(name) for run in runs]
-        known = [value for value in values if value is not None]
+    known = {name for run in runs for name in run.scores}
+    bounds = {f"{name}_{end}" for name in known for end in ("low", "high") if f"{name}_low" in known}
+    rows, apart = [], False
+    for name in (name for name in dict.fromkeys(name for run in runs for name in run.scores) if name not in bounds):
+        values = [run.scores[name] for run in runs if name in run.scores]
+        alike = len({run.measured.get(name) for run in runs if name in run.scores}) == 1
+        apart = apart or not alike
+        ranked = alike and max(values) > min(values) and not any(part in name for part in NOT_BETTER_HIGHER)
         cells = ""
-        for value in values:
-            best = " best" if value is not None and len(known) > 1 and value == max(known) > min(known) else ""
-            cells += f'<td class="number{best}">{"" if value is None else f"{value:.3f}"}</td>'
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    note = "The highest of a row is bold; floors are what another true scene would score."
-    return _section("Scores", note, ["score", *(run.name for run in runs)], rows) if rows else ""
+        for run in runs:
+            best = " best" if ranked and run.scores.get(name) == max(values) else ""
+            cells += f'<td class="number{best}">{_number(run.scores, name)}</td>'
+        rows.append(f"<tr><td>{html.escape(name)}{'' if alike else ' *'}</td>{cells}</tr>")
+    notes = [note for run in runs for note in run.notes]
+    if rows:
+        notes.insert(0, "The highest score of a row is bold; floors are what another true scene would score.")
+    if apart:
+        notes.append("* Measured with different settings (see below): these numbers cannot be compared.")
+    return _section("Scores", notes, ["score", *(run.name for run in runs)], rows) if notes else ""
+
+
+def _number(scores: Mapping[str, float], name: str) -> str:
+    """The value with its interval where it has one; nothing where there is no value."""
+    if name not in scores:
+        return ""
+    low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
+    return f"{scores[name]:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def _facts(runs: Sequence[RunPage]) -> str:
@@ -128,7 +153,7 @@ def _facts(runs: Sequence[RunPage]) -> str:
         cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
         rows.append(f"<tr{differs}><td>{html.escape(name)}</td>{cells}</tr>")
     note = "Settings that differ are marked."
-    return _section("Settings", note, ["setting", *(run.name for run in runs)], rows) if rows else ""
+    return _section("Settings", [note], ["setting", *(run.name for run in runs)], rows) if rows else ""
 
 
 def _curves(runs: Sequence[RunPage]) -> str:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import json
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from lidit.errors import InputError
+from lidit.store.folder import Folder
+from lidit.store.publish import TEMPORARY_PREFIX, publish_bytes
 
 FIRST_SEED = 42  # what the reference samplers start every prompt with
 IDENTITY_FILE = "suite.json"
-PARTIAL_FOLDER = ".partial"  # beside the folders that scorers list, never inside
+IMAGES = "images"  # the identity file's key for how many files the prompt list asks for
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # a file without it was cut: by a full disk, a lost machine, an ended copy
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,17 @@ class ImageTarget:
 
 
 def missing(out: Path, targets: Iterable[ImageTarget]) -> list[ImageTarget]:
-    """The targets whose file is not there yet, in order. Workers take `missing(...)[worker::workers]`."""
-    return [target for target in targets if not (out / target.path).is_file()]
+    """The targets whose file is not there whole, in order. Workers take `missing(...)[worker::workers]`."""
+    return [target for target in targets if not _is_whole(out / target.path)]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), io.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # not there, or shorter than the end
+        return False
 
 
 def save_target(out: Path, target: ImageTarget, images: Sequence[NDArray[np.uint8]]) -> None:
@@ -52,33 +64,50 @@ def save_target(out: Path, target: ImageTarget, images: Sequence[NDArray[np.uint
 
 
 def write_whole(out: Path, path: Path, content: bytes) -> None:
-    """Writes `out / path` by way of a temporary file no scorer sees, so that a file that exists is complete."""
-    partial = out / PARTIAL_FOLDER / uuid.uuid4().hex  # workers on several machines may share the folder
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(content)
+    """Writes `out / path` so that a file that exists is complete, whatever is killed or loses power.
+
+    The temporary file lies in `out` itself: scorers list the folders below it and would trip over a leftover there.
+    """
     (out / path).parent.mkdir(parents=True, exist_ok=True)
-    partial.replace(out / path)
+    publish_bytes(Folder.at(out), str(path), content)
 
 
-def claim_folder(out: Path, identity: Mapping[str, object]) -> None:
+def claim_folder(out: Path, identity: Mapping[str, object], images: int) -> None:
     """Marks the output folder as belonging to one suite, prompt list and model; a folder of another one is refused.
 
     `identity`: JSON values such as the suite's name, the prompt file's and the model's digests, sampler and seed.
+    `images`: how many files will be drawn, for `recorded_images`. Raises InputError for a folder of something else.
     """
-    path = out / IDENTITY_FILE
-    wanted = json.loads(json.dumps(dict(identity), sort_keys=True))
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            different = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
-        except (ValueError, TypeError):
-            raise InputError(f"{path}: not readable; delete {out} or give a new folder") from None
+    wanted = json.loads(json.dumps({**identity, IMAGES: images}, sort_keys=True))
+    found = _identity(out)
+    if found is not None:
+        earlier = {IMAGES: images} | found  # a folder begun before the number was recorded is still the same one
+        different = sorted(key for key in {*wanted, *earlier} if wanted.get(key) != earlier.get(key))
         if different:
             raise InputError(f"{out}: holds images made with other {', '.join(different)}; give a new folder")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
         raise InputError(f"{out}: not empty and without {IDENTITY_FILE}; give a new folder")
-    else:
+    if found != wanted:
         write_whole(out, Path(IDENTITY_FILE), json.dumps(wanted, indent=1).encode())
+
+
+def recorded_images(out: Path) -> int | None:
+    """How many files `out` was claimed for; None where nothing says so. InputError for a record that is no record."""
+    images = (_identity(out) or {}).get(IMAGES)
+    return images if isinstance(images, int) else None
+
+
+def _identity(out: Path) -> dict[str, Any] | None:
+    path = out / IDENTITY_FILE
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not readable; delete {out} or give a new folder")
+    return found
 
 
 def read_lines(path: Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 One folder per category with all images in `samples/`. The number in a file name is a running index over the whole
 category, not a seed: BLIP-VQA and CLIP write positions after sorting, UniDet writes the number, and 3-in-1 joins the
-two, so the indices must be contiguous from 0 in the order of the prompt file.
+two, so the indices must be contiguous from 0 in the order of the prompt file. For the same reason a result file cannot
+show that images were missing: how many there should be is what the drawing recorded.
 """
 
 from __future__ import annotations
@@ -17,21 +18,27 @@ import numpy as np
 
 from lidit.errors import InputError
 from lidit.evals.statistics import Interval, bootstrap_mean
-from lidit.evals.suites import FIRST_SEED, ImageTarget, read_lines
+from lidit.evals.suites import FIRST_SEED, ImageTarget, read_lines, recorded_images
 
 IMAGES_PER_PROMPT = 10
 LONGEST_NAME = 255  # bytes of a file name on common file systems
-# where each category's official scorer leaves its scores; 2D-spatial wrote elsewhere in earlier versions
+# where each category's official scorer leaves its scores; earlier versions of 2D-spatial wrote elsewhere
 RESULT_FILES: dict[str, tuple[str, ...]] = {
     "color": ("annotation_blip/vqa_result.json",),
     "shape": ("annotation_blip/vqa_result.json",),
     "texture": ("annotation_blip/vqa_result.json",),
-    "spatial": ("labels/annotation_obj_detection_2d/vqa_result.json", "annotation_obj_detection/vqa_result.json"),
+    "spatial": (
+        "labels/annotation_obj_detection_2d/vqa_result.json",
+        "labels/annotation_obj_detection/vqa_result.json",
+        "annotation_obj_detection/vqa_result.json",
+    ),
     "3d_spatial": ("labels/annotation_obj_detection_3d/vqa_result.json", "annotation_obj_detection/vqa_result.json"),
     "numeracy": ("annotation_num/vqa_result.json",),
     "non_spatial": ("annotation_clip/vqa_result.json",),
     "complex": ("annotation_3_in_1/vqa_result.json",),
 }
+# 3_in_1.py still looks for UniDet's results where an earlier 2D_spatial_eval.py left them
+BEFORE_THREE_IN_ONE = "copy labels/annotation_obj_detection_2d to annotation_obj_detection before 3_in_1.py"
 LI_DIT_AVERAGE = ("color", "shape", "texture")  # what the LI-DiT paper averages (section 5.1)
 
 
@@ -69,24 +76,44 @@ def image_targets(
 
 @dataclass(frozen=True)
 class CategoryScore:
-    """Mean over images of one category with a 95 % interval over prompts."""
+    """Mean over images of one category with a 95 % interval over prompts. `recorded`: the drawing said how many images
+    there should be, and there are."""
 
     category: str
     score: Interval
     images: int
+    recorded: bool
 
 
 def read_category(out: Path, category: str, per_prompt: int = IMAGES_PER_PROMPT) -> CategoryScore:
     """The score of `out / category` from what its official scorer wrote there.
 
-    Raises InputError where the results are absent, incomplete or not numbered 0, 1, 2, ...
+    Raises InputError where the results are absent, not numbered 0, 1, 2, ..., or not of as many images as were to be
+    drawn (where nothing recorded that: as there are in `samples`).
     """
     _check(category)
-    candidates = [out / category / name for name in RESULT_FILES[category]]
+    folder = out / category
+    candidates = [folder / name for name in RESULT_FILES[category]]
     found = [path for path in candidates if path.is_file()]
     if not found:
-        raise InputError(f"{candidates[0]}: no results; run the official {category} scorer on {out / category} first")
-    return _score(category, read_answers(found[0]), per_prompt, found[0])
+        hint = f"; {BEFORE_THREE_IN_ONE}" if category == "complex" else ""
+        raise InputError(f"{candidates[0]}: no results; run the official {category} scorer on {folder} first{hint}")
+    answers, recorded = read_answers(found[0]), recorded_images(folder)
+    _check_complete(folder / "samples", found[0], len(answers), recorded)
+    if len(answers) % per_prompt:
+        raise InputError(f"{found[0]}: {len(answers)} scores are no multiple of {per_prompt} images per prompt")
+    prompts = np.arange(len(answers)) // per_prompt
+    return CategoryScore(category, bootstrap_mean(answers, prompts.tolist()), len(answers), recorded is not None)
+
+
+def _check_complete(samples: Path, results: Path, scores: int, recorded: int | None) -> None:
+    """`samples` need not be there any more: results are small and get copied without their images."""
+    there = sum(path.stat().st_size > 0 for path in samples.iterdir()) if samples.is_dir() else None
+    expected = there if recorded is None else recorded
+    if expected is not None and there is not None and there < expected:
+        raise InputError(f"{samples}: {there} of {expected} images; run the drawing again, then the scorer")
+    if expected is not None and scores != expected:
+        raise InputError(f"{results}: {scores} scores, {expected} images; run the scorer on all of {samples}")
 
 
 def read_answers(path: Path) -> list[float]:
@@ -103,48 +130,11 @@ def read_answers(path: Path) -> list[float]:
     return [answers[number] for number in range(len(answers))]
 
 
-def three_in_one(out: Path, prompts: Sequence[str], spatial: Sequence[str], action: Sequence[str]) -> CategoryScore:
-    """The complex category's 3-in-1 score from the BLIP-VQA, UniDet and CLIP results in `out / "complex"`.
-
-    Mean of (BLIP, UniDet) where the prompt is in the spatial list, else (BLIP, CLIP) where in the action list, else of
-    all three; lists are compared in lower case up to the first ".", as the official script does.
-    """
-    folder = out / "complex"
-    names = ("annotation_blip", "annotation_obj_detection", "annotation_clip")
-    blip, unidet, clip = (read_answers(folder / name / "vqa_result.json") for name in names)
-    expected = len(prompts) * IMAGES_PER_PROMPT
-    for name, answers in zip(names, (blip, unidet, clip)):
-        if len(answers) != expected:
-            raise InputError(f"{folder / name}: {len(answers)} scores for {len(prompts)} prompts, expected {expected}")
-    spatial_keys, action_keys = ({_key(prompt) for prompt in group} for group in (spatial, action))
-    scores = []
-    for number, prompt in enumerate(prompts):
-        for index in range(number * IMAGES_PER_PROMPT, (number + 1) * IMAGES_PER_PROMPT):
-            if _key(prompt) in spatial_keys:
-                scores.append((blip[index] + unidet[index]) / 2)
-            elif _key(prompt) in action_keys:
-                scores.append((blip[index] + clip[index]) / 2)
-            else:
-                scores.append((blip[index] + unidet[index] + clip[index]) / 3)
-    return _score("complex", scores, IMAGES_PER_PROMPT, folder)
-
-
 def li_dit_average(scores: Mapping[str, CategoryScore]) -> float | None:
     """Mean of color, shape and texture x 100, the paper's "T2I average"; None while one of them is absent."""
     if not all(category in scores for category in LI_DIT_AVERAGE):
         return None
     return 100 * float(np.mean([scores[category].score.value for category in LI_DIT_AVERAGE]))
-
-
-def _score(category: str, answers: Sequence[float], per_prompt: int, origin: Path) -> CategoryScore:
-    if len(answers) % per_prompt:
-        raise InputError(f"{origin}: {len(answers)} scores are no multiple of {per_prompt} images per prompt")
-    prompts = np.arange(len(answers)) // per_prompt
-    return CategoryScore(category, bootstrap_mean(answers, prompts.tolist()), len(answers))
-
-
-def _key(prompt: str) -> str:
-    return prompt.split(".")[0].lower()
 
 
 def _check(category: str) -> None:

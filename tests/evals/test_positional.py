@@ -14,7 +14,9 @@ from lidit.evals.generator import draw_scene
 from lidit.evals.positional import (
     PositionalCurve,
     plot_curves,
+    plot_labels,
     positional_curve,
+    positions_table,
     read_segment_scores,
     scene_curves,
 )
@@ -69,6 +71,30 @@ def test_quartiles_and_clusters() -> None:
     assert short.drop.value == 0.5
     with pytest.raises(InputError, match="within 0 and 1"):
         positional_curve([[0.5, 1.5]], ["a"])
+
+
+def test_the_interval_of_the_drop_is_told_everywhere() -> None:
+    """It decides whether there is a bias: in the table, in the legend and among the numbers of a tracker."""
+    four = positional_curve([[1, 1, 0, 0], [1, 0, 1, 1], [1, 1, 1, 0]], [0, 1, 2])
+    eight = positional_curve(np.random.default_rng(0).uniform(size=(6, 8)), range(6))
+    pair = positional_curve([[1, 0], [1, 1]], [0, 1])
+    drop = f"{four.drop}"
+    assert four.drop.low < four.drop.value < four.drop.high
+    (label,) = plot_labels({"list4": four})
+    assert label == f"list4 (3 prompts), drop {drop}"
+    rows = positions_table({"list4": four, "list8": eight, "list2": pair}).splitlines()
+    assert len({row.count("|") for row in rows}) == 1
+    assert f"| list4 | **drop**, first quartile less last | 3 | 3 | {drop} |" in rows
+    assert f"| list4 | position 4 of 4 | 3 | 3 | {four.by_position[3]} |" in rows
+    assert f"| list8 | quartile 3 | 6 | 6 | {eight.by_quartile[2]} |" in rows
+    assert f"| list2 | **drop**, first position less last | 2 | 2 | {pair.drop} |" in rows
+    assert [sum(row.startswith(f"| {name} ") for row in rows) for name in ("list4", "list8", "list2")] == [5, 13, 3]
+    metrics = eight.metrics()
+    assert (metrics["drop_low"], metrics["drop_high"]) == (eight.drop.low, eight.drop.high)
+    assert (metrics["quartile_2_low"], metrics["quartile_2_high"]) == (
+        eight.by_quartile[1].low,
+        eight.by_quartile[1].high,
+    )
 
 
 def test_plot_is_a_picture_of_the_curve(tmp_path: Path) -> None:

@@ -88,6 +88,45 @@ def test_what_a_reader_compares(page: Path) -> None:
     assert "seeds 0, 1" in text
 
 
+def scores_page(folder: Path, *runs: RunPage) -> str:
+    write_report(folder / "r.html", runs, (0,))
+    return (folder / "r.html").read_text()
+
+
+def test_only_what_was_measured_alike_has_a_best(tmp_path: Path) -> None:
+    scores = ({"overall/lax": 0.2, "gain": 0.9}, {"overall/lax": 0.8, "gain": 0.1})
+    alike, other = {"overall/lax": "24 prompts", "gain": "x"}, {"overall/lax": "2 prompts", "gain": "x"}
+    text = scores_page(
+        tmp_path, RunPage("a", scores=scores[0], measured=alike), RunPage("b", scores=scores[1], measured=other)
+    )
+    assert re.findall(r'best">([^<]+)<', text) == ["0.900"]
+    assert "<td>overall/lax *</td>" in text
+    assert "<td>gain</td>" in text
+    assert "* Measured with different settings" in text
+    text = scores_page(tmp_path, *(RunPage(name, scores=one, measured=alike) for name, one in zip("ab", scores)))
+    assert re.findall(r'best">([^<]+)<', text) == ["0.800", "0.900"]
+    assert "Measured with different settings" not in text
+
+
+def test_high_is_not_good_in_every_number(tmp_path: Path) -> None:
+    for name in ("overall/floor_lax", "list4/drop", "held_out_pair/lax_gap"):
+        assert 'best">' not in scores_page(tmp_path, RunPage("a", scores={name: 0.1}), RunPage("b", scores={name: 0.4}))
+
+
+def test_intervals_stand_beside_their_value(tmp_path: Path) -> None:
+    scores = {"drop": 0.25, "drop_low": 0.1, "drop_high": 0.4, "flow": 0.5}
+    cells = Reader(scores_page(tmp_path, RunPage("a", scores=scores), RunPage("b", scores={"drop": 0.5}))).cells
+    assert cells[cells.index("drop") + 1 :][:2] == ["0.250 [0.100, 0.400]", "0.500"]
+    assert "flow" in cells
+    assert not {"drop_low", "drop_high"} & set(cells)
+
+
+def test_what_must_be_known_of_scores_is_said_even_without_any(tmp_path: Path) -> None:
+    text = scores_page(tmp_path, RunPage("a", notes=("a: its scores are <old>",)), RunPage("b"))
+    assert "<p>a: its scores are &lt;old&gt;</p>" in text
+    assert "<table>" not in text
+
+
 def test_one_run_is_no_comparison(tmp_path: Path) -> None:
     for runs in ([RunPage("a")], [RunPage("a"), RunPage("a")], []):
         with pytest.raises(InputError, match="two or more runs"):

@@ -1,15 +1,17 @@
 """Official suites: exact layouts, resuming, and aggregates of hand-made result files whose answers are known."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lidit.errors import InputError
-from lidit.evals import dpg_bench, geneval, t2i_compbench
-from lidit.evals.suites import ImageTarget, claim_folder, missing, save_target
+from lidit.evals import geneval, t2i_compbench
+from lidit.evals.official import parse_results, prepare_folder, suite_parts
+from lidit.evals.suites import ImageTarget, claim_folder, missing, recorded_images, save_target, write_whole
 
 
 def picture(value: int, side: int = 8) -> np.ndarray:
@@ -38,15 +40,57 @@ def test_images_are_whole_or_absent_and_missing_ones_are_listed(tmp_path: Path) 
         save_target(tmp_path, ImageTarget(Path("g.png"), "", (1, 2)), [picture(1), picture(2, 4)])
 
 
+def test_a_file_that_was_cut_is_drawn_again(tmp_path: Path) -> None:
+    targets = [ImageTarget(Path(f"a/{number}.png"), "prompt", (42,)) for number in range(3)]
+    for target in targets:
+        save_target(tmp_path, target, [picture(10)])
+    assert missing(tmp_path, targets) == []
+    (tmp_path / "a/0.png").write_bytes(b"")
+    (tmp_path / "a/1.png").write_bytes((tmp_path / "a/1.png").read_bytes()[:-1])
+    assert missing(tmp_path, targets) == targets[:2]
+
+
 def test_a_folder_belongs_to_one_model_and_prompt_list(tmp_path: Path) -> None:
-    claim_folder(tmp_path / "out", {"suite": "geneval", "model": "abc", "seed": 42})
-    claim_folder(tmp_path / "out", {"seed": 42, "suite": "geneval", "model": "abc"})
+    identity = {"suite": "geneval", "model": "abc", "seed": 42}
+    claim_folder(tmp_path / "out", identity, 8)
+    claim_folder(tmp_path / "out", dict(reversed(identity.items())), 8)
+    assert recorded_images(tmp_path / "out") == 8
     with pytest.raises(InputError, match="made with other model, seed"):
-        claim_folder(tmp_path / "out", {"suite": "geneval", "model": "abd"})
+        claim_folder(tmp_path / "out", {"suite": "geneval", "model": "abd"}, 8)
+    with pytest.raises(InputError, match="made with other images"):
+        claim_folder(tmp_path / "out", identity, 4)
+    (tmp_path / "out" / "suite.json").write_text(json.dumps(identity))  # begun before the number was recorded
+    assert recorded_images(tmp_path / "out") is None
+    claim_folder(tmp_path / "out", identity, 8)
+    assert recorded_images(tmp_path / "out") == 8
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("x")
     with pytest.raises(InputError, match=r"without suite\.json"):
-        claim_folder(tmp_path / "other", {"suite": "geneval"})
+        claim_folder(tmp_path / "other", {"suite": "geneval"}, 8)
+    (tmp_path / "out" / "suite.json").write_text("[1")
+    with pytest.raises(InputError, match=r"suite\.json: not readable"):
+        recorded_images(tmp_path / "out")
+
+
+KILLED_AT_SYNC = """
+import os, signal, sys
+from pathlib import Path
+from lidit.evals.suites import claim_folder
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+claim_folder(Path(sys.argv[1]), {"suite": "geneval"}, 8)
+"""
+
+
+def test_a_process_killed_before_its_first_file_is_on_disk_leaves_a_folder_to_begin_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_SYNC, str(out)], check=False)
+    assert killed.returncode == -9  # so the content is synced, and before it gets its name
+    assert files_under(out) != []
+    assert not (out / "suite.json").exists()
+    claim_folder(out, {"suite": "geneval"}, 8)
+    assert recorded_images(out) == 8
+    write_whole(out, Path("samples/a.png"), b"x")
+    assert [path.name for path in (out / "samples").iterdir()] == ["a.png"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,6 +152,28 @@ def test_geneval_aggregates(tmp_path: Path) -> None:
     path.write_text('{"tag": "colors", "correct": "yes", "metadata": "{}"}\n')
     with pytest.raises(InputError, match="expected true or false"):
         geneval.read_results(path)
+
+
+def test_geneval_tags_are_strings(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for tag in (["colors"], 3, None, {}):
+        path.write_text(json.dumps({"tag": tag, "correct": True, "metadata": "{}"}) + "\n")
+        with pytest.raises(InputError, match=r"results\.jsonl:1: tag is .*, expected a string"):
+            geneval.read_results(path)
+
+
+def test_geneval_prompts_without_four_images_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    counts = {"a dog": 4, "a cat": 3, "two cows": 8}
+    rows = [{"tag": "t", "correct": True, "metadata": p, "prompt": p} for p, n in counts.items() for _ in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = parse_results("geneval", path).notes
+    assert "2 prompts have not 4 images: 'a cat' (3), 'two cows' (8)" in notes
+    assert "INCOMPLETE: 15 scored, 2212 in the benchmark" in notes
+    for images, complete in ((15, True), (16, False)):
+        claim_folder(tmp_path / str(images), {}, images)
+        noted = [note for note in parse_results("geneval", path, drawn=tmp_path / str(images)).notes if "INCOM" in note]
+        assert noted == ([] if complete else [f"INCOMPLETE: 15 scored, 16 drawn in {tmp_path / '16'}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,174 +248,43 @@ def test_t2i_compbench_scores(tmp_path: Path) -> None:
         t2i_compbench.read_category(tmp_path, "numeracy")
 
 
-def test_t2i_compbench_three_in_one(tmp_path: Path) -> None:
-    folder = tmp_path / "complex"
-    write_answers(folder / "annotation_blip/vqa_result.json", ["0.6"] * 30)
-    write_answers(folder / "annotation_obj_detection/vqa_result.json", [0.2] * 30)
-    write_answers(folder / "annotation_clip/vqa_result.json", [0.4] * 30)
-    prompts = ["The hat is on the rack.", "The dog chases the cat.", "The cat is near a dog. It sleeps."]
-    result = t2i_compbench.three_in_one(
-        tmp_path, prompts, ["the hat is on the rack"], ["The dog CHASES the cat. Then both rest."]
-    )
-    # (.6 + .2) / 2, (.6 + .4) / 2, (.6 + .2 + .4) / 3
-    assert result.score.value == pytest.approx((0.4 + 0.5 + 0.4) / 3)
-    with pytest.raises(InputError, match="30 scores for 2 prompts, expected 20"):
-        t2i_compbench.three_in_one(tmp_path, prompts[:2], [], [])
+def test_t2i_compbench_results_of_folders_drawn_in_part(tmp_path: Path) -> None:
+    source, results = tmp_path / "color_val.txt", tmp_path / "color/annotation_blip/vqa_result.json"
+    source.write_text("a red car\na blue dog\n")
+    (part,) = suite_parts("t2i-compbench", [source])
+    prepare_folder(tmp_path, part, {})
+    for target in part.targets[:10]:
+        save_target(tmp_path, target, [picture(1)])
+    # the scorers number what they find: half a folder has ids without gaps too
+    write_answers(results, [0.5] * 10)
+    with pytest.raises(InputError, match="samples: 10 of 20 images; run the drawing again"):
+        t2i_compbench.read_category(tmp_path, "color")
+    for target in part.targets[10:]:
+        save_target(tmp_path, target, [picture(1)])
+    with pytest.raises(InputError, match=r"vqa_result\.json: 10 scores, 20 images; run the scorer"):
+        t2i_compbench.read_category(tmp_path, "color")
+    write_answers(results, [0.5] * 20)
+    assert t2i_compbench.read_category(tmp_path, "color").recorded
+    assert [note for note in parse_results("t2i-compbench", tmp_path).notes if "NOT CHECKED" in note] == []
+    (tmp_path / part.targets[3].path).write_bytes(b"")
+    with pytest.raises(InputError, match="samples: 19 of 20 images"):
+        t2i_compbench.read_category(tmp_path, "color")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DPG-Bench
-
-CSV = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,\
-question_natural_language
-first1,t,k,1,0,entity,whole,entity - whole (cat),Is there a cat?
-first1,t,k,2,1,attribute,color,"attribute - color (cat, red)","Is the cat red, or reddish?"
-whoops7,t,k,1,0,entity,whole,entity - whole (dog),Is there a dog?
-whoops7,t,k,2,1,attribute,color,"attribute - color (dog, blue)",Is the dog blue?
-whoops7,t,k,3,"1,2",relation,spatial,"relation - spatial (dog, mat, on)",Is the blue dog on a mat?
-whoops7,t,k,4,0,entity,whole,entity - whole (mat),Is there a mat?
-plain,t,k,1,0,entity,whole,entity - whole (sun),Is there a sun?
-"""
+def test_t2i_compbench_results_where_nothing_says_how_many(tmp_path: Path) -> None:
+    results = tmp_path / "color/annotation_blip/vqa_result.json"
+    write_answers(results, [0.5] * 10)
+    notes = parse_results("t2i-compbench", tmp_path).notes
+    assert any(note.startswith("NOT CHECKED") and "color (10)" in note for note in notes)
+    for number in range(20):
+        write_whole(tmp_path / "color", Path(f"samples/a_{number:06d}.png"), b"x")
+    with pytest.raises(InputError, match="10 scores, 20 images"):
+        t2i_compbench.read_category(tmp_path, "color")
 
 
-@pytest.fixture
-def graph(tmp_path: Path) -> dpg_bench.Graph:
-    path = tmp_path / "dpg_bench.csv"
-    path.write_text(CSV)
-    return dpg_bench.read_graph(path)
-
-
-def details(path: Path, answers: dict[str, list[dict[str, str]]]) -> Path:
-    """As the official script writes them: crops in its order, questions in the order of the CSV."""
-    corners = [(0, 0), (512, 0), (0, 512), (512, 512)]
-    lines = []
-    for item, crops in answers.items():
-        for (left, top), crop in zip(corners, crops):
-            box = (left, top, left + 512, top + 512)
-            lines += [f"some, folder/{item}.png, {box}, {question}, {answer}" for question, answer in crop.items()]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-DOG = ("Is there a dog?", "Is the dog blue?", "Is the blue dog on a mat?", "Is there a mat?")
-
-
-def whoops(*patterns: str) -> list[dict[str, str]]:
-    return [dict(zip(DOG, ("yes" if letter == "y" else "no" for letter in pattern))) for pattern in patterns]
-
-
-def test_dpg_layout(tmp_path: Path) -> None:
-    source = tmp_path / "prompts.jsonl"
-    source.write_text('{"item_id": "0", "prompt": "A field."}\n{"item_id": "whoops7", "prompt": "A dog."}\n')
-    prompts = dpg_bench.read_prompts(source)
-    targets, out = dpg_bench.image_targets(prompts), tmp_path / "out"
-    for target in targets:
-        assert target.seeds == (42, 43, 44, 45)
-        save_target(out, target, [picture(value) for value in (10, 20, 30, 40)])
-    assert files_under(out) == ["images/0.png", "images/whoops7.png"]
-    assert [path.name for path in (out / "images").iterdir() if path.suffix != ".png"] == []
-    grid = np.asarray(Image.open(out / "images" / "0.png"))
-    assert grid.shape == (16, 16, 3)
-    # top left, top right, bottom left, bottom right
-    assert [int(grid[y, x, 0]) for y, x in ((0, 0), (0, 8), (8, 0), (8, 8))] == [10, 20, 30, 40]
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "0.txt").write_text("A field.\n")
-    assert dpg_bench.read_prompts(tmp_path / "folder") == {"0": "A field."}
-    for text, message in (
-        ('{"item_id": "../x", "prompt": "p"}', "cannot be a file name"),
-        ('{"item_id": "a", "prompt": "p"}\n{"item_id": "a", "prompt": "q"}', "was there before"),
-        ('{"prompt": "p"}', "expected a JSON object"),
-    ):
-        source.write_text(text)
-        with pytest.raises(InputError, match=message):
-            dpg_bench.read_prompts(source)
-
-
-def test_dpg_prompt_list(shared_data: Path) -> None:
-    prompts = dpg_bench.read_prompts(shared_data / "dpg_bench" / "prompts.jsonl")
-    assert len(dpg_bench.image_targets(prompts)) == 1065
-
-
-def test_dpg_parents_that_fail_zero_their_children(graph: dpg_bench.Graph, tmp_path: Path) -> None:
-    # no dog: blue and on-a-mat count 0 whatever was answered, the mat stands alone
-    path = details(tmp_path / "d.txt", {"whoops7": whoops("nyyy", "ynyy", "yyny", "yyyy")})
-    answers = dpg_bench.read_details(path, graph)
-    assert answers["whoops7"][0] == {1: False, 2: True, 3: True, 4: True}
-    result = dpg_bench.score(graph, answers)
-    assert result.items["whoops7"] == pytest.approx((0.25 + 0.5 + 0.75 + 1) / 4)
-    assert result.overall == pytest.approx(62.5)
-
-
-def test_dpg_zeroing_is_transitive(tmp_path: Path) -> None:
-    path = tmp_path / "chain.csv"
-    header = CSV.splitlines()[0]
-    rows = [
-        "skip,t,k,1,0,e,w,entity - whole (z),Z?",
-        *(f"c,t,k,{n},{n - 1},e,w,entity - whole (x{n}),X{n}?" for n in (1, 2, 3)),
-    ]
-    path.write_text("\n".join([header, *rows]) + "\n")
-    result = dpg_bench.score(dpg_bench.read_graph(path), {"c": [{1: False, 2: True, 3: True}]})
-    assert result.items == {"c": 0.0}
-
-
-def test_dpg_category_scores_with_and_without_the_official_quirk(graph: dpg_bench.Graph) -> None:
-    answers = {"whoops7": [{1: True, 2: True, 3: True, 4: False}] * 3 + [{1: False, 2: True, 3: True, 4: False}]}
-    official = dpg_bench.score(graph, answers)
-    # only the last crop, before zeroing: dog no, mat no; blue yes; on a mat yes
-    assert official.detailed == {"attribute - color": 100, "entity - whole": 0, "relation - spatial": 100}
-    fair = dpg_bench.score(graph, answers, official_quirks=False)
-    assert fair.detailed == {"attribute - color": 75, "entity - whole": 37.5, "relation - spatial": 75}
-    assert fair.broad == {"attribute": 75, "entity": 37.5, "relation": 75}
-    assert fair.overall == official.overall == pytest.approx(100 * (3 * 0.75 + 0) / 4)
-
-
-def test_dpg_first_row_is_skipped_and_its_item_dropped_where_others_depend_on_it(graph: dpg_bench.Graph) -> None:
-    answers = {"first1": [{1: True, 2: True}] * 4, "plain": [{1: False}] * 4}
-    official = dpg_bench.score(graph, answers)
-    assert (official.overall, official.dropped) == (0.0, ("first1",))
-    fair = dpg_bench.score(graph, answers, official_quirks=False)
-    assert (fair.overall, fair.dropped) == (50.0, ())
-    # the official scorer never asked the first question: the rest of the item still counts
-    unasked = dpg_bench.score(graph, {"first1": [{2: True}] * 4}, official_quirks=False)
-    assert unasked.items == {"first1": 1.0}
-
-
-def test_dpg_answers_with_commas_and_incomplete_files(graph: dpg_bench.Graph, tmp_path: Path) -> None:
-    path = details(tmp_path / "d.txt", {"first1": [{"Is the cat red, or reddish?": "yes"}] * 4})
-    assert dpg_bench.read_details(path, graph) == {"first1": [{2: True}] * 4}
-    path = details(tmp_path / "d.txt", {"first1": [{"Is the cat red, or reddish?": "yes, it is"}]})
-    assert dpg_bench.read_details(path, graph) == {"first1": [{2: False}]}  # only exactly "yes" counts
-    path = details(tmp_path / "d.txt", {"whoops7": [dict(list(whoops("yyyy")[0].items())[:3])]})
-    with pytest.raises(InputError, match="no answer to proposition 4"):
-        dpg_bench.read_details(path, graph)
-    path = details(tmp_path / "d.txt", {"plain": [{"Is there a moon?": "yes"}]})
-    with pytest.raises(InputError, match="no such question left"):
-        dpg_bench.read_details(path, graph)
-    path.write_text("nonsense\n")
-    with pytest.raises(InputError, match=r"d\.txt:1: expected an item"):
-        dpg_bench.read_details(path, graph)
-
-
-def test_dpg_results_file_of_the_scorer(tmp_path: Path) -> None:
-    path = tmp_path / "results.txt"
-    path.write_text(
-        "some, folder/whoops7.png, 0.25, 0.5, 0.75, 1.0, 0.625\nsome, folder/plain.png, 0.0, 0.0, 0.0, 0.0, 0.0\n"
-        "Model: x\nL1 category scores:\n\tentity: 50.0\nImage path: some, folder\nDPG-Bench score: 31.25\n"
-    )
-    assert dpg_bench.read_item_scores(path) == {"whoops7": 0.625, "plain": 0.0}
-    path.write_text("Model: x\n")
-    with pytest.raises(InputError, match="--res-path"):
-        dpg_bench.read_item_scores(path)
-
-
-def test_dpg_graph_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "g.csv"
-    for text, message in (
-        ("item_id,text\n", "no column proposition_id"),
-        (CSV.replace("whoops7,t,k,2,1,", "whoops7,t,k,2,one,"), "data row 4: proposition_id and dependency"),
-        (CSV.replace("whoops7,t,k,2,1,", "whoops7,t,k,2,9,"), r"item whoops7.*\[9\]"),
-        (CSV.splitlines()[0] + "\n", "no questions"),
-    ):
-        path.write_text(text)
-        with pytest.raises(InputError, match=message):
-            dpg_bench.read_graph(path)
+def test_t2i_compbench_complex_needs_a_copy_before_the_official_script(tmp_path: Path) -> None:
+    write_answers(tmp_path / "complex/labels/annotation_obj_detection_2d/vqa_result.json", [0.2] * 10)
+    with pytest.raises(InputError, match="copy labels/annotation_obj_detection_2d to annotation_obj_detection before"):
+        t2i_compbench.read_category(tmp_path, "complex")
+    write_answers(tmp_path / "complex/annotation_3_in_1/vqa_result.json", [0.4] * 10)
+    assert t2i_compbench.read_category(tmp_path, "complex").score.value == pytest.approx(0.4)

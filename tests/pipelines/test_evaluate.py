@@ -1,4 +1,4 @@
-"""Evaluating a model folder: official layouts drawn by workers and resumed, official results summed up, binding."""
+"""Evaluating a model folder: official layouts drawn by workers and resumed, binding."""
 
 import json
 import re
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from command import lidit
-from mlflow import MlflowClient
 from PIL import Image
 from trained import SmallWorld
 
@@ -119,48 +118,6 @@ def test_grids_and_categories(model: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "t2i-compbench/3d_spatial/samples").iterdir())) == 20
     twice = ["--prompts", tmp_path / "color_val.txt", "--prompts", tmp_path / "color_val.txt"]
     assert lidit("evaluate", model, "--suite", "t2i-compbench", *twice, "--out", tmp_path) == 2
-
-
-def test_official_results_are_summed_up_and_tracked(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = tmp_path / "results.jsonl"
-    rows = [("single_object", "a", True), ("single_object", "b", True), ("colors", "c", True), ("colors", "d", False)]
-    lines = [json.dumps({"tag": tag, "correct": good, "metadata": prompt}) for tag, prompt, good in rows]
-    results.write_text("\n".join(lines))
-    assert lidit("evaluate", model, "--suite", "geneval", "--parse", results) == 0
-    printed = capsys.readouterr().out
-    assert "| overall | 0.750 | 0.6 |" in printed
-    assert "position, color_attr are missing" in printed
-    client = MlflowClient(f"sqlite:///{model.parents[1]}/mlflow.db")
-    experiment = client.get_experiment_by_name(TrackingSettings().experiment)
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`lidit.suite` = 'geneval'")
-    assert run.data.metrics["geneval/overall"] == 0.75
-    assert run.data.metrics["geneval/colors"] == 0.5
-
-
-def test_dpg_categories_come_from_the_graph(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "graph.csv").write_text(
-        "item_id,proposition_id,dependency,tuple,question_natural_language\n"
-        "first,1,0,entity - whole (sun),Is there a sun?\n"
-        "dog1,1,0,entity - whole (dog),Is there a dog?\n"
-        'dog1,2,1,"attribute - color (dog, blue)",Is the dog blue?\n'
-    )
-    (tmp_path / "r.txt").write_text("images/dog1.png, 1.0, 0.5, 0.0, 0.5, 0.5\n")
-    answers = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("yes", "no")]
-    corners = ("(0, 0, 32, 32)", "(32, 0, 64, 32)", "(0, 32, 32, 64)", "(32, 32, 64, 64)")
-    lines = [
-        f"images/dog1.png, {corner}, {question}, {answer}"
-        for corner, pair in zip(corners, answers)
-        for question, answer in zip(("Is there a dog?", "Is the dog blue?"), pair)
-    ]
-    (tmp_path / "r_detail.txt").write_text("\n".join(lines) + "\n")
-    words = ["--suite", "dpg-bench", "--parse", tmp_path / "r.txt", "--csv", tmp_path / "graph.csv"]
-    assert lidit("evaluate", model, *words, "--out", tmp_path / "o") == 0
-    printed = capsys.readouterr().out
-    assert "| overall | 50.00 | 50.00 | 81.65 |" in printed
-    assert "| attribute | 0.00 | 25.00 |" in printed  # the last crop only; all crops, zeroed by the parent
 
 
 def test_what_does_not_go_together_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
