@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.recipe import load_encoder
+from jobs.recipe import load_encoder, node_labels
 from jobs.start import run
 from lidit.config import EncoderSettings, PoolSettings
 
@@ -31,7 +31,7 @@ def command(
 
     **Example:** `lidit embed corpus --encoder smollm2 --encoder gemma3`
     """
-    labels = dict(label.partition("=")[::2] for label in node_label or [])
+    labels = node_labels(node_label)
     pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, token_budget=token_budget, label_selector=labels)
     for settings in [load_encoder(name, setting) for name in encoder]:
         embed(corpus, settings, pool)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.recipe import load_recipe
+from jobs.recipe import load_recipe, node_labels
 from jobs.start import run
 from lidit.config import CodecSettings, PoolSettings
 from lidit.errors import InputError
@@ -36,12 +36,7 @@ def command(
     **Example:** `lidit latents corpus --recipe lidit-1b --actors 8 --gpus 1`
     """
     settings = codec_settings(codec, name, revision, recipe, setting or [])
-    pool = PoolSettings(
-        actors=actors,
-        cpus=cpus,
-        gpus=gpus,
-        label_selector=dict(label.partition("=")[::2] for label in node_label or []),
-    )
+    pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, label_selector=node_labels(node_label))
     from pipelines.latents import run_latents
 
     show(corpus, run_latents(corpus, settings, pool))

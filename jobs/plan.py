@@ -28,12 +28,16 @@ def command(
     **Example:** `lidit plan lidit-1b plan.gpus=64 plan.mfu=0.35`
     """
     from jobs.recipe import load_recipe
+    from lidit.errors import InputError
 
     checked = load_recipe(recipe, overrides)
     from lidit.plan import make_plan
     from lidit.plan_facts import gather_facts
 
-    facts = gather_facts(checked)
+    try:
+        facts = gather_facts(checked)
+    except InputError as error:
+        raise InputError(f"{recipe}: {error}") from None
     plan = make_plan(checked, facts)
     if as_json:
         print(json.dumps(asdict(plan)))

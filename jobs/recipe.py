@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parent / "recipes"
 ENCODERS = RECIPES / "encoders"
+# What a recipe is called -> as others call it, the command that takes it, a section that no other kind has.
+KINDS = {
+    "recipe": ("a training recipe", "train", "encoders"),
+    "ablation recipe": ("an ablation recipe", "ablate", "arms"),
+    "codec recipe": ("a codec recipe", "train-codec", "loss"),
+}
 
 
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
@@ -41,16 +47,37 @@ def load_encoder(name: str, overrides: list[str] | None = None) -> EncoderSettin
 
 
 def find(name: str, shipped: Path, what: str) -> Path:
+    """The YAML file meant by a path or a shipped name. InputError where there is none, or a recipe of another kind."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
         if not path.is_file():
             raise InputError(f"{name}: no such {what} file")
-        return path
-    path = shipped / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-        raise InputError(f"{name!r}: no such {what}; give a YAML file or one of {known}")
+    else:
+        path = shipped / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(p.stem for p in sorted(shipped.glob("*.yaml")) if _kind(p) in (what, None))
+            raise InputError(f"{name!r}: no such {what}; give a YAML file or one of {known}")
+    if what in KINDS and (kind := _kind(path)) not in (what, None):
+        said, command, _ = KINDS[kind]
+        raise InputError(f"{name} is {said}: lidit {command} {name}")
     return path
+
+
+def _kind(path: Path) -> str | None:
+    """The kind of recipe in a file; None where none of the tell-tale sections is there."""
+    tree = load_yaml(path)
+    return next((kind for kind, (_, _, section) in KINDS.items() if section in tree), None)
+
+
+def node_labels(words: list[str] | None) -> dict[str, str]:
+    """Ray node labels of `--node-label KEY=VALUE`, given any number of times."""
+    labels = {}
+    for word in words or ():
+        key, _, value = word.partition("=")
+        if not key or not value:
+            raise InputError(f"--node-label {word}: a label is KEY=VALUE, such as lidit/pool=large")
+        labels[key] = value
+    return labels
 
 
 def _with_encoders(tree: dict[str, Any], path: Path) -> dict[str, Any]:

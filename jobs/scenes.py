@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs.start import run
+from lidit.errors import InputError
 
 
 def command(
@@ -24,6 +26,8 @@ def command(
 
     **Example:** `lidit scenes --out scenes --count 8000 --size 32 --seed 0`
     """
+    if re.match(r"[a-z0-9]+:/", str(out)):  # a Path keeps one slash of s3://
+        raise InputError(f"--out {out}: scenes are written into a local folder; copy the tars to the URL afterwards")
     from lidit.evals.scenes import write_scene_shards
     from pipelines.progress import Progress
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import typer
 
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError, JobError, StorageError
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-DISK_FULL = 28
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+WRONG_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])  # in no public place of typer
 
 
 def environment() -> None:
@@ -36,27 +39,60 @@ def environment() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 
-def guarded(work: Callable[[], Any]) -> None:
+def guarded(app: typer.Typer) -> None:
     """Run a job; a mistake or a failure becomes one or two lines and the right exit code."""
     try:
-        work()
+        code = app(standalone_mode=False)  # returns the code of typer.Exit, and 130 after Ctrl-C
+        if isinstance(code, int) and code not in (0, EXIT_INTERRUPTED):
+            raise SystemExit(code)
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
     except InputError as error:
         _end(f"error: {error}", EXIT_INPUT)
+    except USAGE_ERROR as error:
+        _end(_usage(error), EXIT_INPUT)
     except JobError as error:
         _end(f"failed: {error}", EXIT_FAILED)
-    except (KeyboardInterrupt, SystemExit) as leaving:  # typer turns the first into the second
-        if isinstance(leaving, SystemExit) and leaving.code != EXIT_INTERRUPTED:
-            raise
+    except KeyboardInterrupt:
         _end("interrupted: everything finished is kept; the same command goes on from there", EXIT_INTERRUPTED)
     except OSError as error:
-        if error.errno != DISK_FULL:
+        told = getattr(error, "cause", None) or error  # what a Ray task met
+        if isinstance(told, StorageError):
+            _end(f"error: {told}", EXIT_INPUT)
+        if told.errno == errno.ENOSPC:
+            _end(f"failed: no space left on the disk ({told.filename or 'unknown file'}); everything finished is kept: "
+                 "make room and run the same command again", EXIT_FAILED)  # fmt: skip
+        if (line := _refused(told)) is None:
             raise
-        _end(f"failed: no space left on the disk ({error.filename or 'unknown file'}); everything finished is kept: "
-             "make room and run the same command again", EXIT_FAILED)  # fmt: skip
+        _end(f"error: {line}", EXIT_INPUT)
+
+
+def _usage(error: Any) -> str:
+    """What typer says of wrong words on the command line; nothing where it has shown the help instead."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    text = " ".join(error.format_message().split()).replace(": Value error, ", ": ").rstrip(".")
+    command = error.ctx.command_path if error.ctx else "lidit"
+    return f"error: {command}: {text} (see {command} --help)"
+
+
+def _refused(error: OSError) -> str | None:
+    """What the file system refuses, with a remedy. None for what no other path or owner would mend: that is a bug."""
+    if not isinstance(error.filename, str | bytes):
+        return None
+    path, reason = os.fsdecode(error.filename), os.strerror(error.errno or 0)
+    if error.errno in WRONG_PLACE:
+        return f"{path}: cannot be opened or made ({reason}); give another path"
+    if error.errno not in FORBIDDEN:
+        return None
+    if os.access(path, os.F_OK) and not os.access(path, os.R_OK):
+        return f"{path}: cannot be read ({reason}); give a path you may read, or fix its owner"
+    return f"{path}: cannot be written ({reason}); give a folder you may write, or fix its owner"
 
 
 def _end(line: str, code: int) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if line:
+        print(line, file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

@@ -8,32 +8,52 @@ from typing import Annotated
 
 import typer
 
-from jobs.recipe import RECIPES
+from jobs.recipe import RECIPES, node_labels
 from lidit.errors import InputError
 from lidit.settings import load_yaml
 from lidit.store import Corpus
 
-OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+# A job's options may be called as ours (`--gpus`): whatever stands behind JOB is the job's.
+OPEN = {"allow_extra_args": True, "allow_interspersed_args": False}
+NO_JOBS = {"__init__", "main", "recipe", "start", "submit"}
 
 
 def command(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help="Job to run: embed, train, ...")],
-    address: Annotated[str, typer.Option(help="The dashboard's URL: http://127.0.0.1:8265")],
+    address: Annotated[str | None, typer.Option(help="The dashboard's URL: http://127.0.0.1:8265 (needed)")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of the job's own process.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=0, help="CPUs of the job's own process.")] = None,
+    node_label: Annotated[list[str] | None, typer.Option(help="Ray node label it asks for: lidit/pool=large")] = None,
 ) -> None:
     """Send a job to a Ray cluster, follow its log, return its exit code. Everything after JOB goes to the job.
 
-    The current folder's code and files are sent along. The same command, files and code again follow the first
-    submission instead of starting a second one. The token is RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    The current folder's code and files are sent along, but for what .gitignore names. The same command, files and code
+    again follow the first submission instead of starting a second one. The token is RAY_AUTH_TOKEN,
+    RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The job's own process runs on the head unless GPUs, CPUs or a label are
+    asked for: `evaluate`, `sample`, `report` and `run` use a model in it.
 
-    **Example:** `lidit submit --address http://127.0.0.1:8265 train recipe.yaml train.steps=1000`
+    **Example:** `lidit submit --address http://127.0.0.1:8265 --gpus 1 evaluate /runs/demo/model`
     """
-    from pipelines.submit import Submission, submit
+    from pipelines.submit import Driver, Submission, submit
 
-    if not Path("jobs", f"{job}.py").is_file():
-        raise InputError(f"{job!r}: no jobs/{job}.py here; start from the folder of the code, with a job such as train")
-    arguments = tuple(context.args)
-    raise typer.Exit(submit(Submission(job, arguments, corpus_digest=corpus_digest(arguments)), address))
+    if address is None:
+        raise InputError("lidit submit: give --address URL before the job, such as http://127.0.0.1:8265")
+    name, arguments = module_of(job), tuple(context.args)
+    driver = Driver(gpus, cpus, node_labels(node_label))
+    raise typer.Exit(submit(Submission(name, arguments, Path(), corpus_digest(arguments), driver), address))
+
+
+def module_of(job: str) -> str:
+    """The module of a job in this folder, as `train_codec` for `train-codec`. InputError where there is none."""
+    known = sorted(path.stem for path in Path("jobs").glob("*.py") if path.stem not in NO_JOBS)
+    if not known:
+        raise InputError(f"{Path().resolve()}: no jobs/ here to send; start from the root of the checkout")
+    name = job.replace("-", "_")
+    if name not in known:
+        listed = ", ".join(other.replace("_", "-") for other in known)
+        raise InputError(f"{job!r}: no such job in jobs/; one of {listed}")
+    return name
 
 
 def corpus_digest(arguments: Sequence[str]) -> str | None:

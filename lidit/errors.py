@@ -1,4 +1,4 @@
-"""The two ways a job can end badly. Everything else is a bug and shows its traceback."""
+"""The ways a job can end badly. Everything else is a bug and shows its traceback."""
 
 
 class InputError(Exception):
@@ -7,3 +7,10 @@ class InputError(Exception):
 
 class JobError(Exception):
     """The input was right and the job failed all the same. Exit code 1."""
+
+
+class StorageError(OSError):
+    """An object store that cannot be used: no credentials, no permission, no answer. One line, exit code 2.
+
+    No InputError, after which nothing is tried again: a worker's next start may find the store answering.
+    """

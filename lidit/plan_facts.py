@@ -6,9 +6,11 @@ from pathlib import Path
 
 from lidit.config import EncoderSettings, EncoderShape, Recipe
 from lidit.data.families import matching_family
-from lidit.errors import InputError
+from lidit.errors import InputError, StorageError
 from lidit.plan import Facts, kept_blocks
 from lidit.store import Corpus, TextFamily
+from lidit.store.corpus import CORPUS_FILE
+from lidit.store.folder import Folder
 from lidit.text.packaged import MODELS, PREFIX, cache_folder
 
 
@@ -17,7 +19,7 @@ def gather_facts(recipe: Recipe) -> Facts:
     corpus = _corpus(recipe)
     assumed = recipe.plan
     if assumed.samples is None and corpus is None:
-        raise InputError(f"plan.samples: {recipe.corpus} is not there yet; say how many samples it will have")
+        raise InputError(f"the corpus {recipe.corpus} does not exist yet; give plan.samples=NUMBER")
     samples = assumed.samples or (corpus.num_samples if corpus else 0)
     per_sample = corpus.facts["totals"]["captions"] / corpus.num_samples if corpus else assumed.captions_per_sample
     tokens, prefixes, shapes = {}, {}, {}
@@ -48,10 +50,14 @@ def gather_facts(recipe: Recipe) -> Facts:
 
 
 def _corpus(recipe: Recipe) -> Corpus | None:
+    """None where it does not exist yet. Plans are made far from the store too, where `plan.samples` says enough."""
     try:
-        return Corpus.open(recipe.corpus)
-    except InputError:
+        there = Folder.at(recipe.corpus).exists(CORPUS_FILE)
+    except (InputError, StorageError):
+        if recipe.plan.samples is None:
+            raise
         return None
+    return Corpus.open(recipe.corpus) if there else None
 
 
 def _family(corpus: Corpus | None, encoder: EncoderSettings) -> TextFamily | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -67,7 +67,10 @@ def _put(node: Any, keys: list[str], value: Any, word: str) -> None:
     key, rest = keys[0], keys[1:]
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            raise InputError(f"{word!r}: {key!r} is not an index of a list of {len(node)}")
+            names = [str(e.get("name", "")) if isinstance(e, dict) else "" for e in node]  # may hold dots: no keys
+            listed = ", ".join(f"{i} is {name}" for i, name in enumerate(names) if name)
+            hint = f"; {listed}" if listed else ""
+            raise InputError(f"{word!r}: {key!r} is not an index of a list of {len(node)}{hint}")
         index: Any = int(key)
     elif isinstance(node, dict):
         index = key
@@ -98,25 +101,42 @@ def explain(kind: type[Settings], error: ValidationError, origin: str) -> str:
         path = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            allowed = _fields_at(kind, item["loc"][:-1])
+            allowed = list(_section_at(kind, item["loc"][:-1]).model_fields)
             close = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             message = f"unknown key; {hint}allowed: {', '.join(allowed)}"
         elif item["type"] not in ("missing", "password") and path:
-            message = f"{message}, found {item['input']!r}"
+            message = f"{_expected(kind, item['loc'], item['type'], item['input']) or message}, found {item['input']!r}"
         separator = "." if item["type"] == "password" else ": "  # its message begins with the rest of the path
         lines.append(f"{origin}: {path + separator if path else ''}{message}")
     return "\n".join(lines)
 
 
-def _fields_at(kind: type[Settings], location: tuple[int | str, ...]) -> list[str]:
+def _expected(kind: type[Settings], location: tuple[int | str, ...], mistake: str, found: Any) -> str | None:
+    """What a list or a section looks like on the command line; pydantic calls them tuples, models and dictionaries."""
+    path = ".".join(map(str, location))
+    if mistake in ("model_type", "dict_type"):
+        return f"must be a section: {path}.KEY=VALUE"
+    if mistake not in ("tuple_type", "list_type"):
+        return None
+    if isinstance(found, dict) or found is None:
+        return "must be a list"
+    field = _section_at(kind, location[:-1]).model_fields.get(str(location[-1]))
+    annotation = field.annotation if field else None
+    shapes = [get_args(shape) for shape in (annotation, *get_args(annotation)) if get_origin(shape) is tuple]
+    count = len(shapes[0]) if shapes and Ellipsis not in shapes[0] else 1
+    return f"must be a list, such as {path}=[{', '.join([str(found)] * count)}]"
+
+
+def _section_at(kind: type[Settings], location: tuple[int | str, ...]) -> type[Settings]:
+    """The settings class at a path of keys; indices of lists and keys of free mappings have none of their own."""
     for part in location:
-        if isinstance(part, int):
+        if part not in kind.model_fields:
             continue
-        annotation = kind.model_fields[part].annotation
+        annotation = kind.model_fields[str(part)].annotation
         candidates = [annotation, *get_args(annotation)]
-        kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, Settings))
-    return list(kind.model_fields)
+        kind = next((c for c in candidates if isinstance(c, type) and issubclass(c, Settings)), kind)
+    return kind
 
 
 def flatten(settings: BaseModel) -> dict[str, str]:

@@ -7,34 +7,53 @@ a used id: submitting the same thing twice follows the first one. A failed or st
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import os
 import re
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import aiohttp
-import requests
-from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from lidit.errors import InputError, JobError
 from lidit.settings import has_password, load_yaml
+from pipelines.dashboard import CONNECTION_ERRORS, connect
+from pipelines.follow import INTERRUPTED, follow
 
 JOB_NAME = re.compile(r"[a-z][a-z0-9_]*")
 CODE_FOLDERS = ("lidit", "pipelines", "jobs")
-ADDRESS_OVERRIDE = "RAY_API_SERVER_ADDRESS"
-LOST_CONTACT_SECONDS = 600.0
-RETRY_SECONDS = 2.0
-INTERRUPTED = 130
-# What a cluster that is away, restarting or behind a dropped tunnel looks like from here.
-CONNECTION_ERRORS = (aiohttp.ClientError, requests.exceptions.RequestException, ConnectionError, TimeoutError)
+DRIVER = "lidit.driver"
+TOO_LARGE = re.compile(r"exceeds the maximum size of|Maximum request body size")  # of the GCS, of the dashboard
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What the job's own process asks Ray for. Asking for nothing puts it on the head, which may have no GPU.
+
+    No part of a job's identity: wherever it runs it does the same to the same folders, so two must never run at once.
+    """
+
+    gpus: float | None = None
+    cpus: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `submit_job`."""
+        asked = {
+            "entrypoint_num_gpus": self.gpus,
+            "entrypoint_num_cpus": self.cpus,
+            "entrypoint_label_selector": dict(self.labels) or None,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def __str__(self) -> str:
+        numbers = [f"{name} {n:g}" for name, n in (("gpus", self.gpus), ("cpus", self.cpus)) if n is not None]
+        return ", ".join([*numbers, *(f"{key}={value}" for key, value in sorted(self.labels.items()))])
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,7 @@ class Submission:
     arguments: tuple[str, ...]
     working_dir: Path = Path()
     corpus_digest: str | None = None
+    driver: Driver = Driver()
 
     def __post_init__(self) -> None:
         if not JOB_NAME.fullmatch(self.job):
@@ -103,7 +123,8 @@ class Submission:
         facts = {"lidit.job": self.job, "git.commit": code_version(self.working_dir)}
         for path in self.files:
             facts[f"lidit.sha256.{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return facts | ({"lidit.corpus_digest": self.corpus_digest} if self.corpus_digest else {})
+        facts |= {"lidit.corpus_digest": self.corpus_digest} if self.corpus_digest else {}
+        return facts | ({DRIVER: str(self.driver)} if str(self.driver) else {})
 
 
 def _password_error(where: str) -> InputError:
@@ -131,52 +152,6 @@ def _git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def connect(address: str) -> JobSubmissionClient:
-    """A client for the cluster's dashboard at http(s)://HOST:PORT. InputError: no answer, no token, a wrong token."""
-    if not re.match(r"https?://[^/\s]+", address):
-        raise InputError(f"{address!r}: the address is the dashboard's URL, such as http://127.0.0.1:8265")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if path and not os.environ.get("RAY_AUTH_TOKEN") and not _has_text(Path(path)):
-        raise InputError(f"RAY_AUTH_TOKEN_PATH={path}: no token can be read from this file")
-    before = os.environ.get(ADDRESS_OVERRIDE)
-    # RAY_ADDRESS in the environment would win over the address asked for; this variable wins over both.
-    os.environ[ADDRESS_OVERRIDE] = address
-    try:
-        return JobSubmissionClient(address)
-    except AuthenticationError as error:
-        raise _token_error(address, error) from None
-    except CONNECTION_ERRORS as error:
-        raise InputError(
-            f"{address}: no Ray dashboard answers ({type(error).__name__}); "
-            "check the address, or the tunnel or port-forward to it"
-        ) from None
-    finally:
-        if before is None:
-            del os.environ[ADDRESS_OVERRIDE]
-        else:
-            os.environ[ADDRESS_OVERRIDE] = before
-
-
-def _has_text(path: Path) -> bool:
-    try:
-        return bool(path.read_text().strip())
-    except OSError:
-        return False
-
-
-def _token_error(address: str, error: Exception) -> InputError:
-    if "Forbidden" in str(error):
-        return InputError(
-            f"{address}: the cluster refuses this token; "
-            "check RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token (the first that is set is used)"
-        )
-    return InputError(
-        f"{address}: the cluster wants a token and there is none; "
-        "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or put it into ~/.ray/auth_token"
-    )
-
-
 def start(client: JobSubmissionClient, submission: Submission) -> tuple[str, bool]:
     """(submission id, True when this call started it). A pending, running or succeeded one is not started again."""
     base = submission.submission_id
@@ -199,12 +174,23 @@ def start(client: JobSubmissionClient, submission: Submission) -> tuple[str, boo
                     "env_vars": {"LIDIT_GIT_COMMIT": code_version(submission.working_dir)},
                 },
                 metadata=submission.metadata,
+                **submission.driver.options,
             )
             return name, True
         except (RuntimeError, ValueError) as error:
+            if TOO_LARGE.search(str(error)):
+                raise InputError(
+                    f"{submission.working_dir.resolve()}: too large to be sent to the cluster (zipped, Ray takes 100 "
+                    "MiB); move what the job does not need out of this folder, or name it in .gitignore or .rayignore"
+                ) from None
             if _status(client, name) is None:
                 raise JobError(f"{name}: the cluster refused the job: {' '.join(str(error).split())[:400]}") from None
             return name, False  # somebody submitted the same thing in between
+        except CONNECTION_ERRORS as error:
+            raise JobError(
+                f"{name}: the connection broke while the folder was sent ({type(error).__name__}); check the tunnel, "
+                "and that the folder is below 100 MiB, then submit again"
+            ) from None
 
 
 def _status(client: JobSubmissionClient, name: str) -> JobStatus | None:
@@ -216,75 +202,10 @@ def _status(client: JobSubmissionClient, name: str) -> JobStatus | None:
         raise
 
 
-def follow(
-    client: JobSubmissionClient,
-    name: str,
-    write: Callable[[str], object] = sys.stdout.write,
-    on_interrupt: Callable[[], bool] | None = None,
-) -> int:
-    """Print the job's log until it ends; the job's own exit code, or 1 when it has none.
-
-    `on_interrupt` is asked at Ctrl-C: True stops the job, False leaves it running and returns 130. A broken
-    connection is taken up again where the log was left; JobError after ten minutes without contact.
-    """
-    written = 0
-    contact = time.monotonic()
-
-    async def tail() -> None:
-        nonlocal written, contact
-        skip = written  # the server tells the log from its beginning at every connection
-        async for text in client.tail_job_logs(name):
-            contact = time.monotonic()
-            fresh = text[skip:]
-            skip = max(0, skip - len(text))
-            if fresh:
-                write(fresh)
-                written += len(fresh)
-
-    pause = 0.0
-    while True:
-        try:
-            time.sleep(pause)  # before a reconnection only: a cluster that is restarting is not to be hammered
-            pause = RETRY_SECONDS
-            if client.get_job_status(name).is_terminal():
-                rest = client.get_job_logs(name)[written:]
-                write(rest)
-                written += len(rest)
-                return _exit_code(client, name)
-            contact = time.monotonic()
-            asyncio.run(tail())
-            pause = 0.0
-        except KeyboardInterrupt:
-            if not (on_interrupt or ask_on_terminal)():
-                return INTERRUPTED
-            client.stop_job(name)
-        except AuthenticationError as error:
-            raise _token_error(client.get_address(), error) from None
-        except (*CONNECTION_ERRORS, RuntimeError) as error:
-            if "status code 404" in str(error):
-                raise JobError(f"{name}: the cluster does not know this job any more (was it restarted?)") from None
-            if time.monotonic() - contact > LOST_CONTACT_SECONDS:
-                raise JobError(
-                    f"{name}: no contact with the cluster for {LOST_CONTACT_SECONDS:.0f} s ({error}); "
-                    "the job may still run: submit the same thing again to follow it"
-                ) from None
-
-
-def _exit_code(client: JobSubmissionClient, name: str) -> int:
+def _driver(client: JobSubmissionClient, name: str) -> str | None:
+    """What the driver of a job asked for; None where that does not matter any more."""
     details = client.get_job_info(name)
-    if details.status == JobStatus.SUCCEEDED:
-        return 0
-    return details.driver_exit_code or 1
-
-
-def ask_on_terminal() -> bool:
-    """Whether Ctrl-C stops the job. Without a terminal to ask on, the job is left running."""
-    if not sys.stdin.isatty():
-        return False
-    try:
-        return input("\nStop the job (s), or leave it running and detach (d)? [d] ").strip().lower().startswith("s")
-    except (EOFError, KeyboardInterrupt):
-        return False
+    return None if details.status.is_terminal() else (details.metadata or {}).get(DRIVER, "")
 
 
 def submit(submission: Submission, address: str) -> int:
@@ -293,10 +214,18 @@ def submit(submission: Submission, address: str) -> int:
     name, started = start(client, submission)
     done = "submitted" if started else f"already {JobStatus(client.get_job_status(name)).value.lower()}, following"
     print(f"{name}: {done} at {address}", file=sys.stderr, flush=True)
+    if not started and (had := _driver(client, name)) not in (None, str(submission.driver)):
+        print(
+            f"{name}: its driver asked for {had or 'nothing'}; to ask for {submission.driver or 'nothing'}, stop it "
+            "and submit again (one that waits in vain is given up by Ray after 15 minutes)",
+            file=sys.stderr,
+        )
     code = follow(client, name)
     if code == INTERRUPTED:
         print(f"{name}: detached, the job goes on; submit the same thing again to follow it", file=sys.stderr)
     else:
-        status = JobStatus(client.get_job_status(name)).value.lower()
-        print(f"{name}: {status}", file=sys.stderr)
+        details = client.get_job_info(name)
+        # Without an exit code it never ran, or did not end by itself: only Ray knows why.
+        why = f" ({details.message})" if details.driver_exit_code is None and details.message else ""
+        print(f"{name}: {details.status.value.lower()}{why}", file=sys.stderr)
     return code

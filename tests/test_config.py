@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.recipe import ENCODERS, RECIPES, load_encoder, load_recipe
+from jobs.recipe import ENCODERS, RECIPES, find, load_ablation, load_encoder, load_recipe, node_labels
 from lidit.config import EncoderSettings, Recipe
 from lidit.errors import InputError
 from lidit.settings import apply_overrides, flatten, load_yaml, validate
@@ -33,7 +33,14 @@ def recipe_file(tmp_path: Path) -> Path:
         ("engine.zero_stage=7", ["engine.zero_stage", "0, 1, 2 or 3", "found 7"]),
         ("encoders.1.lyer=2", ["encoders.1.lyer", "did you mean 'layer'"]),
         ("encoders.7.layer=2", ["'7' is not an index of a list of 2"]),
+        ("encoders.other.layer=2", ["not an index of a list of 2; 0 is smollm2, 1 is other"]),
+        ("encoders=smollm2", ["encoders: must be a list, such as encoders=[smollm2], found 'smollm2'"]),
         ("train.optimizer.betas=[0.9]", ["train.optimizer.betas"]),
+        ("train.optimizer.betas=0.9", ["must be a list, such as train.optimizer.betas=[0.9, 0.9]"]),
+        ("plan.latent=8", ["must be a list, such as plan.latent=[8, 8, 8]"]),
+        ("train=5", ["train: must be a section: train.KEY=VALUE, found 5"]),
+        ("engine.label_selector=x", ["must be a section: engine.label_selector.KEY=VALUE"]),
+        ("pools={other: {actrs: 2}}", ["pools.other.actrs", "did you mean 'actors'"]),
         ("model.fusion.mode=none", ["exactly one encoder", "smollm2"]),
         ("train.batch_size=31", ["train.batch_size", "divisible"]),
         ("output=s3://bucket/runs", ["output: must be a folder", "mount shared storage", "found 's3://bucket/runs'"]),
@@ -96,6 +103,44 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "absent.yaml"))
     with pytest.raises(InputError, match="demo"):
         load_recipe("absent")
+
+
+def load_codec(name: str) -> Path:
+    return find(name, RECIPES, "codec recipe")
+
+
+def test_a_recipe_of_another_kind_is_told_with_the_command_that_takes_it(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("arms: {}\n")
+    for load, name, said in (
+        (load_recipe, "ablate-2cores", "ablate-2cores is an ablation recipe: lidit ablate ablate-2cores"),
+        (load_recipe, "codec-small", "codec-small is a codec recipe: lidit train-codec codec-small"),
+        (load_recipe, str(own), f"{own} is an ablation recipe: lidit ablate {own}"),
+        (load_ablation, "demo", "demo is a training recipe: lidit train demo"),
+        (load_codec, "demo", "demo is a training recipe: lidit train demo"),
+    ):
+        with pytest.raises(InputError) as caught:
+            load(name)
+        assert str(caught.value) == said
+
+
+def test_an_unknown_name_is_answered_with_the_recipes_that_fit() -> None:
+    for load, fitting, other in (
+        (load_recipe, "demo", ("ablate-", "codec-")),
+        (load_ablation, "ablate-2cores", ("demo", "codec-", "lidit-")),
+        (load_codec, "codec-small", ("demo", "ablate-", "lidit-")),
+    ):
+        with pytest.raises(InputError, match=f"give a YAML file or one of .*{fitting}") as caught:
+            load("absent")
+        assert not any(name in str(caught.value) for name in other)
+
+
+def test_node_labels_are_pairs() -> None:
+    assert node_labels(["lidit/pool=large", "zone=a=b"]) == {"lidit/pool": "large", "zone": "a=b"}
+    assert node_labels(None) == {}
+    for word in ("pool", "=x", "pool="):
+        with pytest.raises(InputError, match=r"--node-label .*: a label is KEY=VALUE, such as lidit/pool=large"):
+            node_labels([word])
 
 
 TRAININGS = [path for path in sorted(RECIPES.glob("*.yaml")) if "encoders" in load_yaml(path)]  # not codecs, ablations

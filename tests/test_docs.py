@@ -151,6 +151,18 @@ def test_files_the_pages_link_to_exist() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_what_the_steps_make_in_the_checkout_is_not_sent_to_a_cluster() -> None:
+    """Ray leaves behind what .gitignore names; a corpus in the folder would be larger than it takes."""
+    made = {"corpus", "exported", "pictures", "runs", "scenes", "tars"}
+    for page in ("README.md", "docs/extending.md"):
+        text = "\n".join(blocks(ROOT / page, ""))
+        found = set(re.findall(r"--(?:out|corpus) ([a-z]+)(?=\s)", text))
+        assert found <= made, f"{page}: {found - made}"
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {f"/{name}/" for name in made} <= set(ignored)
+    assert not [name for name in made if (ROOT / name / "__init__.py").exists()]
+
+
 def test_the_format_page_reads_a_corpus_without_our_code(tmp_path: Path) -> None:
     (code,) = blocks(ROOT / "docs" / "format.md", "python")
     assert "lidit" not in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)

@@ -14,6 +14,7 @@ from trained import SmallWorld
 
 from jobs.recipe import load_recipe
 from lidit.config import EncoderSettings, Recipe
+from lidit.errors import StorageError
 from lidit.models import LIDiT, TextStates
 from lidit.plan import (
     Facts,
@@ -27,6 +28,7 @@ from lidit.plan import (
 )
 from lidit.plan_facts import encoder_shape, gather_facts
 from lidit.store import channel_statistics, latents_table, text_table
+from lidit.store.folder import Folder
 from lidit.store.latents import Crop
 from lidit.store.publish import arrow_writer
 from lidit.text import PromptEncoder, resolve_encoder
@@ -164,6 +166,25 @@ def test_unknown_sizes_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixtu
     write: Callable[[str], int] = (tmp_path / "r.yaml").write_text
     write("name: r\ncorpus: nowhere\nencoders: [{name: big, model: models/big}]\n")
     assert lidit("plan", tmp_path / "r.yaml") == 2
-    assert "error: plan.samples" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"error: {tmp_path}/r.yaml: the corpus nowhere does not exist yet; give plan.samples=NUMBER" in told
     assert lidit("plan", tmp_path / "r.yaml", "plan.samples=1000") == 2
-    assert "error: plan.encoders.big" in capsys.readouterr().err
+    assert f"error: {tmp_path}/r.yaml: plan.encoders.big" in capsys.readouterr().err
+
+
+def test_a_corpus_that_cannot_be_looked_at_is_not_called_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "corpus.json").write_text("{")
+    assert lidit("plan", "lidit-1b", f"corpus={tmp_path / 'damaged'}") == 2
+    assert "damaged/corpus.json: damaged" in capsys.readouterr().err
+
+    def refused(*_: object) -> bool:
+        raise StorageError("s3://bucket/corpus: no credentials")
+
+    monkeypatch.setattr(Folder, "exists", refused)
+    assert lidit("plan", "lidit-1b", "corpus=s3://bucket/corpus", "--json") == 0  # its samples are assumed
+    capsys.readouterr()
+    assert lidit("plan", "lidit-1b", "corpus=s3://bucket/corpus", "plan.samples=null") == 2
+    assert "error: s3://bucket/corpus: no credentials" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from lidit.store import ImageReference
 from lidit.store.folder import is_url, open_url
+from lidit.store.remote import plain_refusals
 
 # Text members and rows larger than this are refused unread: no caption or metadata record needs more.
 MAX_TEXT_BYTES = 16 * 1024 * 1024
@@ -116,8 +117,9 @@ class _HashingReader(io.RawIOBase):
 def open_binary(path: str) -> BinaryIO:
     """A local file or an object behind a URL, for reading."""
     if is_url(path):
-        file_system, name = open_url(path)
-        opened: BinaryIO = file_system.open(name, "rb")
+        with plain_refusals(path):
+            file_system, name = open_url(path)
+            opened: BinaryIO = file_system.open(name, "rb")
         return opened
     return open(path, "rb")  # noqa: PTH123
 

@@ -14,6 +14,7 @@ from lidit.errors import InputError
 from lidit.images.decode import SUFFIXES
 from lidit.sources.base import SourceFile
 from lidit.store.folder import is_url, open_url
+from lidit.store.remote import plain_refusals
 
 # In a folder the first kind found is taken: a .parquet or .json beside tars describes them, as img2dataset does.
 KINDS = {
@@ -111,13 +112,14 @@ def _remote(pattern: str) -> dict[str, tuple[str, int, str]]:
     file_system, path = open_url(pattern)
     protocol = pattern.split("://", 1)[0]
     try:
-        if glob.has_magic(path):
-            entries = file_system.glob(path, detail=True)
-        elif file_system.isfile(path):
-            entries = {path: file_system.info(path)}
-        else:
-            entries = file_system.find(path, detail=True)
-    except (FileNotFoundError, PermissionError) as error:
+        with plain_refusals(pattern):
+            if glob.has_magic(path):
+                entries = file_system.glob(path, detail=True)
+            elif file_system.isfile(path):
+                entries = {path: file_system.info(path)}
+            else:
+                entries = file_system.find(path, detail=True)
+    except FileNotFoundError as error:
         raise InputError(f"{pattern}: cannot be read: {error}") from None
     sizes: dict[str, Any] = {f"{protocol}://{name.lstrip('/')}": info for name, info in entries.items()}
     chosen = _first_kind([name for name, info in sizes.items() if info["type"] == "file"])

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from lidit.errors import InputError
 from lidit.store.cache import cache_place, cached_map, keep
+from lidit.store.remote import plain_refusals
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -32,7 +34,14 @@ def open_url(url: str) -> tuple[Any, str]:
     return file_system, str(root).rstrip("/")
 
 
-_remote = cache(open_url)  # of the few folders a process works with
+_opened = cache(open_url)  # of the few folders a process works with
+
+
+@contextlib.contextmanager
+def _remote(location: str) -> Iterator[tuple[Any, str]]:
+    """`open_url`; what the object store refuses inside the `with` block is a StorageError."""
+    with plain_refusals(location):
+        yield _opened(location)
 
 
 @dataclass(frozen=True)
@@ -73,16 +82,16 @@ class Folder:
     def exists(self, name: str = "") -> bool:
         if self.local:
             return (self.path / name).exists()
-        file_system, root = _remote(self.location)
-        return bool(file_system.exists(f"{root}/{name}".rstrip("/")))
+        with _remote(self.location) as (file_system, root):
+            return bool(file_system.exists(f"{root}/{name}".rstrip("/")))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is no such file."""
         try:
             if self.local:
                 return (self.path / name).stat().st_size
-            file_system, root = _remote(self.location)
-            return int(file_system.size(f"{root}/{name}"))
+            with _remote(self.location) as (file_system, root):
+                return int(file_system.size(f"{root}/{name}"))
         except FileNotFoundError:
             return None
 
@@ -97,9 +106,9 @@ class Folder:
                         if entry.is_file():
                             found[entry.name] = entry.stat().st_size
             return found
-        file_system, root = _remote(self.location)
         try:
-            entries = file_system.ls(root, detail=True)
+            with _remote(self.location) as (file_system, root):
+                entries = file_system.ls(root, detail=True)
         except FileNotFoundError:
             return {}
         files = (entry for entry in entries if entry["type"] == "file")
@@ -113,9 +122,9 @@ class Folder:
                     return sorted(entry.name for entry in entries if entry.is_dir())
             except FileNotFoundError:
                 return []
-        file_system, root = _remote(self.location)
         try:
-            entries = file_system.ls(root, detail=True)
+            with _remote(self.location) as (file_system, root):
+                entries = file_system.ls(root, detail=True)
         except FileNotFoundError:
             return []
         return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
@@ -124,8 +133,8 @@ class Folder:
         """Raises FileNotFoundError where there is no such file."""
         if self.local:
             return (self.path / name).read_bytes()
-        file_system, root = _remote(self.location)
-        return bytes(file_system.cat_file(f"{root}/{name}"))
+        with _remote(self.location) as (file_system, root):
+            return bytes(file_system.cat_file(f"{root}/{name}"))
 
     def map(self, name: str, keep_local: bool = False) -> mmap.mmap | bytearray:
         """The file's bytes, as writable memory that never reaches the file: a private memory map where it is local.
@@ -159,8 +168,8 @@ class Folder:
 
     def upload(self, local_path: str, name: str) -> None:
         """Object stores only: one atomic put."""
-        file_system, root = _remote(self.location)
-        file_system.put_file(local_path, f"{root}/{name}")
+        with _remote(self.location) as (file_system, root):
+            file_system.put_file(local_path, f"{root}/{name}")
 
     def remove(self, name: str) -> None:
         """Absent files are fine: another process may clean up too."""
@@ -168,8 +177,8 @@ class Folder:
             if self.local:
                 (self.path / name).unlink()
             else:
-                file_system, root = _remote(self.location)
-                file_system.rm_file(f"{root}/{name}")
+                with _remote(self.location) as (file_system, root):
+                    file_system.rm_file(f"{root}/{name}")
         except FileNotFoundError:
             pass
 
@@ -184,8 +193,8 @@ class Folder:
 
     def age(self, name: str) -> float | None:
         """Seconds since an object was written, by the object store's clock; None where it is unknown."""
-        file_system, root = _remote(self.location)
         try:
-            return time.time() - float(file_system.modified(f"{root}/{name}").timestamp())
+            with _remote(self.location) as (file_system, root):
+                return time.time() - float(file_system.modified(f"{root}/{name}").timestamp())
         except (FileNotFoundError, NotImplementedError):
             return None

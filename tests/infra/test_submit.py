@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import re
 import socket
@@ -10,12 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import lidit
 from corpus_factory import make_corpus
 from probe_project import PROBE, make_project
+from ray.job_submission import JobSubmissionClient
 
-from jobs.submit import corpus_digest
-from lidit.errors import InputError
-from pipelines.submit import Submission, ask_on_terminal, code_version, connect
+from jobs.submit import corpus_digest, module_of
+from lidit.errors import InputError, JobError
+from pipelines import submit as submit_module
+from pipelines.follow import ask_on_terminal
+from pipelines.submit import Driver, Submission, code_version, connect, start
 
 
 @pytest.fixture
@@ -136,3 +142,98 @@ def test_the_corpus_a_command_names_is_recorded(tmp_path: Path) -> None:
     assert corpus_digest((str(recipe), f"corpus={tmp_path / 'second'}")) == second.digest
     assert corpus_digest((str(tmp_path / "second"), "--encoder", "smollm2")) == second.digest
     assert corpus_digest((str(tmp_path), "corpus=nowhere")) is None
+
+
+class FakeClient:
+    """Ray's client as far as `start` needs it: knows one job at most, and may refuse a submission."""
+
+    def __init__(self, status: str | None = None, refusal: Exception | None = None) -> None:
+        self.status, self.refusal = status, refusal
+        self.asked: dict[str, object] = {}
+
+    def get_job_status(self, name: str) -> str:
+        if self.status is None or name.endswith("-2"):
+            raise RuntimeError("Request failed with status code 404: no such job")
+        return self.status
+
+    def submit_job(self, **asked: object) -> None:
+        self.asked = asked
+        if self.refusal:
+            raise self.refusal
+
+
+def test_what_the_driver_asks_for_is_recorded_and_no_part_of_the_identity(project: Path) -> None:
+    plain = submission(project)
+    seated = dataclasses.replace(plain, driver=Driver(gpus=1, cpus=2.5, labels={"lidit/pool": "large"}))
+    assert seated.submission_id == plain.submission_id
+    assert "lidit.driver" not in plain.metadata
+    assert seated.metadata["lidit.driver"] == "gpus 1, cpus 2.5, lidit/pool=large"
+    nothing, something = FakeClient(), FakeClient()
+    assert start(nothing, plain) == (plain.submission_id, True)  # type: ignore[arg-type]
+    assert start(something, seated) == (plain.submission_id, True)  # type: ignore[arg-type]
+    assert not [name for name in nothing.asked if name.startswith("entrypoint_")]
+    assert {name: asked for name, asked in something.asked.items() if name.startswith("entrypoint_")} == {
+        "entrypoint_num_gpus": 1,
+        "entrypoint_num_cpus": 2.5,
+        "entrypoint_label_selector": {"lidit/pool": "large"},
+    }
+    real = inspect.signature(JobSubmissionClient.submit_job).parameters
+    assert set(something.asked) <= set(real)
+    for status in ("PENDING", "RUNNING", "SUCCEEDED"):  # never a second one beside it
+        assert start(FakeClient(status), seated) == (plain.submission_id, False)  # type: ignore[arg-type]
+    assert start(FakeClient("FAILED"), seated) == (f"{plain.submission_id}-2", True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Request failed with status code 500: ... Package size (600.00MiB) exceeds the maximum size of 512.00MiB. To",
+        "Request failed with status code 500: ... Maximum request body size 104857600 exceeded.",
+    ],
+)
+def test_a_folder_that_is_too_large_is_one_line(project: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"too large to be sent .* move .*, or name it in \.gitignore") as caught:
+        start(FakeClient(refusal=RuntimeError(text)), submission(project))  # type: ignore[arg-type]
+    assert str(project) in str(caught.value)
+    with pytest.raises(JobError, match="the cluster refused the job: something else"):
+        start(FakeClient(refusal=RuntimeError("something else")), submission(project))  # type: ignore[arg-type]
+    with pytest.raises(JobError, match="the connection broke while the folder was sent"):
+        start(FakeClient(refusal=ConnectionError("reset")), submission(project))  # type: ignore[arg-type]
+
+
+def test_jobs_are_found_by_the_name_people_type(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert module_of("train-codec") == module_of("train_codec") == "train_codec"
+    assert module_of("demo-pictures") == "demo_pictures"
+    with pytest.raises(InputError, match=r"'trian': no such job in jobs/; one of .*train, train-codec, verify"):
+        module_of("trian")
+    for other in ("recipe", "start", "submit", "main"):
+        with pytest.raises(InputError, match="no such job"):
+            module_of(other)
+    monkeypatch.chdir(project)
+    assert module_of("probe") == "probe"
+    monkeypatch.chdir(project.parent)
+    with pytest.raises(InputError, match="start from the root of the checkout"):
+        module_of("probe")
+
+
+def test_options_before_the_job_are_ours_and_those_behind_it_the_jobs(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = []
+    monkeypatch.setattr(submit_module, "submit", lambda asked, address: sent.append((asked, address)) or 3)
+    monkeypatch.chdir(project)
+    ours = ["--address", "http://h:1", "--gpus", "1", "--node-label", "lidit/pool=large"]
+    assert lidit("submit", *ours, "probe", "recipe.yaml", "--gpus", "8", "--node-label", "a=b") == 3
+    ((asked, address),) = sent
+    assert address == "http://h:1"
+    assert asked.driver == Driver(gpus=1, labels={"lidit/pool": "large"})
+    assert asked.arguments == ("recipe.yaml", "--gpus", "8", "--node-label", "a=b")
+    for words, told in (
+        (["probe", "recipe.yaml", "--address", "http://h:1"], "give --address URL before the job"),
+        (["--address", "http://h:1", "--node-label", "pool", "probe"], "a label is KEY=VALUE"),
+        (["--adress", "http://h:1", "probe"], "No such option: --adress"),
+    ):
+        assert lidit("submit", *words) == 2
+        assert told in capsys.readouterr().err
+    assert len(sent) == 1

@@ -104,6 +104,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "--head",
         "--block",
         "--num-cpus=2",
+        "--num-gpus=1",
+        "--labels=lidit/pool=large",
         f"--temp-dir={home}/r",
         "--node-ip-address=127.0.0.1",
     ]
@@ -150,7 +152,7 @@ def test_a_failed_job_gives_its_exit_code_and_may_be_tried_again(cluster: Cluste
     code = f"go({str(project)!r})"
     assert cluster.run(code).returncode == 3
     again = subprocess.run(
-        [Path(sys.executable).with_name("lidit"), "submit", "probe", "recipe.yaml", "--address", cluster.address],
+        [Path(sys.executable).with_name("lidit"), "submit", "--address", cluster.address, "probe", "recipe.yaml"],
         env=cluster.env,
         cwd=project,
         stdin=subprocess.DEVNULL,
@@ -248,6 +250,46 @@ def test_ctrl_c_detaches_or_stops(cluster: Cluster, tmp_path: Path) -> None:
     print(code, client.get_job_status(name).value)
     """)
     assert stopped.stdout.strip() == "1 STOPPED", stopped.stderr
+
+
+@pytest.mark.slow
+def test_the_driver_gets_what_it_asks_for_and_is_never_doubled(cluster: Cluster, project: Path) -> None:
+    """Two such jobs at once would write into the same folders: the first one stays, and its place is told."""
+    (project / "jobs" / "where_here.py").write_text(
+        "import os, time\nprint('gpus', os.environ.get('CUDA_VISIBLE_DEVICES') or 'none', flush=True)\ntime.sleep(20)\n"
+    )
+
+    def send(*words: str) -> subprocess.Popen[str]:
+        command = [Path(sys.executable).with_name("lidit"), "submit", "--address", cluster.address, *words]
+        return subprocess.Popen(
+            command, env=cluster.env, cwd=project, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    first = send("--gpus", "1", "--node-label", "lidit/pool=large", "where-here")
+    assert first.stdout is not None
+    while not (line := first.stdout.readline()).startswith("gpus"):
+        assert line, first.communicate()[1]
+    assert line == "gpus 0\n"
+    second_out, second_err = send("--cpus", "1", "where-here").communicate(timeout=120)
+    _, first_err = first.communicate(timeout=120)
+    assert "gpus 0\n" in second_out, second_err
+    assert "already running, following" in second_err
+    assert "its driver asked for gpus 1, lidit/pool=large; to ask for cpus 1, stop it" in second_err
+    assert first_err.rstrip().endswith("succeeded")
+    unasked, _ = send("where-here", "again").communicate(timeout=120)
+    assert "gpus none" in unasked
+
+
+@pytest.mark.slow
+def test_a_folder_too_large_is_one_line(cluster: Cluster, project: Path) -> None:
+    (project / "big.bin").write_bytes(os.urandom(110 << 20))
+    command = [Path(sys.executable).with_name("lidit"), "submit", "--address", cluster.address, "probe", "recipe.yaml"]
+    for code, told in ((2, "too large to be sent to the cluster"), (0, "succeeded")):
+        done = subprocess.run(command, env=cluster.env, cwd=project, capture_output=True, text=True, timeout=150)
+        assert (done.returncode, told in done.stderr) == (code, True), done.stderr
+        assert "Traceback" not in done.stderr
+        (project / ".gitignore").write_text("/big.bin\n")
 
 
 class CuttingProxy:

@@ -1,16 +1,26 @@
 """What users try first gets a clear answer: one line, the right exit code, no traceback."""
 
 import contextlib
+import errno
+import os
 import shutil
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from command import lidit
+from ray.exceptions import RayTaskError
+
+from jobs.start import guarded
+from lidit.errors import StorageError
 
 JOBS = ("demo", "run", "scenes", "ingest", "embed", "latents", "train", "sample", "evaluate", "inspect", "verify",
         "repair", "export")  # fmt: skip
+JobRaising = Callable[[BaseException], typer.Typer]
+Ends = Callable[[BaseException], tuple[int, str]]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -52,6 +62,95 @@ def test_first_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "per_tag" in fails(capsys, "evaluate", tmp_path / "empty", "per_tags=3")
     assert str(tmp_path / "empty") in fails(capsys, "ingest", tmp_path / "empty", "--corpus", tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_words_the_command_line_does_not_know_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    told = fails(capsys, "run", "demo", "--until", "trin")
+    assert "lidit run: Invalid value for '--until': 'trin' is not one of 'ingest', 'embed'" in told
+    assert told.endswith("lidit run --help)")
+    assert "'json' is not one of" in fails(capsys, "export", "c", "--to", "json", "--out", "o")
+    assert "Missing option '--encoder'" in fails(capsys, "embed", "c")
+    assert "did you mean 'embed'" in fails(capsys, "embd", "c").lower()
+    assert lidit() == 2
+    captured = capsys.readouterr()
+    assert "ingest" in captured.out
+    assert captured.err == ""
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "scenes", "--out", "/proc/x", "--count", "4").startswith("error: /proc/x: cannot be opened")
+    assert "local folder" in fails(capsys, "scenes", "--out", "s3://bucket/scenes", "--count", "4")
+    (tmp_path / "file").touch()
+    told = fails(capsys, "scenes", "--out", tmp_path / "file" / "x", "--count", "4")
+    assert told == f"error: {tmp_path}/file/x: cannot be opened or made (Not a directory); give another path"
+
+
+@pytest.mark.parametrize("label", ["pool", "=x", "pool="])
+@pytest.mark.parametrize("words", [("embed", "corpus", "--encoder", "smollm2"), ("latents", "corpus")])
+def test_a_node_label_is_key_and_value(words: tuple[str, ...], label: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "a label is KEY=VALUE" in fails(capsys, *words, "--node-label", label)
+
+
+@pytest.fixture
+def job_raising(monkeypatch: pytest.MonkeyPatch) -> JobRaising:
+    def make(error: BaseException) -> typer.Typer:
+        app = typer.Typer(pretty_exceptions_enable=False)
+
+        @app.command()
+        def job() -> None:
+            raise error
+
+        return app
+
+    monkeypatch.setattr(sys, "argv", ["job"])
+    return make
+
+
+@pytest.fixture
+def ends(job_raising: JobRaising, capsys: pytest.CaptureFixture[str]) -> Ends:
+    """Exit code and stderr of a job that raises an error."""
+
+    def run(error: BaseException) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            guarded(job_raising(error))
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def test_what_the_file_system_refuses(tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "new"))
+    line = f"{tmp_path}/new: cannot be written (Permission denied); give a folder you may write, or fix its owner"
+    assert ends(denied) == (2, f"error: {line}\n")
+    assert ends(RayTaskError("f", "a traceback", denied).as_instanceof_cause()) == (2, f"error: {line}\n")
+    read_only = OSError(errno.EROFS, "", str(tmp_path))
+    assert "cannot be written (Read-only file system)" in ends(read_only)[1]
+    full = OSError(errno.ENOSPC, "", "a/file")
+    assert ends(full)[0] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: mode == os.F_OK)  # root may read everything
+        assert "cannot be read (Permission denied); give a path you may read" in ends(denied)[1]
+
+
+def test_an_object_stores_refusal_is_one_line_also_out_of_a_task(ends: Ends) -> None:
+    refusal = StorageError("s3://bucket/x: no credentials")
+    for error in (refusal, RayTaskError("f", "a traceback", refusal).as_instanceof_cause()):
+        assert ends(error) == (2, "error: s3://bucket/x: no credentials\n")
+
+
+@pytest.mark.parametrize(
+    "bug", [OSError("no file in it"), OSError(errno.EIO, "", "a/file"), ValueError("x"), KeyError("x")]
+)
+def test_bugs_keep_their_traceback(bug: Exception, job_raising: JobRaising) -> None:
+    with pytest.raises(type(bug)):
+        guarded(job_raising(bug))
+
+
+def test_ctrl_c_and_a_jobs_own_exit_code(ends: Ends) -> None:
+    code, told = ends(KeyboardInterrupt())
+    assert code == 130
+    assert told.startswith("interrupted: everything finished is kept")
+    assert ends(typer.Exit(3)) == (3, "")
 
 
 def test_a_tar_cut_in_half_keeps_what_is_whole(

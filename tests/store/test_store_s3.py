@@ -1,24 +1,28 @@
 """Object stores: sources read from, corpora and families written to, a real S3 server."""
 
 import os
+import re
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import botocore.exceptions
 import family_job
 import fsspec
 import pytest
 import torch
+from command import lidit
 from corpus_factory import WORDS, make_corpus
 from pictures import sample, write_tar
 from s3_server import s3_server
 
-from lidit.errors import InputError
+from lidit.errors import InputError, StorageError
 from lidit.sources import FieldNames, OpenedSource, RawSample, expand, read_source
 from lidit.store import Corpus
 from lidit.store import writer as writer_module
+from lidit.store.remote import plain_refusals
 from lidit.store.repair import repair_corpus
 from lidit.store.verify import verify_corpus
 
@@ -99,6 +103,64 @@ def test_sources_on_s3_by_name_folder_and_glob(url: str, tmp_path: Path) -> None
     assert found.captions == (("caption 1", "original"),)
     with pytest.raises(InputError, match="nothing here to ingest"):
         expand([f"{url}/absent"])
+
+
+@pytest.fixture
+def stranger(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Someone without keys, profile or a cloud machine's role. Nothing of an earlier server is found again."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return monkeypatch
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert lidit(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_without_credentials_one_line_says_what_to_set(
+    stranger: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remedy = "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL outside AWS)"
+    place = f"s3://{uuid.uuid4().hex}/corpus"  # file systems are kept per address
+    assert refused(capsys, "inspect", place) == f"error: {place}: {remedy}"
+    source = f"s3://{uuid.uuid4().hex}/x"
+    assert refused(capsys, "ingest", source, "--corpus", "c") == f"error: {source}: {remedy}"
+
+
+def test_an_endpoint_that_does_not_answer(stranger: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        stranger.setenv(name, "test")
+    stranger.setenv("AWS_MAX_ATTEMPTS", "1")
+    stranger.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    place = f"s3://{uuid.uuid4().hex}/corpus"
+    told = refused(capsys, "inspect", place)
+    assert told.startswith(f"error: {place}: no answer (Could not connect to the endpoint URL")
+    assert told.endswith("check the network and AWS_ENDPOINT_URL")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    stranger.setenv("AWS_ENDPOINT_URL", "nonsense")
+    assert "Invalid endpoint: nonsense" in refused(capsys, "inspect", f"s3://{uuid.uuid4().hex}/corpus")
+
+
+def test_what_is_a_refusal_and_what_is_not() -> None:
+    for error, told in (
+        (PermissionError("Forbidden"), "access refused (Forbidden); give credentials that may read and write there"),
+        (ConnectionError("http://me:pass@h/x is gone"), "no answer (http://h/x is gone); check the network"),
+        (TimeoutError(), "no answer (TimeoutError); check the network and AWS_ENDPOINT_URL"),
+        (OSError(22, "wrong region"), "the object store refuses ([Errno 22] wrong region); check the address"),
+        (botocore.exceptions.ProfileNotFound(profile="p"), "the object store refuses (The config profile (p)"),
+    ):
+        with pytest.raises(StorageError, match=re.escape(f"s3://b/x: {told}")), plain_refusals("s3://b/x"):
+            raise error
+    for error in (FileNotFoundError("x"), OSError(28, "disk full"), KeyError("x"), ValueError("x"), InputError("x")):
+        with pytest.raises(type(error)) as caught, plain_refusals("s3://b/x"):
+            raise error
+        assert caught.value is error
 
 
 WHOLE_JOB = """
