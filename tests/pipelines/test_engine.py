@@ -16,6 +16,7 @@ from pipelines.engine import micro_steps
 
 PROCESS = Path(__file__).with_name("engine_process.py")
 ROOT = Path(__file__).parents[2]
+STEPS, SAVED = 20, 14
 
 
 def launch(folder: Path, world_size: int, jobs: list[dict]) -> dict:
@@ -54,29 +55,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> dict:
     """All jobs of this file: three process groups, started once."""
     stage = lambda n, **more: {"zero_stage": n, **more}  # noqa: E731
-    two = [{"name": "accumulated", "engine": stage(2, accumulation=3), "steps": 20}]
+    two = [{"name": "accumulated", "engine": stage(2, accumulation=3), "steps": STEPS}]
     two += [{"name": "poisoned", "engine": stage(2), "steps": 6, "poison": 1, "save": "poisoned", "save_at": 3}]
     two += [{"name": "poisoned-again", "engine": stage(2), "steps": 6, "restore": "poisoned"}]
     two += [{"name": "without", "engine": stage(2), "steps": 6, "leave_out": 1}]
     two += [{"name": "poisoned-first", "engine": stage(2), "steps": 3, "poison": 0, "poisoned_row": -1}]
     two[-1] |= {"save": "poisoned-first", "save_at": 1}
     two += [{"name": "poisoned-first-again", "engine": stage(2), "steps": 3, "restore": "poisoned-first"}]
-    two += [{"name": f"bf16-{n}", "engine": stage(n, precision="bfloat16"), "steps": 20} for n in range(3)]
+    two += [{"name": f"bf16-{n}", "engine": stage(n, precision="bfloat16"), "steps": 12} for n in range(3)]
     for n in range(4):  # stage 3 last: DeepSpeed then replaces torch's linear for the whole process
-        two += [{"name": f"two-{n}", "engine": stage(n), "steps": 20, "save": f"two-{n}", "save_at": 10}]
-        two[-1]["watch_average"] = True
-        two += [{"name": f"again-{n}", "engine": stage(n), "steps": 20, "restore": f"two-{n}"}]
-    two += [{"name": "bf16-3", "engine": stage(3, precision="bfloat16"), "steps": 20}]
-    two += [{"name": "three-to-one", "engine": stage(1), "steps": 20, "restore": "two-3"}]
+        two += [{"name": f"two-{n}", "engine": stage(n), "steps": STEPS, "save": f"two-{n}", "save_at": SAVED}]
+        two += [{"name": f"average-{n}", "engine": stage(n), "steps": 6, "watch_average": True}]
+        two += [{"name": f"again-{n}", "engine": stage(n), "steps": STEPS, "restore": f"two-{n}"}]
+    two += [{"name": "bf16-3", "engine": stage(3, precision="bfloat16"), "steps": 12}]
+    two += [{"name": "three-to-one", "engine": stage(1), "steps": STEPS, "restore": "two-3"}]
     found = launch(folder, 2, two)
-    one = [{"name": "one", "engine": stage(0), "steps": 20, "save": "one", "save_at": 10}]
-    one += [{"name": f"two-to-one-{n}", "engine": stage(n), "steps": 20, "restore": f"two-{n}"} for n in (1, 2, 3)]
-    one += [{"name": "sixteen", "engine": stage(0), "steps": 20, "batch": 16}]
+    one = [{"name": "one", "engine": stage(0), "steps": STEPS, "save": "one", "save_at": SAVED}]
+    one += [{"name": f"two-to-one-{n}", "engine": stage(n), "steps": STEPS, "restore": f"two-{n}"} for n in (1, 2, 3)]
+    one += [{"name": "sixteen", "engine": stage(0), "steps": 8, "batch": 16}]
     found |= launch(folder, 1, one)
-    three = [{"name": f"to-three-{n}", "engine": stage(n), "steps": 20, "restore": f"two-{n}"} for n in (1, 2, 3)]
-    three += [{"name": "one-to-three", "engine": stage(3), "steps": 20, "restore": "one"}]
+    three = [{"name": f"to-three-{n}", "engine": stage(n), "steps": STEPS, "restore": f"two-{n}"} for n in (1, 2, 3)]
+    three += [{"name": "one-to-three", "engine": stage(3), "steps": STEPS, "restore": "one"}]
     # Four workers wanted, three there: shares of 5, 5 and 6 in two parts, none larger than the four would have had.
-    three += [{"name": f"uneven-{n}", "engine": stage(n, workers=4), "steps": 20, "batch": 16} for n in (2, 3)]
+    three += [{"name": f"uneven-{n}", "engine": stage(n, workers=4), "steps": 8, "batch": 16} for n in (2, 3)]
     return found | launch(folder, 3, three)
 
 
@@ -93,7 +94,7 @@ def test_every_stage_and_split_gives_the_same_curve(results: dict, job: str) -> 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_resume_is_bit_identical(results: dict, folder: Path, stage: int) -> None:
-    assert results[f"again-{stage}"]["losses"] == results[f"two-{stage}"]["losses"][10:]
+    assert results[f"again-{stage}"]["losses"] == results[f"two-{stage}"]["losses"][SAVED:]
     straight, resumed = tensors(folder, f"two-{stage}"), tensors(folder, f"again-{stage}")
     for part in ("weights", "ema"):
         for name, value in straight[part].items():
@@ -106,7 +107,7 @@ def test_resume_is_bit_identical(results: dict, folder: Path, stage: int) -> Non
      "three-to-one"],
 )  # fmt: skip
 def test_another_number_of_workers_goes_on_with_the_same_curve(results: dict, job: str) -> None:
-    close(results[job]["losses"], results["one"]["losses"][10:], 1e-5)
+    close(results[job]["losses"], results["one"]["losses"][SAVED:], 1e-5)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -134,7 +135,7 @@ def test_no_part_grows_when_workers_are_missing(world_size: int, parts: int) -> 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_the_sharded_average_is_the_plain_one(folder: Path, results: dict, stage: int) -> None:
-    saved = tensors(folder, f"two-{stage}")
+    saved = tensors(folder, f"average-{stage}")
     assert saved["plain"].keys() == saved["ema"].keys()
     for name, value in saved["plain"].items():
         torch.testing.assert_close(saved["ema"][name], value, rtol=1e-5, atol=1e-7, msg=name)
@@ -162,4 +163,4 @@ def test_a_checkpoint_before_any_step_was_taken_goes_on_too(results: dict) -> No
 
 @pytest.mark.parametrize("stage", range(4))
 def test_bfloat16_follows_float32(results: dict, stage: int) -> None:
-    close(results[f"bf16-{stage}"]["losses"], results["one"]["losses"], 0.03)
+    close(results[f"bf16-{stage}"]["losses"], results["one"]["losses"][:12], 0.03)

@@ -18,6 +18,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return launch(tmp_path_factory.mktemp("memory"), 2, jobs)
 
 
+@pytest.mark.slow  # half a minute for what test_plan.py checks by arithmetic
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_states_are_what_an_engine_keeps(measured: dict, stage: int, precision: str) -> None:
