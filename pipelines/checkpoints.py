@@ -24,10 +24,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lidit.errors import InputError
+from lidit.store import digest_of
 from pipelines.shards import MOMENTS, ShardedEMA, inner_optimizer, load_numbers, owned_fragments
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{9})$")
+
+
+def unsent_prefix(run_folder: Path) -> str:
+    """How the folders begin in which a machine's workers of this run keep a checkpoint until it is uploaded."""
+    return f"lidit-checkpoint-{digest_of(str(run_folder))[:16]}-"
 
 
 def checkpoint_name(step: int) -> str:

@@ -72,6 +72,9 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         if self.config["board"] is not None:
             os.environ.update(ray.get(self.config["board"].credentials.remote()))
         self.watch = Watch(self.run, engine, feed, self.config["tracking"], self.config["board"])
+        # Before any worker can save: what a killed one was about to send would stay on this machine's disk for ever.
+        for left in Path(tempfile.gettempdir()).glob(f"{checkpoints.unsent_prefix(self.run.run_folder)}*"):
+            shutil.rmtree(left, ignore_errors=True)
         self.step, self.waited = self._restore(), 0.0
         self.saved, self.listener = self.step, Listener(self.config["board"], self.device)
 
@@ -147,7 +150,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
     def _save(self) -> None:
         last = self.step == self.run.train.steps
         position = checkpoints.Position(self.step, self.world_size, self.engine.ema.updates, self.config["facts"])
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        folder = Path(tempfile.mkdtemp(prefix=checkpoints.unsent_prefix(self.run.run_folder)))
         behind = False  # else Ray deletes the folder after the upload
         try:
             checkpoints.save(folder, self.engine.deepspeed, self.engine.ema, self.rank, position)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -139,10 +140,13 @@ def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, FitRe
     train = recipe.train.model_copy(update={"async_upload": True})
     again = recipe.model_copy(update={"output": str(tmp_path), "train": train})
     pids: list[int] = []
+    left = Path(tempfile.gettempdir()) / f"{checkpoints.unsent_prefix(again.run_folder)}of-a-killed-worker"
+    left.mkdir()
     hunter = kill_a_worker_after(again.run_folder, 4, pids)
     killed = run_fit(again)
     hunter.join()
     assert pids, "nothing was killed"
+    assert not list(left.parent.glob(f"{checkpoints.unsent_prefix(again.run_folder)}*")), "checkpoints fill the disk"
     straight, resumed = (load_file(r.model / FINAL) for r in (result, killed))
     assert straight.keys() == resumed.keys()
     for name, value in straight.items():
