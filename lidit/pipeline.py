@@ -294,7 +294,7 @@ def _local_folder(folder: str | Path, revision: str | None) -> Path:
     path = Path(folder).expanduser()
     if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
         if not path.is_dir():
-            raise InputError(f"{folder}: no such model folder")
+            raise InputError(f"{folder}: no such model folder; give one that lidit train wrote, or a hub id")
         return path
     try:
         patterns = ["*.json", "*.safetensors", "README.md"]

@@ -46,7 +46,9 @@ def follow(
     pause = 0.0
     while True:
         try:
-            time.sleep(pause)  # before a reconnection only: a cluster that is restarting is not to be hammered
+            # Zero but after a broken connection: a cluster that is restarting is not to be hammered. Within the try,
+            # because Ctrl-C is answered while waiting, too.
+            time.sleep(pause)
             pause = RETRY_SECONDS
             if client.get_job_status(name).is_terminal():
                 rest = client.get_job_logs(name)[written:]

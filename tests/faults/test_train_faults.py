@@ -3,6 +3,7 @@ command finishes it, and on as many workers it ends with the same bits as an und
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,8 +210,9 @@ def fill(ballast: object, process: subprocess.Popen[str]) -> None:
     while process.poll() is None:
         try:
             ballast.write(bytes(4096))  # type: ignore[attr-defined]
-        except OSError:
-            time.sleep(0.01)  # full: until the process under test gives room back, there is nothing to take
+        except OSError:  # full: until the process gives room back or ends there is nothing to take
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.01)
 
 
 @pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (1, 2, 3), (2, 3, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# The pause is the job's work: tests watch it, or stop it, while it is at it.
 PROBE = """
 import sys, time
 settings = dict(line.split(": ") for line in open(sys.argv[1]).read().splitlines())
@@ -11,7 +12,7 @@ with open(settings["runs"], "a") as file:
     file.write("run\\n")
 for i in range(int(settings["lines"])):
     print(f"line {i}", flush=True)
-    time.sleep(float(settings["pause"]))  # a job that is still at work while it is watched or stopped
+    time.sleep(float(settings["pause"]))  # the job's work
 sys.exit(int(settings["exit"]))
 """
 

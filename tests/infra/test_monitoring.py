@@ -180,8 +180,9 @@ def test_without_ray_nothing_happens() -> None:
 
 
 JOB = """
-import sys, time, urllib.request
+import sys, threading, urllib.request
 import ray
+from waiting import wait_until
 from pipelines.metrics import EmbedMetrics, IngestMetrics, TrainMetrics
 
 ray.init(num_cpus=2, include_dashboard=True, dashboard_port=0, _temp_dir=sys.argv[1], logging_level=40)
@@ -193,7 +194,7 @@ def train():
     metrics.step(seconds=0.5, data_wait_seconds=0.14, loss=float("nan"))
     metrics.not_finite()
     metrics.checkpoint_saved(1.0e9)
-    time.sleep(30)  # a worker that is gone takes its series with it: stay until they were read
+    threading.Event().wait()  # a worker that is gone takes its series with it: this one stays as long as the driver
 
 running = train.remote()
 metrics = EmbedMetrics("smollm2")
@@ -203,12 +204,12 @@ metrics.unit_done(captions=5, tokens=45, padded_tokens=50, seconds=2.0, left=8)
 IngestMetrics("pictures").source_read(kept=7, refused=2)
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-for _ in range(60):
-    time.sleep(1)  # the agent exports once a second
+
+def everything():
     text = urllib.request.urlopen(url).read().decode()
-    if text.count("# HELP ray_lidit_") == int(sys.argv[2]):
-        break
-print(text)
+    return text if text.count("# HELP ray_lidit_") == int(sys.argv[2]) else None
+
+print(wait_until(everything, 60, every=1))  # the agent exports once a second
 """
 
 
@@ -227,7 +228,7 @@ def scraped(text: str) -> dict[str, tuple[str, float]]:
 def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("m")
     env = os.environ | {"HOME": str(home), "RAY_metrics_report_interval_ms": "1000", "RAY_AUTH_MODE": "disabled"}
-    env["PYTHONPATH"] = str(REPOSITORY)
+    env["PYTHONPATH"] = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
     done = subprocess.run(
         [sys.executable, "-c", JOB, str(home / "r"), str(len(METRICS))],
         env=env,
@@ -260,7 +261,7 @@ def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_f
 
 
 REAL = """
-import sys, threading, time, urllib.request
+import sys, threading, urllib.request
 from pathlib import Path
 import ray
 from jobs.recipe import load_recipe
@@ -271,15 +272,20 @@ ray.init(num_cpus=4, include_dashboard=True, dashboard_port=0, _temp_dir=str(fol
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
+ended = threading.Event()
+
 def watch():
-    while True:
-        time.sleep(0.5)  # a scrape twice as often as the agent exports misses nothing
+    while not ended.wait(0.5):  # twice as often as the agent exports: nothing is missed
         text = urllib.request.urlopen(url).read().decode()
         print("\\n".join(line for line in text.splitlines() if line.startswith("ray_lidit_")), flush=True)
 
-threading.Thread(target=watch, daemon=True).start()
-run_chain(load_recipe(str(folder / "recipe.yaml")), lambda stage, summary: None, until="train")
-time.sleep(5)  # the last values are exported a second after the job ends
+watcher = threading.Thread(target=watch)
+watcher.start()
+try:
+    run_chain(load_recipe(str(folder / "recipe.yaml")), lambda stage, summary: None, until="train")
+    watcher.join(5)  # the last values are exported a second after the job ends
+finally:
+    ended.set()
 """
 REAL_RECIPE = """
 name: watched

@@ -126,7 +126,7 @@ def test_what_fits_runs_together_and_what_does_not_waits() -> None:
     def large() -> str:
         if not alone.acquire(blocking=False):
             overlaps.append("large")
-        time.sleep(0.05)  # long enough for another one beside it to be seen
+        time.sleep(0.05)  # hold the lock: another one that were started beside this one must meet it taken
         alone.release()
         return "large"
 
@@ -147,7 +147,7 @@ def test_a_failure_leaves_the_others_alone() -> None:
 
     def good() -> str:
         assert failed.wait(20)
-        time.sleep(0.2)  # the failure is told first, by a thread that nothing here can be told of
+        time.sleep(0.2)  # end after the failure has been told: that thread is the scheduler's own and gives no event
         return "good"
 
     results: list[str] = []
