@@ -60,6 +60,7 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
     corpus = _prepare(ablation, folder)
     jobs = _jobs(ablation, study, corpus)
     uri = tracking.store_uri(ablation.recipe.tracking.uri, folder.parent)
+    judged = _judged_on(ablation, corpus, study)
     results = {job.name: found for job in jobs if (found := _finished(job)) is not None}
     pending = [job for job in jobs if job.name not in results]
     key = digest_of({"ablation": ablation.recipe.name, "output": str(folder)})[:32]
@@ -75,9 +76,9 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
                 results[job.name] = result
                 _track(job, result, uri, experiment, parent.handle.run_id)
                 progress.advance(1, f"{job.name}: accuracy {result.points[-1].accuracy:.3f}")
-                page = _write(ablation, corpus, folder, results, jobs)
+                page = _write(ablation, corpus, folder, results, jobs, judged)
                 report(f"{job.name}: final accuracy {result.points[-1].accuracy:.3f}, {page}")
-        page = _write(ablation, corpus, folder, results, jobs)
+        page = _write(ablation, corpus, folder, results, jobs, judged)
         parent.artifact(page.parent, "report")
     return AblationSummary(page, len(pending), len(jobs) - len(pending), uri)
 
@@ -232,17 +233,28 @@ def _tracked(job: ArmJob) -> bool:
     return (job.folder / TRACKED).exists()
 
 
-def _write(ablation: Ablation, corpus: Corpus, folder: Path, results: dict[str, ArmResult], jobs: list[ArmJob]) -> Path:
+def _write(
+    ablation: Ablation, corpus: Corpus, folder: Path, results: dict[str, ArmResult], jobs: list[ArmJob], judged: str
+) -> Path:
     missing = [job.name for job in jobs if job.name not in results]
     in_order = [results[job.name] for job in jobs if job.name in results]
-    facts = _facts(ablation, corpus, jobs[0].study, in_order)
+    facts = _facts(ablation, corpus, judged, in_order)
     return write_ablation_report(folder / "report", in_order, f"Ablation {ablation.recipe.name}", facts, missing)
 
 
-def _facts(ablation: Ablation, corpus: Corpus, study: Study, results: list[ArmResult]) -> dict[str, str]:
-    scenes, measures, recipe = ablation.scenes, ablation.measures, ablation.recipe
+def _judged_on(ablation: Ablation, corpus: Corpus, study: Study) -> str:
+    """In words. Reads every caption of the corpus: once, not for every page."""
+    measures = ablation.measures
     trained = {text for unit in range(corpus.num_units) for text in corpus.captions(unit)["text"].to_pylist()}
     judged = {case.caption for cases in study.measures.values() for case in cases}
+    return (
+        f"{measures.scenes} scenes of {measures.tag} per style; errors: {', '.join(measures.kinds)}; "
+        f"{len(judged & trained)} of their {len(judged)} captions occur in training, with other scenes"
+    )
+
+
+def _facts(ablation: Ablation, corpus: Corpus, judged: str, results: list[ArmResult]) -> dict[str, str]:
+    scenes, recipe = ablation.scenes, ablation.recipe
     encoders = ", ".join(f"{encoder.name} ({encoder.model}, {encoder.kind})" for encoder in recipe.encoders)
     styles = ", ".join(f"`{style}`" for style in scenes.styles)
     visible = recipe.model.visible_tokens
@@ -253,8 +265,7 @@ def _facts(ablation: Ablation, corpus: Corpus, study: Study, results: list[ArmRe
         "training": f"{recipe.train.steps} steps of {recipe.train.batch_size}, objective {recipe.objective.kind}, "
         f"lr {recipe.train.optimizer.lr:g}",
         "seeds": ", ".join(str(seed) for seed in ablation.seeds),
-        "judged on": f"{measures.scenes} scenes of {measures.tag} per style; errors: {', '.join(measures.kinds)}; "
-        f"{len(judged & trained)} of their {len(judged)} captions occur in training, with other scenes",
+        "judged on": judged,
         "measured": f"{len(results[0].points)} times in a training, the last at its end" if results else "not yet",
         "encoders": encoders,
         "corpus": corpus.digest[:12],
