@@ -53,6 +53,9 @@ def show(corpus: str, made: IngestSummary) -> None:
     print(f"{corpus}: {made.samples} samples, {made.captions} captions in {made.units} units, {state}")
     for reason, count in made.reasons.items():
         print(f"  refused {count} x {reason} (see {corpus}/quarantine)")
+    if made.ignored:
+        listed = ", ".join(f"{count} x {kind}" for kind, count in made.ignored.items())
+        print(f"  left out {listed}: no image, caption or metadata of a sample")
 
 
 if __name__ == "__main__":

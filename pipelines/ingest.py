@@ -20,6 +20,7 @@ from lidit.config import IngestSettings
 from lidit.errors import InputError
 from lidit.settings import PASSWORD, has_password
 from lidit.sources import SourceFile, expand
+from lidit.sources.base import IGNORED_KINDS, OTHER_KINDS
 from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source
 from lidit.sources.units import SourcePlan, WrittenSource, find_duplicates, plan_units, write_units
 from lidit.store import Corpus, publish_corpus, publish_root
@@ -122,7 +123,7 @@ def run_ingest(
         "refused": sum(reasons.values()),
         "refused_captions": sum(entry.refused_captions for entry in staged),
         "reasons": dict(sorted(reasons.items())),
-        "ignored": dict(sorted(sum((Counter(entry.ignored) for entry in staged), Counter()).items())),
+        "ignored": _ignored(staged),
     }
     rows = [row for source in written.values() for row in source.rows]
     table = _sources_table(staged, duplicates, written)
@@ -247,6 +248,15 @@ def _sources_table(
         "quarantine_sha256": [file and file.sha256 for file in quarantines],
     }
     return pa.table([pa.array(columns[f.name], f.type) for f in SOURCES], schema=SOURCES)
+
+
+def _ignored(staged: list[StagedSource]) -> dict[str, int]:
+    """The most frequent kinds of members that were no part of a sample; the rest in one number."""
+    counts = sum((Counter(entry.ignored) for entry in staged), Counter())
+    others = counts.pop(OTHER_KINDS, 0)
+    kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
+    others += sum(counts[kind] for kind in kinds[IGNORED_KINDS:])
+    return {kind: counts[kind] for kind in sorted(kinds[:IGNORED_KINDS])} | ({OTHER_KINDS: others} if others else {})
 
 
 def _note(refused: int) -> str:

@@ -23,7 +23,7 @@ from lidit.images.buckets import Bucket, fit
 from lidit.images.decode import BadImageError, decode_image
 from lidit.sources.base import BadRecordError, OpenedSource, SourceFile, open_binary
 from lidit.sources.tables import image_bytes
-from lidit.sources.webdataset_tar import read_members
+from lidit.sources.webdataset_tar import is_compressed, read_members
 from lidit.store import Corpus, Crop
 
 MOVED = "put the old file back; where all have moved, run the same lidit ingest with their new place"
@@ -133,7 +133,7 @@ def _members(corpus: Corpus, samples: Sequence[dict[str, Any]]) -> dict[str, byt
     references = [sample["image"] for sample in samples if sample["image"]["offset"] is None]
     path = corpus.image_path(references[0]["file"])
     names = [reference["member"] for reference in references]
-    if path.endswith((".tgz", ".gz")):
+    if is_compressed(path):
         opened = OpenedSource(SourceFile("tar", path, references[0]["file"], 0, ""))
         with opened.stream() as stream:
             found = dict(read_members(stream, True, set(names)))

@@ -12,12 +12,17 @@ from typing import Any, BinaryIO
 from lidit.store import ImageReference
 from lidit.store.folder import is_url, open_url
 from lidit.store.remote import plain_refusals
+from lidit.store.rows import printable
 
 # Text members and rows larger than this are refused unread: no caption or metadata record needs more.
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 MAX_IMAGE_BYTES = 512 * 1024 * 1024
 ORIGINAL = "original"
 KEY_FIELDS = ("key", "__key__", "id", "image_id")
+# Kinds of ignored members told apart; a tar of img.0001.x, img.0002.y must not make a list as long as itself.
+IGNORED_KINDS = 20
+OTHER_KINDS = "others"
+_SHOWN_CHARS = 100
 
 
 class BadRecordError(Exception):
@@ -77,8 +82,11 @@ class OpenedSource:
         """For readers that do not use `stream`: what they read, in a fixed order."""
         self._hash.update(content)
 
-    def ignore(self, kind: str) -> None:
-        """Count a member that is no part of a sample, such as a .npy beside an image."""
+    def ignore(self, suffix: str) -> None:
+        """Count a member that is no part of a sample, such as a .npy beside an image, by its last suffix."""
+        kind = shown(f".{suffix.rpartition('.')[2]}") if suffix else "no suffix"
+        if kind not in self.ignored and len(self.ignored) >= IGNORED_KINDS:
+            kind = OTHER_KINDS
         self.ignored[kind] = self.ignored.get(kind, 0) + 1
 
     def finish(self) -> None:
@@ -124,10 +132,15 @@ def open_binary(path: str) -> BinaryIO:
     return open(path, "rb")  # noqa: PTH123
 
 
+def shown(name: str) -> str:
+    """A name as a reason shows it: any bytes, and not the whole of an image that stands where its path should."""
+    return printable(name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}...")
+
+
 def parse_json(content: bytes) -> Any:
-    """One JSON value. Raises BadRecordError with the reason."""
+    """One JSON value, after a byte order mark or not. Raises BadRecordError with the reason."""
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=str)
+        return json.loads(content.decode("utf-8-sig"), parse_constant=str)
     except UnicodeDecodeError as error:
         raise BadRecordError(f"invalid UTF-8: byte {error.start}") from None
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from lidit.images.decode import SUFFIXES
 from lidit.sources.base import SourceFile
 from lidit.store.folder import is_url, open_url
 from lidit.store.remote import plain_refusals
+from lidit.store.rows import printable
 
 # In a folder the first kind found is taken: a .parquet or .json beside tars describes them, as img2dataset does.
 KINDS = {
@@ -30,11 +31,11 @@ FOLDER = "folder"
 def expand(sources: Sequence[str]) -> tuple[str, list[SourceFile]]:
     """The common root and every source file below it, in order of path; a file named twice counts once.
 
-    Raises InputError for a source that does not exist, matches nothing or is of no known kind.
+    Raises InputError for a source that does not exist, matches nothing, is of no known kind or has no name in UTF-8.
     """
     found: dict[str, tuple[str, int, str]] = {}
     for source in sources:
-        for pattern in braceexpand(source) if "{" in source else [source]:
+        for pattern in _patterns(source):
             matches = _remote(pattern) if is_url(pattern) else _local(pattern)
             if not matches:
                 raise InputError(f"{pattern}: nothing here to ingest; expected {_expected()}")
@@ -42,6 +43,8 @@ def expand(sources: Sequence[str]) -> tuple[str, list[SourceFile]]:
     if not found:
         raise InputError("no source given")
     paths = sorted(found)
+    if unnamable := next((path for path in paths if printable(path) != path), None):
+        raise InputError(f"{printable(unnamable)}: this name is not UTF-8, a corpus cannot note it; rename it")
     if len({is_url(path) for path in paths}) > 1:
         raise InputError("sources: local files and URLs cannot be one corpus; ingest them separately")
     root = _root(paths, found)
@@ -51,6 +54,15 @@ def expand(sources: Sequence[str]) -> tuple[str, list[SourceFile]]:
         for kind, size, modified in [found[path]]
     ]
     return root, files
+
+
+def _patterns(source: str) -> list[str]:
+    if "{" not in source:
+        return [source]
+    try:
+        return list(braceexpand(source))
+    except ValueError:
+        raise InputError(f"{source}: a brace without its other one; write data/{{00..41}}.tar, or * instead") from None
 
 
 def _expected() -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from lidit.config import IngestSettings
 from lidit.images import BadImageError, Buckets, decode_image
 from lidit.sources.base import ORIGINAL, RawSample
-from lidit.store import Refusal, Sample, normalise
+from lidit.store import ImageReference, Refusal, Sample, normalise
+from lidit.store.rows import printable
 from lidit.store.schema import canonical_json
 
 _URL = re.compile(r"https?://|www\.\w", re.IGNORECASE)
@@ -27,12 +28,12 @@ class SampleChecker:
 
     def check(self, raw: RawSample, file: str, has_images: bool) -> tuple[Sample | None, list[Refusal]]:
         """The accepted sample or None, and refusals of the sample or of single captions of it."""
-        key = _printable(raw.key)
+        key = printable(raw.key)
 
         def refused(reason: str) -> tuple[None, list[Refusal]]:
             return None, [Refusal(key, file, reason)]
 
-        if problem := _key_problem(raw.key):
+        if problem := _key_problem(raw.key) or _reference_problem(raw.reference):
             return refused(problem)
         if problem := self._aesthetic_problem(raw.meta):
             return refused(problem)
@@ -65,7 +66,7 @@ class SampleChecker:
             value = meta.get(name)
             try:
                 score = float(value) if isinstance(value, int | float | str) else None
-            except ValueError:
+            except (ValueError, OverflowError):
                 score = None
             if score is not None and score == score:
                 return None if score >= least else f"aesthetic score too low: {score:g}, min_aesthetic={least:g}"
@@ -77,7 +78,7 @@ class SampleChecker:
         if self.settings.class_template is not None and raw.label is not None:
             name = self.class_names.get(raw.label, None if self.class_names else raw.label)
             if name is None:
-                return [], [f"unknown class: {_printable(raw.label)!r} is not in {self.settings.class_names}"]
+                return [], [f"unknown class: {printable(raw.label)!r} is not in {self.settings.class_names}"]
             wanted.append((self.settings.class_template.replace("{class}", name), ORIGINAL))
         kept: dict[str, str] = {}
         bad = []
@@ -86,7 +87,7 @@ class SampleChecker:
             if problem := self._caption_problem(stripped):
                 bad.append(problem)
             else:
-                kept.setdefault(normalise(stripped), _printable(origin))
+                kept.setdefault(normalise(stripped), printable(origin))
         return list(kept.items()), bad
 
     def _caption_problem(self, text: str) -> str | None:
@@ -123,6 +124,12 @@ def _key_problem(key: str) -> str | None:
     return None
 
 
+def _reference_problem(reference: ImageReference | None) -> str | None:
+    if reference is None or _encodable(reference.file + reference.member):
+        return None
+    return "invalid UTF-8: the image's name holds bytes that are no text"
+
+
 def _encodable(text: str) -> bool:
     try:
         text.encode("utf-8")
@@ -131,16 +138,12 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
-
-
 def _json(meta: dict[str, Any]) -> str:
     try:
         text = canonical_json(meta)
     except (TypeError, ValueError):  # values of table columns that JSON does not know, such as dates
         text = canonical_json({name: _plain(value) for name, value in meta.items()})
-    return _printable(text)
+    return printable(text)
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from lidit.sources.base import (
     captions_in,
     label_in,
     parse_json,
+    shown,
 )
 from lidit.sources.text_files import read_inside
 from lidit.store import ImageReference, Refusal
@@ -25,7 +26,9 @@ def read_folder(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample 
     """The images directly in one folder, by name. Links that leave the folder are refused."""
     folder, name = opened.source.path, opened.source.name
     label = Path(folder).name
-    for path in sorted(Path(folder).iterdir()):
+    paths = sorted(Path(folder).iterdir())
+    present = {path.name for path in paths}
+    for path in paths:
         if path.suffix.lower().lstrip(".") not in SUFFIXES:
             continue
         key = f"{name}/{path.stem}" if name else path.stem
@@ -36,18 +39,16 @@ def read_folder(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample 
             captions: list[tuple[str, str]] = []
             meta = {}
             for beside in (path.with_suffix(".txt"), path.with_suffix(".json")):
-                if not beside.exists():
+                if beside.name not in present:
                     continue
-                if beside.stat().st_size > MAX_TEXT_BYTES:
-                    raise BadRecordError(f"member too large: {beside.name}")
-                text = read_inside(folder, beside.name)
+                text = read_inside(folder, beside.name, MAX_TEXT_BYTES)
                 opened.hash(text)
                 if beside.suffix == ".txt":
                     captions.append((_text(text, beside.name), ORIGINAL))
                     continue
                 meta = parse_json(text)
                 if not isinstance(meta, dict):
-                    raise BadRecordError(f"invalid JSON: {beside.name} is no object")
+                    raise BadRecordError(f"invalid JSON: {shown(beside.name)} is no object")
                 captions += captions_in(meta, fields.captions)
         except BadRecordError as error:
             yield Refusal(key, file, str(error))
@@ -59,6 +60,6 @@ def read_folder(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample 
 
 def _text(content: bytes, name: str) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRecordError(f"invalid UTF-8: byte {error.start} of {name}") from None
+        raise BadRecordError(f"invalid UTF-8: byte {error.start} of {shown(name)}") from None

@@ -6,6 +6,7 @@ They hold text and references only; images stay where they are.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -22,7 +23,7 @@ from lidit.sources import FieldNames, OpenedSource, RawSample, SourceFile, read_
 from lidit.sources.filters import SampleChecker
 from lidit.store import Refusal, Sample
 from lidit.store.folder import Folder
-from lidit.store.publish import arrow_writer, publish_bytes, publish_table, published
+from lidit.store.publish import arrow_writer, publish_bytes, published
 from lidit.store.rows import quarantine_table
 from lidit.store.schema import IMAGE_REFERENCE, canonical_json
 
@@ -104,14 +105,25 @@ def stage_source(folder: Folder, source: SourceFile, index: int, settings: Inges
         return standing
     reader = _SourceReader(source, settings)
     name = staged_name(index)
-    try:
-        with published(folder, lambda _: f"{name}-samples.arrow", arrow_writer(reader.tables())):
+
+    def read(sink: Any) -> None:
+        """Samples and refusals come out of one reading: the samples' file is written while the refusals' is open."""
+        samples = arrow_writer(reader.tables())
+        with reader.refusals.written_to(sink), published(folder, lambda _: f"{name}-samples.arrow", samples):
             pass
+
+    try:
+        with published(folder, lambda _: f"{name}-refused.arrow", read):
+            pass
+    except (InputError, JobError, MemoryError):
+        raise
     except OSError as error:
         raise JobError(f"{source.path}: cannot be read: {error}") from None
+    except Exception as error:  # a reader's bug on bytes nobody thought of: the file must be known at least
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise JobError(f"{source.path}: cannot be read ({said}); take this file out") from error
     finally:
         reader.opened.close()
-    publish_table(folder, f"{name}-refused.arrow", quarantine_table(reader.refusals))
     staged = StagedSource(
         index=index,
         name=source.name,
@@ -120,8 +132,8 @@ def stage_source(folder: Folder, source: SourceFile, index: int, settings: Inges
         sha256=reader.opened.sha256_read,
         samples=reader.samples,
         images=reader.images,
-        refused=dict(Counter(category(r.reason) for r in reader.refusals if r.what != "caption")),
-        refused_captions=sum(r.what == "caption" for r in reader.refusals),
+        refused=dict(reader.refusals.samples),
+        refused_captions=reader.refusals.captions,
         ignored=reader.opened.ignored,
     )
     publish_bytes(folder, f"{name}.json", canonical_json(asdict(staged)).encode())
@@ -133,6 +145,35 @@ def category(reason: str) -> str:
     return reason.partition(":")[0]
 
 
+class _Refusals:
+    """Counts refusals, by category but for captions, and writes them in tables of bounded size."""
+
+    def __init__(self) -> None:
+        self.samples: Counter[str] = Counter()
+        self.captions = 0
+        self._chunk: list[Refusal] = []
+
+    @contextlib.contextmanager
+    def written_to(self, sink: Any) -> Iterator[None]:
+        """As one Arrow IPC file, whole after the `with` block."""
+        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), quarantine_table([]).schema) as self._writer:
+            yield
+            self._write()
+
+    def add(self, refusal: Refusal) -> None:
+        if refusal.what == "caption":
+            self.captions += 1
+        else:
+            self.samples[category(refusal.reason)] += 1
+        self._chunk.append(refusal)
+        if len(self._chunk) == _CHUNK_ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        self._writer.write_table(quarantine_table(self._chunk))
+        self._chunk = []
+
+
 class _SourceReader:
     """Counts while it passes accepted samples on in tables of bounded size."""
 
@@ -141,7 +182,7 @@ class _SourceReader:
         self.fields = FieldNames(settings.caption_fields, settings.image_fields, settings.captions_only)
         self.checker = SampleChecker(settings, read_class_names(settings.class_names))
         self.opened = OpenedSource(source)
-        self.refusals: list[Refusal] = []
+        self.refusals = _Refusals()
         self.samples = self.images = 0
 
     def tables(self) -> Iterator[pa.Table]:
@@ -157,10 +198,11 @@ class _SourceReader:
     def _checked(self) -> Iterator[Sample]:
         for found in read_source(self.opened, self.fields):
             if isinstance(found, Refusal):
-                self.refusals.append(found)
+                self.refusals.add(found)
                 continue
             sample, refusals = self.checker.check(found, self.source.name, self._has_image(found))
-            self.refusals += refusals
+            for refusal in refusals:
+                self.refusals.add(refusal)
             if sample is not None:
                 self.samples += 1
                 self.images += sample.image is not None

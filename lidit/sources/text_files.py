@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lidit.sources.base import (
+    MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     ORIGINAL,
     BadRecordError,
@@ -21,9 +24,13 @@ from lidit.sources.base import (
     lines,
     open_binary,
     parse_json,
+    shown,
 )
 from lidit.store import ImageReference, Refusal
 from lidit.store.folder import is_url
+
+# What the path itself is to blame for. Others, such as an I/O error, end the reading: the next file may fail likewise.
+_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 
 
 def read_text(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
@@ -35,7 +42,7 @@ def read_text(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | 
             yield Refusal(key, name, f"line too long: line {number} has more than {MAX_TEXT_BYTES} bytes")
             continue
         try:
-            yield RawSample(key, ((line.decode("utf-8"), ORIGINAL),))
+            yield RawSample(key, ((line.decode("utf-8-sig"), ORIGINAL),))
         except UnicodeDecodeError as error:
             yield Refusal(key, name, f"invalid UTF-8: line {number}, byte {error.start}")
 
@@ -55,11 +62,13 @@ def read_jsonl(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample |
             record = parse_json(line)
             if not isinstance(record, dict):
                 raise BadRecordError(f"invalid JSON: expected an object, found {type(record).__name__}")
+            if first:
+                image_field, first = _image_field(record, fields), False
+            elif image_field is None and (late := _image_field(record, fields)) and record[late]:
+                raise BadRecordError(f"unexpected image: field {late!r} has one, the file's first row has none")
         except BadRecordError as error:
             yield Refusal(key, name, f"{error} (line {number})")
             continue
-        if first:
-            image_field, first = _image_field(record, fields), False
         yield _row(opened, record, key, image_field, fields)
 
 
@@ -68,8 +77,8 @@ def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
     name = opened.source.name
     csv.field_size_limit(MAX_TEXT_BYTES)
     # Invalid bytes become surrogates, which the caption check refuses row by row; strict decoding would lose the file.
-    text = io.TextIOWrapper(opened.stream(), encoding="utf-8", errors="surrogateescape", newline="")
-    rows = csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",")
+    text = io.TextIOWrapper(opened.stream(), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.DictReader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",")
     image_field = _image_field(dict.fromkeys(rows.fieldnames or [], ""), fields)
     while True:
         key = f"{name}:{rows.line_num + 1}"
@@ -80,6 +89,11 @@ def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
             continue
         if record is None:
             break
+        beyond: Any = record.pop(None, [])
+        if any(beyond):  # where only empty ones follow, nothing is lost
+            cells = f"{len(beyond)} more {'cell' if len(beyond) == 1 else 'cells'} than the header"
+            yield Refusal(key, name, f"invalid CSV: line {rows.line_num} has {cells}; quote captions that hold commas")
+            continue
         yield _row(opened, {k: v for k, v in record.items() if k}, key, image_field, fields)
     text.detach()
 
@@ -115,23 +129,34 @@ def beside(table_path: str, table_name: str, image: str) -> tuple[bytes, ImageRe
     """
     pure = PurePosixPath(image)
     if pure.is_absolute() or ".." in pure.parts or "\0" in image or "\\" in image or is_url(image):
-        raise BadRecordError(f"unsafe name: {image!r} leaves the folder of its table")
+        raise BadRecordError(f"unsafe name: {shown(image)!r} leaves the folder of its table")
     parent, _, _ = table_path.rpartition("/")
     folder_name, slash, _ = table_name.rpartition("/")
     content = read_inside(parent, image)
     return content, ImageReference(f"{folder_name}{slash}{image}", "", 0, len(content))
 
 
-def read_inside(folder: str, image: str) -> bytes:
+def read_inside(folder: str, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
     """A file below `folder`, also after following symlinks. Raises BadRecordError with the reason."""
-    if not is_url(folder):
-        real = Path(folder, image).resolve()
-        if not real.is_relative_to(Path(folder).resolve()):
-            raise BadRecordError(f"unsafe name: {image!r} is a link out of its folder")
-        if not real.is_file():
-            raise BadRecordError(f"no image: {image!r} does not exist")
     try:
-        with open_binary(f"{folder}/{image}") as file:
+        if not is_url(folder):
+            # resolve() raises where links lead to each other; here that is no file, as is_file() says.
+            real = Path(os.path.realpath(f"{folder}/{name}"))
+            if not real.is_relative_to(os.path.realpath(folder)):
+                raise BadRecordError(f"unsafe name: {shown(name)!r} is a link out of its folder")
+            if not real.is_file():
+                raise BadRecordError(f"no file: {shown(name)!r} does not exist")
+        with open_binary(f"{folder}/{name}") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > limit:
+                raise BadRecordError(f"file too large: {shown(name)!r} has {size} bytes, at most {limit} are read")
+            file.seek(0)
             return file.read()
     except FileNotFoundError:
-        raise BadRecordError(f"no image: {image!r} does not exist") from None
+        raise BadRecordError(f"no file: {shown(name)!r} does not exist") from None
+    except UnicodeEncodeError:
+        raise BadRecordError(f"unreadable file: {shown(name)!r} holds characters that no name can have") from None
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
+        raise BadRecordError(f"unreadable file: {shown(name)!r}: {os.strerror(error.errno)}") from None

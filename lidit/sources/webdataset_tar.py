@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from lidit.images.decode import SUFFIXES
 from lidit.sources.base import (
@@ -21,11 +19,12 @@ from lidit.sources.base import (
     captions_in,
     label_in,
     parse_json,
+    shown,
 )
+from lidit.sources.tar_archive import open_archive
 from lidit.store import ImageReference, Refusal
 
 _TEXT_SUFFIXES = ("txt", "json", "cls")
-_MAX_HEADER_BYTES = 1 << 20
 _SPECIAL = {
     tarfile.SYMTYPE: "a symlink",
     tarfile.LNKTYPE: "a hard link",
@@ -33,27 +32,6 @@ _SPECIAL = {
     tarfile.BLKTYPE: "a device",
     tarfile.FIFOTYPE: "a pipe",
 }
-
-
-class _Header(tarfile.TarInfo):
-    """Remembers why reading stopped: tarfile takes a damaged header in the middle for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            archive.lidit_stop = None  # type: ignore[attr-defined]
-            raise
-        except tarfile.TarError as error:
-            archive.lidit_stop = str(error) or type(error).__name__  # type: ignore[attr-defined]
-            raise
-
-    def _proc_member(self, archive: tarfile.TarFile) -> Any:
-        extended = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
-        if self.type in extended and self.size > _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"extended header of {self.size} bytes")
-        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 @dataclass
@@ -77,21 +55,19 @@ class _Group:
 
     def finish(self, file: str) -> RawSample | Refusal:
         if self.problem:
-            return Refusal(_printable(self.key), file, self.problem)
+            return Refusal(self.key, file, self.problem)
         return RawSample(self.key, tuple(self.captions), self.image, self.reference, self.label, self.meta)
 
 
 def read_tar(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
     """Every sample of the archive in order; refusals for what is broken, also for what a cut archive lost."""
     name = opened.source.name
-    compressed = name.endswith((".gz", ".tgz"))
+    compressed = is_compressed(name)
     group: _Group | None = None
     place, reason = "at its start", None
     try:
-        with tarfile.open(fileobj=opened.stream(), mode="r|gz" if compressed else "r|", tarinfo=_Header) as archive:
-            archive.lidit_stop = None  # type: ignore[attr-defined]
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: memory would grow
+        with open_archive(opened.stream(), compressed) as archive:
+            for member in archive.each():
                 if member.isdir():
                     continue
                 key, suffix = split_name(member.name)
@@ -100,19 +76,17 @@ def read_tar(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
                         finished, group = group, None
                         yield finished.finish(name)
                     group = _Group(key)
-                place = f"inside member {_printable(member.name)} at byte {member.offset}"
+                place = f"inside member {shown(member.name)} at byte {member.offset}"
                 group.whole = False
                 _take(group, archive, member, suffix, fields, opened, compressed)
                 group.whole = True
-                place = f"after member {_printable(member.name)} at byte {member.offset}"
-            reason = archive.lidit_stop  # type: ignore[attr-defined]
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
+                place = f"after member {shown(member.name)} at byte {member.offset}"
+            reason = archive.stop or archive.beyond_end()
+    except tarfile.TarError as error:
         reason = " ".join(str(error).split()) or "unexpected end"
     if group is not None and group.seen:
         if reason and not group.usable(fields):
-            yield Refusal(_printable(group.key), name, f"archive cut off {place}: this sample is not whole")
+            yield Refusal(group.key, name, f"archive cut off {place}: this sample is not whole")
         else:
             yield group.finish(name)
     if reason:
@@ -131,22 +105,22 @@ def _take(
     """Add one member to its sample, or note why the sample cannot be used."""
     is_image = suffix in SUFFIXES
     if not is_image and suffix not in _TEXT_SUFFIXES:
-        opened.ignore(f".{suffix}"[:40])
+        opened.ignore(suffix)
         return
     if is_image and fields.captions_only:
         return
     problem = None
     limit = MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES
     if _unsafe(member.name):
-        problem = f"unsafe name: {_printable(member.name)} leaves the archive's folder"
+        problem = f"unsafe name: {shown(member.name)} leaves the archive's folder"
     elif not member.isreg() or member.issparse():
-        problem = f"not a file: {_printable(member.name)} is {_SPECIAL.get(member.type, 'a special member')}"
+        problem = f"not a file: {shown(member.name)} is {_SPECIAL.get(member.type, 'a special member')}"
     elif suffix in group.seen:
         problem = f"duplicate member: two .{suffix} of one key"
     elif is_image and group.reference is not None:
-        problem = f"two images: .{suffix} beside {group.reference.member}"
+        problem = f"two images: .{suffix} beside {shown(group.reference.member)}"
     elif member.size > limit:
-        problem = f"member too large: {_printable(member.name)} has {member.size} bytes, at most {limit} are read"
+        problem = f"member too large: {shown(member.name)} has {member.size} bytes, at most {limit} are read"
     group.seen.add(suffix)
     if problem:
         group.problem = group.problem or problem
@@ -179,7 +153,7 @@ def _take_text(group: _Group, suffix: str, content: bytes, fields: FieldNames) -
         group.captions += captions_in(record, fields.captions)
         return
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRecordError(f"invalid UTF-8: byte {error.start}") from None
     if suffix == "cls":
@@ -195,11 +169,15 @@ def split_name(member: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def read_members(stream: Any, compressed: bool, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+def is_compressed(path: str) -> bool:
+    """Whether an archive of this name is gzipped."""
+    return path.lower().endswith((".gz", ".tgz"))
+
+
+def read_members(stream: BinaryIO, compressed: bool, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     """The named members of an archive, in its order: for archives whose members have no offset."""
-    with tarfile.open(fileobj=stream, mode="r|gz" if compressed else "r|", tarinfo=_Header) as archive:
-        for member in itertools.chain(archive):
-            archive.members = []  # type: ignore[attr-defined]
+    with open_archive(stream, compressed) as archive:
+        for member in archive.each():
             if member.name in wanted and member.isreg() and member.size <= MAX_IMAGE_BYTES:
                 extracted = archive.extractfile(member)
                 assert extracted is not None
@@ -208,7 +186,3 @@ def read_members(stream: Any, compressed: bool, wanted: set[str]) -> Iterator[tu
 
 def _unsafe(name: str) -> bool:
     return name.startswith("/") or ".." in name.split("/") or "\0" in name or "\\" in name
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -82,6 +82,12 @@ def unit_tables(samples: Sequence[Sample]) -> tuple[pa.Table, pa.Table]:
     return pa.table(arrays, schema=with_metadata(SAMPLES, kind="samples")), captions
 
 
+def printable(text: str) -> str:
+    """Bytes that are no UTF-8, and NUL, written out as \\udce9 and \\0: Arrow and JSON files refuse the former."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
+
+
 def quarantine_table(refusals: Sequence[Refusal]) -> pa.Table:
-    arrays = [pa.array([getattr(r, field.name) for r in refusals], field.type) for field in QUARANTINE]
+    """Refusals as rows. Names in them may be any bytes: what is wrong with a file is often its name."""
+    arrays = [pa.array([printable(getattr(r, field.name)) for r in refusals], field.type) for field in QUARANTINE]
     return pa.table(arrays, schema=with_metadata(QUARANTINE, kind="quarantine"))

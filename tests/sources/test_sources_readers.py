@@ -1,7 +1,6 @@
 """Each kind of source gives every sample or a refusal that says why; hostile input is refused, never fatal."""
 
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -15,30 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.registry import _registry
 from pictures import encoded, picture, sample, write_tar
+from source_reading import read
 
-from lidit.config import IngestSettings
 from lidit.errors import InputError
 from lidit.sources import FieldNames, OpenedSource, RawSample, expand, read_source
 from lidit.sources.base import open_binary
-from lidit.store import Refusal
-
-DEFAULTS = IngestSettings()
-
-
-def read(path: Path | str, captions_only: bool = False) -> tuple[list[RawSample], list[Refusal]]:
-    """Every sample and refusal of one source; the hash taken on the way is that of the file."""
-    _, files = expand([str(path)])
-    found = []
-    for file in files:
-        opened = OpenedSource(file)
-        fields = FieldNames(DEFAULTS.caption_fields, DEFAULTS.image_fields, captions_only)
-        found += list(read_source(opened, fields))
-        opened.finish()
-        if file.kind != "folder":
-            assert opened.sha256_read == hashlib.sha256(Path(file.path).read_bytes()).hexdigest()
-        opened.close()
-    return [f for f in found if isinstance(f, RawSample)], [f for f in found if isinstance(f, Refusal)]
-
 
 # -- WebDataset tars -------------------------------------------------------------------------------
 
