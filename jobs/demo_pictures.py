@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jobs import train_codec
+from jobs.evaluate import show_held_out
 from jobs.recipe import load_recipe
 from jobs.run import showing
 from jobs.start import run
@@ -47,9 +48,9 @@ def command(
     train_codec.command("codec-small", [f"output={runs}", f"corpus={corpus}", "name=pictures-codec", *steps])
     result = run_chain(recipe, showing(recipe.corpus), until="train")["train"]
     held_out = [str(emoji / "held_out")]
-    scores = evaluate_held_out(result.model, held_out, recipe.run_folder / "held-out", recipe.tracking)
-    print(f"held-out pictures that prefer their own caption: {scores.preference} of {scores.pictures}, chance 0.5")
-    print(f"pictures   {scores.grid}")
+    show_held_out(
+        evaluate_held_out(result.model, held_out, recipe.evaluate, recipe.tracking, recipe.run_folder / "held-out")
+    )
     print(f"licences   {emoji / 'ATTRIBUTION.md'}")
     print(f"draw       lidit sample {result.model} --prompt 'red apple, Noto style'")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,15 @@ from lidit.settings import apply_overrides, validate
 
 if TYPE_CHECKING:
     from pipelines.evaluate import SceneScores
+    from pipelines.held_out import HeldOutScores
+
+# the settings each measure uses
+USED_BY = {
+    "scenes": {"per_tag", "images_per_prompt", "layout", "tags", "seed", "batch_size", "sampler"},
+    "binding": {"binding_scenes", "layout", "seed", "batch_size"},
+    "pictures": {"pictures", "sampler"},
+    "suite": {"batch_size", "sampler"},
+}
 
 
 def command(
@@ -27,30 +37,41 @@ def command(
     prompts: Annotated[list[Path] | None, typer.Option(help="The suite's prompt file; one per category.")] = None,
     parse: Annotated[Path | None, typer.Option(help="What the suite's scorer wrote: sum it up.")] = None,
     csv: Annotated[Path | None, typer.Option(help="dpg_bench.csv, for DPG-Bench's categories.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Workers that draw a suite.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of a worker.")] = 0,
+    pictures: Annotated[list[str] | None, typer.Option(help="Held-out pictures with captions.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers that draw a suite; default 1.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of such a worker; default 0.")] = None,
 ) -> None:
     """Draw the scene benchmark's prompts and score the images by program, lax and strict, beside the chance floor.
 
-    With --binding: is the loss higher under a wrong caption? With --suite and --prompts: images in the layout the
-    official scorer reads. With --suite and --parse: the official aggregates. The same command goes on where it stopped.
+    With --binding: is the loss higher under a wrong caption? With --pictures: is it higher under another picture's?
+    With --suite and --prompts: images in the layout the official scorer reads. With --suite and --parse: the official
+    aggregates. The same command goes on where it stopped. `sampler.guidance_scale=5` and its like draw otherwise than
+    the model's own sampler.
 
     **Reads** a model folder; loads its LLMs. **Writes** scores.md, scores.json, results.jsonl (GenEval's format),
     grid.png, images/ (GenEval's layout; those of an earlier evaluation are replaced) and, for list prompts,
-    positions.png; binding.md and binding.json; or the suite's folders. And an MLflow run, except for --prompts.
+    positions.png; binding.md and binding.json; held-out.json and held-out.png; or the suite's folders. And an MLflow
+    run, except for --prompts.
 
     **Example:** `lidit evaluate runs/demo/model per_tag=24`
     """
     settings = validate(EvaluateSettings, apply_overrides({}, overrides or []), "lidit evaluate")
     folder = out or model.resolve().parent / "evaluation"
-    _check(binding, suite, prompts, parse, csv)
+    _check(binding, suite, prompts, parse, csv, pictures)
+    measure = "suite" if suite else "binding" if binding else "pictures" if pictures else "scenes"
+    _check_used(measure, overrides or [], {"--workers": workers, "--gpus": gpus})
     if suite:
-        pool = PoolSettings(actors=workers, gpus=gpus)
-        _official(model, suite, prompts or [], parse, csv, pool, settings.batch_size, folder)
+        pool = PoolSettings(actors=workers or 1, gpus=gpus or 0)
+        _official(model, suite, prompts or [], parse, csv, pool, settings, folder)
         return
     from pipelines.evaluate import evaluate_binding, evaluate_scenes
     from pipelines.models import tracking_of
 
+    if pictures:
+        from pipelines.held_out import evaluate_held_out
+
+        show_held_out(evaluate_held_out(model, pictures, settings, tracking_of(model), folder))
+        return
     evaluate = evaluate_binding if binding else evaluate_scenes
     show(evaluate(model, settings, tracking_of(model), folder))
 
@@ -61,7 +82,33 @@ def show(scores: SceneScores) -> None:
     print(f"{scores.folder}: {'written' if scores.computed else 'already there, for this model and these settings'}")
 
 
-def _check(binding: bool, suite: str | None, prompts: list[Path] | None, parse: Path | None, csv: Path | None) -> None:
+def show_held_out(scores: HeldOutScores) -> None:
+    of = f"{scores.pictures} pictures" + (f" of {scores.motifs} motifs" if scores.motifs < scores.pictures else "")
+    print(f"held-out pictures that prefer their own caption: {scores.preference} of {of}, chance 0.5")
+    print(f"{scores.grid}: {'written' if scores.computed else 'already there, for this model and these pictures'}")
+
+
+def _check_used(measure: str, overrides: list[str], options: Mapping[str, object]) -> None:
+    """What this measure would not use is refused: who gives it expects it to matter."""
+    for word in overrides:
+        section = word.partition("=")[0].partition(".")[0]
+        if section not in USED_BY[measure]:
+            raise InputError(f"{word}: not used by this measure; it takes {', '.join(sorted(USED_BY[measure]))}")
+    for option, value in options.items():
+        if value is not None and measure != "suite":
+            raise InputError(f"{option} belongs to --suite, whose images several workers draw; all else runs here")
+
+
+def _check(
+    binding: bool,
+    suite: str | None,
+    prompts: list[Path] | None,
+    parse: Path | None,
+    csv: Path | None,
+    pictures: list[str] | None,
+) -> None:
+    if pictures and (binding or suite):
+        raise InputError("--pictures, --binding and --suite are three jobs: run them one after the other")
     if suite is None and (prompts or parse or csv):
         raise InputError(
             "--prompts, --parse and --csv belong to --suite geneval, t2i-compbench, dpg-bench, segments4 or segments8"
@@ -81,14 +128,14 @@ def _official(
     parse: Path | None,
     csv: Path | None,
     pool: PoolSettings,
-    batch_size: int,
+    settings: EvaluateSettings,
     folder: Path,
 ) -> None:
     from pipelines.models import tracking_of
     from pipelines.suites import draw_suite, track_results
 
     if prompts:
-        made = draw_suite(model, suite, prompts, folder / suite, pool, batch_size)
+        made = draw_suite(model, suite, prompts, folder / suite, pool, settings.batch_size, settings.sampler)
         state = f"{made.drawn} drawn in {made.seconds:.0f} s" if made.drawn else "already there"
         print(f"{made.folder}: {made.images} files, {state}")
     if parse:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lidit.settings import Settings
+from lidit.settings import Settings, validate
 
 PAPER_INSTRUCTION = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -194,7 +194,8 @@ class EngineSettings(Settings):
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["float32", "bfloat16"] = "float32"
     accumulation: int = Field(1, ge=1)
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    # not nvme: DeepSpeed then takes the fp32 weights out of memory, where the average and the checkpoints read them
+    offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
     fused_optimizer: bool = Field(False, description="DeepSpeed's fused AdamW; compiles on first use")
@@ -227,12 +228,28 @@ class TrainSettings(LoopSettings):
     init_from: str | None = Field(None, description="model folder whose weights start the run")
 
 
+class SamplerChanges(Settings):
+    """What to draw with in place of a model's own sampler; None leaves the model's."""
+
+    steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0)
+    guidance_interval: tuple[Fraction, Fraction] | None = None
+    guidance_rescale: Fraction | None = None
+    scheduler: Literal["auto", "ddpm", "ddim", "dpm_solver", "euler"] | None = None
+
+    def applied(self, sampler: SamplerSettings) -> SamplerSettings:
+        """`sampler` with these changes. Raises InputError for values no sampler takes."""
+        return validate(SamplerSettings, {**sampler.model_dump(), **self.model_dump(exclude_none=True)}, "sampling")
+
+
 class EvaluateSettings(Settings):
+    sampler: SamplerChanges = SamplerChanges()
     per_tag: int = Field(24, ge=1, description="prompts per category")
     images_per_prompt: int = Field(1, ge=1)
     layout: Literal["simple", "free"] = "simple"
     tags: tuple[str, ...] = ()
     binding_scenes: int = Field(256, ge=2, description="scenes per measure of binding accuracy")
+    pictures: int = Field(256, ge=2, description="held-out pictures whose captions are compared")
     seed: int = Field(1, ge=0)
     batch_size: int = Field(64, ge=1)
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from lidit.card import model_card
 from lidit.codecs import AutoencoderCodec, Codec, load_codec
-from lidit.config import CodecSettings, ObjectiveSettings, SamplerSettings
+from lidit.config import CodecSettings, ObjectiveSettings, SamplerChanges, SamplerSettings
 from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
@@ -204,13 +204,14 @@ class LIDiTPipeline(DiffusionPipeline):
         # What can be wrong is looked at before the LLMs are loaded.
         height = self.config.height if height is None else height
         shape = self._latent_shape(height, self.config.width if width is None else width)
-        sampler = self._sampler(
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            scheduler=scheduler,
-        )
+        given = {
+            "steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "guidance_rescale": guidance_rescale,
+            "scheduler": scheduler,
+        }
+        sampler = validate(SamplerChanges, given, "sampling").applied(self.sampler)
         self.objective.scheduler(sampler)
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -241,10 +242,6 @@ class LIDiTPipeline(DiffusionPipeline):
         if self._offloads:
             self.codec.to("cpu")
         return _as_images(images, output_type)
-
-    def _sampler(self, **changes: Any) -> SamplerSettings:
-        given = {key: value for key, value in changes.items() if value is not None}
-        return validate(SamplerSettings, {**self.sampler.model_dump(), **given}, "sampling")
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         step = self.codec.factor * self.model.config.patch_size

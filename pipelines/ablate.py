@@ -17,7 +17,7 @@ import ray
 
 from lidit.diffusion import build_objective
 from lidit.errors import InputError
-from lidit.evals.ablation import RESULT_FILE, ArmResult
+from lidit.evals.ablation import RESULT_FILE, ArmResult, Point
 from lidit.evals.ablation_report import write_ablation_report
 from lidit.evals.ablation_settings import Ablation
 from lidit.evals.captions import CaptionStyles
@@ -204,13 +204,20 @@ def _fit_arm(job: ArmJob, uri: str, parent: str) -> ArmResult:
     started = time.monotonic()
     tracked = job.recipe.tracking.model_copy(update={"uri": uri})
     trained = run_fit(job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {})
-    model = load_pipeline(trained.model).model
-    loss = job.study.loss(model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts)
-    point = job.study.measure(loss, job.study.images(), trained.step)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    task = _measure.options(**cluster.demands(cluster.worker_pool(job.recipe.engine)))
+    ((point, parameters),) = _get([task.remote(job, trained.model, trained.step)])
     found = ArmResult(job.identity, job.arm, job.seed, parameters, time.monotonic() - started, (), (point,))
     found.save(job.folder)
     return found
+
+
+@ray.remote
+def _measure(job: ArmJob, model: Path, step: int) -> tuple[Point, int]:
+    """A trained arm judged where its workers ran, for the driver may have no GPU; and its number of parameters."""
+    pipe = load_pipeline(model)
+    loss = job.study.loss(pipe.model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts)
+    parameters = sum(parameter.numel() for parameter in pipe.model.parameters())
+    return job.study.measure(loss, job.study.images(), step), parameters
 
 
 def _track(job: ArmJob, result: ArmResult, uri: str, experiment: str, parent: str) -> None:

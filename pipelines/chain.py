@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from lidit.codecs import codec_spec
-from lidit.config import EncoderSettings, PoolSettings, Recipe, Stage
+from lidit.config import EncoderSettings, EvaluateSettings, PoolSettings, Recipe, SamplerChanges, Stage
 from lidit.store import Corpus, FamilyWriter
 from lidit.text import resolve_encoder
 from pipelines import cluster
@@ -63,7 +63,7 @@ def run_chain(recipe: Recipe, report: Report, until: Stage = "evaluate", allow_d
     keep("train", trained)
     if "evaluate" in wanted:
         out = recipe.run_folder / "evaluation"
-        keep("evaluate", evaluate_scenes(trained.model, recipe.evaluate, recipe.tracking, out))
+        keep("evaluate", evaluate_scenes(trained.model, _evaluation(recipe), recipe.tracking, out))
     return made
 
 
@@ -74,6 +74,12 @@ def _check(recipe: Recipe, wanted: tuple[Stage, ...]) -> None:
             resolve_encoder(encoder, _device(recipe.pool_of(encoder.name)))
     if "latents" in wanted:
         codec_spec(recipe.codec, _device(recipe.pool))
+
+
+def _evaluation(recipe: Recipe) -> EvaluateSettings:
+    """The recipe's own sampler, also where it was changed after the model folder was written."""
+    own, changes = recipe.sampler.model_dump(), recipe.evaluate.sampler.model_dump(exclude_none=True)
+    return recipe.evaluate.model_copy(update={"sampler": SamplerChanges(**{**own, **changes})})
 
 
 def _device(pool: PoolSettings) -> str:

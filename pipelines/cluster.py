@@ -108,6 +108,9 @@ def plain_errors(died: str) -> Iterator[None]:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError | JobError):
             raise error.cause from None
+        if type(error.cause).__name__ in ("MemoryError", "OutOfMemoryError"):  # the second is torch's, not loaded here
+            reason = " ".join(str(error.cause).split())[:300]
+            raise JobError(f"out of memory: {reason}; ask for fewer at once or for more per worker") from None
         raise
     except ray.exceptions.RayError as error:
         reason = " ".join(str(error).split())[:300]

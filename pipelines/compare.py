@@ -13,8 +13,7 @@ from lidit.errors import InputError
 from lidit.evals.report import RunPage, check_names, write_report
 from lidit.settings import flatten
 from pipelines import tracking
-from pipelines.evaluate import model_identity
-from pipelines.models import load_pipeline, run_recipe
+from pipelines.models import load_pipeline, model_identity, run_recipe
 from pipelines.progress import Progress
 
 SHOWN_CURVES = ("loss", "validation/loss", "images_per_second")

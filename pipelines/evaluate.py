@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from lidit.config import EvaluateSettings, TrackingSettings
-from lidit.errors import InputError
 from lidit.evals.binding_table import measure_model, plot_binding
 from lidit.evals.evaluate import Evaluation, ScoredImage, evaluate_images, write_results
 from lidit.evals.positional import plot_curves, positions_table, scene_curves
-from lidit.evals.scenes import benchmark_prompts
+from lidit.evals.scenes import GENERATOR_VERSION, benchmark_prompts
+from lidit.evals.scorer import SCORER_VERSION
 from lidit.pictures import labelled_grid
-from lidit.pipeline import INDEX
 from lidit.settings import flatten
 from lidit.store import digest_of
 from lidit.store.folder import Folder
 from lidit.store.publish import publish_bytes
 from pipelines import tracking
-from pipelines.models import load_pipeline, weights_digest
+from pipelines.models import load_pipeline, model_identity
 from pipelines.progress import Progress
 from pipelines.scene_images import draw_scenes, images_folder, read_image, read_scenes, remove_others, scene_targets
 
@@ -29,10 +28,8 @@ SCORES, TABLE, RESULTS, GRID = "scores.json", "scores.md", "results.jsonl", "gri
 POSITIONS = "positions.png"
 BINDING_SCORES, BINDING_TABLE, BINDING_POSITIONS = "binding.json", "binding.md", "binding-positions.png"
 GRID_PER_TAG = 6
-
-
-# what model_index.json says and scores depend on, apart from the weights
-DRAWN_BY = ("sampler", "objective", "codec", "height", "width")
+# what scores depend on besides model and settings: prompts and rules of another version are another benchmark
+RULES = {"generator": GENERATOR_VERSION, "scorer": SCORER_VERSION}
 
 
 @dataclass(frozen=True)
@@ -45,29 +42,19 @@ class SceneScores:
     computed: bool
 
 
-def model_identity(model: Path) -> dict[str, Any]:
-    """What scores are of: the weights and how they draw. Raises InputError where `model` is no model folder."""
-    path, weights = model / INDEX, weights_digest(model)
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        drawn_by = {name: index.get(name) for name in DRAWN_BY}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not readable ({error}); give a model folder written by lidit train") from None
-    return {"weights": weights, **drawn_by}
-
-
 def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path) -> SceneScores:
     """Draw and score the benchmark's prompts; nothing is done again for the same weights, sampler and settings.
 
     Images that an interrupted call has drawn are kept. Once there are scores, `out` holds the images of this model and
     these settings only.
     """
-    used = settings.model_dump(mode="json", exclude={"binding_scenes"})
-    made_with = {"model": model_identity(model), "settings": used}
+    used = settings.model_dump(mode="json", exclude={"binding_scenes", "pictures", "sampler"})
+    made_with = {"model": model_identity(model, settings.sampler), "settings": used | RULES}
     known = _known_scores(out, SCORES, made_with)
     if known:
         return known
     pipe = load_pipeline(model)
+    pipe.sampler = settings.sampler.applied(pipe.sampler)
     items = benchmark_prompts(pipe.config.height, settings.layout, settings.seed, settings.per_tag, settings.tags)
     targets, images = scene_targets(items, settings), images_folder(digest_of(made_with))
     draw_scenes(pipe, items, targets, out / images, settings.batch_size)
@@ -132,7 +119,7 @@ def _track(
 
 def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path) -> SceneScores:
     """Binding, attribute and relation accuracy without sampling; nothing is done again for the same weights."""
-    used = settings.model_dump(mode="json", include={"binding_scenes", "layout", "seed"})
+    used = settings.model_dump(mode="json", include={"binding_scenes", "layout", "seed"}) | RULES
     losses_of = {name: value for name, value in model_identity(model).items() if name != "sampler"}
     made_with = {"model": losses_of, "settings": used}
     known = _known_scores(out, BINDING_SCORES, made_with)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from lidit.data.families import matching_family, matching_latents
 from lidit.data.rows import require_held_out
 from lidit.store import Corpus
 from pipelines.drive import FREE_ENGINE, FitResult, drive, launch
+from pipelines.models import read_index
 from pipelines.prompts import prompt_states
 from pipelines.tracking import Tracker
 from pipelines.worker import train_worker
 
+log = logging.getLogger(__name__)
 # Settings that decide where and how fast a run goes, never what it computes.
 FREE_SETTINGS = {
     "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ..., "evaluate": ...,
@@ -58,4 +61,10 @@ def run_fit(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] |
         prompts = prompt_states(recipe, recipe.train.sample_prompts, folder / "prompts")
         launch(train_worker, recipe, {"facts": facts, "prompts": prompts}, tracker, folder)
 
-    return drive(recipe, corpus, facts, tags, allow_drift, train)
+    result = drive(recipe, corpus, facts, tags, allow_drift, train)
+    if not result.trained and read_index(result.model)["sampler"] != recipe.sampler.model_dump(mode="json"):
+        log.warning(
+            "%s keeps the sampler it was published with; give lidit evaluate sampler.steps=... or "
+            "sampler.guidance_scale=..., and lidit sample --steps or --guidance", result.model
+        )  # fmt: skip
+    return result

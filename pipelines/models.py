@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
-from lidit.config import Recipe, TrackingSettings
+from lidit.config import Recipe, SamplerChanges, SamplerSettings, TrackingSettings
 from lidit.errors import InputError
 from lidit.pipeline import INDEX, LIDiTPipeline
+from lidit.settings import validate
 from lidit.text.specs import default_device
+
+# what model_index.json says and scores depend on, apart from the weights
+DRAWN_BY = ("sampler", "objective", "codec", "height", "width")
 
 
 def load_pipeline(model: Path) -> LIDiTPipeline:
@@ -30,6 +36,28 @@ def tracking_of(model: Path) -> TrackingSettings:
     """Where the run that made the model is tracked: what is found out about the model belongs beside it."""
     recipe = run_recipe(model.resolve().parent)
     return recipe.tracking if recipe else TrackingSettings()
+
+
+def read_index(model: Path) -> dict[str, Any]:
+    """What model_index.json says of how the model draws. Raises InputError where `model` is no model folder."""
+    path = model / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return {name: index.get(name) for name in DRAWN_BY}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not readable ({error}); give a model folder written by lidit train") from None
+
+
+def model_identity(model: Path, changes: SamplerChanges | None = None) -> dict[str, Any]:
+    """What scores are of: the weights and how they draw, with `changes` to the model's own sampler.
+
+    Raises InputError where `model` is no model folder, or its sampler cannot be changed so.
+    """
+    weights, drawn_by = weights_digest(model), read_index(model)
+    if changes is not None and changes.model_dump(exclude_none=True):
+        own = validate(SamplerSettings, drawn_by["sampler"] or {}, f"{model / INDEX}: sampler")
+        drawn_by["sampler"] = changes.applied(own).model_dump(mode="json")
+    return {"weights": weights, **drawn_by}
 
 
 def weights_digest(model: Path) -> str:

@@ -14,7 +14,7 @@ from lidit.config import CodecSettings, EncoderSettings, Recipe
 from lidit.diffusion import Objective
 from lidit.evals.ablation import Measured, Point
 from lidit.evals.ablation_settings import Ablation
-from lidit.evals.binding import Case, draw_cases, loss_by_timestep, measure_binding, pixels
+from lidit.evals.binding import Case, draw_cases, measure_binding, pixels
 from lidit.evals.caption_loss import CaptionLoss
 from lidit.models import LIDiT
 from lidit.prompts import ModelEncoder
@@ -94,9 +94,7 @@ class Study:
             result = measure_binding(loss, cases, images[name], batch_size=self.batch_size)
             by_position = tuple(result.by_position[i].value for i in sorted(result.by_position))
             found[name] = Measured(result.accuracy.value, result.gap.value, by_position)
-            losses.append(
-                loss_by_timestep(loss, images[name], [case.caption for case in cases], batch_size=self.batch_size)
-            )
+            losses.append(result.true_loss)
         means = {f"{t:g}": sum(group[t].value for group in losses) / len(losses) for t in losses[0]}
         return Point(step, found, means)
 

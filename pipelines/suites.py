@@ -5,18 +5,19 @@ An image that is there whole is done, so a rerun draws only what is missing, on 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lidit.config import PoolSettings, TrackingSettings
+from lidit.config import PoolSettings, SamplerChanges, SamplerSettings, TrackingSettings
 from lidit.evals.official import SuiteScores, parse_results, prepare_folder, suite_parts
 from lidit.evals.positional import plot_curves
-from lidit.evals.suites import FIRST_SEED, ImageTarget, missing, save_target
+from lidit.evals.suites import FIRST_SEED, IDENTITY_FILE, ImageTarget, check_drawn, missing, save_target
 from lidit.models import TextStates
 from lidit.pipeline import LIDiTPipeline
 from lidit.store import digest_of
@@ -38,20 +39,29 @@ class SuiteImages:
 
 
 def draw_suite(
-    model: Path, suite: str, prompts: Sequence[Path], out: Path, pool: PoolSettings, batch_size: int
+    model: Path,
+    suite: str,
+    prompts: Sequence[Path],
+    out: Path,
+    pool: PoolSettings,
+    batch_size: int,
+    changes: SamplerChanges | None = None,
 ) -> SuiteImages:
     """Draw what a suite's prompt files ask for and `out` does not have yet, in the layout the official scorer reads.
 
-    batch_size: images in one sampling batch. Raises InputError for prompt files that are not the suite's, a folder with
-    images of another model or prompt list, or a model that cannot be loaded; JobError where workers die too often.
+    batch_size: images in one sampling batch. changes: to the model's own sampler. Raises InputError for prompt files
+    that are not the suite's, a folder with images of another model or prompt list, or a model that cannot be loaded;
+    JobError where workers die too often.
     """
     started = time.monotonic()
     parts = suite_parts(suite, prompts)
     pipe = LIDiTPipeline.from_pretrained(model)  # a wrong folder is noticed here, before any worker starts
+    sampler = (changes or SamplerChanges()).applied(pipe.sampler)
+    pipe.objective.scheduler(sampler)
     identity = {
         "suite": suite,
         "model": weights_digest(model),
-        "sampler": pipe.sampler.model_dump(mode="json"),
+        "sampler": sampler.model_dump(mode="json"),
         "size": [pipe.config.height, pipe.config.width],
         "first_seed": FIRST_SEED,
     }
@@ -60,12 +70,14 @@ def draw_suite(
     targets = [target for part in parts for target in part.targets]
     absent = missing(out, targets)
     with Progress(f"draw {suite}", len(targets), "files", start=len(targets) - len(absent)) as progress:
-        for drawn in _draw(model.resolve(), out.resolve(), absent, pool, batch_size):
+        for drawn in _draw(model.resolve(), sampler, out.resolve(), absent, pool, batch_size):
             progress.advance(drawn)
     return SuiteImages(out, len(targets), len(absent), time.monotonic() - started)
 
 
-def _draw(model: Path, out: Path, targets: list[ImageTarget], pool: PoolSettings, batch_size: int) -> Iterator[int]:
+def _draw(
+    model: Path, sampler: SamplerSettings, out: Path, targets: list[ImageTarget], pool: PoolSettings, batch_size: int
+) -> Iterator[int]:
     """Numbers of files finished, as they are finished."""
     if not targets:
         return
@@ -79,7 +91,7 @@ def _draw(model: Path, out: Path, targets: list[ImageTarget], pool: PoolSettings
     lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": ACTOR_RESTARTS}
     kind = ray.remote(**cluster.demands(pool), **lives)(Painter)
     batches = _batches(targets, batch_size)
-    actors = [kind.remote(model, max(1, int(pool.cpus))) for _ in range(min(pool.actors, len(batches)))]
+    actors = [kind.remote(model, sampler, max(1, int(pool.cpus))) for _ in range(min(pool.actors, len(batches)))]
     try:
         with cluster.plain_errors("a worker could not draw; finished images are kept"):
             yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.draw.remote(out, batch), batches)
@@ -97,9 +109,10 @@ def _batches(targets: list[ImageTarget], batch_size: int) -> list[list[ImageTarg
 class Painter:
     """A worker that holds the model and its LLMs."""
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, sampler: SamplerSettings, threads: int) -> None:
         torch.set_num_threads(threads)
         self.pipe = load_pipeline(model)
+        self.pipe.sampler = sampler
 
     def draw(self, out: Path, targets: list[ImageTarget]) -> int:
         """Draw and write the targets; returns how many."""
@@ -121,10 +134,17 @@ def track_results(
 ) -> SuiteScores:
     """The official aggregates of `results`, written to `out` and logged as a run of their own.
 
-    Raises InputError where `model` is no model folder, or the results are not what the suite's scorer writes.
+    Raises InputError where `model` is no model folder, the results are not what the suite's scorer writes, or the
+    images they are of were drawn by other weights.
     """
     weights = weights_digest(model)
-    scores = parse_results(suite, results, graph, drawn=out / suite)
+    drawn = out / suite
+    categories = [folder.parent for folder in sorted(results.glob(f"*/{IDENTITY_FILE}"))] if results.is_dir() else []
+    made_with = check_drawn(categories or [results.parent, drawn], suite, weights)
+    scores = parse_results(suite, results, graph, drawn=drawn)
+    if not made_with:
+        unknown = f"NOT CHECKED: no {IDENTITY_FILE} in {drawn} says which weights drew the images"
+        scores = replace(scores, notes=(*scores.notes, unknown))
     out.mkdir(parents=True, exist_ok=True)
     report = out / f"{suite}.md"
     report.write_text("\n\n".join([f"# {suite}", scores.table, *scores.notes]) + "\n")
@@ -132,11 +152,13 @@ def track_results(
     if scores.curve is not None:
         artifacts.append(out / f"{suite}.png")
         plot_curves(artifacts[-1], {suite: scores.curve})
-    key = digest_of({"model": weights, "suite": suite, "metrics": scores.metrics})[:32]
+    sampler = made_with.get("sampler")
+    key = digest_of({"model": weights, "suite": suite, "sampler": sampler, "metrics": scores.metrics})[:32]
+    params = {"results": str(results), **({"sampler": json.dumps(sampler)} if sampler else {})}
     uri = tracking.store_uri(tracker.uri, model.resolve().parent.parent)
     tags = {"lidit.job": "evaluate", "lidit.suite": suite, "lidit.model": str(model), "lidit.weights": weights}
     name = f"{suite} {model.resolve().parent.name}"
-    with tracking.tracked_run(uri, tracker.experiment, name, key, {"results": str(results)}, tags, out) as run:
+    with tracking.tracked_run(uri, tracker.experiment, name, key, params, tags, out) as run:
         run.metrics({f"{suite}/{_metric_name(name)}": value for name, value in scores.metrics.items()}, 0)
         for path in artifacts:
             run.artifact(path)

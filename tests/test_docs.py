@@ -151,6 +151,17 @@ def test_files_the_pages_link_to_exist() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop().resolve()
+        if page in reached or page.suffix != ".md":
+            continue
+        reached.add(page)
+        waiting += [page.parent / target for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert {page.resolve() for page in PAGES} <= reached
+
+
 def test_what_the_steps_make_in_the_checkout_is_not_sent_to_a_cluster() -> None:
     """Ray leaves behind what .gitignore names; a corpus in the folder would be larger than it takes."""
     made = {"corpus", "exported", "pictures", "runs", "scenes", "tars"}

@@ -67,6 +67,13 @@ def words(comparisons: Sequence[Comparison]) -> str:
             f"- Both arms end at an accuracy above .97, so only their speed of learning is compared: "
             f"{'; '.join(saturated)}."
         )
+    told = [c for c in comparisons if not math.isinf(c.learning.low)]
+    if told:
+        lines.append(
+            f"- {len(told)} orderings are looked at, each with a 95 % interval: were there no differences at all, "
+            f"{len(told) / 20:.1f} of them would be expected to hold or not to hold by chance. All arms are judged on "
+            "the same scenes, so the intervals say what other seeds would change, not what other scenes would."
+        )
     single = [c for c in comparisons if math.isinf(c.learning.low)]
     if single:
         lines.append("- One seed has no interval: nothing can be told before there are two.")

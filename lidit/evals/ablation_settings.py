@@ -62,6 +62,10 @@ class Ablation(Settings):
                 f"recipe.ingest.resolution: found {self.recipe.ingest.resolution} and scenes.size {self.scenes.size}: "
                 "arms would be judged at a size they never saw; set both to the same"
             )
+        if self.recipe.train.init_from:
+            raise ValueError("recipe.train.init_from: arms start from weights drawn by their seed; leave it out")
+        if self.recipe.train.non_finite == "skip" and self.recipe.engine.workers == 1:
+            raise ValueError("recipe.train.non_finite: an arm of one worker stops at a bad loss; leave 'skip' out")
         return self
 
     def arm_recipe(self, arm: str, seed: int) -> Recipe:

@@ -52,7 +52,7 @@ class BindingResult:
 
     `gap`: mean of wrong minus true loss; `gaps` [cases, timesteps] holds every one. Exactly 0 everywhere means that the
     loss does not depend on what the two captions differ in. `by_position`: segment -> accuracy of the cases whose error
-    is in it.
+    is in it. `true_loss`: timestep -> loss under the true captions, the same as `loss_by_timestep` of them.
     """
 
     accuracy: Interval
@@ -60,6 +60,7 @@ class BindingResult:
     by_position: dict[int, Interval]
     by_timestep: dict[float, float]
     gaps: NDArray[np.float64]
+    true_loss: dict[float, Interval]
 
     def metrics(self) -> dict[str, float]:
         flat = {"accuracy": self.accuracy.value, "gap": self.gap.value}
@@ -190,6 +191,7 @@ def measure_binding(
         by_position={p: bootstrap_mean(decided[chosen], [captions[i] for i in chosen]) for p, chosen in at.items()},
         by_timestep={t: float(wins(gaps[:, index]).mean()) for index, t in enumerate(timesteps)},
         gaps=gaps,
+        true_loss=_by_timestep(true, captions, timesteps),
     )
 
 
@@ -204,6 +206,12 @@ def loss_by_timestep(
 ) -> dict[float, Interval]:
     """Validation loss at each timestep with fixed noise: `images` [N, ...] and one caption each. Errors as above."""
     table = loss_table(loss, images, list(captions), timesteps, batch_size, seed)
+    return _by_timestep(table, captions, timesteps)
+
+
+def _by_timestep(
+    table: NDArray[np.float64], captions: Sequence[str], timesteps: Sequence[float]
+) -> dict[float, Interval]:
     return {t: bootstrap_mean(table[:, index], captions) for index, t in enumerate(timesteps)}
 
 

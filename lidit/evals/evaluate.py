@@ -17,7 +17,7 @@ from lidit.evals.generalisation import SEEN, HeldOutComparison, compare_held_out
 from lidit.evals.generator import draw_scene
 from lidit.evals.scorer import Item, SceneScore, judge, score_image
 from lidit.evals.shapes import vocabulary_for
-from lidit.evals.statistics import Interval, bootstrap_mean
+from lidit.evals.statistics import Interval, bootstrap_mean, bootstrap_overall
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Evaluation:
     """
 
     tags: tuple[TagScore, ...]
-    overall_lax: float
-    overall_strict: float
+    overall_lax: Interval
+    overall_strict: Interval
     floor_lax: float
     floor_strict: float
     correct_images: float
@@ -65,15 +65,15 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a tracker."""
         flat = {
-            "overall/lax": self.overall_lax,
-            "overall/strict": self.overall_strict,
+            **with_bounds("overall/lax", self.overall_lax),
+            **with_bounds("overall/strict", self.overall_strict),
             "overall/floor_lax": self.floor_lax,
             "overall/floor_strict": self.floor_strict,
             "overall/correct_images": self.correct_images,
             "overall/correct_prompts": self.correct_prompts,
         }
         for tag in self.tags:
-            flat |= {f"{tag.tag}/lax": tag.lax.value, f"{tag.tag}/strict": tag.strict.value}
+            flat |= with_bounds(f"{tag.tag}/lax", tag.lax) | with_bounds(f"{tag.tag}/strict", tag.strict)
             flat |= {f"{tag.tag}/floor_lax": tag.floor_lax, f"{tag.tag}/floor_strict": tag.floor_strict}
         for name, comparison in self.by_held_out.items():
             for rule, found in (("lax", comparison.mean.lax), ("strict", comparison.mean.strict)):
@@ -94,8 +94,8 @@ class Evaluation:
                 f"| {t.floor_lax:.3f} | {t.floor_strict:.3f} |"
             )
         lines.append(
-            f"| **overall** | {sum(t.prompts for t in self.tags)} | {len(self.images)} | {self.overall_lax:.3f} | "
-            f"{self.overall_strict:.3f} | {self.floor_lax:.3f} | {self.floor_strict:.3f} |"
+            f"| **overall** | {sum(t.prompts for t in self.tags)} | {len(self.images)} | {self.overall_lax} | "
+            f"{self.overall_strict} | {self.floor_lax:.3f} | {self.floor_strict:.3f} |"
         )
         if self.by_held_out:
             lines += ["", held_out_table(self.by_held_out)]
@@ -179,8 +179,8 @@ def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) ->
     correct_prompts = {one.prompt for one in scored if one.score.lax}
     return Evaluation(
         tags=tuple(tags),
-        overall_lax=_overall(scored, lambda s: s.lax),
-        overall_strict=_overall(scored, lambda s: s.strict),
+        overall_lax=_overall(scored, [one.score.lax for one in scored]),
+        overall_strict=_overall(scored, [one.score.strict for one in scored]),
         floor_lax=float(np.mean([tag.floor_lax for tag in tags])),
         floor_strict=float(np.mean([tag.floor_strict for tag in tags])),
         correct_images=float(np.mean([one.score.lax for one in scored])),
@@ -195,12 +195,9 @@ def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) ->
     )
 
 
-def _overall(scored: Iterable[ScoredImage], rule: Callable[[SceneScore], bool]) -> float:
-    """Unweighted mean over categories of the mean over images."""
-    groups: dict[str, list[bool]] = {}
-    for one in scored:
-        groups.setdefault(one.item["tag"], []).append(rule(one.score))
-    return float(np.mean([np.mean(group) for group in groups.values()]))
+def _overall(scored: Sequence[ScoredImage], right: Sequence[bool]) -> Interval:
+    """Unweighted mean over categories of the mean over images; prompts are resampled within their category."""
+    return bootstrap_overall(right, [one.item["tag"] for one in scored], [one.prompt for one in scored])
 
 
 def write_results(path: Path, evaluation: Evaluation, images: str = "") -> None:

@@ -20,19 +20,21 @@ from lidit.sources.base import OpenedSource
 
 @dataclass(frozen=True)
 class HeldOutPicture:
-    """image: uint8 [height, width, 3], fitted as for training. group: shared with others, such as a style."""
+    """image: uint8 [height, width, 3], fitted as for training. `group` is shared with others, such as a style; `motif`
+    with near copies: what is true of one is likely true of all."""
 
     key: str
     caption: str
     image: NDArray[np.uint8]
     group: str
+    motif: str
 
 
-def read_pictures(sources: Sequence[str], width: int, height: int, count: int, group: str = "") -> list[HeldOutPicture]:
+def read_pictures(sources: Sequence[str], width: int, height: int, count: int) -> list[HeldOutPicture]:
     """The first `count` pictures of the sources, each with its first caption.
 
-    group: the metadata field by which pictures are told apart; "" takes all as one. Raises InputError for a source
-    without pictures and captions, and for a picture that cannot be read.
+    Their metadata may name a `style` (their group; without one all are of one) and a `motif` (without one each picture
+    is its own). Raises InputError for a source without pictures and captions, and for a picture that cannot be read.
     """
     settings = IngestSettings()
     fields = FieldNames(settings.caption_fields, settings.image_fields, captions_only=False)
@@ -47,9 +49,8 @@ def read_pictures(sources: Sequence[str], width: int, height: int, count: int, g
                     image, _ = fit(decode_image(raw.image).image, Bucket(width, height))
                 except BadImageError as error:
                     raise InputError(f"{file.path}: {raw.key}: {error}") from None
-                found.append(
-                    HeldOutPicture(raw.key, raw.captions[0][0], np.asarray(image), str(raw.meta.get(group, "")))
-                )
+                style, motif = str(raw.meta.get("style", "")), str(raw.meta.get("motif", raw.key))
+                found.append(HeldOutPicture(raw.key, raw.captions[0][0], np.asarray(image), style, motif))
                 if len(found) == count:
                     return found
         finally:
@@ -72,10 +73,18 @@ def wrong_captions(pictures: Sequence[HeldOutPicture]) -> list[str]:
 
 @torch.no_grad()
 def caption_preference(
-    loss: LossFunction, latents: torch.Tensor, captions: Sequence[str], wrong: Sequence[str], seed: int = 0
+    loss: LossFunction,
+    latents: torch.Tensor,
+    captions: Sequence[str],
+    wrong: Sequence[str],
+    motifs: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> Interval:
-    """Share of pictures, `latents` [N, C, H, W], with a lower loss under their own caption; chance 0.5."""
+    """Share of pictures, `latents` [N, C, H, W], with a lower loss under their own caption; chance 0.5.
+
+    `motifs` [N]: near copies share one, and the interval takes them as one draw.
+    """
     gaps = loss_table(loss, latents, list(wrong), TIMESTEPS, 64, seed) - loss_table(
         loss, latents, list(captions), TIMESTEPS, 64, seed
     )
-    return bootstrap_mean(wins(gaps.mean(axis=1)))
+    return bootstrap_mean(wins(gaps.mean(axis=1)), motifs)

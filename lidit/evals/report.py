@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,15 +126,28 @@ def _scores(runs: Sequence[RunPage]) -> str:
         ranked = alike and max(values) > min(values) and not any(part in name for part in NOT_BETTER_HIGHER)
         cells = ""
         for run in runs:
-            best = " best" if ranked and run.scores.get(name) == max(values) else ""
+            best = " best" if ranked and _stands_out(name, run, runs) else ""
             cells += f'<td class="number{best}">{_number(run.scores, name)}</td>'
         rows.append(f"<tr><td>{html.escape(name)}{'' if alike else ' *'}</td>{cells}</tr>")
     notes = [note for run in runs for note in run.notes]
     if rows:
-        notes.insert(0, "The highest score of a row is bold; floors are what another true scene would score.")
+        notes.insert(
+            0,
+            "The highest score of a row is bold where its interval (95 %) lies above the others', or where none is "
+            "known: then the difference may be chance. Floors are what another true scene would score.",
+        )
     if apart:
         notes.append("* Measured with different settings (see below): these numbers cannot be compared.")
     return _section("Scores", notes, ["score", *(run.name for run in runs)], rows) if notes else ""
+
+
+def _stands_out(name: str, run: RunPage, runs: Sequence[RunPage]) -> bool:
+    """Whether the run's score is the highest, and above what chance leaves open to the others."""
+    others = [other.scores for other in runs if other is not run and name in other.scores]
+    if name not in run.scores or any(other[name] >= run.scores[name] for other in others):
+        return False
+    low = run.scores.get(f"{name}_low", math.inf)
+    return all(low > other.get(f"{name}_high", -math.inf) for other in others)
 
 
 def _number(scores: Mapping[str, float], name: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,9 @@ from numpy.typing import NDArray
 
 from lidit.errors import InputError
 from lidit.evals.analysis import Analysis, Found, analyse
-from lidit.evals.layouts import OPPOSITE
-from lidit.evals.scene import list_length
 from lidit.evals.shapes import Vocabulary, vocabulary_for
 
+SCORER_VERSION = 1  # changing what an image scores means raising this: scores of two versions are not compared
 POSITION_THRESHOLD = 0.1
 CLUTTER_SHARE = 0.25
 Item = Mapping[str, Any]
@@ -141,32 +139,3 @@ def _clause_met(clause: dict, objects: Sequence[Found]) -> bool:
         and item.size == clause.get("size", item.size)
     ]
     return len(fitting) >= clause["count"]
-
-
-def wrong_item(item: Item, vocabulary: Vocabulary, rng: Random) -> dict[str, Any]:
-    """The record of a caption that is wrong in one thing, the thing the category is about (wrong-caption control).
-
-    single_object, two_object: one shape; counting: one more or less; colors and lists: another colour; position: the
-    opposite relation; color_attr, size_attr: colours or sizes swapped.
-    """
-    tag, include = item["tag"], [dict(clause) for clause in item["include"]]
-    changed = {**item, "include": include}
-    if tag == "counting":
-        clause = include[0]
-        clause["count"] += 1 if clause["count"] == 1 else rng.choice((-1, 1))
-        changed["exclude"] = [{"class": clause["class"], "count": clause["count"] + 1}]
-    elif any("position" in clause for clause in include):
-        for clause in include:
-            if "position" in clause:
-                clause["position"] = [OPPOSITE[clause["position"][0]], clause["position"][1]]
-    elif tag in ("color_attr", "size_attr"):
-        key = "color" if tag == "color_attr" else "size"
-        include[0][key], include[1][key] = include[1][key], include[0][key]
-    elif tag == "colors" or list_length(tag):
-        clause = rng.choice(include)
-        shown = {other["color"] for other in include if other["class"] == clause["class"]}
-        clause["color"] = rng.choice([colour for colour in vocabulary.colours if colour not in shown])
-    else:
-        shown = {clause["class"] for clause in include}
-        rng.choice(include)["class"] = rng.choice([shape for shape in vocabulary.shapes if shape not in shown])
-    return changed

@@ -62,12 +62,21 @@ def _resampled(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     return weights @ sums
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike, clusters: Sequence[object] | None = None) -> Interval:
-    """Mean of first - second over the same cases (same images, prompts and noise): what two arms differ by."""
-    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if a.shape != b.shape:
-        raise InputError(f"a paired difference needs the same cases, found {a.shape} and {b.shape}")
-    return bootstrap_mean(a - b, clusters)
+def bootstrap_overall(values: ArrayLike, groups: Sequence[object], clusters: Sequence[object]) -> Interval:
+    """The unweighted mean over `groups` [N] of their means of `values` [N], clusters resampled within each group."""
+    flat, group = np.asarray(values, dtype=float), np.array([str(one) for one in groups])
+    names = list(dict.fromkeys(group.tolist()))
+    centre, drawn = 0.0, np.zeros(RESAMPLES)
+    for seed, name in enumerate(names):
+        chosen = group == name
+        _, cluster = np.unique([str(c) for c, kept in zip(clusters, chosen) if kept], return_inverse=True)
+        table = np.zeros((cluster.max() + 1, 2))
+        np.add.at(table, cluster, np.column_stack([flat[chosen], np.ones(chosen.sum())]))
+        sums = _resampled(table, seed)
+        drawn += sums[:, 0] / sums[:, 1] / len(names)
+        centre += float(flat[chosen].mean()) / len(names)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(centre, float(low), float(high))
 
 
 def mean_over_seeds(values: Sequence[float], least: float = -np.inf, most: float = np.inf) -> Interval:

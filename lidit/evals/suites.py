@@ -97,6 +97,25 @@ def recorded_images(out: Path) -> int | None:
     return images if isinstance(images, int) else None
 
 
+def check_drawn(folders: Iterable[Path], suite: str, model: str) -> dict[str, Any]:
+    """What the images in `folders` were drawn with, from the first of them that says so; nothing where none does.
+
+    suite, model: whose results are to be recorded; `model` is the digest of its weights. Raises InputError where a
+    folder holds images of another suite or of other weights: their scores would be filed under this model.
+    """
+    known: dict[str, Any] = {}
+    for folder in folders:
+        found = _identity(folder) or {}
+        for key, wanted in (("suite", suite), ("model", model)):
+            if found.get(key, wanted) != wanted:
+                raise InputError(
+                    f"{folder / IDENTITY_FILE}: the images were drawn with {key} {str(found[key])[:12]}, not "
+                    f"{wanted[:12]}; give the model they were drawn with, or --out of its evaluation"
+                )
+        known = known or found
+    return known
+
+
 def _identity(out: Path) -> dict[str, Any] | None:
     path = out / IDENTITY_FILE
     if not path.is_file():

@@ -8,7 +8,7 @@ import json
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lidit.picture_sets.pictures import LeftOut, Picture, PictureSet
 PARTS = ("train", "held_out")
 FACTS = "picture-set.json"
 PER_SHARD = 1000
-CODE_VERSION = 2
+CODE_VERSION = 3
 Report = Callable[[str], None]
 
 
@@ -66,10 +66,10 @@ def write_picture_set(
             raise InputError(f"{chosen.name}: its packages hold no picture with a caption: {left_out}")
         made = work / "made"
         made.mkdir()
-        counts = {}
+        counts, motifs = {}, _groups(pictures)
         for part, members in split(pictures, held_out).items():
             counts[part] = len(members)
-            _write_tars(made / part, members)
+            _write_tars(made / part, members, motifs)
         (made / "ATTRIBUTION.md").write_text(chosen.attribution, "utf-8")
         _write_licences(made / "licences", files)
         facts = {**identity, "pictures": counts, "left_out": left_out}
@@ -137,7 +137,7 @@ def _groups(pictures: Iterable[Picture]) -> dict[str, str]:
     return {key: root(tie) for key, tie in first.items()}
 
 
-def _write_tars(folder: Path, pictures: Sequence[Picture]) -> None:
+def _write_tars(folder: Path, pictures: Sequence[Picture], motifs: Mapping[str, str]) -> None:
     folder.mkdir()
     # In the order of a digest: neighbours in the list are of one kind, and a unit should hold all kinds.
     mixed = sorted(pictures, key=lambda one: hashlib.sha256(one.key.encode()).digest())
@@ -147,6 +147,7 @@ def _write_tars(folder: Path, pictures: Sequence[Picture]) -> None:
                 plain, others = picture.captions[0][0], picture.captions[1:]
                 record = {
                     **picture.meta,
+                    "motif": motifs[picture.key],
                     "captions": [{"text": text, "origin": origin} for text, origin in others],
                     "source": picture.origin,
                     "licence": picture.licence,

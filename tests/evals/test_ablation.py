@@ -93,6 +93,7 @@ def test_the_page_puts_our_figures_beside_the_papers(tmp_path: Path) -> None:
     assert "48.41 > 38.72 / 73.45 > 66.15" in text
     assert "both seed 0" in text
     assert "above .97" in text
+    assert "1 orderings are looked at, each with a 95 % interval" in text
     assert "| mine |" in text
     assert all((tmp_path / name).stat().st_size > 4000 for name in ("learning.png", "positions.png"))
 
@@ -134,6 +135,14 @@ def test_the_shipped_control_differs_in_the_refiner_only() -> None:
     assert [models[arm].refiner.causal for arm in ("control", "control-causal")] == [False, True]
     assert models["control-none"].refiner.depth == 0
     assert {arm.encoders for arm in ablation.arms.values()} == {("smollm2-bare",)}
+
+
+def test_settings_an_arm_would_not_obey_are_refused() -> None:
+    load_ablation("ablate-2cores")
+    for word in ("recipe.train.init_from=runs/base/model", "recipe.train.non_finite=skip"):
+        with pytest.raises(InputError, match=word.partition("=")[0]):
+            load_ablation("ablate-2cores", [word])
+    load_ablation("ablate-2cores", ["recipe.train.non_finite=skip", "recipe.engine.workers=2"])
 
 
 def test_impossible_arms_are_refused(tmp_path: Path) -> None:

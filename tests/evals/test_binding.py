@@ -11,7 +11,7 @@ from lidit.errors import InputError
 from lidit.evals.binding import Case, draw_cases, loss_by_timestep, measure_binding, pixels
 from lidit.evals.scene import names_colours
 from lidit.evals.shapes import COLOURS, vocabulary_for
-from lidit.evals.statistics import bootstrap_columns, bootstrap_mean, mean_over_seeds, paired_difference
+from lidit.evals.statistics import bootstrap_columns, bootstrap_mean, bootstrap_overall, mean_over_seeds
 
 
 class Drawer:
@@ -156,6 +156,8 @@ def test_validation_loss_by_timestep() -> None:
     )
     assert result[1.0].value == pytest.approx(1, abs=0.02)
     assert result[0.5].low < 0.5 < result[0.5].high
+    beside = measure_binding(lambda x, c, t, n: t * n.flatten(1).square().mean(1), cases, timesteps=(1.0, 0.5))
+    assert beside.true_loss == result
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -197,8 +199,16 @@ def test_absent_values_and_seeds() -> None:
     assert (three.value, three.low, three.high) == pytest.approx((0.5, 0.2516, 0.7484), abs=1e-4)
     within = mean_over_seeds([0.9, 1.0, 1.0], 0, 1)
     assert (within.low, within.high) == pytest.approx((0.8232, 1.0), abs=1e-4)
-    assert paired_difference([1, 2, 3], [0, 1, 2]).low == 1.0
-    with pytest.raises(InputError, match="the same cases"):
-        paired_difference([1, 2], [1])
     with pytest.raises(InputError, match="no interval"):
         bootstrap_mean([])
+
+
+def test_overall_is_the_mean_of_the_categories_with_prompts_resampled_in_each() -> None:
+    values, groups = [1, 1, 1, 1, 0, 1, 0, 1], ["a"] * 4 + ["b"] * 4
+    apart = bootstrap_overall(values, groups, range(8))
+    assert apart.value == 0.75
+    assert (apart.low, apart.high) == (0.5, 1.0)  # "a" has no spread, "b" is between 0 and 1
+    together = bootstrap_overall(values, groups, [0, 0, 1, 1, 2, 3, 2, 3])
+    assert (together.value, together.low, together.high) == (0.75, 0.5, 1.0)
+    weighted = bootstrap_overall([1, 0, 0, 0], ["a", "b", "b", "b"], range(4))
+    assert (weighted.value, weighted.low, weighted.high) == (0.5, 0.5, 0.5)

@@ -108,6 +108,16 @@ def test_only_what_was_measured_alike_has_a_best(tmp_path: Path) -> None:
     assert "Measured with different settings" not in text
 
 
+def test_what_chance_may_have_put_on_top_has_no_best(tmp_path: Path) -> None:
+    def bests(first: tuple[float, float, float], second: tuple[float, float, float]) -> list[str]:
+        named = [dict(zip(("lax", "lax_low", "lax_high"), one)) for one in (first, second)]
+        text = scores_page(tmp_path, *(RunPage(name, scores=one) for name, one in zip("ab", named)))
+        return re.findall(r'best">([^<]+)<', text)
+
+    assert bests((0.5, 0.4, 0.6), (0.7, 0.55, 0.8)) == []
+    assert bests((0.5, 0.4, 0.6), (0.7, 0.61, 0.8)) == ["0.700 [0.610, 0.800]"]
+
+
 def test_high_is_not_good_in_every_number(tmp_path: Path) -> None:
     for name in ("overall/floor_lax", "list4/drop", "held_out_pair/lax_gap"):
         assert 'best">' not in scores_page(tmp_path, RunPage("a", scores={name: 0.1}), RunPage("b", scores={name: 0.4}))

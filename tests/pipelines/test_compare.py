@@ -2,70 +2,95 @@
 
 import json
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
+from random_model import WEIGHTS, write_model
+from trained import SmallWorld
 
+from lidit.config import EvaluateSettings, TrackingSettings
 from lidit.errors import InputError
-from pipelines import compare
-from pipelines.evaluate import model_identity
+from pipelines.compare import compare_runs
+from pipelines.evaluate import evaluate_binding, evaluate_scenes
+from pipelines.models import model_identity
+from pipelines.tracking import local_store
 
-SETTINGS = {"per_tag": 24, "images_per_prompt": 1, "layout": "simple", "tags": [], "seed": 1, "batch_size": 64}
-
-
-def write_run(folder: Path, lax: float, binding: float | None = None, **settings: object) -> Path:
-    model = folder / "model"
-    model.mkdir(parents=True)
-    index = {"sampler": {"guidance_scale": 3.0}, "height": 32, "width": 32}
-    (model / "model_index.json").write_text(json.dumps(index))
-    (model / "weights.safetensors").write_bytes(folder.name.encode())
-    identity = model_identity(model)
-    write_scores(folder, "scores.json", {"model": identity, "settings": SETTINGS | settings}, lax)
-    if binding is not None:
-        del identity["sampler"]
-        write_scores(folder, "binding.json", {"model": identity, "settings": {"binding_scenes": 8}}, binding)
-    return folder
+SETTINGS = EvaluateSettings(tags=("colors",), per_tag=1, binding_scenes=2)
+SCORES, BINDING = "scores.json", "binding.json"
 
 
-def write_scores(folder: Path, file: str, made_with: object, value: float) -> None:
-    (folder / "evaluation").mkdir(exist_ok=True)
-    record = {"identity": "x", "made_with": made_with, "metrics": {"overall/lax": value}, "table": ""}
-    (folder / "evaluation" / file).write_text(json.dumps(record))
+@dataclass(frozen=True)
+class Evaluated:
+    """Two models of one shape, and what `lidit evaluate` wrote of the first: file -> its content."""
+
+    models: dict[str, Path]
+    records: dict[str, dict[str, Any]]
+
+    def write_run(self, folder: Path, lax: float, binding: float | None = None, **settings: object) -> Path:
+        """A run with the model of the folder's name, a or b, and scores of these values; `settings` of the first."""
+        shutil.copytree(self.models[folder.name], folder / "model")
+        self.write_scores(folder, SCORES, lax, **settings)
+        if binding is not None:
+            self.write_scores(folder, BINDING, binding)
+        return folder
+
+    def write_scores(self, folder: Path, file: str, value: float, **settings: object) -> None:
+        """The real record with the one score, as of the model that is in the folder now."""
+        made_with = self.records[file]["made_with"]
+        now = model_identity(folder / "model")
+        made_with = {
+            "model": {key: now[key] for key in made_with["model"]},
+            "settings": made_with["settings"] | settings,
+        }
+        name = "overall/lax" if file == SCORES else "binding_position_bare/accuracy"
+        metrics = {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+        (folder / "evaluation").mkdir(exist_ok=True)
+        record = self.records[file] | {"made_with": made_with, "metrics": metrics}
+        (folder / "evaluation" / file).write_text(json.dumps(record))
 
 
-@pytest.fixture(autouse=True)
-def painter(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands for every model; counts how many were loaded."""
-    loaded = SimpleNamespace(count=0)
-
-    def load(_: Path) -> object:
-        loaded.count += 1
-        return lambda prompts, **_: np.zeros((len(prompts), 32, 32, 3), np.uint8)
-
-    monkeypatch.setattr(compare, "load_pipeline", load)
-    return loaded
+@pytest.fixture(scope="module")
+def evaluated(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    folder = tmp_path_factory.mktemp("compared")
+    models = {name: write_model(small_world, folder / name, seed) for seed, name in enumerate("ab")}
+    tracker = TrackingSettings(uri=local_store(folder))
+    for evaluate in (evaluate_scenes, evaluate_binding):
+        evaluate(models["a"], SETTINGS, tracker, folder / "evaluation")
+    records = {file: json.loads((folder / "evaluation" / file).read_text()) for file in (SCORES, BINDING)}
+    return Evaluated(models, records)
 
 
 def page(*runs: Path) -> str:
-    return compare.compare_runs(runs, ["a red circle"], (0,), runs[0].parent / "page.html").read_text()
+    return compare_runs(runs, ["a red circle"], (0,), runs[0].parent / "page.html").read_text()
 
 
 def best(text: str) -> list[str]:
-    return re.findall(r'class="number best">([^<]+)<', text)
+    return re.findall(r'class="number best">([^<]+) \[', text)
 
 
-def test_runs_evaluated_alike_are_compared(tmp_path: Path) -> None:
-    text = page(write_run(tmp_path / "a", 0.25, 0.9), write_run(tmp_path / "b", 0.75, 0.6, batch_size=8))
+def change_index(run: Path, **changes: Any) -> None:
+    index = json.loads((run / "model/model_index.json").read_text())
+    index["sampler"] |= changes.pop("sampler", {})
+    (run / "model/model_index.json").write_text(json.dumps(index | changes))
+
+
+def test_runs_evaluated_alike_are_compared(evaluated: Evaluated, tmp_path: Path) -> None:
+    runs = (
+        evaluated.write_run(tmp_path / "a", 0.25, 0.9),
+        evaluated.write_run(tmp_path / "b", 0.75, 0.6, batch_size=8),
+    )
+    text = page(*runs)
     assert best(text) == ["0.750", "0.900"]
     assert "cannot be compared" not in text
     assert "left out" not in text
 
 
 @pytest.mark.parametrize("other", [{"per_tag": 2}, {"layout": "free"}, {"images_per_prompt": 4}])
-def test_runs_evaluated_otherwise_have_no_best(tmp_path: Path, other: dict) -> None:
-    text = page(write_run(tmp_path / "a", 0.25, 0.9), write_run(tmp_path / "b", 0.75, 0.6, **other))
+def test_runs_evaluated_otherwise_have_no_best(evaluated: Evaluated, tmp_path: Path, other: dict[str, Any]) -> None:
+    text = page(evaluated.write_run(tmp_path / "a", 0.25, 0.9), evaluated.write_run(tmp_path / "b", 0.75, 0.6, **other))
     assert best(text) == ["0.900"]  # binding was measured alike
     assert "<td>overall/lax *</td>" in text
     assert "these numbers cannot be compared" in text
@@ -74,17 +99,18 @@ def test_runs_evaluated_otherwise_have_no_best(tmp_path: Path, other: dict) -> N
     assert '<tr class="differs"><td>evaluation/scores.json' in text
 
 
-def test_another_image_size_is_another_benchmark(tmp_path: Path) -> None:
-    runs = write_run(tmp_path / "a", 0.25), write_run(tmp_path / "b", 0.75)
-    index = {"sampler": {"guidance_scale": 3.0}, "height": 64, "width": 64}
-    (runs[1] / "model/model_index.json").write_text(json.dumps(index))
-    write_scores(runs[1], "scores.json", {"model": model_identity(runs[1] / "model"), "settings": SETTINGS}, 0.75)
-    assert best(page(*runs)) == []
+def test_another_image_size_is_another_benchmark(evaluated: Evaluated, tmp_path: Path) -> None:
+    runs = evaluated.write_run(tmp_path / "a", 0.25), evaluated.write_run(tmp_path / "b", 0.75)
+    change_index(runs[1], height=64, width=64)
+    evaluated.write_scores(runs[1], SCORES, 0.75)
+    text = page(*runs)
+    assert "0.750" in text
+    assert best(text) == []
 
 
-def test_scores_of_the_model_as_it_was_are_left_out(tmp_path: Path) -> None:
-    runs = write_run(tmp_path / "a", 0.25, 0.9), write_run(tmp_path / "b", 0.75, 0.6)
-    (runs[1] / "model/weights.safetensors").write_bytes(b"trained further")
+def test_scores_of_the_model_as_it_was_are_left_out(evaluated: Evaluated, tmp_path: Path) -> None:
+    runs = evaluated.write_run(tmp_path / "a", 0.25, 0.9), evaluated.write_run(tmp_path / "b", 0.75, 0.6)
+    shutil.copy(evaluated.models["a"] / WEIGHTS, runs[1] / "model" / WEIGHTS)  # as if it was trained further
     text = page(*runs)
     assert best(text) == []
     assert "0.750" not in text
@@ -95,20 +121,19 @@ def test_scores_of_the_model_as_it_was_are_left_out(tmp_path: Path) -> None:
     assert "b: evaluation/scores.json is left out" in text
 
 
-def test_another_guidance_makes_other_pictures_and_the_same_losses(tmp_path: Path) -> None:
-    runs = write_run(tmp_path / "a", 0.25, 0.9), write_run(tmp_path / "b", 0.75, 0.6)
-    index = {"sampler": {"guidance_scale": 5.0}, "height": 32, "width": 32}
-    (runs[1] / "model/model_index.json").write_text(json.dumps(index))
+def test_another_guidance_makes_other_pictures_and_the_same_losses(evaluated: Evaluated, tmp_path: Path) -> None:
+    runs = evaluated.write_run(tmp_path / "a", 0.25, 0.9), evaluated.write_run(tmp_path / "b", 0.75, 0.6)
+    change_index(runs[1], sampler={"guidance_scale": 5.0})
     text = page(*runs)
     assert "(other sampler); run" in text
     assert "0.750" not in text
     assert best(text) == ["0.900"]
 
 
-def test_scores_that_do_not_say_of_what_they_are_are_left_out(tmp_path: Path) -> None:
-    runs = write_run(tmp_path / "a", 0.25), write_run(tmp_path / "b", 0.75)
+def test_scores_that_do_not_say_of_what_they_are_are_left_out(evaluated: Evaluated, tmp_path: Path) -> None:
+    runs = evaluated.write_run(tmp_path / "a", 0.25), evaluated.write_run(tmp_path / "b", 0.75)
     for folder in runs:
-        path = folder / "evaluation/scores.json"
+        path = folder / "evaluation" / SCORES
         record = json.loads(path.read_text())
         del record["made_with"]
         path.write_text(json.dumps(record))
@@ -129,14 +154,17 @@ def test_scores_that_do_not_say_of_what_they_are_are_left_out(tmp_path: Path) ->
     ],
 )
 def test_a_torn_file_is_one_clear_message_before_anything_is_drawn(
-    tmp_path: Path, painter: SimpleNamespace, content: str
+    evaluated: Evaluated, tmp_path: Path, content: str
 ) -> None:
-    runs = write_run(tmp_path / "a", 0.25), write_run(tmp_path / "b", 0.75)
-    path = runs[1] / "evaluation/scores.json"
+    runs = evaluated.write_run(tmp_path / "a", 0.25), evaluated.write_run(tmp_path / "b", 0.75)
+    (runs[0] / "model/model/config.json").unlink()  # loading this model would be refused in other words
+    path = runs[1] / "evaluation" / SCORES
     path.write_text(content)
     with pytest.raises(
         InputError, match=rf"{path}: not readable as scores .* delete it and run lidit evaluate"
     ) as caught:
         page(*runs)
     assert "\n" not in str(caught.value)
-    assert painter.count == 0
+    path.unlink()
+    with pytest.raises(InputError, match="the model cannot be loaded"):
+        page(*runs)

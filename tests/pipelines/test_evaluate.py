@@ -6,36 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from command import lidit
 from PIL import Image
+from random_model import write_model
 from trained import SmallWorld
 
 from lidit.config import EvaluateSettings, PoolSettings, TrackingSettings
 from lidit.errors import InputError
-from lidit.models import LIDiT
-from lidit.pipeline import LIDiTPipeline, save_pipeline
-from lidit.prompts import ModelEncoder
+from lidit.pipeline import LIDiTPipeline
 from pipelines.evaluate import evaluate_binding, evaluate_scenes
 from pipelines.suites import draw_suite
 
 PROMPTS = ("a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a green circle")
 TWO = PoolSettings(actors=2)
-
-
-def write_model(world: SmallWorld, folder: Path, seed: int) -> Path:
-    """A model folder with random weights that draws something: its last layer is not zero as a fresh model's is."""
-    recipe, corpus = world.recipe(folder), world.open()
-    families = {encoder.name: corpus.text_family(encoder.name) for encoder in world.encoders}
-    torch.manual_seed(seed)
-    model = LIDiT.from_settings(recipe.model, {name: family.width for name, family in families.items()}, 3)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    for name, family in families.items():
-        model.conditioner.set_statistics(name, family.shared().mean, family.shared().deviation)
-    encoders = [ModelEncoder.of_family(encoder, families[encoder.name]) for encoder in world.encoders]
-    save_pipeline(folder / "model", model, encoders, recipe.objective, recipe.sampler, recipe.codec, (32, 32), {})
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +110,13 @@ def test_what_does_not_go_together_is_refused(model: Path, tmp_path: Path, capsy
         (["--suite", "geneval", "--binding", "--parse", tmp_path], "two jobs"),
         (["--suite", "geneva", "--parse", tmp_path], "choose from geneval"),
         (["--suite", "t2i-compbench", "--prompts", tmp_path / "mine.txt"], "no category in the file's name"),
+        (["--suite", "geneval", "--prompts", tmp_path, "per_tag=2"], "per_tag=2: not used by this measure"),
+        (["--binding", "tags=[colors]"], "it takes batch_size, binding_scenes, layout, seed"),
+        (["--binding", "sampler.steps=3"], "sampler.steps=3: not used"),
+        (["--workers", "2"], "--workers belongs to --suite"),
+        (["--pictures", tmp_path, "--binding"], "three jobs"),
+        (["sampler.steps=0"], "sampler.steps: Input should be greater than or equal to 1"),
+        (["sampler.scheduler=ddim"], "ddim"),
     ):
         assert lidit("evaluate", model, *words) == 2, words
         assert message in capsys.readouterr().err
@@ -142,6 +132,35 @@ def test_binding_is_measured_from_a_folder(model: Path, tmp_path: Path) -> None:
     free = evaluate_binding(model, EvaluateSettings(layout="free", binding_scenes=4), TrackingSettings(), tmp_path)
     assert "binding_list8_bare/accuracy_position_8" in free.metrics
     assert Image.open(tmp_path / "binding-positions.png").width > 100
+
+
+def test_another_guidance_is_another_evaluation(model: Path, tmp_path: Path) -> None:
+    def drawn(*overrides: str) -> tuple[dict[str, bytes], dict[str, object]]:
+        words = ["tags=[colors]", "per_tag=2", *overrides, "--out", tmp_path]
+        assert lidit("evaluate", model, *words) == 0
+        return files_of(tmp_path / "images"), json.loads((tmp_path / "scores.json").read_text())["made_with"]["model"]
+
+    own, made_with = drawn()
+    stronger, other = drawn("sampler.guidance_scale=9")
+    assert {**made_with["sampler"], "guidance_scale": 9.0} == other["sampler"]
+    assert sorted(own.values()) != sorted(stronger.values())
+    again, same = drawn(f"sampler.guidance_scale={made_with['sampler']['guidance_scale']}")
+    assert (again, same) == (own, made_with)
+
+
+def test_pictures_of_ones_own_are_preferred_or_not(
+    model: Path, small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", model, "--pictures", small_world.folder / "scenes", "pictures=12", "--out", tmp_path]
+    assert lidit(*words) == 0
+    assert re.search(r"prefer their own caption: 0\.\d+ \[.*\] of 12 pictures, chance 0\.5", capsys.readouterr().out)
+    assert Image.open(tmp_path / "held-out.png").width > 100
+    stamp = (tmp_path / "held-out.png").stat().st_mtime_ns
+    assert lidit(*words) == 0
+    assert "already there" in capsys.readouterr().out
+    assert (tmp_path / "held-out.png").stat().st_mtime_ns == stamp
+    assert lidit(*words[:-3], "pictures=13", "--out", tmp_path) == 0
+    assert (tmp_path / "held-out.png").stat().st_mtime_ns != stamp
 
 
 def test_list_prompts_give_the_positional_curve(model: Path, tmp_path: Path) -> None:

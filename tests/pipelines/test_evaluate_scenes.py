@@ -1,197 +1,231 @@
 """The scene benchmark of a model folder: drawn in batches into GenEval's layout, resumed, scored, known again."""
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from PIL import Image
+from random_model import WEIGHTS, write_model
+from trained import SmallWorld
+from waiting import wait_until
 
-from lidit.config import EvaluateSettings, TrackingSettings
+from lidit.config import EvaluateSettings, SamplerChanges, TrackingSettings
 from lidit.errors import InputError
 from lidit.evals.evaluate import evaluate_images
 from lidit.evals.scenes import benchmark_prompts
-from pipelines import evaluate, tracking
-from pipelines.evaluate import evaluate_scenes
+from lidit.pipeline import LIDiTPipeline
+from lidit.store import digest_of
+from lidit.store.publish import TEMPORARY_PREFIX
+from pipelines.evaluate import SceneScores, evaluate_scenes
+from pipelines.tracking import local_store
 
-SETTINGS = EvaluateSettings(tags=("colors", "list4"), per_tag=3, images_per_prompt=2, batch_size=5)
-
-
-class Painter:
-    """Draws noise that depends on the prompt, the seed and, in one pixel, on the whole batch; dies when told to."""
-
-    config = SimpleNamespace(height=32)
-
-    def __init__(self, lives: int = 1000) -> None:
-        self.lives, self.drawn = lives, []
-
-    def __call__(self, prompts: Sequence[str], *, seed: Sequence[int], output_type: str) -> NDArray[np.uint8]:
-        assert output_type == "np"
-        if not self.lives:
-            raise KeyboardInterrupt
-        self.lives -= 1
-        images = []
-        for one in zip(prompts, seed, strict=True):
-            self.drawn.append(one)
-            images.append(self.image(*one))
-            images[-1][0, 0] = hashlib.sha256(f"{prompts}{seed}".encode()).digest()[0]
-        return np.stack(images)
-
-    @staticmethod
-    def image(prompt: str, seed: int) -> NDArray[np.uint8]:
-        rng = np.random.default_rng([seed, *prompt.encode()])
-        return rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+# Guidance so strong that an image drawn in another company differs in some of its bytes.
+SETTINGS = EvaluateSettings(
+    tags=("colors", "list4"),
+    per_tag=3,
+    images_per_prompt=2,
+    batch_size=5,
+    sampler=SamplerChanges(guidance_scale=100),
+)
+IMAGES = 12  # in batches of 5, 5 and 2
+FEW = {"tags": ("colors",), "per_tag": 2}  # settings for tests that score often
 
 
-def write_model(folder: Path, guidance: float = 3.0, weights: bytes = b"weights") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    index = {"sampler": {"steps": 3, "guidance_scale": guidance}, "height": 32, "width": 32}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    (folder / "weights.safetensors").write_bytes(weights)
-    return folder
+@pytest.fixture(scope="module")
+def model(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(small_world, tmp_path_factory.mktemp("scenes") / "run", seed=1)
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> TrackingSettings:
+    """One store for all tests: making one takes seconds."""
+    return TrackingSettings(uri=local_store(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tracker: TrackingSettings, tmp_path_factory: pytest.TempPathFactory) -> SceneScores:
+    """An evaluation that nothing interrupted; read its folder, never write to it."""
+    return evaluate(model, tracker, tmp_path_factory.mktemp("whole") / "evaluation")
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "run/model")
+def out(whole: SceneScores, tmp_path: Path) -> Path:
+    """A copy of the whole evaluation, with its times."""
+    return shutil.copytree(whole.folder, tmp_path / "out")
 
 
-class Tracker:
-    """Takes the place of MLflow, which costs seconds a test."""
-
-    logged: dict[str, float] = {}
-    files: list[str] = []
-
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        Tracker.logged = values
-
-    def artifact(self, path: Path) -> None:
-        assert path.is_file()
-        Tracker.files.append(path.name)
+def evaluate(model: Path, tracker: TrackingSettings, out: Path, **changes: object) -> SceneScores:
+    return evaluate_scenes(model, SETTINGS.model_copy(update=changes), tracker, out)
 
 
-@contextmanager
-def tracked_run(*_: object) -> Iterator[Tracker]:
-    Tracker.files.clear()
-    yield Tracker()
-
-
-def run(model: Path, painter: Painter, out: Path, settings: EvaluateSettings = SETTINGS) -> evaluate.SceneScores:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "load_pipeline", lambda _: painter)
-        patch.setattr(tracking, "tracked_run", tracked_run)
-        return evaluate_scenes(model, settings, TrackingSettings(), out)
+def tracked(tracker: TrackingSettings, out: Path) -> Run:
+    """The MLflow run of the scores in `out`."""
+    client = MlflowClient(tracker.uri)
+    experiment = client.get_experiment_by_name(tracker.experiment)
+    assert experiment is not None
+    identity = json.loads((out / "scores.json").read_text())["identity"]
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`lidit.identity` = '{identity}'")
+    return run
 
 
 def files_of(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name != "positions.png"  # a plot may differ in its compression
+        # a plot may differ in its compression; what a killed process was writing stays until the next images
+        if path.is_file() and path.name != "positions.png" and not path.name.startswith(TEMPORARY_PREFIX)
     }
 
 
-def test_images_results_and_scores_are_those_of_the_prompts(model: Path, tmp_path: Path) -> None:
-    painter, out = Painter(), tmp_path / "out"
-    scores = run(model, painter, out)
-    assert scores.computed
+def stamps(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def images_of(out: Path) -> list[Path]:
+    return sorted(out.glob("images/*/*/samples/*.png"))
+
+
+def test_images_results_and_scores_are_those_of_the_prompts(
+    model: Path, tracker: TrackingSettings, whole: SceneScores
+) -> None:
+    assert whole.computed
     items = benchmark_prompts(32, "simple", 1, 3, SETTINGS.tags)
-    wanted = [(item["prompt"], 1_000_003 + 2 * n + i) for n, item in enumerate(items) for i in range(2)]
-    assert painter.drawn == wanted
-    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert len(records) == 12
-    shown = []
-    for record, one in zip(records, wanted):
-        shown.append(np.asarray(Image.open(out / record["filename"])))  # the paths in the results are real
-        assert (shown[-1][1:] == Painter.image(*one)[1:]).all()
-    (folder,) = (out / "images").iterdir()
+    prompts = [item["prompt"] for item in items for _ in range(2)]
+    seeds = [1_000_003 + number for number in range(IMAGES)]
+    pipe = LIDiTPipeline.from_pretrained(model)
+    batches = (slice(start, start + 5) for start in range(0, IMAGES, 5))
+    drawn = [pipe(prompts[part], seed=seeds[part], guidance_scale=100, output_type="np") for part in batches]
+    records = [json.loads(line) for line in (whole.folder / "results.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == prompts
+    # the paths in the results are real
+    shown = [np.asarray(Image.open(whole.folder / record["filename"])) for record in records]
+    assert np.array_equal(np.stack(shown), np.concatenate(drawn))
+    assert len({image.tobytes() for image in shown}) == IMAGES
+    (folder,) = (whole.folder / "images").iterdir()
     assert json.loads((folder / "00002/metadata.jsonl").read_text()) == items[2]
-    expected = evaluate_images(items, [shown[i : i + 2] for i in range(0, 12, 2)])
-    assert {key: scores.metrics[key] for key in expected.metrics()} == expected.metrics()
-    assert "| list4 | **drop**, first quartile less last | 3 | 6 | " in (out / "scores.md").read_text()
-    assert {"list4/drop_low", "list4/drop_high"} <= set(scores.metrics)
-    assert Tracker.logged == {f"scenes/{key}": value for key, value in scores.metrics.items()}
-    assert Tracker.files == ["results.jsonl", "scores.md", "grid.png", "positions.png"]
-    assert Image.open(out / "positions.png").width > 100
+    expected = evaluate_images(items, [shown[i : i + 2] for i in range(0, IMAGES, 2)])
+    assert {key: whole.metrics[key] for key in expected.metrics()} == expected.metrics()
+    assert "| list4 | **drop**, first quartile less last | 3 | 6 | " in (whole.folder / "scores.md").read_text()
+    assert {"list4/drop_low", "list4/drop_high"} <= set(whole.metrics)
+    run = tracked(tracker, whole.folder)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {f"scenes/{key}": value for key, value in whole.metrics.items()}
+    sent = {artifact.path for artifact in MlflowClient(tracker.uri).list_artifacts(run.info.run_id)}
+    assert sent == {"results.jsonl", "scores.md", "grid.png", "positions.png"}
+    assert Image.open(whole.folder / "positions.png").width > 100
 
 
-@pytest.mark.parametrize("batches", [0, 1, 2])
-def test_an_interrupted_drawing_goes_on_and_ends_the_same(model: Path, tmp_path: Path, batches: int) -> None:
-    whole = tmp_path / "whole"
-    run(model, Painter(), whole)
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(model, Painter(lives=batches), out)
-    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    assert len(kept) == 5 * batches
-    if kept:  # killed while it saved a batch: the batch is drawn in the same company again
-        lost = sorted(kept)[2]
-        del kept[lost]
-        lost.unlink()
-    second = Painter()
-    run(model, second, out)
-    assert len(second.drawn) == 12 - 5 * max(0, batches - 1)
+@pytest.mark.parametrize("saved", [0, 3, 7, IMAGES])
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
+    model: Path, tracker: TrackingSettings, whole: SceneScores, out: Path, saved: int
+) -> None:
+    """As a kill leaves it: the first images are there, in the order of drawing, and nothing after them."""
+    for path in [*images_of(out)[saved:], *(path for path in out.iterdir() if path.is_file())]:
+        path.unlink()
+    (folder,) = (out / "images").iterdir()
+    (folder / f"{TEMPORARY_PREFIX}0").write_bytes(b"\x89PNG")
+    kept = stamps(folder)
+    assert evaluate(model, tracker, out).computed
+    assert [path for path in images_of(out) if path not in kept] == images_of(out)[saved:]
+    metadata = set(folder.glob("*/metadata.jsonl"))  # written again where there is something to draw
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items() if path not in metadata)
+    assert files_of(out) == files_of(whole.folder)
+    done = stamps(out)
+    assert not evaluate(model, tracker, out).computed
+    assert stamps(out) == done
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_and_ends_the_same(model: Path, tracker: TrackingSettings, tmp_path: Path) -> None:
+    words = ["tags=[colors,list4]", "per_tag=3", "images_per_prompt=2", "batch_size=5", "sampler.steps=300"]
+    command = [Path(sys.executable).with_name("lidit"), "evaluate", model, *words, "--out", tmp_path / "out"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        ended = lambda: None if process.poll() is None else (tmp_path / "log").read_text()  # noqa: E731
+        wait_until(lambda: len(images_of(tmp_path / "out")) >= 2, 300, ended)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in images_of(tmp_path / "out")}
+    assert 2 <= len(kept) < IMAGES
+    assert not (tmp_path / "out" / "scores.json").exists()
+    steps = SamplerChanges(steps=300)
+    evaluate(model, tracker, tmp_path / "out", sampler=steps)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
-    assert files_of(out) == files_of(whole)
-    last = Painter()
-    assert not run(model, last, out).computed
-    (out / "scores.json").unlink()  # killed before the scores: they are made again from the images
-    assert run(model, last, out).computed
-    assert last.drawn == []
-    assert files_of(out) == files_of(whole)
+    evaluate(model, tracker, tmp_path / "whole", sampler=steps)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_what_changes_the_images_changes_the_scores(model: Path, tmp_path: Path) -> None:
+def test_what_changes_the_images_changes_the_scores(
+    model: Path, small_world: SmallWorld, tracker: TrackingSettings, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    assert run(model, Painter(), out).computed
-    assert not run(model, Painter(), out).computed
-    assert not run(model, Painter(), out, SETTINGS.model_copy(update={"binding_scenes": 4})).computed
-    for change in ({"guidance": 4.0}, {"guidance": 4.0, "weights": b"trained further"}):
-        write_model(model, **change)
-        before = {path.name for path in (out / "images").iterdir()}
-        painter = Painter()
-        assert run(model, painter, out).computed, change
-        assert len(painter.drawn) == 12
+    assert evaluate(model, tracker, out, **FEW).computed
+    before = stamps(out)
+    changed = shutil.copytree(model, tmp_path / "run" / "model")
+    assert not evaluate(changed, tracker, out, **FEW, binding_scenes=4, pictures=4).computed  # wherever the model is
+    assert stamps(out) == before
+
+    def sampled_longer() -> None:
+        index = json.loads((changed / "model_index.json").read_text())
+        index["sampler"]["steps"] += 1
+        (changed / "model_index.json").write_text(json.dumps(index))
+
+    def trained_further() -> None:
+        shutil.copy(write_model(small_world, tmp_path / "other", seed=2) / WEIGHTS, changed / WEIGHTS)
+
+    known = {path.read_bytes() for path in images_of(out)}
+    for change, seed in ((sampled_longer, 1), (trained_further, 1), (lambda: None, 2)):
+        change()
+        (earlier,) = (out / "images").iterdir()
+        assert evaluate(changed, tracker, out, **FEW, seed=seed).computed, change
         (now,) = (out / "images").iterdir()  # and those of the model as it was are gone
-        assert {now.name} != before
-    assert run(model, Painter(), out, SETTINGS.model_copy(update={"seed": 2})).computed
+        assert now.name != earlier.name
+        images = {path.read_bytes() for path in images_of(out)}
+        assert len(images) == 4
+        assert not images & known, change
+        known |= images
+        assert not evaluate(changed, tracker, out, **FEW, seed=seed).computed
 
 
-def test_scores_that_are_not_whole_are_made_again(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(model, Painter(), out)
-    text = (out / "scores.json").read_text()
-    for torn in (text[: len(text) // 2], "[]", "{}", '{"identity": 1}'):
-        (out / "scores.json").write_text(torn)
-        assert run(model, Painter(0), out).computed
-    assert (out / "scores.json").read_text() == text
+def test_scores_that_are_not_whole_or_of_other_rules_are_made_again(
+    model: Path, tracker: TrackingSettings, tmp_path: Path
+) -> None:
+    evaluate(model, tracker, tmp_path, **FEW)
+    text, images = (tmp_path / "scores.json").read_text(), stamps(tmp_path / "images")
+    earlier = json.loads(text)
+    earlier["made_with"]["settings"]["scorer"] -= 1
+    earlier["identity"] = digest_of(earlier["made_with"])
+    for found in (text[: len(text) // 2], "[]", "{}", '{"identity": 1}', json.dumps(earlier)):
+        (tmp_path / "scores.json").write_text(found)
+        assert evaluate(model, tracker, tmp_path, **FEW).computed, found
+        assert (tmp_path / "scores.json").read_text() == text
+    assert stamps(tmp_path / "images") == images
 
 
-def test_scores_are_written_whole_and_last(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    run(model, Painter(), out)
-
-    def killed(*_: object, **__: object) -> None:
-        assert not (
-            out / "scores.json"
-        ).exists()  # results.jsonl is of the new settings now: the old ones must not stay
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluate, "publish_bytes", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, Painter(), out, SETTINGS.model_copy(update={"seed": 2}))
-    assert (out / "results.jsonl").is_file()
-    assert not (out / "scores.json").exists()
+def test_scores_are_written_last(model: Path, tracker: TrackingSettings, whole: SceneScores, out: Path) -> None:
+    (out / "grid.png").unlink()
+    (out / "grid.png").mkdir()  # what is written after the results cannot be
+    with pytest.raises(IsADirectoryError):
+        evaluate(model, tracker, out, **FEW)
+    assert (out / "results.jsonl").read_bytes() != (whole.folder / "results.jsonl").read_bytes()
+    assert not (out / "scores.json").exists()  # else the results of the new settings would count as those of the old
+    (out / "grid.png").rmdir()
+    assert evaluate(model, tracker, out, **FEW).computed
+    written = stamps(out)
+    assert max(written.values()) == written[out / "scores.json"]
+    assert tracked(tracker, out).info.end_time <= written[out / "scores.json"] / 1e6  # milliseconds
 
 
-def test_a_broken_image_is_named(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(model, Painter(), out)
+def test_a_broken_image_is_named(model: Path, tracker: TrackingSettings, out: Path) -> None:
     (out / "scores.json").unlink()
     path = next(out.rglob("00001/samples/0001.png"))
     content = path.read_bytes()
@@ -199,10 +233,14 @@ def test_a_broken_image_is_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=rf"{path}: not readable as an image .* delete it and run the same command again"
     ):
-        run(model, Painter(), out)
+        evaluate(model, tracker, out)
 
 
-def test_a_model_folder_without_a_readable_index_is_refused(model: Path, tmp_path: Path) -> None:
-    (model / "model_index.json").write_text('{"sampler": ')
+def test_a_model_folder_without_a_readable_index_is_refused(
+    model: Path, tracker: TrackingSettings, tmp_path: Path
+) -> None:
+    torn = shutil.copytree(model, tmp_path / "model")
+    (torn / "model_index.json").write_text('{"sampler": ')
     with pytest.raises(InputError, match=r"model_index\.json: not readable .* written by lidit train"):
-        run(model, Painter(), tmp_path / "out")
+        evaluate(torn, tracker, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

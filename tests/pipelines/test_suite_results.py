@@ -53,6 +53,35 @@ def test_official_results_are_summed_up_and_tracked(
     assert "INCOMPLETE" not in capsys.readouterr().out
 
 
+def test_scores_are_filed_under_the_weights_that_drew_the_images(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sum_up(results: Path, suite: str = "geneval") -> int:
+        return lidit("evaluate", model, "--suite", suite, "--parse", results)
+
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"tag": "colors", "correct": true, "metadata": "a"}\n')
+    assert sum_up(results) == 0
+    assert "NOT CHECKED: no suite.json" in capsys.readouterr().out
+    drawn = model.parent / "evaluation" / "geneval"
+    drawn.mkdir(parents=True)
+    made_with = {"suite": "geneval", "model": weights_digest(model), "sampler": {"steps": 7}, "images": 1}
+    (drawn / "suite.json").write_text(json.dumps(made_with))
+    assert sum_up(results) == 0
+    assert "NOT CHECKED" not in capsys.readouterr().out
+    (drawn / "suite.json").write_text(json.dumps(made_with | {"suite": "dpg-bench"}))
+    assert sum_up(results) == 2
+    (drawn / "suite.json").write_text(json.dumps(made_with))
+    (model / "model" / "weights.safetensors").write_bytes(b"trained on since")
+    assert sum_up(results) == 2
+    assert "the images were drawn with model" in capsys.readouterr().err
+    category = tmp_path / "other" / "t2i-compbench" / "color"  # another run's images, by --parse
+    category.mkdir(parents=True)
+    (category / "suite.json").write_text(json.dumps(made_with | {"suite": "t2i-compbench"}))
+    assert sum_up(category.parent, "t2i-compbench") == 2
+    assert f"{category / 'suite.json'}: the images were drawn with model" in capsys.readouterr().err
+
+
 def test_dpg_categories_come_from_the_graph(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "graph.csv").write_text(
         "item_id,proposition_id,dependency,tuple,question_natural_language\n"
