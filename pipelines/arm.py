@@ -22,7 +22,7 @@ from lidit.errors import JobError
 from lidit.evals.ablation import ArmResult
 from lidit.models import LIDiT
 from lidit.store import Corpus
-from pipelines.engine import Engine
+from pipelines.engine import Engine, worker_device
 from pipelines.study import Study, points_of
 from pipelines.watch import averaged_model
 
@@ -55,7 +55,7 @@ def train_arm(job: ArmJob) -> ArmResult:
     Raises JobError where the loss stops being finite.
     """
     recipe, started = job.recipe, time.monotonic()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = worker_device(recipe.engine)
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.engine.cpus_per_worker)))
     corpus = Corpus.open(recipe.corpus)

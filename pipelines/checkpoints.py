@@ -2,8 +2,9 @@
 
     step-00001000/
       rank-00000.safetensors   this rank's fragments: master weights, both moments, EMA (keys KIND|NAME|START)
-      rank-00000.json          sha256 and size of the file beside it, written last
+      rank-00000.json          sha256 and size of the file beside it, rank 0's also of the model's; written last
       position.json            rank 0: step, world size, run facts (config, corpus digest, family fingerprints)
+      model/                   rank 0, after the last step: the folder people load
 
 No pickle is written or read. DeepSpeed's own checkpoints are pickles that load only at the world size and stage they
 were written with; these are plain tensors named by parameter and offset.
@@ -29,6 +30,7 @@ from pipelines.shards import MOMENTS, ShardedEMA, inner_optimizer, load_numbers,
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{9})$")
+MODEL = "model"
 
 
 def unsent_prefix(run_folder: Path) -> str:
@@ -43,16 +45,17 @@ def checkpoint_name(step: int) -> str:
 @dataclass(frozen=True)
 class Position:
     """Where a run stands. The data order needs nothing but the step; `ema_updates` are the steps that were taken,
-    fewer than `step` where some had no finite loss."""
+    fewer than `step` where some had no finite loss. `start` names the start of the workers that wrote it."""
 
     step: int
     world_size: int
     ema_updates: int
     facts: dict[str, Any]
+    start: str = ""
 
 
 def save(folder: Path, engine: Any, ema: ShardedEMA, rank: int, position: Position) -> None:
-    """Write this rank's part of a checkpoint into `folder`; every rank calls it."""
+    """Write this rank's part of a checkpoint into `folder`; every rank calls it, rank 0 with the model in its place."""
     optimizer = inner_optimizer(engine)
     tensors: dict[str, torch.Tensor] = {}
     for fragment, average in zip(owned_fragments(engine), ema.average):
@@ -68,7 +71,15 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, rank: int, position: Positi
     if rank == 0:
         text = json.dumps(position.__dict__, indent=1, sort_keys=True)
         (folder / "position.json").write_text(text)
-    record = {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)}
+    write_record(folder, rank, position)
+
+
+def write_record(folder: Path, rank: int, position: Position) -> None:
+    """Say what this rank's part of a checkpoint is, once everything of it is there."""
+    model = sorted((folder / MODEL).rglob("*")) if rank == 0 else []
+    files = [folder / f"rank-{rank:05}.safetensors", *(path for path in model if path.is_file())]
+    held = [{"file": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": _digest(p)} for p in files]
+    record = {"start": position.start, "files": held}
     (folder / f"rank-{rank:05}.json").write_text(json.dumps(record))
 
 
@@ -78,27 +89,40 @@ def _digest(path: Path) -> str:
 
 
 def problem(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be used; None when every rank's file is there and matches its record."""
+    """Why a checkpoint folder cannot be used; None when every file is there, matches its record and is of one start."""
     try:
         position = read_position(folder)
         for rank in range(position.world_size):
-            record = json.loads((folder / f"rank-{rank:05}.json").read_text())
-            path = folder / record["file"]
-            if path.stat().st_size != record["bytes"] or _digest(path) != record["sha256"]:
-                return f"{path.name} does not match its record"
+            record = _record(folder, rank)
+            if record["start"] != position.start:
+                return f"rank {rank}'s part is of another start of the workers than rank 0's"
+            for held in record["files"]:
+                path = folder / held["file"]
+                if path.stat().st_size != held["bytes"] or _digest(path) != held["sha256"]:
+                    return f"{held['file']} does not match its record"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return " ".join(str(error).split())
     return None
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a file is missing: the checkpoint was being written when the run was stopped, and never became one."""
+    """Whether a file is missing, not all there, or of another start: the checkpoint was being written when the run was
+    stopped, and never became one."""
     try:
-        ranks = range(read_position(folder).world_size)
+        position = read_position(folder)
+        for record in (_record(folder, rank) for rank in range(position.world_size)):
+            sizes = [(folder / held["file"]).stat().st_size < held["bytes"] for held in record["files"]]
+            if record["start"] != position.start or any(sizes):
+                return True
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    names = [f"rank-{rank:05}.{kind}" for rank in ranks for kind in ("json", "safetensors")]
-    return not all((folder / name).exists() for name in names)
+    return False
+
+
+def _record(folder: Path, rank: int) -> dict[str, Any]:
+    """What rank's part holds; checkpoints of earlier versions name one file and no start."""
+    record = json.loads((folder / f"rank-{rank:05}.json").read_text())
+    return record if "files" in record else {"start": "", "files": [record]}
 
 
 def read_position(folder: Path) -> Position:
@@ -129,21 +153,26 @@ def newest_complete(root: Path) -> Path | None:
 
 
 class CheckpointReader:
-    """Full tensors from the fragments of all ranks of one checkpoint."""
+    """Parts of parameters from the fragments of all ranks of one checkpoint; only what is asked for is read."""
 
     def __init__(self, folder: Path) -> None:
         self.position = read_position(folder)
-        self.places: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        self.places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for rank in range(self.position.world_size):
             file = safe_open(folder / f"rank-{rank:05}.safetensors", framework="pt")
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 kind, name, start = key.split("|")
-                self.places.setdefault((kind, name), []).append((int(start), file, key))
+                (length,) = file.get_slice(key).get_shape()
+                self.places.setdefault((kind, name), []).append((int(start), int(start) + length, file, key))
 
-    def read(self, kind: str, name: str) -> torch.Tensor:
-        """The flat fp32 tensor of a parameter; KeyError when the checkpoint has no such parameter."""
-        pieces = sorted(self.places[kind, name], key=lambda piece: piece[0])
-        return torch.cat([file.get_tensor(key) for _, file, key in pieces])
+    def read(self, kind: str, name: str, first: int, last: int) -> torch.Tensor:
+        """Elements [first, last) of a parameter's flat fp32 tensor; KeyError when the checkpoint has none such."""
+        pieces = []
+        for start, stop, file, key in sorted(self.places[kind, name], key=lambda piece: piece[0]):
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                pieces.append(file.get_slice(key)[low - start : high - start])
+        return torch.cat(pieces)
 
     def restore(self, engine: Any, ema: ShardedEMA) -> Position:
         load_numbers(engine, ema, self.read, self.position.ema_updates)

@@ -26,7 +26,7 @@ from lidit.settings import flatten
 from lidit.store import Corpus, digest_of, spec_differences
 from lidit.store.folder import Folder
 from lidit.store.publish import publish_bytes
-from pipelines import checkpoints, tracking
+from pipelines import checkpoints, snapshot, tracking
 from pipelines.cluster import check_engine, connect
 from pipelines.interrupt import is_disk_full, saved_on_sigterm
 from pipelines.progress import Progress
@@ -39,8 +39,8 @@ FACTS = "run.json"
 FREE_ENGINE = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
                "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}  # fmt: skip
 # No secrets: Ray writes a worker's environment into its logs and shows it in the dashboard.
-WORKER_ENVIRONMENT = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "LIDIT_CACHE", "LIDIT_STORE_CACHE",
-                      "LIDIT_STORE_CACHE_GIGABYTES")  # fmt: skip
+# Nothing of the driver's own machine either: it may have no GPU and a single CPU where the workers have both.
+WORKER_ENVIRONMENT = ("HF_HUB_OFFLINE", "LIDIT_CACHE", "LIDIT_STORE_CACHE", "LIDIT_STORE_CACHE_GIGABYTES")
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def launch(
     folder: Path,
 ) -> None:
     """Run `worker` on the recipe's workers to its last step, with progress. `config` is what it gets besides."""
-    _mend_snapshot(folder)
+    newest = checkpoints.newest_complete(folder)
+    snapshot.agree(folder, newest)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # lives as long as the driver
     ray.get(board.keep.remote(tracking.credentials()))
@@ -196,7 +197,6 @@ def launch(
             worker_runtime_env={"env_vars": {n: os.environ[n] for n in WORKER_ENVIRONMENT if n in os.environ}},
         ),
     )
-    newest = checkpoints.newest_complete(folder)
     start = checkpoints.read_position(newest).step if newest else 0
     with (
         Progress(f"train {recipe.name}", recipe.train.steps, "steps", start=start) as progress,
@@ -250,21 +250,11 @@ def _shown(board: Any, progress: Progress) -> Iterator[None]:
         thread.join(timeout=10)
 
 
-def _mend_snapshot(folder: Path) -> None:
-    """Ray Train writes its snapshot in place; one torn by a kill would keep the run from ever starting again."""
-    for path in folder.glob("*snapshot*.json"):
-        try:
-            json.loads(path.read_text())
-        except ValueError:
-            log.warning("%s was torn by a crash and is set aside", path)
-            path.rename(path.with_suffix(".torn"))
-
-
 def publish_model(folder: Path) -> None:
     """Move the exported model out of the last checkpoint; the run is finished when its folder is in place."""
     last = checkpoints.candidates(folder)[0]
     if not (last / "model").is_dir():
-        raise JobError(f"{last}: the last checkpoint holds no exported model; run the same command again")
+        raise JobError(f"{last}: the last checkpoint holds no exported model; delete it and run the same command again")
     target, fresh = folder / "model", folder / "model.new"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(last / "model", fresh)

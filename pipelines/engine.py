@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lidit.config import LoopSettings, Recipe, RunRecipe
+from lidit.config import EngineSettings, LoopSettings, Recipe, RunRecipe
 from lidit.data.feed import TrainingBatch
 from lidit.diffusion import Objective
+from lidit.errors import JobError
 from lidit.models import LIDiT
 from lidit.plan import REDUCE_BUCKET
 from pipelines.shards import ShardedEMA, owned_fragments
@@ -23,9 +24,25 @@ from pipelines.shards import ShardedEMA, owned_fragments
 DECAY_START, DECAY_END = 0.6, 0.1
 
 
+def worker_device(engine: EngineSettings) -> torch.device:
+    """This worker's: the GPU it was given, where the recipe gives its workers GPUs; else the CPU, GPUs or not.
+
+    Raises JobError where the recipe wants a GPU and torch sees none.
+    """
+    if not engine.gpus_per_worker:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise JobError(
+            f"engine.gpus_per_worker is {engine.gpus_per_worker:g}, but torch sees no GPU on this node: it needs a "
+            "CUDA build of torch and a driver"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the global batch. `finite` is False when the step was not taken."""
+    """Means over the global batch. `finite` is False when the step was not taken: for this worker's loss, another's
+    (then `gradient_norm` is NaN), or for the gradient (then it is infinite)."""
 
     loss: float
     gradient_norm: float
@@ -114,7 +131,8 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
     """Takes global steps of any model; `device` is this worker's."""
 
     def __init__(self, recipe: RunRecipe, model: nn.Module, device: torch.device) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu" if device.type == "cpu" else "cuda")
+        # Not what the machine or an image says: a CPU training on a machine with a GPU would lie on both.
+        os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else "cuda"
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 
@@ -157,7 +175,8 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
     def train_step(self, batch: AnyBatch) -> StepResult:
         """One optimizer step on this worker's part of a global batch.
 
-        A loss that is not finite is noticed by all workers before anything is changed; the step is then not taken.
+        A loss that is not finite is noticed by all workers before anything is changed; the step is then not taken. Nor
+        is one whose gradient is not finite, on any worker.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.train, batch.step)
@@ -172,12 +191,20 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
                 return StepResult(float(loss), math.nan, finite=False)
             self.deepspeed.backward(loss)
             norm = self._gradient_norm() if self._own_norm else None
+            if norm is not None and part is parts[-1] and not torch.isfinite(norm):
+                self.deepspeed.zero_grad()  # DeepSpeed looks at gradients from stage 1 on only
+                return StepResult(self._mean(total), math.inf, finite=False)
             self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            return StepResult(self._mean(total), math.inf, finite=False)
         if not self._own_norm:
             norm = self.deepspeed.get_global_grad_norm()
-        dist.all_reduce(total)
         self.ema.update()
-        return StepResult(float(total) / self.world_size, float(norm or 0.0), finite=True)
+        return StepResult(self._mean(total), float(norm or 0.0), finite=True)
+
+    def _mean(self, total: torch.Tensor) -> float:
+        dist.all_reduce(total)
+        return float(total) / self.world_size
 
     def _finite_everywhere(self, loss: torch.Tensor) -> bool:
         bad = (~torch.isfinite(loss.detach())).float()

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ from lidit.config import RunRecipe
 from lidit.data.feed import Feed
 from lidit.errors import InputError, JobError
 from pipelines import checkpoints
-from pipelines.engine import AnyBatch, ShardedEngine
+from pipelines.engine import AnyBatch, ShardedEngine, StepResult, worker_device
 from pipelines.interrupt import Listener, Wish, is_disk_full
+from pipelines.snapshot import WORST
 from pipelines.watch import Watch, averaged_model
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -60,9 +62,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         self.config, self.run = config, recipe
         context = rt.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        self.device = worker_device(recipe.engine)
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, int(recipe.engine.cpus_per_worker)))
 
@@ -90,10 +90,11 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
 
     def _restore(self) -> int:
         """The step to go on with: after the newest whole checkpoint, the same one on every rank."""
-        found: list[str | None] = [None]
+        found: list[str | None] = [None, uuid.uuid4().hex]
         if self.rank == 0 and (folder := checkpoints.newest_complete(self.run.run_folder)):
-            found = [str(folder)]
+            found[0] = str(folder)
         dist.broadcast_object_list(found)
+        self.start = found[1] or ""  # names these workers: parts that two starts wrote are no checkpoint
         if found[0] is None:
             return 0
         position = checkpoints.CheckpointReader(Path(found[0])).restore(self.engine.deepspeed, self.engine.ema)
@@ -106,23 +107,25 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
             self.watch.count_flops(moved)
         result = self.engine.train_step(moved)
         if not result.finite:
-            self._not_finite(batch, result.loss)
+            self._not_finite(batch, result)
         self.step = batch.step + 1
         wait, self.waited = self.feed.waited - self.waited, self.feed.waited
         self.watch.step(batch, result, time.perf_counter() - began + wait, wait)
 
-    def _not_finite(self, batch: AnyBatch, loss: float) -> None:
-        """`loss`: this worker's own, which may be sound. Stopping, all workers save what they have."""
+    def _not_finite(self, batch: AnyBatch, result: StepResult) -> None:
+        """This worker's own loss may be sound. Stopping, all workers save what they have."""
         self.watch.not_finite()
         path = self.run.run_folder / f"not-finite-{batch.step:09}-rank{self.rank}.json"
-        if bad := not math.isfinite(loss):
-            path.write_text(json.dumps({"step": batch.step, "loss": str(loss), "keys": list(batch.keys)}, indent=1))
+        loss, norm = result.loss, result.gradient_norm
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+        if bad := not math.isfinite(loss) or math.isinf(norm):
+            path.write_text(json.dumps({"step": batch.step, "what": what, "keys": list(batch.keys)}, indent=1))
         if self.run.train.non_finite == "skip":
             return
         if self.saved != self.step:
             self.save()
         if bad:
-            raise JobError(f"step {batch.step}: the loss is {loss}; the batch's keys are in {path}")
+            raise JobError(f"step {batch.step}: the {what}; the batch's keys are in {path}")
         raise RuntimeError(f"step {batch.step}: the loss is not finite on another worker")
 
     def due(self, every: int) -> bool:
@@ -149,17 +152,19 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
 
     def _save(self) -> None:
         last = self.step == self.run.train.steps
-        position = checkpoints.Position(self.step, self.world_size, self.engine.ema.updates, self.config["facts"])
+        position = checkpoints.Position(
+            self.step, self.world_size, self.engine.ema.updates, self.config["facts"], self.start
+        )
         folder = Path(tempfile.mkdtemp(prefix=checkpoints.unsent_prefix(self.run.run_folder)))
         behind = False  # else Ray deletes the folder after the upload
         try:
-            checkpoints.save(folder, self.engine.deepspeed, self.engine.ema, self.rank, position)
             model = averaged_model(self.engine, self.fresh) if last else None
             if model is not None:
-                self.export(folder / "model", model)
-            behind = self.run.train.async_upload and not last
+                self.export(folder / checkpoints.MODEL, model)
+            checkpoints.save(folder, self.engine.deepspeed, self.engine.ema, self.rank, position)
+            behind, loss = self.run.train.async_upload and not last, self.watch.validation_loss
             rt.report(
-                {"step": self.step, "validation_loss": self.watch.validation_loss},
+                {"step": self.step, "validation_loss": loss if math.isfinite(loss) else WORST},
                 checkpoint=rt.Checkpoint.from_directory(str(folder)),
                 checkpoint_dir_name=checkpoints.checkpoint_name(self.step),
                 checkpoint_upload_mode=CheckpointUploadMode.ASYNC if behind else CheckpointUploadMode.SYNC,

@@ -102,18 +102,20 @@ class ShardedEMA:
 
 
 def gather_full(
-    shapes: dict[str, torch.Size], fragments: list[Fragment], values: list[torch.Tensor]
+    shapes: dict[str, torch.Size], fragments: list[Fragment], values: list[torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor] | None:
-    """Fragments of all ranks put together on rank 0, one parameter at a time, on the CPU; None on other ranks."""
+    """Fragments of all ranks put together on rank 0, one parameter at a time, on the CPU; None on other ranks.
+
+    device: the worker's, on which its process group computes; offloaded values lie elsewhere.
+    """
     held: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for fragment, value in zip(fragments, values):
         held.setdefault(fragment.name, []).append((fragment.start, value))
-    device = values[0].device if values else torch.device("cpu")
     full: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
         flat = torch.zeros(shape.numel(), device=device)
         for start, value in held.get(name, []):
-            flat[start : start + len(value)] = value
+            flat[start : start + len(value)] = value.to(device)
         dist.reduce(flat, 0)
         if dist.get_rank() == 0:
             full[name] = flat.view(shape).cpu()
@@ -127,30 +129,32 @@ def full_shapes(engine: Any) -> dict[str, torch.Size]:
 
 @torch.no_grad()
 def load_numbers(engine: Any, ema: ShardedEMA, read: Any, taken: int) -> None:
-    """Put saved numbers back. `read(kind, name)` gives the full flat fp32 tensor, kind "master", "ema" or a moment.
+    """Put saved numbers back. `read(kind, name, first, last)` gives elements [first, last) of a parameter's flat fp32
+    tensor, kind "master", "ema" or a moment.
 
     taken: steps the optimizer took, by which it corrects the bias of its moments.
     """
     optimizer = inner_optimizer(engine)
     for fragment in live_fragments(engine):
-        cut = slice(fragment.start, fragment.start + fragment.length)
-        fragment.master.copy_(read("master", fragment.name)[cut])
+        cut = fragment.start, fragment.start + fragment.length
+        fragment.master.copy_(read("master", fragment.name, *cut))
         if taken == 0:
             continue
         state = optimizer.state[fragment.flat]
         for kind in MOMENTS:
             if kind not in state:
                 state[kind] = torch.zeros_like(fragment.flat, memory_format=torch.preserve_format).detach()
-            fragment.moment(optimizer, kind).copy_(read(kind, fragment.name)[cut])
+            fragment.moment(optimizer, kind).copy_(read(kind, fragment.name, *cut))
         state["step"] = torch.tensor(float(taken))
     for fragment, average in zip(ema.fragments, ema.average):
-        average.copy_(read("ema", fragment.name)[fragment.start : fragment.start + fragment.length])
+        average.copy_(read("ema", fragment.name, fragment.start, fragment.start + fragment.length))
     for name, parameter in _writable_parameters(engine):
-        parameter.data.copy_(read("master", name).view(parameter.shape))
+        parameter.data.copy_(read("master", name, 0, parameter.numel()).view(parameter.shape))
 
 
 def _writable_parameters(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The computing copies of the parameters, whole, one after the other."""
+    """The computing copies of the parameters, whole, one after the other. Under stage 3 rank 0 gets them, and the
+    others their parts from it."""
     if engine.zero_optimization_stage() < 3:
         yield from ((n, p) for n, p in engine.module.named_parameters() if p.requires_grad)
         return
@@ -159,4 +163,5 @@ def _writable_parameters(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                yield name, parameter
+                if dist.get_rank() == 0:
+                    yield name, parameter

@@ -149,7 +149,8 @@ class Watch:
         from torch.utils.flop_counter import FlopCounterMode
 
         one = batch.split(len(batch.keys))[0]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # Uncompiled: what torch first meets under the counter it would never compile afterwards.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self.engine.forward(one)
         self.flops_per_step = 3.0 * counter.get_total_flops() * len(batch.keys)
 
@@ -172,7 +173,7 @@ AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 def averaged_model(engine: ShardedEngine[Any], fresh: AnyModel | None) -> AnyModel | None:
     """The EMA weights in `fresh` (rank 0's copy, built once), on the worker's device. Collective; None elsewhere."""
-    full = gather_full(full_shapes(engine.deepspeed), engine.ema.fragments, engine.ema.average)
+    full = gather_full(full_shapes(engine.deepspeed), engine.ema.fragments, engine.ema.average, engine.device)
     if full is None or fresh is None:
         return None
     buffers = dict(engine.deepspeed.module.named_buffers())

@@ -87,7 +87,8 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
     # -- the loop's parts ---------------------------------------------------------------------------------------------
 
     def sample_if_due(self) -> None:
-        if not self.recipe.train.sample_prompts or not self.due(self.recipe.train.sample_every):
+        last = self.step == self.recipe.train.steps
+        if not self.recipe.train.sample_prompts or not (last or self.due(self.recipe.train.sample_every)):
             return
         model = averaged_model(self.engine, self.fresh)
         if model is not None:

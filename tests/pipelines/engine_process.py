@@ -5,6 +5,7 @@ python engine_process.py RANK WORLD_SIZE FOLDER JOBS.json
 
 import gc
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -88,12 +89,17 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
         row = job.get("poisoned_row", 0) if step == job.get("poison") else None
         whole_batch = global_batch(step, row, recipe.train.batch_size)
         part = whole_batch.split(world_size)[rank]
+        hook = None
+        if step == job.get("overflow") and rank == 1:  # a finite loss whose gradient is not, on one worker alone
+            hook = next(engine.module.parameters()).register_hook(lambda g: torch.full_like(g, math.inf))
         result = engine.train_step(part)
+        if hook is not None:
+            hook.remove()
         losses.append(result.loss)
         norms.append(result.gradient_norm)
         finite.append(result.finite)
         if job.get("watch_average"):  # the textbook average, of whole weights on one process
-            whole = gather_full(shapes, engine.ema.fragments, [f.master for f in engine.ema.fragments])
+            whole = gather_full(shapes, engine.ema.fragments, [f.master for f in engine.ema.fragments], engine.device)
             decay = min(0.9, (step + 1) / (step + 10))
             if rank == 0:
                 plain = plain or initial
@@ -108,7 +114,9 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
     if job.get("measure"):
         return measured(engine, before, count, world_size)
     masters = [fragment.master for fragment in engine.ema.fragments]
-    weights, average = (gather_full(shapes, engine.ema.fragments, v) for v in (masters, engine.ema.average))
+    weights, average = (
+        gather_full(shapes, engine.ema.fragments, v, engine.device) for v in (masters, engine.ema.average)
+    )
     if rank == 0:
         torch.save({"weights": weights, "ema": average, "plain": plain or {}}, folder / f"{job['name']}.pt")
     return {"losses": losses, "norms": norms, "finite": finite}

@@ -59,6 +59,10 @@ def results(folder: Path) -> dict:
     two += [{"name": "poisoned", "engine": stage(2), "steps": 6, "poison": 1, "save": "poisoned", "save_at": 3}]
     two += [{"name": "poisoned-again", "engine": stage(2), "steps": 6, "restore": "poisoned"}]
     two += [{"name": "without", "engine": stage(2), "steps": 6, "leave_out": 1}]
+    for n in (0, 2):
+        two += [{"name": f"overflow-{n}", "engine": stage(n), "steps": 4, "overflow": 1}]
+        two[-1] |= {"save": f"overflow-{n}", "save_at": 3}
+        two += [{"name": f"overflow-{n}-again", "engine": stage(n), "steps": 4, "restore": f"overflow-{n}"}]
     two += [{"name": "poisoned-first", "engine": stage(2), "steps": 3, "poison": 0, "poisoned_row": -1}]
     two[-1] |= {"save": "poisoned-first", "save_at": 1}
     two += [{"name": "poisoned-first-again", "engine": stage(2), "steps": 3, "restore": "poisoned-first"}]
@@ -67,6 +71,7 @@ def results(folder: Path) -> dict:
         two += [{"name": f"two-{n}", "engine": stage(n), "steps": STEPS, "save": f"two-{n}", "save_at": SAVED}]
         two += [{"name": f"average-{n}", "engine": stage(n), "steps": 6, "watch_average": True}]
         two += [{"name": f"again-{n}", "engine": stage(n), "steps": STEPS, "restore": f"two-{n}"}]
+    two += [{"name": "overflow-3", "engine": stage(3), "steps": 4, "overflow": 1}]
     two += [{"name": "bf16-3", "engine": stage(3, precision="bfloat16"), "steps": 12}]
     two += [{"name": "three-to-one", "engine": stage(1), "steps": STEPS, "restore": "two-3"}]
     found = launch(folder, 2, two)
@@ -152,6 +157,17 @@ def test_a_loss_that_is_not_finite_changes_nothing(results: dict, folder: Path) 
     for name, value in tensors(folder, "without")["weights"].items():
         for job in ("poisoned", "poisoned-again"):
             assert torch.equal(tensors(folder, job)["weights"][name], value), (job, name)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(results: dict, folder: Path, stage: int) -> None:
+    overflow, without = results[f"overflow-{stage}"], results["without"]
+    assert overflow["finite"] == [True, False, True, True]
+    assert overflow["norms"][1] == math.inf
+    assert all(map(math.isfinite, overflow["losses"]))
+    close([loss for loss, taken in zip(overflow["losses"], overflow["finite"]) if taken], without["losses"][:3], 1e-5)
+    if stage != 3:  # the average has taken as many steps as Adam has
+        assert results[f"overflow-{stage}-again"]["losses"] == overflow["losses"][3:]
 
 
 def test_a_checkpoint_before_any_step_was_taken_goes_on_too(results: dict) -> None:
