@@ -36,7 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command("submit", context_settings=submit.OPEN)(submit.command)
 for name, job in (
     ("demo", demo),
     ("demo-pictures", demo_pictures),
@@ -60,6 +59,7 @@ for name, job in (
     ("export", export),
 ):
     app.command(name)(job.command)
+app.command("submit", context_settings=submit.OPEN)(submit.command)
 
 
 def main() -> None:

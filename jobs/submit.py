@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from jobs.recipe import RECIPES, node_labels
 from lidit.errors import InputError
 from lidit.settings import load_yaml
 from lidit.store import Corpus
+
+if TYPE_CHECKING:
+    from pipelines.submit import Submission
 
 # A job's options may be called as ours (`--gpus`): whatever stands behind JOB is the job's.
 OPEN = {"allow_extra_args": True, "allow_interspersed_args": False}
@@ -33,15 +36,25 @@ def command(
     RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. The job's own process runs on the head unless GPUs, CPUs or a label are
     asked for: `evaluate`, `sample`, `report` and `run` use a model in it.
 
+    **Reads** the current folder. **Writes** nothing here; the job, what its own help says, on the cluster.
+
     **Example:** `lidit submit --address http://127.0.0.1:8265 --gpus 1 evaluate /runs/demo/model`
     """
-    from pipelines.submit import Driver, Submission, submit
+    from pipelines.submit import submit
 
     if address is None:
         raise InputError("lidit submit: give --address URL before the job, such as http://127.0.0.1:8265")
-    name, arguments = module_of(job), tuple(context.args)
+    raise typer.Exit(submit(asked_for(job, context.args, gpus, cpus, node_label), address))
+
+
+def asked_for(
+    job: str, arguments: Sequence[str], gpus: float | None, cpus: float | None, node_label: list[str] | None
+) -> Submission:
+    """What the command's words ask for, from the current folder."""
+    from pipelines.submit import Driver, Submission
+
     driver = Driver(gpus, cpus, node_labels(node_label))
-    raise typer.Exit(submit(Submission(name, arguments, Path(), corpus_digest(arguments), driver), address))
+    return Submission(module_of(job), tuple(arguments), Path(), corpus_digest(arguments), driver)
 
 
 def module_of(job: str) -> str:

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from lidit.config import EncoderSettings, PoolSettings
 from lidit.errors import InputError, JobError
-from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics
+from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics, spec_differences
 from lidit.text import CaptionTokens, EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
 from lidit.text.family import ensure_shared, unit_tables
 from pipelines.progress import Progress
@@ -236,13 +236,11 @@ class EncodeJob:
     pool: PoolSettings
 
     def local_spec(self) -> EncoderSpec:
-        """The spec with the model's folder on this node, which may have its own download."""
-        if Path(self.spec.folder).is_dir():
-            return self.spec
-        found = resolve_encoder(self.settings, _device(self.pool))
-        if found.fingerprint != self.spec.fingerprint:
-            raise InputError(f"{self.settings.model}: this node has other model files than the node the job started on")
-        return found
+        """The spec with the model's folder on this node, which may have its own download.
+
+        InputError where this node's files would make other states.
+        """
+        return _resolve_here(self.spec, self.settings, _device(self.pool))
 
     def load(self) -> PromptEncoder:
         import torch
@@ -252,6 +250,21 @@ class EncodeJob:
 
     def writer(self) -> FamilyWriter:
         return FamilyWriter(self.corpus, "text", self.spec.name, self.spec.to_dict())
+
+
+@functools.lru_cache(maxsize=2)
+def _resolve_here(wanted: EncoderSpec, settings: EncoderSettings, device: str) -> EncoderSpec:
+    """Once per worker process: what the files hash to is remembered, but looking that up is too slow for every unit."""
+    # The driver's folder first: it is absolute where the settings may not be, and nothing is asked of the hub again.
+    # What lies there can still be another model, where nodes have disks of their own.
+    here = {"model": wanted.folder} if Path(wanted.folder).is_dir() else {}
+    found = resolve_encoder(settings.model_copy(update=here), device)
+    if differing := spec_differences(wanted.to_dict(), found.to_dict()):
+        raise InputError(
+            f"{settings.model}: this node has other model files than the node the job started on "
+            f"({'; '.join(differing)}); give all nodes the same files"
+        )
+    return found
 
 
 def prepare(job: EncodeJob) -> dict[str, Any]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CORPUS_FILE = "corpus.json"
 FAMILY_FILE = "family.json"
 MANIFEST_FILE = "MANIFEST.json"
+# What ingest wrote is never repaired: the families lie beside it and are valid for the same contents only.
+INGEST_ANEW = "ingest the same sources into a new folder, then move text/ and latents/ over"
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,7 @@ class Corpus:
                 f"{folder.location}"
             ) from None
         except ValueError:
-            raise InputError(
-                f"{folder.location}/{CORPUS_FILE}: damaged; ingest the same sources into a new folder, then move text/ "
-                "and latents/ over"
-            ) from None
+            raise InputError(f"{folder.location}/{CORPUS_FILE}: damaged; {INGEST_ANEW}") from None
         version = facts.get("format")
         if version != FORMAT_VERSION:
             raise InputError(
@@ -118,7 +117,7 @@ class Corpus:
         try:
             table = self.folder.read_table(name)
         except FileNotFoundError:
-            raise InputError(f"{self.folder.where(name)}: missing; run lidit repair, then lidit ingest again") from None
+            raise InputError(f"{self.folder.where(name)}: missing; {INGEST_ANEW}") from None
         except pa.ArrowInvalid as error:
             raise InputError(f"{self.folder.where(name)}: damaged ({error}); run lidit verify") from None
         expected = self.units[group][unit].as_py()

@@ -111,7 +111,8 @@ class Folder:
                 entries = file_system.ls(root, detail=True)
         except FileNotFoundError:
             return {}
-        files = (entry for entry in entries if entry["type"] == "file")
+        # A web console marks a folder it makes with an empty object of the folder's own name.
+        files = (entry for entry in entries if entry["type"] == "file" and not entry["name"].endswith("/"))
         return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in files}
 
     def folders(self) -> list[str]:

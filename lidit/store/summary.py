@@ -54,11 +54,9 @@ class CorpusSummary:
 def summarise(corpus: Corpus, count_limit: int = 20_000_000) -> CorpusSummary:
     """Count everything. Distinct captions are counted over all units up to `count_limit` captions."""
     totals = corpus.facts["totals"]
-    buckets: Counter[str] = Counter()
     distinct: set[bytes] | None = set() if totals["captions"] <= count_limit else None
-    for unit in range(corpus.num_units):
-        buckets.update(bucket for bucket in corpus.samples(unit)["bucket"].to_pylist() if bucket)
-        if distinct is not None:
+    if distinct is not None:
+        for unit in range(corpus.num_units):
             distinct.update(corpus.captions(unit)["sha256"].to_pylist())
     return CorpusSummary(
         corpus.folder.location,
@@ -70,9 +68,19 @@ def summarise(corpus: Corpus, count_limit: int = 20_000_000) -> CorpusSummary:
         totals.get("refused", 0),
         totals.get("refused_captions", 0),
         totals.get("reasons", {}),
-        dict(sorted(buckets.items())),
+        _buckets(corpus),
         list(_families(corpus)),
     )
+
+
+def _buckets(corpus: Corpus) -> dict[str, int]:
+    """Samples of each aspect bucket, from the unit table."""
+    counts: Counter[str] = Counter()
+    for unit in corpus.units["buckets"]:
+        for row in unit.as_py():
+            if row["bucket"]:
+                counts[row["bucket"]] += row["samples"]
+    return dict(sorted(counts.items()))
 
 
 def _families(corpus: Corpus) -> Iterator[FamilySummary]:
@@ -102,7 +110,7 @@ def plot_corpus(corpus: Corpus, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    buckets = summarise(corpus, count_limit=0).buckets
+    buckets = _buckets(corpus)
     if buckets:
         written.append(_plot_bars(buckets, folder / "buckets.png"))
     for handle in corpus.text_families():

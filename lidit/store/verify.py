@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from lidit.errors import InputError
-from lidit.store.corpus import FAMILY_FILE, MANIFEST_FILE, Corpus
+from lidit.store.corpus import FAMILY_FILE, INGEST_ANEW, MANIFEST_FILE, Corpus
 from lidit.store.families import TextFamily
 from lidit.store.folder import Folder
 from lidit.store.latents import LatentFile
@@ -124,7 +125,7 @@ class _Checker:
     def ingested(self) -> bool:
         """Check everything but the families; False where the unit table is lost, without which they mean nothing."""
         folder = self.corpus.folder
-        remedy = "ingest the same sources into a new folder, then move text/ and latents/ over"
+        remedy = INGEST_ANEW
         found = {}
         for table_name in ("units", "sources"):
             reference = self.corpus.facts[table_name]
@@ -284,9 +285,10 @@ def _unreasonable(file: TextFile | LatentFile, table: pa.Table) -> str | None:
 
 def _spread_rows(family: TextFamily, count: int) -> Iterator[tuple[int, list[int]]]:
     """The same rows every time, spread over the corpus."""
-    rows = family.records["rows"].to_pylist()
-    places = [(unit, row) for unit in random.Random(0).sample(range(len(rows)), len(rows)) for row in range(rows[unit])]
+    ends = np.cumsum(family.records["rows"].to_numpy(), dtype=np.int64)  # the rows of all units one after the other
+    total = int(ends[-1]) if len(ends) else 0
     chosen: dict[int, list[int]] = {}
-    for unit, row in random.Random(0).sample(places, min(count, len(places))):
-        chosen.setdefault(unit, []).append(row)
+    for place in random.Random(0).sample(range(total), min(count, total)):
+        unit = int(np.searchsorted(ends, place, side="right"))
+        chosen.setdefault(unit, []).append(place - (int(ends[unit - 1]) if unit else 0))
     yield from sorted((unit, sorted(found)) for unit, found in chosen.items())

@@ -17,6 +17,9 @@ from torch import nn
 from lidit.errors import InputError
 from lidit.text.specs import EncoderSpec
 
+# transformers' caches of a block that hold keys and values, or nothing (of a block that reads another one's)
+SHAREABLE = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+
 
 class Trunk:
     """A truncated model and the three ways of running it. All tensors are on `device`, states in the spec's dtype."""
@@ -72,7 +75,13 @@ class Trunk:
         if self.spec.kind == "encoder":
             return
         ids = torch.tensor([[5, 6], [5, 7]], device=self.device)
-        one, other = self._states(input_ids=ids, use_cache=False)[:, 0].float()
+        states = self._states(input_ids=ids, use_cache=False)
+        if states.shape != (2, 2, self.spec.width):
+            raise InputError(
+                f"encoder {self.spec.name}: {self.spec.folder}: a block of this {self.spec.model_type} model gives out "
+                f"{list(states.shape[2:])} values for a token instead of {self.spec.width}: use layer: -1"
+            )
+        one, other = states[:, 0].float()
         sees = bool((one - other).norm() > 1e-3 * one.norm())
         if sees == (self.spec.kind == "unmasked"):
             return
@@ -83,10 +92,20 @@ class Trunk:
 
     @torch.inference_mode()
     def read_context(self, ids: torch.Tensor) -> torch.Tensor:
-        """Run the context [1, P] once, keep its keys and values for `after_context`; returns its states [1, P, W]."""
+        """Run the context [1, P] once, keep its keys and values for `after_context`; returns its states [1, P, W].
+
+        InputError where a block keeps anything else of what it has read.
+        """
         from transformers import DynamicCache
 
         self._context = DynamicCache(config=self.model.config)
+        del self._context.layers[self.spec.blocks :]  # the config is still the whole model's
+        for layer in self._context.layers:
+            if type(layer).__name__ not in SHAREABLE:  # what runs over it would change it for all other captions
+                raise InputError(
+                    f"encoder {self.spec.name}: {self.spec.folder}: blocks of this {self.spec.model_type} model keep "
+                    f"more of a prefix than keys and values ({type(layer).__name__}): choose a model of attention only"
+                )
         return self._states(input_ids=ids, past_key_values=self._context, use_cache=True)
 
     @torch.inference_mode()
@@ -109,18 +128,15 @@ class Trunk:
 
 def _load(spec: EncoderSpec, device: torch.device) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+    from transformers import AutoConfig
     from transformers.utils import logging
 
-    whole = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
     encoder = spec.kind == "encoder"
-    config = type(whole).from_dict(_truncated(whole.to_dict(), spec, encoder))
-    auto = AutoModelForTextEncoding if encoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of the blocks that are left out on purpose
     try:
-        model, report = auto.from_pretrained(
+        model, report = _auto_class(config, spec).from_pretrained(
             spec.folder,
             config=config,
             dtype=getattr(torch, spec.dtype),
@@ -145,20 +161,30 @@ def _load(spec: EncoderSpec, device: torch.device) -> Any:
     return part.eval().requires_grad_(False)
 
 
-def _truncated(config: dict[str, Any], spec: EncoderSpec, encoder: bool) -> dict[str, Any]:
-    """The config of the same model with `spec.blocks` blocks, also where it is the text part of a larger one."""
-    config = dict(config)
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = _truncated(config["text_config"], spec, encoder)
-        return config
-    names = ["num_hidden_layers", "n_layer", "num_layers", "n_layers"]
-    for name in names:
-        if config.get(name) == spec.total_blocks:
-            config[name] = spec.blocks
-    for key, value in config.items():  # layer_types and the like: one entry per block
-        if isinstance(value, list) and len(value) == spec.total_blocks:
-            config[key] = value[: spec.blocks]
-    return config
+def _auto_class(config: Any, spec: EncoderSpec) -> Any:
+    """transformers' AutoModel for such a config; what it builds lacks the blocks behind the wanted one.
+
+    They are taken out of the model, which has no storage yet when it is built, and not out of its config: fewer blocks
+    there mean other blocks where a model counts from its end, forces the kind of its last one or packs them together.
+    """
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
+
+    encoder = spec.kind == "encoder"
+    texts = encoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    auto, mapping = (AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING) if texts else (AutoModel, MODEL_MAPPING)
+    if spec.final or type(config) not in mapping:
+        return auto
+    found = mapping[type(config)]
+    whole = found[0] if isinstance(found, tuple) else found
+
+    def build(self: Any, *args: Any, **settings: Any) -> None:
+        whole.__init__(self, *args, **settings)
+        del block_list(_text_part(self, encoder), spec.total_blocks)[spec.blocks :]
+
+    # Under the same names and module: that is how transformers looks up what else it knows about a class.
+    cut = type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
+    return type(auto.__name__, (auto,), {"_model_mapping": {type(config): cut}})
 
 
 def _text_part(model: nn.Module, encoder: bool) -> nn.Module:
@@ -174,7 +200,10 @@ def _text_part(model: nn.Module, encoder: bool) -> nn.Module:
 def block_list(model: nn.Module, blocks: int) -> nn.ModuleList:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
     if not lists:
-        raise InputError(f"{type(model).__name__}: no list of {blocks} transformer blocks found in this model")
+        raise InputError(
+            f"{type(model).__name__}: no list of {blocks} transformer blocks found in this model; of such ones only "
+            "the last states can be had: use layer: -1"
+        )
     return lists[0]  # modules() walks from the outside in
 
 

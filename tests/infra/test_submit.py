@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from command import lidit
 from corpus_factory import make_corpus
 from probe_project import PROBE, make_project
 from ray.job_submission import JobSubmissionClient
 
-from jobs.submit import corpus_digest, module_of
+from jobs.main import app
+from jobs.submit import asked_for, corpus_digest, module_of
 from lidit.errors import InputError, JobError
-from pipelines import submit as submit_module
 from pipelines.follow import ask_on_terminal
 from pipelines.submit import Driver, Submission, code_version, connect, start
 
@@ -110,14 +111,18 @@ def test_what_is_refused_before_anything_is_sent(project: Path, tmp_path: Path) 
             submission(project)
 
 
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def test_addresses_that_cannot_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     for address in ("auto", "ray://127.0.0.1:10001", "127.0.0.1:8265"):
         with pytest.raises(InputError, match="dashboard's URL"):
             connect(address)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = closed_port()
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
     with pytest.raises(InputError, match="no token can be read"):
         connect(f"http://127.0.0.1:{port}")
@@ -217,23 +222,32 @@ def test_jobs_are_found_by_the_name_people_type(project: Path, monkeypatch: pyte
         module_of("probe")
 
 
+def parsed(*words: str) -> tuple[Submission, str | None]:
+    """What `lidit submit` with these words would send, and where to."""
+    command = typer.main.get_command(app).commands["submit"]  # type: ignore[attr-defined]
+    context = command.make_context("submit", list(words))
+    address = context.params.pop("address")
+    return asked_for(arguments=context.args, **context.params), address
+
+
 def test_options_before_the_job_are_ours_and_those_behind_it_the_jobs(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sent = []
-    monkeypatch.setattr(submit_module, "submit", lambda asked, address: sent.append((asked, address)) or 3)
     monkeypatch.chdir(project)
-    ours = ["--address", "http://h:1", "--gpus", "1", "--node-label", "lidit/pool=large"]
-    assert lidit("submit", *ours, "probe", "recipe.yaml", "--gpus", "8", "--node-label", "a=b") == 3
-    ((asked, address),) = sent
+    ours = ["--gpus", "1", "--node-label", "lidit/pool=large"]
+    sent = [*ours, "probe", "recipe.yaml", "--gpus", "8", "--node-label", "a=b"]
+    asked, address = parsed("--address", "http://h:1", *sent)
     assert address == "http://h:1"
+    assert asked.job == "probe"
     assert asked.driver == Driver(gpus=1, labels={"lidit/pool": "large"})
     assert asked.arguments == ("recipe.yaml", "--gpus", "8", "--node-label", "a=b")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    nobody = f"http://127.0.0.1:{closed_port()}"
     for words, told in (
-        (["probe", "recipe.yaml", "--address", "http://h:1"], "give --address URL before the job"),
-        (["--address", "http://h:1", "--node-label", "pool", "probe"], "a label is KEY=VALUE"),
-        (["--adress", "http://h:1", "probe"], "No such option: --adress"),
+        (["--address", nobody, *sent], f"{nobody}: no Ray dashboard answers"),  # this one would be sent
+        (["probe", "recipe.yaml", "--address", nobody], "give --address URL before the job"),
+        (["--address", nobody, "--node-label", "pool", "probe"], "a label is KEY=VALUE"),
+        (["--adress", nobody, "probe"], "No such option: --adress"),
     ):
         assert lidit("submit", *words) == 2
         assert told in capsys.readouterr().err
-    assert len(sent) == 1

@@ -14,11 +14,11 @@ import typer
 from command import lidit
 from ray.exceptions import RayTaskError
 
+from jobs.main import app
 from jobs.start import guarded
 from lidit.errors import StorageError
 
-JOBS = ("demo", "run", "scenes", "ingest", "embed", "latents", "train", "sample", "evaluate", "inspect", "verify",
-        "repair", "export")  # fmt: skip
+JOBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 JobRaising = Callable[[BaseException], typer.Typer]
 Ends = Callable[[BaseException], tuple[int, str]]
 

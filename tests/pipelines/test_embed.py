@@ -1,19 +1,22 @@
 """Embedding over Ray Data: right values, the same bytes however it is spread, nothing done twice, nothing silent."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from embed_job import contents, encoder, finished, make_job, start
 from tiny_models import break_weights, tiny_llm
 
-from lidit.config import PoolSettings
+from lidit.config import EncoderSettings, PoolSettings
 from lidit.errors import InputError
 from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
 from pipelines import cluster
-from pipelines.embed import run_embed
+from pipelines.embed import TOKENIZED, EncodeJob, EncodeUnits, prepare, run_embed, tokenize_units
 
 ONE, TWO = PoolSettings(actors=1, cpus=1, token_budget=256), PoolSettings(actors=2, cpus=1, token_budget=256)
 
@@ -123,6 +126,51 @@ def test_what_is_wrong_with_a_model_reaches_the_user(tmp_path: Path, ray_cluster
     corpus = make_job(tmp_path / "corpus", units=2, rows=2)
     with pytest.raises(InputError, match="the weight files lack 1 tensors"):
         run_embed(str(corpus), encoder(folder), ONE, progress=False)
+
+
+def job_of(corpus: Path, settings: EncoderSettings) -> EncodeJob:
+    """What the driver sends to every worker."""
+    return EncodeJob(str(corpus), settings, resolve_encoder(settings, "cpu"), ONE)
+
+
+def test_another_model_at_the_drivers_path_publishes_nothing(tmp_path: Path) -> None:
+    """As on a node with a disk of its own, where an older fine-tune lies at the same path."""
+    corpus, folder = make_job(tmp_path / "corpus", units=2, rows=2), tmp_path / "model"
+    job = job_of(corpus, encoder(tiny_llm(folder, seed=1)))
+    tiny_llm(folder, seed=2)
+    told = r"this node has other model files than .* \(weights_sha256: .*\); give all nodes the same files"
+    with pytest.raises(InputError, match=told):
+        job.load()
+    assert re.search(told, prepare(job)["problem"]["text"])
+    (tokenized,) = tokenize_units(pa.table({"unit": [0]}), job).to_pylist()
+    assert tokenized["problem"]["input"]
+    assert re.search(told, tokenized["problem"]["text"])
+    (encoded,) = EncodeUnits(job)(pa.Table.from_pylist([{**tokenized, "problem": None}], TOKENIZED)).to_pylist()
+    assert re.search(told, encoded["problem"]["text"])
+    assert not list(corpus.glob("text/*/*.arrow"))
+
+
+def test_a_workers_files_are_looked_at_once(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, looked = job_of(make_job(tmp_path / "corpus", units=3, rows=2), encoder(model)), []
+    monkeypatch.setattr(
+        "pipelines.embed.resolve_encoder", lambda *asked: looked.append(asked) or resolve_encoder(*asked)
+    )
+    assert not any(row["problem"] for row in tokenize_units(pa.table({"unit": [0, 1, 2]}), job).to_pylist())
+    job.load()
+    assert len(looked) == 1
+
+
+def test_a_workers_own_folder_does_not_matter(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    job = job_of(tmp_path / "corpus", encoder(Path(model.name)))
+    monkeypatch.chdir(tmp_path)
+    assert job.local_spec() == job.spec
+
+
+def test_a_model_may_lie_elsewhere_on_a_node(tmp_path: Path, model: Path) -> None:
+    job = job_of(tmp_path / "corpus", encoder(model))
+    moved = replace(job, spec=replace(job.spec, folder=str(tmp_path / "on-the-driver")))
+    assert moved.local_spec() == job.spec
 
 
 def test_what_this_machine_does_not_have_is_refused(tmp_path: Path, model: Path, ray_cluster: None) -> None:

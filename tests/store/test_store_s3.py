@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import botocore.exceptions
 import family_job
 import fsspec
@@ -22,6 +23,7 @@ from lidit.errors import InputError, StorageError
 from lidit.sources import FieldNames, OpenedSource, RawSample, expand, read_source
 from lidit.store import Corpus
 from lidit.store import writer as writer_module
+from lidit.store.folder import Folder
 from lidit.store.remote import plain_refusals
 from lidit.store.repair import repair_corpus
 from lidit.store.verify import verify_corpus
@@ -56,6 +58,17 @@ def test_family_on_s3_is_the_local_one(url: str, tmp_path: Path) -> None:
         remote.verify_unit(unit)
         assert all(torch.equal(a, b) for a, b in zip(remote.read(unit), local.read(unit)))
     assert verify_corpus(url, deep=True).sound
+
+
+def test_the_mark_of_a_folder_made_in_a_console_is_no_file(url: str) -> None:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    client.put_object(Bucket=bucket, Key=f"{key}/", Body=b"")
+    assert Folder.at(url).sizes() == {}
+    client.put_object(Bucket=bucket, Key=f"{key}/text/", Body=b"")
+    client.put_object(Bucket=bucket, Key=f"{key}/a file", Body=b"1234")
+    assert Folder.at(url).sizes() == {"a file": 4}
+    assert Folder.at(url).folders() == ["text"]
 
 
 def test_lost_and_damaged_objects_are_found_and_computed_again(url: str) -> None:

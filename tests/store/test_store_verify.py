@@ -1,6 +1,9 @@
 """Every bit of a corpus is watched: a flip or a cut anywhere is found, named, and repaired by computing just that."""
 
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import family_job
 import pyarrow as pa
@@ -12,7 +15,7 @@ from lidit.errors import InputError
 from lidit.store import Corpus, FamilyWriter, TextFamily, latents_table, text_table
 from lidit.store.latents import Crop
 from lidit.store.repair import repair_corpus
-from lidit.store.verify import verify_corpus
+from lidit.store.verify import _spread_rows, verify_corpus
 
 UNITS = [WORDS, ("one", "two")]
 
@@ -137,6 +140,40 @@ def test_deep_finds_values_no_checksum_can_see(corpus: Path) -> None:
     assert verify_corpus(str(corpus)).sound
     problems = verify_corpus(str(corpus), deep=True).problems
     assert ["not finite" in p.reason and p.unit == 1 for p in problems] == [True]
+
+
+@pytest.mark.parametrize("group", ["samples", "captions"])
+def test_a_reader_names_the_remedy_that_works(corpus: Path, group: str) -> None:
+    (corpus / group / "00001.arrow").unlink()
+    (problem,) = verify_corpus(str(corpus)).problems
+    with pytest.raises(InputError, match=rf"{group}/00001\.arrow: missing; {problem.remedy}"):
+        getattr(Corpus.open(corpus), group)(1)
+
+
+def family_of(rows: list[int]) -> TextFamily:
+    return cast(TextFamily, SimpleNamespace(records=pa.table({"rows": pa.array(rows, pa.int32())})))
+
+
+def test_rows_to_compute_again_are_drawn_from_all_and_only_from_those_there_are() -> None:
+    rows = [0, 3, 0, 0, 2, 1, 0]
+    everything = [(unit, list(range(count))) for unit, count in enumerate(rows) if count]
+    assert list(_spread_rows(family_of(rows), 16)) == everything
+    drawn = list(_spread_rows(family_of(rows), 4))
+    assert drawn == list(_spread_rows(family_of(rows), 4))
+    assert sum(len(found) for _, found in drawn) == 4
+    assert all(set(found) <= set(range(rows[unit])) for unit, found in drawn)
+    assert list(_spread_rows(family_of([]), 4)) == list(_spread_rows(family_of([0]), 4)) == []
+
+
+def test_drawing_a_few_rows_takes_no_memory_for_the_others() -> None:
+    family = family_of([1000] * 300)
+    tracemalloc.start()
+    try:
+        assert len(list(_spread_rows(family, 16))) > 10
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1_000_000, "300 000 rows are listed to choose 16"
 
 
 def test_some_rows_are_computed_again(corpus: Path) -> None:
