@@ -19,7 +19,7 @@ from lidit.data.rows import Rows
 from lidit.images.autoencoder import ReconstructionLoss, TrainableAutoencoder, measure_scale, psnr, reconstruct
 from lidit.pictures import labelled_grid
 from lidit.store import Corpus, LatentFamily
-from pipelines.engine import ShardedEngine
+from pipelines.engine import ShardedEngine, micro_steps
 from pipelines.loop import TrainingLoop, attempt
 from pipelines.watch import averaged_model
 
@@ -78,11 +78,16 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         assembler = PixelAssembler(self.pixels, rows, data.seed, model.latent_channels, model.factor)
         return Feed(order, assembler, self.rank, self.world_size, data.prefetch_batches)
 
-    def _whole_batches(self, part: str, most: int) -> Iterator[PixelBatch]:
-        """The first epoch's global batches, at most `most`, all of them on this worker."""
+    def _images(self, part: str, most: int) -> Iterator[torch.Tensor]:
+        """Those of the first epoch's global batches, at most `most`, all of them on this worker: [B, 3, H, W].
+
+        As many at a time as a training step puts on a device, which has no room for a whole batch.
+        """
         feed = self._feed(part)
         feed.start, feed.stop = 0, self.recipe.train.batch_size
-        return feed.batches(0, min(most, feed.order.batches_before(1)))
+        pieces = self.world_size * micro_steps(self.recipe, self.world_size)
+        for batch in feed.batches(0, min(most, feed.order.batches_before(1))):
+            yield from (piece.pixels for piece in batch.split(pieces))
 
     def validate_if_due(self) -> None:
         """PSNR of the averaged weights on held-out images, and a grid of originals above reconstructions."""
@@ -96,15 +101,15 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
 
     def _measure(self, model: TrainableAutoencoder) -> list[float]:
         """Mean PSNR and L1 over the held-out images; writes the grid."""
-        train, ratios, errors, shown = self.recipe.train, [], [], []
-        for batch in self._whole_batches("validation", max(1, train.validation_samples // train.batch_size)):
-            rebuilt = reconstruct(model.autoencoder, batch.pixels).cpu()
-            ratios.append(psnr(rebuilt, batch.pixels))
-            errors.append((rebuilt - batch.pixels).abs().mean(dim=(1, 2, 3)))
-            shown += list(zip(batch.pixels, rebuilt, strict=True))
+        train, ratios, errors = self.recipe.train, [], []
+        shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for pixels in self._images("validation", max(1, train.validation_samples // train.batch_size)):
+            rebuilt = reconstruct(model.autoencoder, pixels).cpu()
+            ratios.append(psnr(rebuilt, pixels))  # of each image: pieces of any size weigh what they hold
+            errors.append((rebuilt - pixels).abs().mean(dim=(1, 2, 3)))
+            shown += list(zip(pixels, rebuilt, strict=True))[: train.grid_images - len(shown)]
         path = self.run.run_folder / "reconstructions" / f"step-{self.step:09}.png"
         path.parent.mkdir(exist_ok=True)
-        shown = shown[: train.grid_images]
         images = [_as_bytes(original) for original, _ in shown] + [_as_bytes(rebuilt) for _, rebuilt in shown]
         labels = ["original"] * len(shown) + [f"{float(psnr(b[None], a[None])):.1f} dB" for a, b in shown]
         labelled_grid(images, labels, columns=len(shown)).save(path)
@@ -114,8 +119,8 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
 
     def export(self, folder: Path, model: TrainableAutoencoder) -> None:
         """diffusers' folder: averaged weights, shift and scaling factor measured on training images."""
-        batches = (batch.pixels for batch in self._whole_batches("train", SCALE_BATCHES))
-        shift, scaling = measure_scale(model.autoencoder, batches, self.recipe.data.seed)
+        images = self._images("train", SCALE_BATCHES)
+        shift, scaling = measure_scale(model.autoencoder, images, self.recipe.data.seed)
         model.autoencoder.register_to_config(shift_factor=shift, scaling_factor=scaling)
         model.autoencoder.save_pretrained(str(folder), safe_serialization=True)
 

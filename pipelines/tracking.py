@@ -2,43 +2,39 @@
 
 The driver finds or creates one run per job (tag `lidit.run_key`), owns its status and hands its id to the workers;
 rank 0 logs into it. Steps that the store already holds of a metric are left out, so a resumed run continues its curve
-without doubled or lost points. Whatever the tracker does, training goes on: calls are made by a thread from a bounded
-queue. Metrics that could not be delivered are spooled to a file and sent when the tracker answers again; everything
-else is tried once more at the end, and named where that fails too.
+without doubled or lost points. Whatever the tracker does, training goes on: see `delivery`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import mimetypes
 import os
-import queue
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "False")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # but a file's, see `patience`
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 
 from lidit.errors import InputError
+from pipelines.delivery import Delivery, GoneError, Record, files_in, one_line, patience
 
 RUN_KEY = "lidit.run_key"
 STEP = "lidit.step"
-RETRY_SECONDS = 15.0
-QUEUE_LENGTH = 10_000
-CLOSE_SECONDS = 120.0
 SPOOL = "tracking.spool.jsonl"
 PARAM_LIMIT = 6000
 
@@ -118,7 +114,7 @@ def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[
     try:
         found = {name: client.get_metric_history(run_id, name) for name in names}
     except MlflowException as error:
-        log.warning("no curves of run %s: %s", run_id, _line(error))
+        log.warning("no curves of run %s: %s", run_id, one_line(error))
         return {}
     return {name: [(point.step, point.value) for point in history] for name, history in found.items() if history}
 
@@ -140,7 +136,7 @@ def tracked_run(
     try:
         handle = connect()
     except Exception as error:  # a tracker that is down must not stop a job, whatever it raises
-        log.warning("the tracker does not answer, metrics wait in %s: %s", spool, _line(error))
+        log.warning("the tracker does not answer, metrics wait in %s: %s", spool, one_line(error))
         handle = RunHandle(uri, "", str(spool))
     tracker = Tracker(handle, connect)
     try:
@@ -186,65 +182,66 @@ def _find_or_create(
     return RunHandle(uri, run.info.run_id, str(spool))
 
 
-class Tracker:
-    """Logs into one run from a background thread. Every method returns at once.
+class _ProxiedArtifacts(MlflowArtifactsRepository):
+    """A server's artifacts, each file with its own patience: MLflow has one timeout for all calls."""
 
-    `connect` makes the handle anew where the tracker was down at the start; only the driver has it.
+    def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
+        if self._should_multipart_upload(local_file):  # pieces, straight to the bucket: nobody waits for a proxy
+            super().log_artifact(local_file, artifact_path)
+            return
+        path = Path(local_file)
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        with path.open("rb") as file:
+            answer = http_request(
+                self._host_creds,
+                f"/{PurePosixPath(artifact_path or '', path.name)}",
+                "PUT",
+                data=file,
+                extra_headers={"Content-Type": kind},
+                timeout=patience(path),
+                max_retries=0,  # it would wait as long again; the tracker tries again itself
+            )
+        augmented_raise_for_status(answer)
+
+
+class Tracker:
+    """Logs into one run from a background thread. Every method but `close` returns at once.
+
+    `connect` makes the handle anew where the tracker was down at the start; only the driver has it. What a worker
+    could not deliver, but metrics, is left to the driver, which holds no GPUs while it waits.
     """
 
     def __init__(self, handle: RunHandle, connect: Callable[[], RunHandle] | None = None) -> None:
         self.handle, self._connect = handle, connect
         self.client = MlflowClient(handle.uri)
-        self.spool = Path(handle.spool)
-        self._queue: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(QUEUE_LENGTH)
-        self._failed: list[tuple[str, Callable[[], None]]] = []
-        self._last_failure = -RETRY_SECONDS
         self._newest: dict[str, int] = {}  # metric -> highest step the store has of it
-        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
-        self._thread.start()
+        self._delivery = Delivery(Path(handle.spool), self._send, self._is_connected, connect is not None)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Metrics of a global step; those that the run already has at this or a later step are left out."""
-        record = {"step": step, "time": int(time.time() * 1000), "values": dict(values)}
-        self._put(f"metrics of step {step}", lambda: self._send_metrics(record))
-
-    def tags(self, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            self._put(f"tag {key}", lambda k=key, v=value: self.client.set_tag(self.handle.run_id, k, v))  # type: ignore[misc]
+        self._delivery.put({"step": step, "time": int(time.time() * 1000), "values": dict(values)})
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file, or everything in a folder. It is read later: leave it where it is."""
-        send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        self._put(f"artifact {path}", lambda: send(self.handle.run_id, str(path), folder or None))
+        self._delivery.put({"artifact": str(path.absolute()), "folder": folder})
 
     def dataset(self, name: str, digest: str, source: str) -> None:
         """The corpus as the run's input: its digest is what training verified."""
-        from mlflow.entities import Dataset, DatasetInput
-
-        entry = Dataset(name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": source}))
-        self._put(f"dataset {name}", lambda: self.client.log_inputs(self.handle.run_id, [DatasetInput(entry, [])]))
+        self._delivery.put({"dataset": name, "digest": digest[:36], "source": source})
 
     def register(self, name: str, artifact: str, alias: str) -> None:
-        """The run's artifact folder as a new version of model `name`, found by `models:/name@alias`."""
+        """The run's artifact folder as a new version of model `name`, found by `models:/name@alias`.
 
-        def send() -> None:
-            try:
-                self.client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            root = self.client.get_run(self.handle.run_id).info.artifact_uri
-            made = self.client.create_model_version(name, f"{root}/{artifact}", self.handle.run_id)
-            self.client.set_registered_model_alias(name, alias, made.version)
-
-        self._put(f"registration of model {name}", send)
+        Not before everything logged into that folder has arrived: people load what the alias points at.
+        """
+        self._delivery.put({"register": name, "of": artifact, "alias": alias})
 
     def history(self, metric: str) -> tuple[list[float], list[float]]:
         """Steps and values the store holds of a metric, in order; empty where it does not answer."""
         try:
             points = self.client.get_metric_history(self.handle.run_id, metric) if self.handle.run_id else []
         except Exception as error:
-            log.warning("the history of %s could not be read: %s", metric, _line(error))
+            log.warning("the history of %s could not be read: %s", metric, one_line(error))
             points = []
         points = sorted(points, key=lambda point: point.step)
         return [float(point.step) for point in points], [point.value for point in points]
@@ -254,98 +251,81 @@ class Tracker:
         try:
             found = self.client.get_run(self.handle.run_id).data.metrics if self.handle.run_id else {}
         except Exception as error:
-            log.warning("the run's metrics could not be listed: %s", _line(error))
+            log.warning("the run's metrics could not be listed: %s", one_line(error))
             found = {}
         return sorted(name for name in found if name.startswith(prefix))
 
     def close(self, status: str = "") -> None:
-        """Deliver what waits (spooling what cannot be), then set the run's status where one is given."""
-        self._queue.put(None)
-        self._thread.join(timeout=CLOSE_SECONDS)
-        if self._thread.is_alive():
-            log.warning("the tracker is still busy after %.0f s: what waits for it is given up", CLOSE_SECONDS)
+        """Deliver what waits (spooling what cannot be), then set the run's status where one is given.
+
+        Waits as long as things arrive, and for a file as long as its size allows.
+        """
+        self._delivery.close()
         if status and self.handle.run_id:
             try:
                 self.client.set_terminated(self.handle.run_id, status)
             except Exception as error:
-                log.warning("the run's status %s could not be set: %s", status, _line(error))
+                log.warning("the run's status %s could not be set: %s", status, one_line(error))
 
-    # -- the delivering thread ----------------------------------------------------------------------------------------
+    # -- called by the delivering thread ------------------------------------------------------------------------------
 
-    def _put(self, what: str, send: Callable[[], None]) -> None:
-        try:
-            self._queue.put_nowait((what, send))
-        except queue.Full:
-            log.warning("tracking falls behind, %d entries wait: %s dropped", QUEUE_LENGTH, what)
-
-    def _deliver(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            try:
-                self._attempt(*entry)
-            except Exception as error:  # see the module's promise
-                self._last_failure = time.monotonic()
-                log.warning("%s not tracked, tried again at the end: %s", entry[0], _line(error))
-                self._failed.append(entry)
-        if self._connect and not self.handle.run_id:
+    def _is_connected(self, at_end: bool) -> bool:
+        """Whether there is a run to log into. At the end the driver asks once more."""
+        if at_end and self._connect and not self.handle.run_id:
             try:
                 self.handle = self._connect()
             except Exception as error:
-                log.warning("the tracker never answered: %s", _line(error))
-        for what, send in self._failed:
-            try:
-                self._attempt(what, send)
-            except Exception as error:
-                log.warning("%s not tracked: %s", what, _line(error))
-        if not self._flush_spool():
-            log.warning("metrics wait in %s: they are sent when this job runs again", self.spool)
+                log.warning("the tracker never answered: %s", one_line(error))
+        return bool(self.handle.run_id)
 
-    def _attempt(self, what: str, send: Callable[[], None]) -> None:
-        if not self.handle.run_id and not what.startswith("metrics"):
-            raise ConnectionError("the tracker has not answered yet")
-        send()
+    def _send(self, record: Record) -> None:
+        """Raises whatever the tracker's client raises, and GoneError."""
+        match record:
+            case {"values": values, "step": step, "time": when}:
+                self._send_metrics(values, step, when)
+            case {"artifact": path, "folder": folder}:
+                self._send_files(Path(path), folder)
+            case {"register": name, "of": folder, "alias": alias}:
+                self._register(name, folder, alias)
+            case {"dataset": name, "digest": digest, "source": source}:
+                entry = Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source}))
+                self.client.log_inputs(self.handle.run_id, [DatasetInput(entry, [])])
+            case _:
+                raise ValueError(f"not known here: {record}")
 
-    def _send_metrics(self, record: dict[str, Any]) -> None:
-        if time.monotonic() - self._last_failure >= RETRY_SECONDS and self._flush_spool() and self._log(record):
-            return
-        with self.spool.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    def _send_metrics(self, values: Mapping[str, float], step: int, when: int) -> None:
+        """Without what the store has already."""
+        fresh = {key: float(value) for key, value in values.items() if step > self._newest_step(key)}
+        if fresh:
+            metrics = [Metric(key, value, when, step) for key, value in fresh.items()]
+            self.client.log_batch(self.handle.run_id, metrics=metrics, tags=[RunTag(STEP, str(step))])
+        self._newest.update(dict.fromkeys(fresh, step))
 
-    def _flush_spool(self) -> bool:
-        """Send what an outage left behind, oldest first. True when nothing is left."""
-        if not self.spool.exists():
-            return True
-        records = []
-        for line in self.spool.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # a kill while it was written; the resumed run logs this step again
-                log.warning("%s: a torn line is left out", self.spool)
-        sent = 0
-        while sent < len(records) and self._log(records[sent]):
-            sent += 1
-        if sent == len(records):
-            self.spool.unlink()
-            return True
-        self.spool.write_text("".join(json.dumps(record) + "\n" for record in records[sent:]))
-        return False
+    def _send_files(self, path: Path, folder: str) -> None:
+        if not path.exists():
+            raise GoneError(f"{path} is no longer there")
+        root = self.client.get_run(self.handle.run_id).info.artifact_uri
+        proxied = _ProxiedArtifacts(root, self.handle.uri) if root.startswith("mlflow-artifacts:") else None
+        top = path if path.is_dir() else path.parent
+        for file in files_in(path):
+            inside = PurePosixPath(folder, file.parent.relative_to(top))
+            where = str(inside) if inside.parts else None
+            with self._delivery.sending(file):
+                if proxied:
+                    proxied.log_artifact(str(file), where)
+                else:
+                    self.client.log_artifact(self.handle.run_id, str(file), where)
 
-    def _log(self, record: dict[str, Any]) -> bool:
-        """Send one record, without what the store has already. False when the tracker does not answer."""
-        if not self.handle.run_id:
-            return False
-        step = record["step"]
+    def _register(self, name: str, folder: str, alias: str) -> None:
+        self._delivery.require_arrived(folder)
         try:
-            fresh = {key: float(value) for key, value in record["values"].items() if step > self._newest_step(key)}
-            if fresh:
-                metrics = [Metric(key, value, record["time"], step) for key, value in fresh.items()]
-                self.client.log_batch(self.handle.run_id, metrics=metrics, tags=[RunTag(STEP, str(step))])
-            self._newest.update(dict.fromkeys(fresh, step))
-        except Exception as error:
-            if time.monotonic() - self._last_failure >= RETRY_SECONDS:
-                log.warning("metrics wait in %s: %s", self.spool, _line(error))
-            self._last_failure = time.monotonic()
-            return False
-        return True
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        root = self.client.get_run(self.handle.run_id).info.artifact_uri
+        made = self.client.create_model_version(name, f"{root}/{folder}", self.handle.run_id)
+        self.client.set_registered_model_alias(name, alias, made.version)
 
     def _newest_step(self, metric: str) -> int:
         """Asked of the store itself, once per metric: a killed worker may have logged more than anybody noted."""
@@ -353,7 +333,3 @@ class Tracker:
             found = self.client.get_metric_history(self.handle.run_id, metric)
             self._newest[metric] = max((point.step for point in found), default=-1)
         return self._newest[metric]
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from lidit.config import TrackingSettings
-from pipelines import tracking
+from pipelines import delivery, tracking
 
 
 def tracked(uri: str, folder: Path, params: dict[str, str]):
@@ -99,7 +99,9 @@ def test_a_tracker_that_is_down_from_the_start_stops_nothing(tmp_path: Path, cap
         run.artifact(tmp_path)
     assert run.handle.run_id == ""
     assert "artifact" in caplog.text
-    assert [json.loads(line)["step"] for line in (tmp_path / tracking.SPOOL).read_text().splitlines()] == [1]
+    spooled = [json.loads(line) for line in (tmp_path / tracking.SPOOL).read_text().splitlines()]
+    assert [record["step"] for record in spooled if "values" in record] == [1]
+    assert [record["artifact"] for record in spooled if "artifact" in record] == [str(tmp_path)]
 
 
 def test_a_tracker_that_answers_later_gets_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +158,7 @@ def server(folder: Path, port: int) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.0)
     port = free_port()
     with server(tmp_path, port) as uri:
         handle = tracking._find_or_create(uri, "test", "run", "key", {}, {}, tmp_path / "spool.jsonl")

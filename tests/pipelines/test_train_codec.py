@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +12,17 @@ from safetensors.torch import load_file
 
 from lidit.codec_recipe import CodecRecipe
 from lidit.codecs import load_codec
-from lidit.config import CodecSettings, IngestSettings
+from lidit.config import CodecSettings, IngestSettings, PoolSettings
 from lidit.errors import InputError
 from lidit.evals.scenes import write_scene_shards
+from lidit.images.autoencoder import TrainableAutoencoder
 from lidit.store import Corpus
+from pipelines.codec_worker import CodecJob
 from pipelines.drive import FitResult
 from pipelines.ingest import run_ingest
+from pipelines.latents import run_latents
 from pipelines.train_codec import run_train_codec
+from pipelines.watch import Watch
 
 WEIGHTS = "model/diffusion_pytorch_model.safetensors"
 
@@ -88,6 +93,38 @@ def test_the_folder_is_a_codec_with_a_measured_scale(trained: tuple[CodecRecipe,
     config = json.loads((result.model / "config.json").read_text())
     assert config["scaling_factor"] != 1.0
     assert config["shift_factor"] != 0.0
+
+
+class LoneJob(CodecJob):
+    """One of a training's workers, without the others and without an engine: it can measure."""
+
+    def __init__(self, recipe: CodecRecipe, world_size: int) -> None:
+        self.recipe = self.run = recipe
+        self.rank, self.world_size, self.step, self.device = 0, world_size, 0, torch.device("cpu")
+        self.corpus = Corpus.open(recipe.corpus)
+        pixels = run_latents(recipe.corpus, CodecSettings(name="pixels"), PoolSettings())
+        self.pixels = self.corpus.latent_family(pixels.fingerprint)
+        self.watch = Watch(recipe, SimpleNamespace(rank=1), SimpleNamespace(waited=0.0), None, None)  # type: ignore[arg-type]
+
+
+def test_measuring_puts_no_more_images_on_a_device_than_training(corpus: Path, tmp_path: Path) -> None:
+    """A global batch of 12, all at once and as 2 workers with parts of 12 / (2 x 2) images see it."""
+    found: dict[str, list[float]] = {}
+    for name, engine, largest in (("whole", {"workers": 1}, 12), ("parts", {"workers": 2, "accumulation": 2}, 3)):
+        recipe = recipe_of(corpus, tmp_path / name, engine=engine)
+        recipe.run_folder.mkdir(parents=True)
+        torch.manual_seed(0)
+        model, seen = TrainableAutoencoder(recipe.model).eval(), list[int]()
+        model.autoencoder.encoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(len(given[0])))
+        job = LoneJob(recipe, int(engine["workers"]))
+        quality = job._measure(model)
+        measured = len(seen)
+        job.export(tmp_path / name / "model", model)
+        assert max(seen[:measured]) == max(seen[measured:]) == largest
+        config = json.loads((tmp_path / name / "model" / "config.json").read_text())
+        found[name] = [*quality, config["shift_factor"], config["scaling_factor"]]
+        assert (recipe.run_folder / "reconstructions" / "step-000000000.png").stat().st_size > 500
+    assert found["parts"] == pytest.approx(found["whole"], rel=1e-5)
 
 
 @pytest.mark.slow
