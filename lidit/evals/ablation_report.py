@@ -185,7 +185,7 @@ def _plot_learning(path: Path, results: Sequence[ArmResult]) -> None:
 
 
 def _plot_positions(path: Path, arms: Mapping[str, ArmSummary]) -> None:
-    figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (name, arm) in enumerate(arms.items()):
@@ -196,5 +196,5 @@ def _plot_positions(path: Path, arms: Mapping[str, ArmSummary]) -> None:
     axes.set(xticks=range(1, count + 1), xlabel="segment of the caption", ylabel="binding accuracy")
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=8, loc="outside right center")  # beside the axes: fifteen arms fill them
     figure.savefig(path, format="png", metadata={"Software": ""})
