@@ -255,7 +255,7 @@ class EvaluateSettings(Settings):
 
 
 class TrackingSettings(Settings):
-    """Where MLflow's store is. None: a sqlite file in the run's folder."""
+    """Where MLflow's store is. None: a sqlite file, mlflow.db, in `output`."""
 
     uri: str | None = None
     experiment: str = "lidit"

@@ -106,13 +106,13 @@ def problem(folder: Path) -> str | None:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a file is missing, not all there, or of another start: the checkpoint was being written when the run was
-    stopped, and never became one."""
+    """Whether a file is missing or of another start: the checkpoint was being written when the run was stopped, and
+    never became one. (One that is too short may have been whole once.)"""
     try:
         position = read_position(folder)
         for record in (_record(folder, rank) for rank in range(position.world_size)):
-            sizes = [(folder / held["file"]).stat().st_size < held["bytes"] for held in record["files"]]
-            if record["start"] != position.start or any(sizes):
+            missing = [held for held in record["files"] if not (folder / held["file"]).exists()]
+            if record["start"] != position.start or missing:
                 return True
     except (OSError, ValueError, KeyError, TypeError):
         return True
