@@ -181,6 +181,7 @@ def test_what_this_machine_does_not_have_is_refused(tmp_path: Path, model: Path,
         run_embed(str(corpus), encoder(model), PoolSettings(actors=9, cpus=100), progress=False)
 
 
+@pytest.mark.slow
 def test_actors_that_hold_every_cpu_still_get_tokens(tmp_path: Path, model: Path, ray_cluster: None) -> None:
     corpus = make_job(tmp_path / "corpus", units=3, rows=2)
     all_of_them = PoolSettings(cpus=cluster.total("CPU"))

@@ -163,6 +163,7 @@ def test_what_this_machine_does_not_have_is_refused(corpus: Path) -> None:
         run_latents(str(corpus), CodecSettings(), PoolSettings(actors=9, cpus=100), quiet)
 
 
+@pytest.mark.slow
 def test_actors_that_hold_every_cpu_still_get_pictures(corpus: Path) -> None:
     notes = []
     all_of_them = PoolSettings(cpus=cluster.total("CPU"))
@@ -182,6 +183,7 @@ print(cluster.total("CPU") - os.cpu_count())
 """
 
 
+@pytest.mark.slow
 def test_an_embedded_cluster_has_a_cpu_for_decoding_besides_the_actors(corpus: Path) -> None:
     command = [sys.executable, "-c", AS_MANY_ACTORS_AS_CPUS, str(corpus)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
