@@ -189,7 +189,8 @@ class LIDiTPipeline(DiffusionPipeline):
         """Images of the prompts, one each, in their order.
 
         Args:
-            prompt: one or several captions; or `states` per encoder, as `encode_prompts` or a corpus gives them.
+            prompt: one or several captions, each read once however often it is there; or `states` per encoder, as
+                `encode_prompts` or a corpus gives them.
             height, width: pixels, default: the training size. Any multiple of codec factor x patch size.
             num_inference_steps ... scheduler: see `SamplerSettings`; default: the model's own.
             seed: one for all prompts, or one per prompt, so an image depends on its prompt and seed, not on the batch.
@@ -216,16 +217,18 @@ class LIDiTPipeline(DiffusionPipeline):
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             seeds = _seeds(seed, len(prompts))
-            states = self.encode_prompts(prompts)
+            row_of = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
+            states, rows = self.encode_prompts(list(row_of)), [row_of[text] for text in prompts]
         else:
             assert states is not None
-            seeds = _seeds(seed, len(next(iter(states.values())).states))
+            rows = list(range(len(next(iter(states.values())).states)))
+            seeds = _seeds(seed, len(rows))
         device = self._execution_device
         text = {name: entry.to(device) for name, entry in states.items()}
         self.model.conditioner.check(text)
         empty = {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}
         generators = seeded_generators(seeds)
-        predict = GuidedPredictor(self.model, text, empty, sampler)
+        predict = GuidedPredictor(self.model, text, empty, sampler, rows)
         with self.progress_bar(total=sampler.steps) as bar:
             latents = sample(
                 predict,

@@ -18,7 +18,6 @@ from lidit.config import PoolSettings, SamplerChanges, SamplerSettings, Tracking
 from lidit.evals.official import SuiteScores, parse_results, prepare_folder, suite_parts
 from lidit.evals.positional import plot_curves
 from lidit.evals.suites import FIRST_SEED, IDENTITY_FILE, ImageTarget, check_drawn, missing, save_target
-from lidit.models import TextStates
 from lidit.pipeline import LIDiTPipeline
 from lidit.store import digest_of
 from pipelines import tracking
@@ -116,12 +115,9 @@ class Painter:
 
     def draw(self, out: Path, targets: list[ImageTarget]) -> int:
         """Draw and write the targets; returns how many."""
-        prompts = list(dict.fromkeys(target.prompt for target in targets))
-        rows = [prompts.index(target.prompt) for target in targets for _ in target.seeds]
-        encoded = self.pipe.encode_prompts(prompts)
-        states = {name: TextStates(s.states[rows], s.mask[rows], s.prefix) for name, s in encoded.items()}
+        prompts = [target.prompt for target in targets for _ in target.seeds]
         seeds = [seed for target in targets for seed in target.seeds]
-        images = list(self.pipe(states=states, seed=seeds, output_type="np"))
+        images = list(self.pipe(prompts, seed=seeds, output_type="np"))
         for target in targets:
             count = len(target.seeds)
             save_target(out, target, images[:count])

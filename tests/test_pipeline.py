@@ -112,6 +112,24 @@ def test_an_image_depends_on_its_prompt_and_seed_not_on_its_batch(pipe):
     assert (pipe(PROMPTS[1], seed=3, output_type="pt")[0] - together[0]).abs().max() > 1e-3
 
 
+def test_a_prompt_of_several_images_is_read_and_refined_once(pipe):
+    """With the empty caption, likewise once, for guidance; whatever their order, images are those drawn alone."""
+    order, refined = [1, 0, 1, 1], []
+    branch = pipe.model.conditioner.branches[0]
+    hook = branch.register_forward_pre_hook(lambda _module, inputs: refined.append(len(inputs[0].states)))
+    together = pipe([PROMPTS[i] for i in order], seed=range(4), guidance_scale=3, output_type="pt")
+    hook.remove()
+    assert set(refined) == {3}
+    for place, index in enumerate(order):
+        alone = pipe(PROMPTS[index], seed=place, guidance_scale=3, output_type="pt")
+        torch.testing.assert_close(together[place], alone[0], rtol=1e-3, atol=1e-3)
+    plain = pipe([PROMPTS[i] for i in order], seed=range(4), guidance_scale=1, output_type="pt")
+    torch.testing.assert_close(
+        plain[3], pipe(PROMPTS[1], seed=3, guidance_scale=1, output_type="pt")[0], rtol=1e-3, atol=1e-3
+    )
+    assert (together[0] - together[2]).abs().max() > 1e-3, "each image has its own noise"
+
+
 def test_sampling_from_stored_states_needs_no_llm(pipe, llms):
     """States of a corpus, encoded apart from the pipeline, give the image that the prompt gives."""
     expected = pipe(PROMPTS, seed=0, output_type="pt")

@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, H x W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,12 +18,13 @@ ROUNDING = 1e-6
 class GuidedPredictor:
     """predict(x_t, t) for `sample`: unconditional + scale * (conditional - unconditional).
 
-    The empty caption's states and the captions' are stacked once and run as the two halves of one batch. Outside the
-    guidance interval (its ends belong to it), or at scale 1, only the captions run.
+    Both run as the two halves of one batch, in which the empty caption, and a caption of several images, is refined
+    once. Outside the guidance interval (its ends belong to it), or at scale 1, only the captions run.
 
     Args:
-        model: the network. text: states of B captions per encoder. empty: of B (or one) empty captions.
+        model: the network. text: states of R captions per encoder. empty: of one empty caption.
         sampler: guidance_scale, guidance_interval (timesteps, 0 data, 1 noise), guidance_rescale (arXiv 2305.08891).
+        rows: each image's caption, B indices; None: one image each, B = R.
     """
 
     def __init__(
@@ -32,21 +33,27 @@ class GuidedPredictor:
         text: Mapping[str, TextStates],
         empty: Mapping[str, TextStates],
         sampler: SamplerSettings,
+        rows: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.sampler = sampler
         self.text = dict(text)
         self.both: dict[str, TextStates] = {}
+        self.both_rows: torch.Tensor | None = None
+        states = next(iter(text.values())).states
+        own = list(range(len(states)) if rows is None else rows)  # [B]
+        self.rows = _index(own, states.device)
         if sampler.guidance_scale != 1:
-            self.both = {name: _repeat(empty[name], len(text[name].states)).stack(text[name]) for name in text}
+            self.both = {name: empty[name].stack(text[name]) for name in text}  # 1 + R captions
+            self.both_rows = _index([0] * len(own) + [1 + row for row in own], states.device)  # [2 B]
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W], t [B] the same value throughout -> float32 prediction [B, C, H, W]."""
         low, high = self.sampler.guidance_interval
         # A timestep is a float32: 0.8 as one lies above the 0.8 of the settings.
         if not self.both or not low - ROUNDING <= float(t[0]) <= high + ROUNDING:
-            return self.model(x_t, t, self.text).float()
-        doubled = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self.both)
+            return self.model(x_t, t, self.text, self.rows).float()
+        doubled = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self.both, self.both_rows)
         unconditional, conditional = doubled.float().chunk(2)
         guided = unconditional + self.sampler.guidance_scale * (conditional - unconditional)
         if self.sampler.guidance_rescale > 0:
@@ -63,7 +70,6 @@ def rescale(guided: torch.Tensor, conditional: torch.Tensor, amount: float) -> t
     return amount * matched + (1 - amount) * guided
 
 
-def _repeat(empty: TextStates, batch: int) -> TextStates:
-    if len(empty.states) == batch:
-        return empty
-    return TextStates(empty.states.expand(batch, -1, -1), empty.mask.expand(batch, -1), empty.prefix)
+def _index(rows: list[int], device: torch.device) -> torch.Tensor | None:
+    """None where every row is its own, for then there is nothing to look up."""
+    return None if rows == list(range(len(rows))) else torch.tensor(rows, device=device)

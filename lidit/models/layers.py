@@ -44,12 +44,19 @@ class CrossAttention(nn.Module):
         self.key_norm = nn.RMSNorm(width // heads, eps=EPSILON)
         self.output = nn.Linear(width, width)
 
-    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`mask` bool [B, S], True at keys that exist, at least one per row."""
+    def forward(
+        self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`mask` bool [B, S], True at keys that exist, at least one per row.
+
+        `rows` long [B] where `context` is [R, S, D] and several samples read the same row of it.
+        """
         query = self.query_norm(split(self.query(hidden_states), self.heads))  # [B, L, H, E]
-        key, value = self.key_value(context).chunk(2, dim=-1)  # each [B, S, D]
-        key = self.key_norm(split(key, self.heads))  # [B, S, H, E]
-        return self.output(attend(query, key, split(value, self.heads), mask[:, None, None, :]))
+        key, value = self.key_value(context).chunk(2, dim=-1)  # each [B or R, S, D]
+        key, value = self.key_norm(split(key, self.heads)), split(value, self.heads)  # [B or R, S, H, E]
+        if rows is not None:
+            key, value = key[rows], value[rows]  # [B, S, H, E]
+        return self.output(attend(query, key, value, mask[:, None, None, :]))
 
 
 def split(tokens: torch.Tensor, heads: int) -> torch.Tensor:

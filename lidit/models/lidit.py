@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, H x W latent size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -112,9 +113,22 @@ class LIDiT(ModelMixin, ConfigMixin):
             raise InputError(f"{folder}: config.json and weights do not belong together ({listed}); fetch it again")
         return model
 
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, TextStates]) -> torch.Tensor:
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: Mapping[str, TextStates],
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """`latents` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise), `text` per encoder -> [B, C, H, W].
 
+        `rows` long [B], each latent's caption, where several latents share one: `text` then holds R captions, and
+        every one is refined once. Latents of one caption must have the same timestep, because the refiners depend on
+        it: so it is in sampling, not in training.
         Raises InputError naming the encoder whose states are missing or of a wrong width.
         """
-        return self.transformer(latents, timestep, self.conditioner(text, timestep))
+        if rows is None:
+            return self.transformer(latents, timestep, self.conditioner(text, timestep))
+        captions = len(next(iter(text.values())).states)
+        of_caption = timestep.new_zeros(captions).scatter(0, rows, timestep)  # [R]
+        return self.transformer(latents, timestep, replace(self.conditioner(text, of_caption), rows=rows))

@@ -60,11 +60,15 @@ class TextStates:
 
 @dataclass(frozen=True)
 class PromptCondition:
-    """`tokens` [B, S, D] refined caption tokens of all encoders, `mask` bool [B, S], `pooled` [B, D] their mean."""
+    """`tokens` [R, S, D] refined caption tokens of all encoders, `mask` bool [R, S], `pooled` [R, D] their mean.
+
+    `rows` long [B]: each sample's row, where several samples share one; None: sample i has row i.
+    """
 
     tokens: torch.Tensor
     mask: torch.Tensor
     pooled: torch.Tensor
+    rows: torch.Tensor | None = None
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

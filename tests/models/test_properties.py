@@ -105,6 +105,28 @@ def test_padding_to_more_tokens_or_running_alone_changes_nothing(make_model, mak
         )
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_caption_of_several_latents_is_refined_once_and_nothing_else_changes(make_model, make_text, checkpointing):
+    """Outputs and gradients are those of the repeated captions; each caption keeps the timestep of its latents."""
+    model, text = make_model(dtype=torch.float64), make_text(dtype=torch.float64)
+    if checkpointing:
+        model.train().enable_gradient_checkpointing()
+    owner = torch.tensor([2, 0, 0, 1, 2])
+    x, t = latents(5).double(), torch.tensor([0.1, 0.5, 0.9])[owner]
+    refined = []
+    for branch in model.conditioner.branches:
+        branch.register_forward_hook(lambda _module, _inputs, output: refined.append(len(output[0])))
+    results = []
+    for entry, of_latent in ((rows(text, owner), None), (text, owner)):
+        model.zero_grad()
+        prediction = model(x, t, entry, of_latent)
+        prediction.square().sum().backward()
+        results.append([prediction, *(parameter.grad for parameter in model.parameters())])
+    assert refined == [5, 5, 3, 3]
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_one_llm_with_itself_twice_is_symmetric():
     model = LIDiT.from_settings(
         ModelSettings(width=32, depth=1, heads=4, patch_size=2), {"left": 20, "right": 20, "third": 20}, 3
@@ -310,3 +332,5 @@ def test_compiles_into_one_graph(make_model, make_text, settings):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(run(compiled, text, x), run(model, text, x), **ROUNDING)
+    shared = (latents(4), torch.full((4,), 0.3), text, torch.tensor([0, 2, 2, 1]))
+    torch.testing.assert_close(compiled(*shared), model(*shared), **ROUNDING)
