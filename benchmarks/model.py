@@ -5,8 +5,10 @@
 
 Both models have the same depth, width, heads, patch size and latents, and see the same number of text tokens: LI-DiT
 refines the states of two LLMs into them (instruction tokens on top), PixArt projects ready states of the same width.
-LI-DiT's step includes its conditioner. Steps alternate between the two; every ratio is PixArt's time over ours, the
-median over rounds; on the CPU, processor time is compared.
+LI-DiT's step includes its conditioner. A sampling step is one of classifier-free guidance as either library takes it:
+images of as many prompts, and images of one prompt. Steps alternate between the two; every ratio is PixArt's time over
+ours, the median over rounds; on the CPU, processor time is compared, and the allocator keeps what it has: giving memory
+back to the kernel and asking for it again costs up to a fifth of a step, and chance decides whose.
 
 FLOPs per image: `lidit.models.flops.forward_flops`, x 3 for a training step. MFU = FLOPs / time / the device's dense
 bfloat16 peak. The last line printed is one JSON object.
@@ -15,6 +17,7 @@ bfloat16 peak. The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -29,7 +32,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lidit.config import ModelSettings
+from lidit.config import ModelSettings, SamplerSettings
+from lidit.diffusion import GuidedPredictor
 from lidit.models import LIDiT, TextStates
 from lidit.models.flops import forward_flops
 from lidit.models.fusion import FusionBranch
@@ -59,7 +63,7 @@ class Shape:
     rounds: int
 
 
-QUICK = Shape(192, 28, 4, 2, 4, 32, 64, 32, 576, batch=2, sampling_batch=1, rounds=9)  # the 1B shape, a sixth as wide
+QUICK = Shape(192, 28, 4, 2, 4, 32, 64, 32, 576, batch=8, sampling_batch=4, rounds=9)  # the 1B shape, a sixth as wide
 BILLION = Shape(1152, 28, 16, 2, 16, 32, 64, 32, 4096, batch=64, sampling_batch=16, rounds=15)
 
 
@@ -91,7 +95,12 @@ class Bench:
             "lidit": torch.optim.AdamW(self.lidit.parameters(), lr=1e-6, fused=True),
             "pixart": torch.optim.AdamW(self.pixart.parameters(), lr=1e-6, fused=True),
         }
-        self.inputs = {size: self._inputs(size) for size in {shape.batch, 2 * shape.sampling_batch}}
+        self.training, self.sampling = self._inputs(shape.batch), self._inputs(shape.sampling_batch)
+        sampler, text = SamplerSettings(guidance_scale=4), self.sampling["text"]
+        one = {name: TextStates(entry.states[:1], entry.mask[:1], entry.prefix) for name, entry in text.items()}
+        empty = {name: TextStates.collate([entry.states[0, :0]], entry.prefix) for name, entry in text.items()}
+        self.prompts = GuidedPredictor(self.lidit, text, empty, sampler)
+        self.one_prompt = GuidedPredictor(self.lidit, one, empty, sampler, [0] * shape.sampling_batch)
 
     def _inputs(self, batch: int) -> dict[str, Any]:
         shape = self.shape
@@ -127,7 +136,7 @@ class Bench:
         )[0]
 
     def train_step(self, which: str) -> None:
-        batch = self.inputs[self.shape.batch]
+        batch = self.training
         loss = (self.predict(which, batch).float() - batch["noise"].float()).square().mean()
         loss.backward()
         self.optimizers[which].step()
@@ -137,18 +146,23 @@ class Bench:
     def arithmetic(self, which: str) -> int:
         """FLOPs of one prediction outside attention, as torch counts them in the matrix products of either model."""
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            self.predict(which, self.inputs[self.shape.batch])
+            self.predict(which, self.training)
         return counter.get_total_flops()
 
     @torch.no_grad()
-    def sample_step(self, which: str) -> None:
-        batch = self.inputs[2 * self.shape.sampling_batch]
-        unconditional, conditional = self.predict(which, batch).chunk(2)
-        batch["latents"][: self.shape.sampling_batch] + 0.04 * (unconditional + 3 * (conditional - unconditional))
+    def sample_step(self, which: str, guided: GuidedPredictor) -> None:
+        """One guided prediction. PixArt's pipeline repeats prompts and the empty caption, padded alike, per image."""
+        batch = self.sampling
+        if which == "lidit":
+            guided(batch["latents"], batch["t"])
+        else:
+            repeated = {name: torch.cat([batch[name]] * 2) for name in ("latents", "t", "states", "mask")}
+            unconditional, conditional = self.predict(which, repeated).float().chunk(2)
+            unconditional + 4 * (conditional - unconditional)
 
     def conditioner_step(self) -> None:
         """Forward and backward of the conditioner alone: its part of a training step."""
-        batch = self.inputs[self.shape.batch]
+        batch = self.training
         condition = self.lidit.conditioner(batch["text"], batch["t"])
         (condition.tokens.float().square().mean() + condition.pooled.float().square().mean()).backward()
         self.lidit.zero_grad(set_to_none=True)
@@ -197,7 +211,9 @@ def run(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) 
     alone = statistics.median(bench.seconds(bench.conditioner_step) for _ in range(shape.rounds))
     gc.collect()
     print(f"sampling steps, {shape.sampling_batch} images with guidance ...", flush=True)
-    drawn = compare(bench, bench.sample_step)
+    drawn = compare(bench, lambda which: bench.sample_step(which, bench.prompts))
+    print(f"  {drawn}", flush=True)
+    same = compare(bench, lambda which: bench.sample_step(which, bench.one_prompt))
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
     rate = 3 * sum(flops.values()) * shape.batch / train["lidit_seconds"]
@@ -212,6 +228,7 @@ def run(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) 
         "parameters": {"lidit": _count(bench.lidit), "pixart": _count(bench.pixart)},
         "ratio_train_step": round(train["ratio"], 3),
         "ratio_sample_step": round(drawn["ratio"], 3),
+        "ratio_sample_step_one_prompt": round(same["ratio"], 3),
         "arithmetic_over_pixart": round(bench.arithmetic("lidit") / bench.arithmetic("pixart"), 3),
         "conditioner_share": round(alone / train["lidit_seconds"], 4),
         "conditioner_flops_share": round(flops["conditioner"] / sum(flops.values()), 4),
@@ -220,10 +237,19 @@ def run(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) 
         "mfu": None if peak is None else round(rate / peak, 4),
         "train": train,
         "sample": drawn,
+        "sample_one_prompt": same,
     }
     if device.type == "cuda":
         result["peak_memory_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     return result
+
+
+def keep_memory() -> None:
+    """glibc: neither maps big blocks one by one nor gives the heap's end back. Elsewhere, nothing."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
 
 
 def _count(model: nn.Module) -> int:
@@ -237,6 +263,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images in a training step")
     parser.add_argument("--eager", action="store_true", help="do not compile on the GPU")
     arguments = parser.parse_args()
+    keep_memory()
     cuda = arguments.device == "cuda"
     if cuda:
         torch.set_float32_matmul_precision("high")
