@@ -30,20 +30,21 @@ def command(
     from PIL import Image
 
     from lidit.pictures import labelled_grid
-    from lidit.pipeline import LIDiTPipeline
-    from lidit.text.specs import default_device
+    from pipelines.models import load_pipeline
+    from pipelines.progress import Progress
 
-    pipe = LIDiTPipeline.from_pretrained(model).to(default_device())
-    pipe.set_progress_bar_config(desc="sample")
+    pipe = load_pipeline(model)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = [], []
-    for number, text in enumerate(prompt):
-        drawn = pipe([text] * count, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
-                     seed=[seed + i for i in range(count)], output_type="np")  # fmt: skip
-        for offset, image in enumerate(drawn):
-            Image.fromarray(image).save(out / f"{number:03}-{seed + offset:04}.png")
-            images.append(image)
-            labels.append(text)
+    with Progress("sample", len(prompt) * count, "images") as progress:
+        for number, text in enumerate(prompt):
+            drawn = pipe([text] * count, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
+                         seed=[seed + i for i in range(count)], output_type="np")  # fmt: skip
+            for offset, image in enumerate(drawn):
+                Image.fromarray(image).save(out / f"{number:03}-{seed + offset:04}.png")
+                images.append(image)
+                labels.append(text)
+            progress.advance(count)
     labelled_grid(images, labels, columns=count).save(out / "grid.png")
     print(f"{out}: {len(images)} images, and grid.png")
 

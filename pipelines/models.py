@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
 from lidit.config import Recipe, SamplerChanges, SamplerSettings, TrackingSettings
 from lidit.errors import InputError
 from lidit.pipeline import INDEX, LIDiTPipeline
@@ -19,6 +21,7 @@ DRAWN_BY = ("sampler", "objective", "codec", "height", "width")
 
 def load_pipeline(model: Path) -> LIDiTPipeline:
     """The model folder's pipeline on this process's GPU where there is one, without a bar of its own."""
+    diffusers.utils.logging.disable_progress_bar()  # of parts loaded: there is one, and LLMs and codec come later
     pipe = LIDiTPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)  # jobs count images, not the steps of one batch
     return pipe.to(default_device())
