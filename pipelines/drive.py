@@ -35,6 +35,7 @@ from pipelines.watch import Board
 log = logging.getLogger(__name__)
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 FACTS = "run.json"
+UNTRACKED = "untracked"  # there while a model may be published that the tracker was never told of
 # Settings that decide where and how fast a run goes, never what it computes.
 FREE_ENGINE = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
                "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}  # fmt: skip
@@ -74,9 +75,12 @@ def drive(
     uri = tracking.store_uri(recipe.tracking.uri, folder.parent)
     finished = finished_step(folder)
     if finished is not None and finished >= recipe.train.steps:
-        if (folder / tracking.SPOOL).exists():
-            with _tracked(recipe, corpus, tags, uri, folder):
-                pass  # delivers what an outage left behind
+        untold = (folder / UNTRACKED).exists()  # killed after publishing
+        if untold or (folder / tracking.SPOOL).exists():
+            with _tracked(recipe, corpus, tags, uri, folder) as tracker:  # delivers what an outage left behind
+                if untold:
+                    track_model(recipe, tracker, folder)
+            (folder / UNTRACKED).unlink(missing_ok=True)
         return FitResult(folder / "model", finished, uri, read_run_id(folder), trained=False)
     # Whole or not at all: a run whose facts were torn by a full disk could never go on.
     publish_bytes(Folder.at(folder), FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
@@ -85,11 +89,10 @@ def drive(
     with _tracked(recipe, corpus, tags, uri, folder) as tracker:
         note_run(folder, tracker)
         train(recipe, tracker, folder)
+        (folder / UNTRACKED).touch()
         publish_model(folder)
-        tracker.artifact(folder / "model", "model")
-        draw_curves(tracker, folder / "plots")
-        if recipe.tracking.registered_model:
-            tracker.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
+        track_model(recipe, tracker, folder)
+    (folder / UNTRACKED).unlink()
     note_run(folder, tracker)  # a tracker that was down at the start may have answered since
     return FitResult(folder / "model", recipe.train.steps, uri, tracker.handle.run_id, trained=True)
 
@@ -123,6 +126,14 @@ def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
             f"{folder}: this run was started with other settings or data:\n  {listed}\n"
             "give the run another name (name=...), or continue it all the same with --allow-drift"
         )
+
+
+def track_model(recipe: RunRecipe, tracker: tracking.Tracker, folder: Path) -> None:
+    """The published model as an artifact, its curves, and its place in the registry where the recipe names one."""
+    tracker.artifact(folder / "model", "model")
+    draw_curves(tracker, folder / "plots")
+    if recipe.tracking.registered_model:
+        tracker.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
 
 
 def draw_curves(tracker: tracking.Tracker, folder: Path) -> None:

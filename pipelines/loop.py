@@ -90,15 +90,14 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
 
     def _restore(self) -> int:
         """The step to go on with: after the newest whole checkpoint, the same one on every rank."""
-        found: list[str | None] = [None, uuid.uuid4().hex]
-        if self.rank == 0 and (folder := checkpoints.newest_complete(self.run.run_folder)):
-            found[0] = str(folder)
-        dist.broadcast_object_list(found)
-        self.start = found[1] or ""  # names these workers: parts that two starts wrote are no checkpoint
-        if found[0] is None:
+        agreed: list[tuple[Path | None, str]] = [(None, "")]
+        if self.rank == 0:
+            agreed = [(checkpoints.newest_complete(self.run.run_folder), uuid.uuid4().hex)]
+        dist.broadcast_object_list(agreed)
+        newest, self.start = agreed[0]  # `start` names these workers: parts that two starts wrote are no checkpoint
+        if newest is None:
             return 0
-        position = checkpoints.CheckpointReader(Path(found[0])).restore(self.engine.deepspeed, self.engine.ema)
-        return position.step
+        return checkpoints.CheckpointReader(newest).restore(self.engine.deepspeed, self.engine.ema).step
 
     def take_step(self, batch: AnyBatch) -> None:
         began = time.perf_counter()

@@ -26,7 +26,7 @@ from waiting import wait_until
 from lidit.config import Recipe
 from lidit.errors import InputError
 from pipelines import checkpoints
-from pipelines.drive import FitResult
+from pipelines.drive import UNTRACKED, FitResult, read_run_id
 from pipelines.fit import run_fit
 
 pytestmark = pytest.mark.slow
@@ -126,6 +126,28 @@ def test_a_checkpoint_that_was_never_finished_is_none(undisturbed: tuple[Recipe,
     (folder / "rank-00001.safetensors").write_bytes(b"half of what was there")
     with pytest.raises(InputError, match="no checkpoint is whole"):
         checkpoints.newest_complete(tmp_path)
+
+
+def test_a_driver_killed_as_its_model_is_published_tracks_it_at_the_next_start(
+    undisturbed: tuple[Recipe, FitResult], tmp_path: Path
+) -> None:
+    recipe, result = undisturbed
+    again = recipe.model_copy(update={"output": str(tmp_path / "runs")})
+    model = again.run_folder / "model"
+    with command(again, tmp_path) as process:
+        wait_until(model.exists, 400, lambda: ended(process), every=0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run_id = read_run_id(again.run_folder)
+    found = run_fit(again)
+    assert not found.trained
+    assert found.run_id == run_id
+    assert same_bits(result, model)
+    client = MlflowClient(found.tracking_uri)
+    tracked = {file.path for folder in ("model", "plots") for file in client.list_artifacts(run_id, folder)}
+    assert {f"model/{file.name}" for file in model.iterdir()} | {"plots/loss.png"} <= tracked
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert not (again.run_folder / UNTRACKED).exists()
 
 
 def test_a_killed_driver_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
