@@ -96,6 +96,7 @@ class Bench:
             "pixart": torch.optim.AdamW(self.pixart.parameters(), lr=1e-6, fused=True),
         }
         self.training, self.sampling = self._inputs(shape.batch), self._inputs(shape.sampling_batch)
+        self.sampling["t"].fill_(0.5)  # all images of a sampling step are at the same one
         sampler, text = SamplerSettings(guidance_scale=4), self.sampling["text"]
         one = {name: TextStates(entry.states[:1], entry.mask[:1], entry.prefix) for name, entry in text.items()}
         empty = {name: TextStates.collate([entry.states[0, :0]], entry.prefix) for name, entry in text.items()}

@@ -198,7 +198,8 @@ class LIDiTPipeline(DiffusionPipeline):
             output_type: "pil" a list of images; "np" uint8 [B, height, width, 3]; "pt" float [B, 3, height, width] in
                 [0, 1]; "latent" the undecoded latents.
         Raises:
-            InputError: wrong size, missing encoder, a scheduler that does not fit, as many seeds as prompts not given.
+            InputError: wrong size, missing encoder, states of another instruction, a scheduler that does not fit, not
+                one seed or as many as prompts.
         """
         if (prompt is None) == (states is None):
             raise InputError("give either prompt or states")
@@ -226,6 +227,8 @@ class LIDiTPipeline(DiffusionPipeline):
         device = self._execution_device
         text = {name: entry.to(device) for name, entry in states.items()}
         self.model.conditioner.check(text)
+        for name, entry in self.encoders.items():
+            entry.require_instruction(text[name].prefix)
         empty = {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}
         generators = seeded_generators(seeds)
         predict = GuidedPredictor(self.model, text, empty, sampler, rows)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lidit.store.states import decode, encode
 from lidit.text import PromptEncoder, resolve_encoder
 
 log = logging.getLogger(__name__)
+ROUNDING = 0.1  # of a channel's deviation
 SHARED_TENSORS = ("prefix", "empty", "mean", "deviation")
 
 
@@ -112,15 +114,23 @@ class ModelEncoder:
         """States [T_i, W] of each caption, rounded as the corpus stores them: the same as training saw."""
         storage = self.spec["storage"]
         rows = []
-        for number, caption in enumerate(self.encoder(device).encode(captions), start=1):
+        for text, caption in zip(captions, self.encoder(device).encode(captions), strict=True):
             if caption.truncated:
                 log.warning(
-                    "encoder %s: prompt %d is cut to its first %d tokens, more were not used in training either",
-                    self.name, number, self.spec["max_tokens"],
+                    "encoder %s: the prompt %r is cut to its first %d tokens, more were not used in training either",
+                    self.name, shorten(text, 60), self.spec["max_tokens"],
                 )  # fmt: skip
             values, scale = encode(caption.states, storage, self.mean, self.deviation)
             rows.append(decode(values, storage, scale, self.mean, self.deviation))
         return rows
+
+    def require_instruction(self, prefix: torch.Tensor) -> None:
+        """Raises InputError unless a prefix [P, W] is this encoder's but for rounding: guidance would mix the two."""
+        own, given = self.prefix.float(), prefix.float().to(self.prefix.device)
+        # Of another instruction of the same length, states are about a deviation apart.
+        if given.shape == own.shape and (given - own).abs().sum() <= ROUNDING * self.deviation.mean() * own.numel():
+            return
+        raise InputError(f"encoder {self.name!r}: these states follow another instruction than the model's")
 
     def collate(self, rows: Sequence[torch.Tensor]) -> TextStates:
         """Captions' states with this encoder's prefix."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,8 +225,25 @@ def test_llms_and_codec_go_where_the_pipeline_goes(pipe):
 def test_a_prompt_that_is_cut_is_told(pipe, caplog):
     limit = pipe.encoders["qwen"].spec["max_tokens"]
     pipe.encode_prompts([PROMPTS[0], "red " * 2 * limit])
-    assert f"encoder qwen: prompt 2 is cut to its first {limit} tokens" in caplog.text
-    assert "prompt 1" not in caplog.text
+    assert "encoder qwen: the prompt 'red red red" in caplog.text
+    assert f"[...]' is cut to its first {limit} tokens" in caplog.text
+    assert PROMPTS[0] not in caplog.text
+
+
+def test_states_of_another_instruction_are_refused(pipe):
+    """Guidance takes the empty caption's states from the model's own instruction."""
+    states = pipe.encode_prompts(PROMPTS)
+    qwen = states["qwen"]
+    rounded = {**states, "qwen": replace(qwen, prefix=qwen.prefix.bfloat16())}
+    torch.testing.assert_close(
+        pipe(states=rounded, seed=0, output_type="pt"),
+        pipe(states=states, seed=0, output_type="pt"),
+        rtol=0.05,
+        atol=0.05,
+    )
+    for prefix in (qwen.prefix.flip(0), qwen.prefix[1:], qwen.prefix[:0]):
+        with pytest.raises(InputError, match="encoder 'qwen': these states follow another instruction"):
+            pipe(states={**states, "qwen": replace(qwen, prefix=prefix)}, seed=0)
 
 
 def test_saved_again_it_is_the_same_pipeline(pipe, tmp_path):
@@ -254,6 +272,8 @@ def test_bfloat16_weights_keep_exact_statistics(saved, pipe):
         torch.testing.assert_close(half.model.conditioner.branch(name).projection.mean, exact, rtol=0, atol=0)
     difference = half(PROMPTS, seed=0, output_type="pt") - pipe(PROMPTS, seed=0, output_type="pt")
     assert difference.abs().mean() < 0.02
+    back = half.model.double().float().conditioner.branch("llama").projection
+    assert back.mean.dtype == back.deviation.dtype == torch.float32, "double precision must not stay for ever"
 
 
 def test_an_autoencoder_travels_with_the_model(pipe, tmp_path):

@@ -41,17 +41,15 @@ class GuidedPredictor:
         self.both: dict[str, TextStates] = {}
         self.both_rows: torch.Tensor | None = None
         states = next(iter(text.values())).states
-        own = list(range(len(states)) if rows is None else rows)  # [B]
-        self.rows = _index(own, states.device)
+        own = torch.arange(len(states)) if rows is None else torch.tensor(rows)  # [B]
+        self.rows = None if rows is None else own.to(states.device)
         if sampler.guidance_scale != 1:
             self.both = {name: empty[name].stack(text[name]) for name in text}  # 1 + R captions
-            self.both_rows = _index([0] * len(own) + [1 + row for row in own], states.device)  # [2 B]
+            self.both_rows = torch.cat([torch.zeros_like(own), 1 + own]).to(states.device)  # [2 B]
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W], t [B] the same value throughout -> float32 prediction [B, C, H, W]."""
-        low, high = self.sampler.guidance_interval
-        # A timestep is a float32: 0.8 as one lies above the 0.8 of the settings.
-        if not self.both or not low - ROUNDING <= float(t[0]) <= high + ROUNDING:
+        if not self.both or not self._guided_at(t):
             return self.model(x_t, t, self.text, self.rows).float()
         doubled = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self.both, self.both_rows)
         unconditional, conditional = doubled.float().chunk(2)
@@ -59,6 +57,13 @@ class GuidedPredictor:
         if self.sampler.guidance_rescale > 0:
             return rescale(guided, conditional, self.sampler.guidance_rescale)
         return guided
+
+    def _guided_at(self, t: torch.Tensor) -> bool:
+        low, high = self.sampler.guidance_interval
+        if (low, high) == (0, 1):
+            return True  # without waiting for the GPU to tell t
+        # A timestep is a float32: 0.8 as one lies above the 0.8 of the settings.
+        return low - ROUNDING <= float(t[0]) <= high + ROUNDING
 
 
 def rescale(guided: torch.Tensor, conditional: torch.Tensor, amount: float) -> torch.Tensor:
@@ -68,8 +73,3 @@ def rescale(guided: torch.Tensor, conditional: torch.Tensor, amount: float) -> t
     own = guided.std(dim=dims, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)
     matched = guided * (conditional.std(dim=dims, keepdim=True) / own)
     return amount * matched + (1 - amount) * guided
-
-
-def _index(rows: list[int], device: torch.device) -> torch.Tensor | None:
-    """None where every row is its own, for then there is nothing to look up."""
-    return None if rows == list(range(len(rows))) else torch.tensor(rows, device=device)

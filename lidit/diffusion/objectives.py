@@ -58,6 +58,10 @@ class Objective(ABC):
     def scheduler(self, sampler: SamplerSettings) -> Any:
         """A diffusers scheduler with its timesteps set. Raises InputError for one that cannot run this objective."""
 
+    @abstractmethod
+    def sampling_timesteps(self, scheduler: Any) -> torch.Tensor:
+        """t of each step that `scheduler` takes, [steps], float32."""
+
     def scheduler_name(self, sampler: SamplerSettings) -> str:
         name = self.schedulers[0] if sampler.scheduler == "auto" else sampler.scheduler
         if name not in self.schedulers:
@@ -123,6 +127,9 @@ class NoisePrediction(Objective):
         scheduler.set_timesteps(sampler.steps)
         return scheduler
 
+    def sampling_timesteps(self, scheduler: Any) -> torch.Tensor:
+        return scheduler.timesteps.float() / self.train_steps
+
     def _signal(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         step = (t.double() * self.train_steps).round().long().clamp(0, self.train_steps - 1)
         return _per_sample(self.alphas_cumprod.to(t.device)[step], like)
@@ -162,6 +169,10 @@ class RectifiedFlow(Objective):
         # Left to itself the scheduler spends its last step on the final thousandth.
         euler.set_timesteps(sigmas=[1 - i / sampler.steps for i in range(sampler.steps)])
         return euler
+
+    def sampling_timesteps(self, scheduler: Any) -> torch.Tensor:
+        # Not its timesteps: DPM-Solver's are whole thousandths, cut off, and its last one may be 0.
+        return scheduler.sigmas[:-1].float()
 
 
 class CleanPrediction(RectifiedFlow):

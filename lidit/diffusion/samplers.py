@@ -52,8 +52,9 @@ def sample(
         raise ValueError("the ddpm scheduler adds noise at every step: pass one generator per sample")
     options = {"generator": list(generators)} if stochastic and generators is not None else {}
     latents = noise.float() * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise.float()
+    levels = objective.sampling_timesteps(scheduler).to(latents.device)  # at once: each copy would wait for the GPU
     for number, step in enumerate(scheduler.timesteps):
-        t = (step.float() / objective.train_steps).to(latents.device).expand(len(latents))
+        t = levels[number].expand(len(latents))
         prediction = objective.scheduler_input(predict(latents, t), latents, t)
         latents = scheduler.step(prediction, step, latents, return_dict=False, **options)[0]
         if on_step is not None:

@@ -46,7 +46,7 @@ class StateProjection(nn.Module):
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = getattr(self, name)
-            dtype = torch.promote_types(before.dtype, after.dtype)
+            dtype = torch.promote_types(torch.float32, after.dtype)
             movable = not before.is_meta and not after.is_meta
             setattr(self, name, before.to(after.device, dtype) if movable else after.to(dtype))
         return self

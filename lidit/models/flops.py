@@ -26,7 +26,7 @@ def forward_flops(
     width, patch = config.width, config.patch_size
     square = 2.0 * width**2  # one D x D matrix on one token
     image_tokens = (latent_size[0] // patch) * (latent_size[1] // patch)
-    condition_tokens = sum(caption_tokens.values())
+    condition_tokens = sum(min(tokens, config.visible_tokens or tokens) for tokens in caption_tokens.values())
     vector = 2.0 * FREQUENCIES * width + square  # timestep embedder
 
     block = (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lidit.models.layers import CrossAttention, FeedForward, Modulation, modulate, normalise
+from lidit.models.layers import CrossAttention, FeedForward, Modulation, call_block, modulate, normalise
 from lidit.models.states import attendable
 
 
@@ -39,6 +39,7 @@ class CollaborativeRefiner(nn.Module):
         super().__init__()
         self.branches = branches
         self.blocks = nn.ModuleList(FusionBranch(width, heads) for _ in range(depth * branches))  # block by block
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -57,7 +58,7 @@ class CollaborativeRefiner(nn.Module):
             normalised = [normalise(branch_states) for branch_states in states]
             others = [torch.cat([normalised[j] for j in indices if j != i], dim=1) for i in indices]
             states = [
-                self.blocks[first + i](states[i], others[i], keys[i], conditions[i]).masked_fill(
+                call_block(self, self.blocks[first + i], states[i], others[i], keys[i], conditions[i]).masked_fill(
                     ~masks[i][..., None], 0
                 )
                 for i in indices

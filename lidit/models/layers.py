@@ -5,6 +5,8 @@ Shapes: B batch, L query tokens, S key tokens, H heads, E width of a head, D = H
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
@@ -44,19 +46,12 @@ class CrossAttention(nn.Module):
         self.key_norm = nn.RMSNorm(width // heads, eps=EPSILON)
         self.output = nn.Linear(width, width)
 
-    def forward(
-        self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`mask` bool [B, S], True at keys that exist, at least one per row.
-
-        `rows` long [B] where `context` is [R, S, D] and several samples read the same row of it.
-        """
+    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` bool [B, S], True at keys that exist, at least one per row."""
         query = self.query_norm(split(self.query(hidden_states), self.heads))  # [B, L, H, E]
-        key, value = self.key_value(context).chunk(2, dim=-1)  # each [B or R, S, D]
-        key, value = self.key_norm(split(key, self.heads)), split(value, self.heads)  # [B or R, S, H, E]
-        if rows is not None:
-            key, value = key[rows], value[rows]  # [B, S, H, E]
-        return self.output(attend(query, key, value, mask[:, None, None, :]))
+        key, value = self.key_value(context).chunk(2, dim=-1)  # each [B, S, D]
+        key = self.key_norm(split(key, self.heads))  # [B, S, H, E]
+        return self.output(attend(query, key, split(value, self.heads), mask[:, None, None, :]))
 
 
 def split(tokens: torch.Tensor, heads: int) -> torch.Tensor:
@@ -124,6 +119,14 @@ class TimestepEmbedder(nn.Module):
             timestep, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000
         )  # [B, 256], float32 whatever the model's dtype: t in bfloat16 would merge neighbouring steps
         return self.contract(F.silu(self.expand(frequencies.to(self.expand.weight.dtype))))
+
+
+def call_block(owner: Any, block: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """`block(*inputs)`, computed again in the backward pass where diffusers' `enable_gradient_checkpointing` reached
+    `owner`, whose flag it sets."""
+    if owner.gradient_checkpointing and torch.is_grad_enabled():
+        return owner._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
 
 
 def initialise(module: nn.Module) -> None:

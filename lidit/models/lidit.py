@@ -6,7 +6,6 @@ Shapes: B batch, C latent channels, H x W latent size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -125,10 +124,15 @@ class LIDiT(ModelMixin, ConfigMixin):
         `rows` long [B], each latent's caption, where several latents share one: `text` then holds R captions, and
         every one is refined once. Latents of one caption must have the same timestep, because the refiners depend on
         it: so it is in sampling, not in training.
-        Raises InputError naming the encoder whose states are missing or of a wrong width.
+        Raises InputError naming the encoder whose states are missing or of a wrong width, and where every latent should
+        have a caption of its own and has not.
         """
-        if rows is None:
-            return self.transformer(latents, timestep, self.conditioner(text, timestep))
-        captions = len(next(iter(text.values())).states)
-        of_caption = timestep.new_zeros(captions).scatter(0, rows, timestep)  # [R]
-        return self.transformer(latents, timestep, replace(self.conditioner(text, of_caption), rows=rows))
+        captions = len(next(iter(text.values())).states) if text else 0
+        if rows is not None:
+            of_caption = timestep.new_zeros(captions).scatter(0, rows, timestep)  # [R]
+            return self.transformer(latents, timestep, self.conditioner(text, of_caption).take(rows))
+        if captions not in (0, len(latents)):
+            raise InputError(
+                f"{len(latents)} latents, but states of {captions} captions, and no rows to say whose is whose"
+            )
+        return self.transformer(latents, timestep, self.conditioner(text, timestep))

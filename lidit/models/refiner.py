@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lidit.models.layers import EPSILON, FeedForward, Modulation, SelfAttention
+from lidit.models.layers import EPSILON, FeedForward, Modulation, SelfAttention, call_block
 from lidit.models.states import attendable
 
 
@@ -45,6 +45,7 @@ class LinguisticRefiner(nn.Module):
         self.causal = causal
         self.mixing = mixing
         self.blocks = nn.ModuleList(RefinerBlock(width, heads, gated) for _ in range(depth))
+        self.gradient_checkpointing = False
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
         """`hidden_states` [B, L, D], `mask` bool [B, L], `condition` [B, D] (None without gates) -> [B, L, D].
@@ -53,7 +54,7 @@ class LinguisticRefiner(nn.Module):
         """
         allowed = self.attention_mask(mask)
         for block in self.blocks:
-            hidden_states = block(hidden_states, allowed, condition)
+            hidden_states = call_block(self, block, hidden_states, allowed, condition)
             hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
         return hidden_states
 

@@ -60,15 +60,15 @@ class TextStates:
 
 @dataclass(frozen=True)
 class PromptCondition:
-    """`tokens` [R, S, D] refined caption tokens of all encoders, `mask` bool [R, S], `pooled` [R, D] their mean.
-
-    `rows` long [B]: each sample's row, where several samples share one; None: sample i has row i.
-    """
+    """`tokens` [B, S, D] refined caption tokens of all encoders, `mask` bool [B, S], `pooled` [B, D] their mean."""
 
     tokens: torch.Tensor
     mask: torch.Tensor
     pooled: torch.Tensor
-    rows: torch.Tensor | None = None
+
+    def take(self, rows: torch.Tensor) -> PromptCondition:
+        """Row `rows[i]` for sample i; `rows` long, of any length."""
+        return PromptCondition(self.tokens[rows], self.mask[rows], self.pooled[rows])
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from lidit.models.layers import (
     Modulation,
     SelfAttention,
     TimestepEmbedder,
+    call_block,
     modulate,
     normalise,
 )
@@ -57,19 +58,13 @@ class LIDiTBlock(nn.Module):
         self.feed_forward = FeedForward(width)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        context: torch.Tensor,
-        context_mask: torch.Tensor,
-        condition: torch.Tensor,
-        rows: torch.Tensor | None = None,
+        self, hidden_states: torch.Tensor, context: torch.Tensor, context_mask: torch.Tensor, condition: torch.Tensor
     ) -> torch.Tensor:
-        """[B, N, D], [B, S, D] (with `rows` long [B]: [R, S, D]), bool [B, S], [B, D] -> [B, N, D]."""
+        """[B, N, D], [B, S, D], bool [B, S], [B, D] -> [B, N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition)
         attended = self.self_attention(modulate(normalise(hidden_states), shift1, scale1))
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
-        queries = modulate(normalise(hidden_states), shift2, scale2)
-        attended = self.cross_attention(queries, context, context_mask, rows)
+        attended = self.cross_attention(modulate(normalise(hidden_states), shift2, scale2), context, context_mask)
         hidden_states = torch.addcmul(hidden_states, gate2, attended)
         expanded = self.feed_forward(modulate(normalise(hidden_states), shift3, scale3))
         return torch.addcmul(hidden_states, gate3, expanded)
@@ -121,15 +116,9 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
         image = tokens.transpose(1, 2).unflatten(2, (height, width))  # [B, D, h, w], channels last in memory
         tokens = self.position(image).flatten(2).transpose(1, 2)  # [B, N, D]
 
-        pooled, mask, rows = self.pooled_embedder(condition.pooled), condition.mask, condition.rows
-        if rows is not None:
-            pooled, mask = pooled[rows], mask[rows]  # [B, D], [B, S]
-        vector = self.timestep_embedder(timestep) + pooled  # [B, D]
+        vector = self.timestep_embedder(timestep) + self.pooled_embedder(condition.pooled)  # [B, D]
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = self._gradient_checkpointing_func(block, tokens, condition.tokens, mask, vector, rows)
-            else:
-                tokens = block(tokens, condition.tokens, mask, vector, rows)
+            tokens = call_block(self, block, tokens, condition.tokens, condition.mask, vector)
 
         shift, scale = self.final_modulation(vector)
         patches = self.final_linear(modulate(normalise(tokens), shift, scale))  # [B, N, C p p]

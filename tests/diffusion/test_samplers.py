@@ -108,6 +108,26 @@ def test_clean_prediction_takes_euler_steps_of_its_velocity():
     torch.testing.assert_close(steps[-1], target)
 
 
+@pytest.mark.parametrize("steps", [4, 25, 1000])
+@pytest.mark.parametrize("scheduler", ["euler", "dpm_solver"])
+def test_the_network_is_asked_at_the_noise_level_that_the_latents_have(scheduler, steps):
+    """With data of zeros the latents are t times the noise, on every step; DPM-Solver's own timesteps are cut off."""
+    objective, sampler = objective_of("rectified_flow"), SamplerSettings(steps=steps, scheduler=scheduler)
+    start = float(objective.scheduler(sampler).sigmas[0])  # DPM-Solver's is 0.999
+    noise, times, levels = torch.randn(1, *SHAPE), [], []
+
+    def velocity(x_t, t):
+        times.append(float(t[0]))
+        levels.append(float((x_t / noise).mean()))
+        return noise
+
+    sample(velocity, objective, start * noise, sampler)
+    assert times == pytest.approx(levels, abs=1e-4)
+    assert min(times) > 0
+    drawn = sample(lambda x_t, t: torch.zeros_like(x_t), objective_of("clean"), noise, sampler)
+    assert drawn.abs().max() < 1e-3
+
+
 @pytest.mark.parametrize(("kind", "scheduler"), [("ddpm", "euler"), ("rectified_flow", "ddim"), ("clean", "ddpm")])
 def test_a_scheduler_that_cannot_run_the_objective_is_refused(kind, scheduler):
     with pytest.raises(InputError, match=f"{scheduler!r} cannot sample the objective {kind!r}; choose one of"):

@@ -63,6 +63,7 @@ def test_single_values_override_the_preset():
         {"refiner": {"depth": 1}, "fusion": {"depth": 2}},
         {"refiner": {"gated": False}},
         {"fusion": {"mode": "concatenation"}},
+        {"visible_tokens": 5},
     ],
 )
 @pytest.mark.parametrize("encoders", [2, 3])

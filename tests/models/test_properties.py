@@ -1,5 +1,6 @@
 """What must hold for any weights: masks, batches, padding, symmetry, gradients, precision, clear refusals."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from lidit.config import ModelSettings
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
+from lidit.models.fusion import FusionBranch
+from lidit.models.refiner import RefinerBlock
+from lidit.models.transformer import LIDiTBlock
 
 VARIANTS = [
     {},
@@ -127,6 +131,14 @@ def test_a_caption_of_several_latents_is_refined_once_and_nothing_else_changes(m
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_latents_without_a_caption_of_their_own_are_refused(make_model, make_text):
+    model, text = make_model(), make_text()
+    with pytest.raises(InputError, match="2 latents, but states of 3 captions"):
+        run(model, text, latents(2))
+    unused = model(latents(1), torch.full((1,), 0.3), text, torch.tensor([1]))
+    assert unused.shape == (1, 3, 8, 8), "a caption may be nobody's"
+
+
 def test_one_llm_with_itself_twice_is_symmetric():
     model = LIDiT.from_settings(
         ModelSettings(width=32, depth=1, heads=4, patch_size=2), {"left": 20, "right": 20, "third": 20}, 3
@@ -187,13 +199,19 @@ def test_activation_checkpointing_changes_no_gradient(make_model, make_text):
     checkpointed = LIDiT.from_config(plain.config)
     checkpointed.load_state_dict(plain.state_dict())
     checkpointed.enable_gradient_checkpointing()
-    assert checkpointed.transformer.gradient_checkpointing
     text, x = make_text(), latents()
-    calls = []
-    checkpointed.transformer.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    repeated = {
+        name
+        for name, part in checkpointed.named_modules()
+        if isinstance(part, (LIDiTBlock, RefinerBlock, FusionBranch))
+    }
+    calls = Counter()
+    for name in repeated:
+        checkpointed.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
     for model in (plain, checkpointed):
         run(model, text, x).square().mean().backward()
-    assert len(calls) == 2, "the block did not run again in the backward pass"
+    assert calls == dict.fromkeys(repeated, 2), "not every block ran again in the backward pass"
+    assert len(repeated) == 2 + 2 * 2 + 2
     for expected, found in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, **ROUNDING)
 
@@ -315,8 +333,7 @@ def test_impossible_models_are_refused():
         LIDiT.from_settings(ModelSettings(width=30, heads=4), {"a": 4}, 3)
 
 
-def test_the_prefix_is_expanded_not_copied(make_model, make_text):
-    """One projection of [P, W], whatever the batch: the rows share its memory."""
+def test_the_prefix_is_projected_once_whatever_the_batch(make_model, make_text):
     model, text = make_model(1), make_text(count=1)
     seen = []
     projection = model.conditioner.branches[0].projection
