@@ -16,7 +16,7 @@ from pipelines.engine import micro_steps
 
 PROCESS = Path(__file__).with_name("engine_process.py")
 ROOT = Path(__file__).parents[2]
-STEPS, SAVED = 20, 14
+STEPS, SAVED = 14, 9
 
 
 def launch(folder: Path, world_size: int, jobs: list[dict]) -> dict:
