@@ -217,6 +217,8 @@ class LIDiTPipeline(DiffusionPipeline):
         self.objective.scheduler(sampler)
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not prompts:
+                raise InputError("give at least one prompt")
             seeds = _seeds(seed, len(prompts))
             row_of = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
             states, rows = self.encode_prompts(list(row_of)), [row_of[text] for text in prompts]

@@ -368,6 +368,8 @@ def test_calls_that_cannot_work_are_refused(saved, pipe):
         pipe(PROMPTS, seed=[1, 2])
     with pytest.raises(InputError, match="either prompt or states"):
         pipe()
+    with pytest.raises(InputError, match="at least one prompt"):
+        pipe([])
     with pytest.raises(InputError, match="'ddim' cannot sample the objective 'clean'"):
         pipe(PROMPTS[0], scheduler="ddim")
     with pytest.raises(InputError, match=r"sampling: steps: .*greater than or equal to 1"):

@@ -25,6 +25,8 @@ class GuidedPredictor:
         model: the network. text: states of R captions per encoder. empty: of one empty caption.
         sampler: guidance_scale, guidance_interval (timesteps, 0 data, 1 noise), guidance_rescale (arXiv 2305.08891).
         rows: each image's caption, B indices; None: one image each, B = R.
+    Raises:
+        ValueError: `empty` is not of one caption.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class GuidedPredictor:
         states = next(iter(text.values())).states
         own = torch.arange(len(states)) if rows is None else torch.tensor(rows)  # [B]
         self.rows = None if rows is None else own.to(states.device)
+        if any(len(entry.states) != 1 for entry in empty.values()):
+            raise ValueError("the empty caption is one for all images: give its states once")
         if sampler.guidance_scale != 1:
             self.both = {name: empty[name].stack(text[name]) for name in text}  # 1 + R captions
             self.both_rows = torch.cat([torch.zeros_like(own), 1 + own]).to(states.device)  # [2 B]

@@ -175,6 +175,11 @@ def test_guidance_runs_both_halves_in_one_forward_pass(model):
     assert (guided - conditional).abs().max() > 1e-3
 
 
+def test_the_empty_caption_is_given_once(model):
+    with pytest.raises(ValueError, match="give its states once"):
+        GuidedPredictor(model, captions((3, 6)), captions((1, 1)), SamplerSettings())
+
+
 @pytest.mark.parametrize("edge", [0.2, 0.4, 0.6, 0.8, 0.96])
 def test_the_ends_of_the_guidance_interval_belong_to_it(model, edge):
     text, empty, x = captions((3,)), captions((1,), seed=9), torch.randn(1, *SHAPE)
