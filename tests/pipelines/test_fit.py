@@ -6,7 +6,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from trained import SmallWorld
+from waiting import wait_until
 
 from lidit.config import CodecSettings, PoolSettings, Recipe
 from lidit.errors import InputError, JobError
@@ -48,16 +48,15 @@ def history(result: FitResult, metric: str) -> list[int]:
 def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Thread:
     """SIGKILL one training worker once the checkpoint of `step` is there; its pid goes into `killed`."""
 
+    def workers() -> list[int]:
+        found = psutil.process_iter(["cmdline"])
+        return [process.pid for process in found if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
+
     def hunt() -> None:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline:
-            if (run / checkpoints.checkpoint_name(step) / "position.json").exists():
-                for process in psutil.process_iter(["cmdline"]):
-                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                        return
-            threading.Event().wait(0.02)
+        wait_until((run / checkpoints.checkpoint_name(step) / "position.json").exists, seconds=200)
+        victim = wait_until(workers, seconds=20)[0]
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
 
     thread = threading.Thread(target=hunt)
     thread.start()
