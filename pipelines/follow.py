@@ -46,9 +46,8 @@ def follow(
     pause = 0.0
     while True:
         try:
-            # Zero but after a broken connection: a cluster that is restarting is not to be hammered. Within the try,
-            # because Ctrl-C is answered while waiting, too.
-            time.sleep(pause)
+            # Within the try, because Ctrl-C is answered while waiting, too.
+            time.sleep(pause)  # zero but after a broken connection: a cluster that restarts is not to be hammered
             pause = RETRY_SECONDS
             if client.get_job_status(name).is_terminal():
                 rest = client.get_job_logs(name)[written:]

@@ -134,15 +134,15 @@ def test_our_source_keeps_every_rule() -> None:
     assert found == {}
 
 
-# Violations as text: they are parsed by the check above and never run.
+# What the check above must find, as text that is parsed and never run.
 PLANTED = [
     ("import pickle", "imports pickle"),
     ("import joblib as j", "imports joblib"),
     ("from dill import loads", "imports dill"),
     ("import torch\ntorch.load('a')", "torch.load without"),
-    ("from torch import load as anything\nanything('a', weights_only=False)", "torch.load without"),
+    ("from torch import load as anything\nanything('a', weights_only=False)", "torch.load without"),  # never run
     ("import torch as t\nt.load('a', weights_only=flag)", "torch.load without"),
-    ("AutoModel.from_pretrained(folder, trust_remote_code=True)", "trust_remote_code"),
+    ("AutoModel.from_pretrained(folder, trust_remote_code=True)", "trust_remote_code"),  # never run
     ("AutoModel.from_pretrained(folder, trust_remote_code=setting)", "trust_remote_code"),
     ("AutoModel.from_pretrained('meta/llama')", "without a revision"),
     ("AutoModel.from_pretrained(folder, use_safetensors=False)", "use_safetensors=False"),

@@ -255,9 +255,10 @@ def test_ctrl_c_detaches_or_stops(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_driver_gets_what_it_asks_for_and_is_never_doubled(cluster: Cluster, project: Path) -> None:
     """Two such jobs at once would write into the same folders: the first one stays, and its place is told."""
-    # The sleep is the job's work: it must still run when the second one is sent.
     (project / "jobs" / "where_here.py").write_text(
-        "import os, time\nprint('gpus', os.environ.get('CUDA_VISIBLE_DEVICES') or 'none', flush=True)\ntime.sleep(20)\n"
+        "import os, time\n"
+        "print('gpus', os.environ.get('CUDA_VISIBLE_DEVICES') or 'none', flush=True)\n"
+        "time.sleep(20)  # the job's work: it must still run when the second one is sent\n"
     )
 
     def send(*words: str) -> subprocess.Popen[str]:
