@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from manifests import REPOSITORY, Network, find, render
+from servers import free_ports, healthy
 from waiting import wait_until
 
 from infra.kuberay.documents import pod_templates
@@ -85,26 +85,12 @@ def test_who_reaches_the_server_and_the_database(documents: list[dict[str, Any]]
     assert not network.allows({"app": "x"}, database, 5432, "lidit-mlflow", "lidit-mlflow")
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:  # urllib's errors are such
-        return False
-
-
 @contextlib.contextmanager
 def running_server(
     documents: list[dict[str, Any]], folder: Path, backend: str, auth_database: str, extra_env: dict[str, str]
 ) -> Iterator[str]:
     """The Deployment's own command line and environment, on loopback, with other stores."""
-    server, port = container(documents), free_port()
+    server, (port,) = container(documents), free_ports(1)
     ini = find(documents, "ConfigMap", "mlflow-auth")["data"]["auth.ini"]
     (folder / "auth.ini").write_text(
         "\n".join(
@@ -235,7 +221,7 @@ def postgres(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = Path(
         subprocess.run([*as_owner, "mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip()
     )
-    port = free_port()
+    (port,) = free_ports(1)
 
     def run(program: str, *words: str, text: str | None = None) -> None:
         subprocess.run(

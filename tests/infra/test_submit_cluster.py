@@ -20,6 +20,7 @@ import pytest
 from manifests import REPOSITORY
 from PIL import Image
 from probe_project import make_project
+from servers import free_ports
 from tiny_models import tiny_llm
 from waiting import wait_until
 
@@ -63,16 +64,6 @@ def go(project, address=os.environ["ADDRESS"], *overrides):
     project = Path(project)
     sys.exit(submit(Submission("probe", (str(project / "recipe.yaml"), *overrides), project), address))
 """
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def answers(port: int) -> bool:

@@ -3,11 +3,9 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from pydantic import ValidationError
+from servers import free_ports, healthy
 from waiting import wait_until
 
 from lidit.config import TrackingSettings
@@ -124,20 +123,6 @@ def test_a_tracker_that_answers_later_gets_the_whole_run(tmp_path: Path, monkeyp
     assert [artifact.path for artifact in real(uri).list_artifacts(run.handle.run_id)] == ["note.txt"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
 @contextmanager
 def server(folder: Path, port: int) -> Iterator[str]:
     """A real `mlflow server` on loopback."""
@@ -152,7 +137,7 @@ def server(folder: Path, port: int) -> Iterator[str]:
     )
     uri = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: answers(f"{uri}/health"), seconds=120)
+        wait_until(lambda: healthy(uri), seconds=120)
         yield uri
     finally:
         os.killpg(process.pid, 9)
@@ -162,7 +147,7 @@ def server(folder: Path, port: int) -> Iterator[str]:
 @pytest.mark.slow
 def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.0)
-    port = free_port()
+    (port,) = free_ports(1)
     with server(tmp_path, port) as uri:
         handle = tracking._find_or_create(uri, "test", "run", "key", {}, {}, tmp_path / "spool.jsonl")
         tracker = tracking.Tracker(handle)
