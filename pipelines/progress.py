@@ -37,6 +37,7 @@ class Progress:
     def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
         self.title, self.total, self.unit, self.start = title, total, unit, start
         self.done, self.note = start, ""
+        self.told: tuple[int, str] | None = None  # by the last plain line
         self.began = self.last_line = time.monotonic()
         # The rate is that of the last updates: the first step of a job says little about the next thousand.
         self.recent: deque[tuple[float, int]] = deque([(self.began, start)], maxlen=RECENT_UPDATES)
@@ -68,7 +69,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.bar:
-            if error is None or self.done > self.start:  # nothing done says nothing; the error will
+            nothing = error is not None and self.done == self.start  # says nothing; the error will
+            if not nothing and self.told != (self.done, self.note):
                 self._line()
             return
         self.bar.stop_task(self.task)
@@ -100,7 +102,7 @@ class Progress:
         return f"{shown} {self.unit}/s, {left} left" if self.done < self.total else f"{shown} {self.unit}/s"
 
     def _line(self) -> None:
-        self.last_line = time.monotonic()
+        self.last_line, self.told = time.monotonic(), (self.done, self.note)
         elapsed = duration(self.last_line - self.began)
         parts = [f"{self.done}/{self.total} {self.unit}", self._rate(), f"{elapsed} gone", self.note]
         print(f"{self.title}: " + ", ".join(part for part in parts if part), file=sys.stderr, flush=True)

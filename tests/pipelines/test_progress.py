@@ -17,7 +17,20 @@ def test_plain_lines_count_only_what_this_process_did(
             shown.advance(50, "7 cut")
     lines = capsys.readouterr().err.splitlines()
     assert lines[1] == "embed x: 600/1000 captions, 5.0 captions/s, 1:20 left, 0:20 gone, 7 cut"
-    assert len(lines) == 5
+    assert len(lines) == 4, "the last line is not said again at the end"
+
+
+def test_the_end_is_told_also_where_nothing_was_told_before(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("score", 3, "images") as shown:
+        for _ in range(3):
+            shown.advance()
+    with Progress("draw", 4, "images", start=4):
+        pass
+    with pytest.raises(OSError, match="what is wrong"), Progress("embed", 5, "captions"):
+        raise OSError("the error says what is wrong")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("score: 3/3 images")
+    assert second.startswith("draw: 4/4 images")
 
 
 def test_the_rate_forgets_a_slow_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
