@@ -21,7 +21,6 @@ def command(
     **Example:** `lidit inspect corpus --plots pictures`
     """
     from rich.console import Console
-    from rich.table import Table
 
     from lidit.store import Corpus
     from lidit.store.summary import plot_corpus, summarise
@@ -44,13 +43,14 @@ def command(
         listed = sorted(found.buckets.items(), key=lambda bucket: -bucket[1])
         shown = ", ".join(f"{name} {count:,}" for name, count in listed[:8])
         console.print(f"  buckets    {shown}{f', and {len(listed) - 8} more' if len(listed) > 8 else ''}")
-    table = Table("family", "state", "units", "rows", "tokens", "bytes", "storage", "rms error")
     for one in found.families:
-        numbers = [f"{number:,}" for number in (one.units, one.rows, one.tokens, one.bytes)]
-        state = "complete" if one.complete else f"incomplete, of {found.units:,}"
-        error = "" if one.storage_error is None else f"{one.storage_error:.4f}"
-        table.add_row(f"{one.kind}/{one.directory}", state, *numbers, one.storage, error)
-    console.print(table)
+        state = "complete" if one.complete else f"incomplete, {one.units:,} of {found.units:,} units"
+        error = "" if one.storage_error is None else f", rms error {one.storage_error:.4f}"
+        console.print(
+            f"  {one.kind}/{one.directory}  {state}: {one.rows:,} rows, {one.tokens:,} tokens, {one.bytes:,} bytes as "
+            f"{one.storage}{error}",
+            soft_wrap=True,  # a table of eight columns would be cut at eighty characters
+        )
     for path in plot_corpus(opened, plots) if plots else ():
         console.print(f"plot {path}")
 

@@ -107,5 +107,8 @@ def test_export_and_inspect_of_a_real_corpus(
     assert re.search(r"samples +97\b", text)
     for part in ("32x32 97", "llama-", "qwen2-", "pixels-", "int8", "buckets.png"):
         assert part in text, part
+    assert "…" not in text
+    for family in (*(corpus / "text").iterdir(), *(corpus / "latents").iterdir()):
+        assert f"{family.parent.name}/{family.name}" in text, "the name is cut"
     assert len(list((tmp_path / "plots").glob("*.png"))) == 5
     assert all(Image.open(path).width > 300 for path in (tmp_path / "plots").glob("*.png"))
