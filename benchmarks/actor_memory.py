@@ -25,9 +25,9 @@ from benchmarks.embed import _write_tokenizer
 from benchmarks.store import make_corpus
 from lidit.config import EncoderSettings, PoolSettings
 from lidit.store import FamilyWriter
-from lidit.text.family import PIECE_BYTES
+from lidit.text.embedding import PIECE_BYTES
 from lidit.text.specs import resolve_encoder
-from pipelines.embed import CALLS_PER_ACTOR, TOKENIZED, EncodeJob, EncodeUnits
+from pipelines.corpus.embed import CALLS_PER_ACTOR, TOKENIZED, EncodeJob, EncodeUnits
 
 WIDTH, LONGEST = 1024, 4096
 # Captions in a unit, tokens of each.

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.store import UNIT, make_corpus, open_writer
 from lidit.store import Corpus, publish_corpus, shared_table, text_table
-from lidit.store.folder import Folder
+from lidit.store.files.folder import Folder
 
 
 def driver(corpus: str) -> None:

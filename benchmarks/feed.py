@@ -51,7 +51,7 @@ from lidit.store import (
     text_table,
     unit_tables,
 )
-from lidit.store.folder import Folder
+from lidit.store.files.folder import Folder
 
 WIDTHS = {"first": 576, "second": 640}  # SmolLM2-135M and Gemma-3-270m
 SHAPE = (4, 32, 32)  # 256 pixels through an autoencoder of factor 8

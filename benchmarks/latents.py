@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lidit.codecs import load_codec
 from lidit.config import CodecSettings, IngestSettings, PoolSettings
-from pipelines.ingest import run_ingest
-from pipelines.latents import BATCH_PIXELS, run_latents
+from pipelines.corpus.ingest import run_ingest
+from pipelines.corpus.latents import BATCH_PIXELS, run_latents
 
 PER_TAR = 128
 

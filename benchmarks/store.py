@@ -43,8 +43,8 @@ from lidit.store import (
     text_table,
     unit_tables,
 )
-from lidit.store.folder import Folder
-from lidit.store.unitfile import TextFile
+from lidit.store.files.folder import Folder
+from lidit.store.text_file import TextFile
 
 WIDTH = 576  # SmolLM2-135M
 UNIT = 1024

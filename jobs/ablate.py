@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 
 
 def command(
@@ -21,10 +21,10 @@ def command(
 
     **Example:** `lidit ablate ablate-2cores`
     """
-    from jobs.recipe import load_ablation
+    from lidit.config.shipped import load_ablation
 
     checked = load_ablation(recipe, overrides)
-    from pipelines.ablate import run_ablation
+    from pipelines.ablation.ablate import run_ablation
     from pipelines.tracking import open_command
 
     made = run_ablation(checked)

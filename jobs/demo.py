@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from jobs import scenes
-from jobs.recipe import load_recipe
 from jobs.run import showing
-from jobs.start import run
+from jobs.support.start import run
+from lidit.config.shipped import load_recipe
 
 SCENES, SIZE, SEED = 8000, 32, 0
 

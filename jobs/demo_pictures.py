@@ -9,9 +9,9 @@ import typer
 
 from jobs import train_codec
 from jobs.evaluate import show_held_out
-from jobs.recipe import load_recipe
 from jobs.run import showing
-from jobs.start import run
+from jobs.support.start import run
+from lidit.config.shipped import load_recipe
 
 
 def command(
@@ -27,9 +27,9 @@ def command(
 
     **Example:** `lidit demo-pictures --folder demo-pictures`
     """
-    from lidit.picture_sets import SETS, write_picture_set
+    from lidit.datasets import SETS, write_picture_set
     from pipelines.chain import run_chain
-    from pipelines.held_out import evaluate_held_out
+    from pipelines.evaluation.held_out import evaluate_held_out
 
     emoji, runs, corpus = folder / "emoji", folder / "runs", folder / "corpus"
     write_picture_set(SETS["emoji"], emoji, packages=packages, say=lambda line: print(line, flush=True))

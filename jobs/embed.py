@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.recipe import load_encoder, node_labels
-from jobs.start import run
+from jobs.support.options import node_labels
+from jobs.support.start import run
 from lidit.config import EncoderSettings, PoolSettings
+from lidit.config.shipped import load_encoder
 
 if TYPE_CHECKING:
-    from pipelines.embed import EmbedSummary
+    from pipelines.corpus.embed import EmbedSummary
 
 
 def command(
@@ -39,7 +40,7 @@ def command(
 
 def embed(corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
     """Compute one family with a progress bar and say what came of it, cut captions included."""
-    from pipelines.embed import run_embed
+    from pipelines.corpus.embed import run_embed
 
     show(corpus, run_embed(corpus, settings, pool))
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 from lidit.config import EvaluateSettings, PoolSettings
+from lidit.config.settings import apply_overrides, validate
 from lidit.errors import InputError
-from lidit.settings import apply_overrides, validate
 
 if TYPE_CHECKING:
-    from pipelines.evaluate import SceneScores
-    from pipelines.held_out import HeldOutScores
+    from pipelines.evaluation.held_out import HeldOutScores
+    from pipelines.evaluation.scenes import SceneScores
 
 # the settings each measure uses
 USED_BY = {
@@ -64,11 +64,11 @@ def command(
         pool = PoolSettings(actors=workers or 1, gpus=gpus or 0)
         _official(model, suite, prompts or [], parse, csv, pool, settings, folder)
         return
-    from pipelines.evaluate import evaluate_binding, evaluate_scenes
-    from pipelines.models import tracking_of
+    from pipelines.evaluation.models import tracking_of
+    from pipelines.evaluation.scenes import evaluate_binding, evaluate_scenes
 
     if pictures:
-        from pipelines.held_out import evaluate_held_out
+        from pipelines.evaluation.held_out import evaluate_held_out
 
         show_held_out(evaluate_held_out(model, pictures, settings, tracking_of(model), folder))
         return
@@ -131,8 +131,8 @@ def _official(
     settings: EvaluateSettings,
     folder: Path,
 ) -> None:
-    from pipelines.models import tracking_of
-    from pipelines.suites import draw_suite, track_results
+    from pipelines.evaluation.models import tracking_of
+    from pipelines.evaluation.suites import draw_suite, track_results
 
     if prompts:
         made = draw_suite(model, suite, prompts, folder / suite, pool, settings.batch_size, settings.sampler)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 
 
 def command(
@@ -23,9 +23,9 @@ def command(
 
     **Example:** `lidit export corpus --to parquet --out exported --family smollm2`
     """
-    from lidit.images.reading import unit_images
+    from lidit.sources.reading import unit_images
     from lidit.store.export import export_corpus
-    from pipelines.progress import Progress
+    from pipelines.runtime.progress import Progress
 
     with Progress("export", 0, "units") as progress:
 

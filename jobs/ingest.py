@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 from lidit.config import IngestSettings
-from lidit.settings import apply_overrides, validate
+from lidit.config.settings import apply_overrides, validate
 
 if TYPE_CHECKING:
-    from pipelines.ingest import IngestSummary
+    from pipelines.corpus.ingest import IngestSummary
 
 
 def command(
@@ -33,8 +33,8 @@ def command(
 
 def ingest(sources: list[str], corpus: str, settings: IngestSettings) -> None:
     """Run the ingest with a progress bar and say what came of it, refusals included."""
-    from pipelines.ingest import run_ingest
-    from pipelines.progress import Progress
+    from pipelines.corpus.ingest import run_ingest
+    from pipelines.runtime.progress import Progress
 
     with Progress("ingest", 0, "files") as progress:
 

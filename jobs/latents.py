@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.recipe import load_recipe, node_labels
-from jobs.start import run
+from jobs.support.options import node_labels
+from jobs.support.start import run
 from lidit.config import CodecSettings, PoolSettings
+from lidit.config.settings import apply_overrides, validate
+from lidit.config.shipped import load_recipe
 from lidit.errors import InputError
-from lidit.settings import apply_overrides, validate
 
 if TYPE_CHECKING:
-    from pipelines.latents import LatentsSummary
+    from pipelines.corpus.latents import LatentsSummary
 
 
 def command(
@@ -37,7 +38,7 @@ def command(
     """
     settings = codec_settings(codec, name, revision, recipe, setting or [])
     pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, label_selector=node_labels(node_label))
-    from pipelines.latents import run_latents
+    from pipelines.corpus.latents import run_latents
 
     show(corpus, run_latents(corpus, settings, pool))
 

@@ -27,7 +27,7 @@ from jobs import (
     train_codec,
     verify,
 )
-from jobs.start import environment, guarded
+from jobs.support.start import environment, guarded
 
 app = typer.Typer(
     help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on them, track every run.",

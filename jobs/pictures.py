@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 from lidit.errors import InputError
 
 
@@ -26,7 +26,7 @@ def command(
 
     **Example:** `lidit pictures emoji --out emoji`
     """
-    from lidit.picture_sets import SETS, write_picture_set
+    from lidit.datasets import SETS, write_picture_set
 
     if name not in SETS:
         raise InputError(f"{name!r}: no such picture set; there are {', '.join(SETS)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 
 if TYPE_CHECKING:
     from lidit.config import Recipe
@@ -27,12 +27,12 @@ def command(
 
     **Example:** `lidit plan lidit-1b plan.gpus=64 plan.mfu=0.35`
     """
-    from jobs.recipe import load_recipe
+    from lidit.config.shipped import load_recipe
     from lidit.errors import InputError
 
     checked = load_recipe(recipe, overrides)
     from lidit.plan import make_plan
-    from lidit.plan_facts import gather_facts
+    from lidit.plan.facts import gather_facts
 
     try:
         facts = gather_facts(checked)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.recipe import load_encoder
-from jobs.start import run
+from jobs.support.start import run
 from lidit.config import TrackingSettings
+from lidit.config.shipped import load_encoder
 
 
 def command(
@@ -26,7 +26,7 @@ def command(
     **Example:** `lidit probe smollm2 gemma3 --out runs/probe`
     """
     from lidit.store import Corpus
-    from pipelines.probe import corpus_encoders, run_probe
+    from pipelines.evaluation.probe import corpus_encoders, run_probe
 
     encoders = []
     for source in sources:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 from jobs.verify import check
 from lidit.errors import JobError
 

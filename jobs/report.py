@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 
 
 def command(
@@ -25,7 +25,7 @@ def command(
 
     **Example:** `lidit report runs/small runs/large --prompt "a red circle above a blue square"`
     """
-    from pipelines.compare import compare_runs
+    from pipelines.evaluation.compare import compare_runs
 
     print(compare_runs(runs, prompt or [], range(seeds), out))
 

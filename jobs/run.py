@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from jobs import embed, evaluate, ingest, latents, train
-from jobs.recipe import load_recipe
-from jobs.start import run
+from jobs.support.start import run
 from lidit.config import Stage
+from lidit.config.shipped import load_recipe
 
 
 def command(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 
 
 def command(
@@ -29,9 +29,9 @@ def command(
     """
     from PIL import Image
 
-    from lidit.pictures import labelled_grid
-    from pipelines.models import load_pipeline
-    from pipelines.progress import Progress
+    from lidit.plots import labelled_grid
+    from pipelines.evaluation.models import load_pipeline
+    from pipelines.runtime.progress import Progress
 
     pipe = load_pipeline(model)
     out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 from lidit.errors import InputError
 
 
@@ -28,8 +28,8 @@ def command(
     """
     if re.match(r"[a-z0-9]+:/", str(out)):  # a Path keeps one slash of s3://
         raise InputError(f"--out {out}: scenes are written into a local folder; copy the tars to the URL afterwards")
-    from lidit.evals.scenes import write_scene_shards
-    from pipelines.progress import Progress
+    from lidit.datasets.scenes.shards import write_scene_shards
+    from pipelines.runtime.progress import Progress
 
     with Progress("scenes", count, "scenes") as progress:
         made = write_scene_shards(out, count, size, seed, layout, per_shard, progress=progress.update)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.recipe import RECIPES, node_labels
+from jobs.support.options import node_labels
+from lidit.config.settings import load_yaml
+from lidit.config.shipped import RECIPES
 from lidit.errors import InputError
-from lidit.settings import load_yaml
 from lidit.store import Corpus
 
 if TYPE_CHECKING:
-    from pipelines.submit import Submission
+    from pipelines.submission.submit import Submission
 
 # A job's options may be called as ours (`--gpus`): whatever stands behind JOB is the job's.
 OPEN = {"allow_extra_args": True, "allow_interspersed_args": False}
@@ -40,7 +41,7 @@ def command(
 
     **Example:** `lidit submit --address http://127.0.0.1:8265 --gpus 1 evaluate /runs/demo/model`
     """
-    from pipelines.submit import submit
+    from pipelines.submission.submit import submit
 
     if address is None:
         raise InputError("lidit submit: give --address URL before the job, such as http://127.0.0.1:8265")
@@ -51,7 +52,7 @@ def asked_for(
     job: str, arguments: Sequence[str], gpus: float | None, cpus: float | None, node_label: list[str] | None
 ) -> Submission:
     """What the command's words ask for, from the current folder."""
-    from pipelines.submit import Driver, Submission
+    from pipelines.submission.submit import Driver, Submission
 
     driver = Driver(gpus, cpus, node_labels(node_label))
     return Submission(module_of(job), tuple(arguments), Path(), corpus_digest(arguments), driver)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 
 if TYPE_CHECKING:
-    from pipelines.drive import FitResult
+    from pipelines.training.driver import FitResult
 
 
 def command(
@@ -25,10 +25,10 @@ def command(
 
     **Example:** `lidit train demo train.steps=200 engine.workers=1`
     """
-    from jobs.recipe import load_recipe
+    from lidit.config.shipped import load_recipe
 
     checked = load_recipe(recipe, overrides)
-    from pipelines.fit import run_fit
+    from pipelines.training.train import run_fit
 
     show(run_fit(checked, allow_drift))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 
 
 def command(
@@ -21,13 +21,13 @@ def command(
 
     **Example:** `lidit train-codec codec-small corpus=corpus`
     """
-    from jobs.recipe import RECIPES, find
-    from lidit.codec_recipe import CodecRecipe
-    from lidit.settings import apply_overrides, load_yaml, validate
+    from lidit.config.codec import CodecRecipe
+    from lidit.config.settings import apply_overrides, load_yaml, validate
+    from lidit.config.shipped import RECIPES, find
 
     tree = load_yaml(find(recipe, RECIPES, "codec recipe"))
     checked = validate(CodecRecipe, apply_overrides(tree, overrides or []), recipe)
-    from pipelines.train_codec import run_train_codec
+    from pipelines.training.train_codec import run_train_codec
 
     result = run_train_codec(checked, allow_drift)
     print(f"{result.model}: {'trained to' if result.trained else 'already trained to'} step {result.step}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.start import run
+from jobs.support.start import run
 from lidit.errors import JobError
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
     from lidit.store import TextFamily
     from lidit.store.verify import verify_corpus
     from lidit.text import PromptEncoder
-    from lidit.text.family import family_encoder
-    from pipelines.progress import Progress
+    from lidit.text.embedding import family_encoder
+    from pipelines.runtime.progress import Progress
 
     loaded: dict[str, PromptEncoder] = {}
 
@@ -71,7 +71,7 @@ def check_sources(corpus: str) -> None:
     """Compare what the corpus was ingested from, with a progress bar. JobError where anything is another now."""
     from lidit.sources.changes import compare_sources
     from lidit.store import Corpus
-    from pipelines.progress import Progress
+    from pipelines.runtime.progress import Progress
 
     opened = Corpus.open(corpus)
     wrong = []

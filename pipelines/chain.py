@@ -18,12 +18,12 @@ from lidit.codecs import codec_spec
 from lidit.config import EncoderSettings, EvaluateSettings, PoolSettings, Recipe, SamplerChanges, Stage
 from lidit.store import Corpus, FamilyWriter
 from lidit.text import resolve_encoder
-from pipelines import cluster
-from pipelines.embed import EmbedSummary, run_embed
-from pipelines.evaluate import evaluate_scenes
-from pipelines.fit import run_fit
-from pipelines.ingest import run_ingest
-from pipelines.latents import run_latents
+from pipelines.corpus.embed import EmbedSummary, run_embed
+from pipelines.corpus.ingest import run_ingest
+from pipelines.corpus.latents import run_latents
+from pipelines.evaluation.scenes import evaluate_scenes
+from pipelines.runtime import resources
+from pipelines.training.train import run_fit
 
 log = logging.getLogger(__name__)
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -49,7 +49,7 @@ def run_chain(recipe: Recipe, report: Report, until: Stage = "evaluate", allow_d
         report(stage, summary)
 
     _check(recipe, wanted)
-    cluster.at_least(_logical_cpus(recipe))
+    resources.at_least(_logical_cpus(recipe))
     if recipe.sources:
         keep("ingest", run_ingest(list(recipe.sources), recipe.corpus, recipe.ingest))
     corpus = Corpus.open(recipe.corpus)
@@ -107,7 +107,7 @@ def _embed(recipe: Recipe, corpus: Corpus, report: Report) -> None:
     if len(pending) == 1:
         report("embed", run_embed(recipe.corpus, pending[0], recipe.pool_of(pending[0].name)))
     elif pending:
-        cluster.connect()
+        resources.connect()
         demands = {encoder.name: _demand(recipe.pool_of(encoder.name)) for encoder in pending}
         calls = {encoder.name: _embedding(recipe, encoder) for encoder in pending}
         side_by_side(calls, demands, _capacity(len(pending)), lambda summary: report("embed", summary))
@@ -126,8 +126,8 @@ def _demand(pool: PoolSettings) -> dict[str, float]:
 
 def _capacity(encoders: int) -> dict[str, float]:
     """What may be in use at once. An embedded Ray counts logical CPUs; encoders need real ones, readers hardly any."""
-    found = cluster.resources()
-    if os.environ.get(cluster.CLUSTER_ADDRESS):
+    found = resources.cluster_resources()
+    if os.environ.get(resources.CLUSTER_ADDRESS):
         return found
     return {**found, "CPU": min(found.get("CPU", 0), (os.cpu_count() or 1) + READERS * encoders)}
 

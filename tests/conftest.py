@@ -20,7 +20,8 @@ os.environ.update(
 )
 
 import pytest
-from trained import SmallWorld, make_small_world
+
+from tests.helpers.trained import SmallWorld, make_small_world
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -38,7 +39,7 @@ def ray_cluster() -> Iterator[None]:
     """An embedded Ray with 6 logical CPUs, the same start-up code the jobs use."""
     import ray
 
-    from pipelines.cluster import connect
+    from pipelines.runtime.resources import connect
 
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         connect(cpus=6, temp_dir=folder)

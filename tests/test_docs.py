@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from corpus_factory import make_corpus
-from embed_job import captions, embed_here, encoder
-from tiny_models import tiny_llm
 
 from jobs.main import app
-from jobs.recipe import RECIPES, load_encoder, load_recipe
 from lidit.config import EncoderSettings, Recipe
+from lidit.config.settings import apply_overrides, load_yaml, validate
+from lidit.config.shipped import RECIPES, load_encoder, load_recipe
 from lidit.errors import InputError
-from lidit.settings import apply_overrides, load_yaml, validate
 from lidit.store import Corpus
+from tests.helpers.corpus_factory import make_corpus
+from tests.helpers.embed_job import captions, embed_here, encoder
+from tests.helpers.tiny_models import tiny_llm
 
 ROOT = Path(__file__).parents[1]
 USAGE_ERROR = typer.BadParameter.__mro__[1]

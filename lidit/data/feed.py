@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from lidit.config import DataSettings
-from lidit.data.draws import Purpose, draw, fill_gaussian, uniform
 from lidit.data.order import GlobalBatch, Order, shares
+from lidit.data.rng import Purpose, draw, fill_gaussian, uniform
 from lidit.data.rows import Rows
 from lidit.models.states import TextStates
 from lidit.store import Corpus, LatentFamily, TextFamily

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lidit.data.draws import Purpose, permutation
+from lidit.data.rng import Purpose, permutation
 
 Ints = NDArray[np.int64]
 WINDOWS_KEPT = 8

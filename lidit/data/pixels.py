@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from lidit.data.draws import Purpose, draw, fill_gaussian
 from lidit.data.order import GlobalBatch, shares
+from lidit.data.rng import Purpose, draw, fill_gaussian
 from lidit.data.rows import Rows
 from lidit.store import LatentFamily
 

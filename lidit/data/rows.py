@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lidit.config import DataSettings
-from lidit.data.draws import Purpose, draw, uniform
 from lidit.data.order import Ints
+from lidit.data.rng import Purpose, draw, uniform
 from lidit.errors import InputError
 from lidit.store import Corpus
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from lidit.store import ImageReference
-from lidit.store.folder import is_url, open_url
-from lidit.store.remote import plain_refusals
-from lidit.store.rows import printable
+from lidit.store.files.folder import is_url, open_url
+from lidit.store.files.remote import plain_refusals
+from lidit.store.samples import printable
 
 # Text members and rows larger than this are refused unread: no caption or metadata record needs more.
 MAX_TEXT_BYTES = 16 * 1024 * 1024

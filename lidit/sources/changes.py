@@ -8,7 +8,7 @@ from pathlib import Path
 from lidit.sources.base import FieldNames, OpenedSource, SourceFile
 from lidit.sources.image_folder import read_folder
 from lidit.store import Corpus
-from lidit.store.folder import is_url
+from lidit.store.files.folder import is_url
 
 
 def compare_sources(corpus: Corpus) -> Iterator[tuple[str, str | None]]:

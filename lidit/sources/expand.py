@@ -13,9 +13,9 @@ from braceexpand import braceexpand
 from lidit.errors import InputError
 from lidit.images.decode import SUFFIXES
 from lidit.sources.base import SourceFile
-from lidit.store.folder import is_url, open_url
-from lidit.store.remote import plain_refusals
-from lidit.store.rows import printable
+from lidit.store.files.folder import is_url, open_url
+from lidit.store.files.remote import plain_refusals
+from lidit.store.samples import printable
 
 # In a folder the first kind found is taken: a .parquet or .json beside tars describes them, as img2dataset does.
 KINDS = {

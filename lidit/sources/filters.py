@@ -10,7 +10,7 @@ from lidit.config import IngestSettings
 from lidit.images import BadImageError, Buckets, decode_image
 from lidit.sources.base import ORIGINAL, RawSample
 from lidit.store import ImageReference, Refusal, Sample, normalise
-from lidit.store.rows import printable
+from lidit.store.samples import printable
 from lidit.store.schema import canonical_json
 
 _URL = re.compile(r"https?://|www\.\w", re.IGNORECASE)

@@ -22,9 +22,9 @@ from lidit.errors import InputError, JobError
 from lidit.sources import FieldNames, OpenedSource, RawSample, SourceFile, read_source
 from lidit.sources.filters import SampleChecker
 from lidit.store import Refusal, Sample
-from lidit.store.folder import Folder
-from lidit.store.publish import arrow_writer, publish_bytes, published
-from lidit.store.rows import quarantine_table
+from lidit.store.files.atomic import arrow_writer, publish_bytes, published
+from lidit.store.files.folder import Folder
+from lidit.store.samples import quarantine_table
 from lidit.store.schema import IMAGE_REFERENCE, canonical_json
 
 STAGING = "ingest"

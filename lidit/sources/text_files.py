@@ -27,7 +27,7 @@ from lidit.sources.base import (
     shown,
 )
 from lidit.store import ImageReference, Refusal
-from lidit.store.folder import is_url
+from lidit.store.files.folder import is_url
 
 # What the path itself is to blame for. Others, such as an I/O error, end the reading: the next file may fail likewise.
 _OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from lidit.sources.staging import StagedSource, staged_name
 from lidit.store import ImageReference, Refusal, Sample, publish_unit, unit_tables
-from lidit.store.folder import Folder
-from lidit.store.publish import FileDigest, publish_table
-from lidit.store.rows import quarantine_table
+from lidit.store.files.atomic import FileDigest, publish_table
+from lidit.store.files.folder import Folder
+from lidit.store.samples import quarantine_table
 
 # Keys compared at once: bounds the driver's memory to about a gigabyte whatever the corpus holds.
 KEYS_AT_ONCE = 20_000_000

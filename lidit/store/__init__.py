@@ -1,11 +1,12 @@
 """The corpus on disk: what a platform team keeps, whatever model it trains later."""
 
-from lidit.store.corpus import Corpus, FamilyHandle, publish_corpus, publish_root, publish_unit, spec_differences
+from lidit.store.corpus import Corpus, publish_corpus, publish_root, publish_unit
 from lidit.store.families import LatentFamily, TextFamily
-from lidit.store.latents import Crop, latents_table
-from lidit.store.publish import CRASH_POINTS, crash_point
+from lidit.store.files.atomic import CRASH_POINTS, crash_point
+from lidit.store.latent_file import Crop, latents_table
+from lidit.store.manifest import FamilyHandle, spec_differences
 from lidit.store.records import CommitRecord, UnitStatistics
-from lidit.store.rows import ImageReference, Refusal, Sample, caption_digest, normalise, unit_tables
+from lidit.store.samples import ImageReference, Refusal, Sample, caption_digest, normalise, unit_tables
 from lidit.store.schema import canonical_json, digest_of
 from lidit.store.states import (
     SharedStates,

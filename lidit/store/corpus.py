@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from lidit.errors import InputError
-from lidit.store.folder import Folder, is_url
-from lidit.store.publish import FileDigest, publish_bytes, publish_table
+from lidit.store.families import LatentFamily, TextFamily
+from lidit.store.files.atomic import publish_bytes, publish_table
+from lidit.store.files.folder import Folder, is_url
+from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, FamilyHandle, named, read_named_table, spec_differences
 from lidit.store.schema import FORMAT_VERSION, UNITS, digest_of, seal, unit_name, unseal
 
-if TYPE_CHECKING:
-    from lidit.store.families import LatentFamily, TextFamily
-
 CORPUS_FILE = "corpus.json"
-FAMILY_FILE = "family.json"
-MANIFEST_FILE = "MANIFEST.json"
 # What ingest wrote is never repaired: the families lie beside it and are valid for the same contents only.
 INGEST_ANEW = "ingest the same sources into a new folder, then move text/ and latents/ over"
-
-
-@dataclass(frozen=True)
-class FamilyHandle:
-    """A family's directory as it stands, complete or not."""
-
-    kind: str
-    directory: str
-    name: str
-    fingerprint: str
-    spec: dict[str, Any]
-    complete: bool
 
 
 class Corpus:
@@ -152,15 +134,11 @@ class Corpus:
 
     def text_family(self, wanted: str) -> TextFamily:
         """A complete text family by name, fingerprint (at least 12 digits) or directory name."""
-        from lidit.store.families import TextFamily
-
-        return TextFamily(self, self._find("text", wanted))
+        return TextFamily(self.folder, self._find("text", wanted), self.digest, self.num_units)
 
     def latent_family(self, wanted: str) -> LatentFamily:
         """A complete latents family by name, fingerprint (at least 12 digits) or directory name."""
-        from lidit.store.families import LatentFamily
-
-        return LatentFamily(self, self._find("latents", wanted))
+        return LatentFamily(self.folder, self._find("latents", wanted), self.digest, self.num_units)
 
     def _find(self, kind: str, wanted: str) -> FamilyHandle:
         families = self.families(kind)
@@ -190,35 +168,6 @@ class Corpus:
                 "the directory"
             )
         return complete[0]
-
-
-def spec_differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Readable differences of two JSON values, one line per leaf: `key.path: a -> b`."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = sorted(set(one) | set(other))
-        return [
-            line
-            for key in keys
-            for line in spec_differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if one == other else [f"{path}: {json.dumps(one)} -> {json.dumps(other)}"]
-
-
-def named(file: FileDigest) -> dict[str, Any]:
-    """How a JSON file names another file: name, size, sha256."""
-    return {"file": file.name, "bytes": file.bytes, "sha256": file.sha256}
-
-
-def read_named_table(folder: Folder, reference: dict[str, Any]) -> pa.Table:
-    """The Arrow table that a JSON file names, after checking its bytes. InputError where they differ."""
-    where = folder.where(reference["file"])
-    try:
-        content = folder.map(reference["file"])
-    except FileNotFoundError:
-        raise InputError(f"{where}: missing; run lidit verify") from None
-    if hashlib.sha256(content).hexdigest() != reference["sha256"]:
-        raise InputError(f"{where}: the bytes are not those that were written (sha256 differs); run lidit verify")
-    return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
 def publish_unit(

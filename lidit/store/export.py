@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save
 
 from lidit.errors import InputError
-from lidit.store.corpus import Corpus, spec_differences
+from lidit.store.corpus import Corpus
 from lidit.store.families import TextFamily
-from lidit.store.folder import Folder
-from lidit.store.publish import TEMPORARY_PREFIX, publish_bytes, published
+from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes, published
+from lidit.store.files.folder import Folder
+from lidit.store.manifest import spec_differences
 from lidit.store.schema import seal, unseal
 
 FORMATS = ("webdataset", "parquet")

@@ -13,11 +13,12 @@ import pyarrow as pa
 import torch
 
 from lidit.errors import InputError
-from lidit.store.corpus import FAMILY_FILE, MANIFEST_FILE, Corpus, FamilyHandle, read_named_table
-from lidit.store.latents import LatentFile
+from lidit.store.files.folder import Folder
+from lidit.store.latent_file import LatentFile
+from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, FamilyHandle, read_named_table
 from lidit.store.schema import digest_of, unseal
 from lidit.store.states import SharedStates, read_shared
-from lidit.store.unitfile import TextFile
+from lidit.store.text_file import TextFile
 
 # A mapped file costs an address range and a descriptor, not memory; behind a URL it costs the unit's bytes.
 OPEN_FILES = 64
@@ -26,12 +27,14 @@ OPEN_FILES = 64
 class Family:
     """What text and latents families share. Open through `Corpus.text_family` and `Corpus.latent_family`.
 
+    corpus: the corpus's folder, whose digest and number of units the family must fit.
     keep_open: unit files kept open at once; at least the units a reader moves among.
     """
 
-    def __init__(self, corpus: Corpus, handle: FamilyHandle) -> None:
-        self.corpus, self.kind, self.directory, self.name = corpus, handle.kind, handle.directory, handle.name
-        self.folder = corpus.folder.child(handle.kind).child(handle.directory)
+    def __init__(self, corpus: Folder, handle: FamilyHandle, corpus_digest: str, num_units: int) -> None:
+        self.kind, self.directory, self.name = handle.kind, handle.directory, handle.name
+        self.corpus_location, self.num_units = corpus.location, num_units
+        self.folder = corpus.child(handle.kind).child(handle.directory)
         self.spec, self.fingerprint = handle.spec, handle.fingerprint
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -43,7 +46,7 @@ class Family:
         if digest_of(self.spec) != self.fingerprint or self.manifest.get("fingerprint") != self.fingerprint:
             raise InputError(f"{where}: the fingerprint does not belong to the spec in {FAMILY_FILE}; run lidit verify")
         for name, found in ((FAMILY_FILE, facts), (MANIFEST_FILE, self.manifest)):
-            if found.get("corpus") != corpus.digest:
+            if found.get("corpus") != corpus_digest:
                 raise InputError(f"{where}/{name}: made for another corpus; delete this directory and compute it again")
         self.digest: str = self.manifest["digest"]
 
@@ -66,7 +69,7 @@ class Family:
     def records(self) -> pa.Table:
         """The table of all commit records, ordered by unit: unit, file, rows, tokens, bytes, sha256, ..."""
         table = read_named_table(self.folder, self.manifest["records"])
-        if table["unit"].to_pylist() != list(range(self.corpus.num_units)):
+        if table["unit"].to_pylist() != list(range(self.num_units)):
             raise InputError(f"{self.folder.location}: the manifest does not cover every unit; run lidit repair")
         return table
 
@@ -103,7 +106,7 @@ class Family:
     @property
     def _remedy(self) -> str:
         job = "embed" if self.kind == "text" else "latents"
-        return f"run lidit repair {self.corpus.folder.location}, then lidit {job} to compute this unit again"
+        return f"run lidit repair {self.corpus_location}, then lidit {job} to compute this unit again"
 
     def _open(self, unit: int) -> Any:
         with self._lock:

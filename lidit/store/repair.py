@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lidit.store.corpus import FAMILY_FILE, MANIFEST_FILE
-from lidit.store.folder import Folder
+from lidit.store.files.folder import Folder
+from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE
 from lidit.store.verify import Problem
 from lidit.store.writer import SHARED_FILE
 

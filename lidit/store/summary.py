@@ -122,7 +122,7 @@ def plot_corpus(corpus: Corpus, folder: Path) -> list[Path]:
 
 
 def _spread(family: Family) -> list[int]:
-    units = family.corpus.num_units
+    units = family.num_units
     return sorted({i * units // SAMPLED_UNITS for i in range(SAMPLED_UNITS)} if units > SAMPLED_UNITS else range(units))
 
 

@@ -13,14 +13,15 @@ import pyarrow as pa
 import torch
 
 from lidit.errors import InputError
-from lidit.store.corpus import FAMILY_FILE, INGEST_ANEW, MANIFEST_FILE, Corpus
+from lidit.store.corpus import INGEST_ANEW, Corpus
 from lidit.store.families import TextFamily
-from lidit.store.folder import Folder
-from lidit.store.latents import LatentFile
+from lidit.store.files.folder import Folder
+from lidit.store.latent_file import LatentFile
+from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE
 from lidit.store.records import CommitRecord
-from lidit.store.rows import caption_digest
+from lidit.store.samples import caption_digest
 from lidit.store.schema import unseal
-from lidit.store.unitfile import TextFile
+from lidit.store.text_file import TextFile
 from lidit.store.writer import ALIGNED_WITH
 
 # Recomputing a row on another device or in another dtype moves it by a few hundredths of a deviation; the row of

@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lidit.errors import InputError, JobError
-from lidit.store.corpus import FAMILY_FILE, MANIFEST_FILE, Corpus, named, spec_differences
-from lidit.store.folder import Folder
-from lidit.store.publish import (
+from lidit.store.corpus import Corpus
+from lidit.store.files.atomic import (
     TEMPORARY_PREFIX,
     arrow_writer,
     crash_point,
@@ -25,6 +24,8 @@ from lidit.store.publish import (
     published,
     remove_if_abandoned,
 )
+from lidit.store.files.folder import Folder
+from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, named, spec_differences
 from lidit.store.records import CommitRecord, UnitStatistics, records_table, totals
 from lidit.store.schema import FORMAT_VERSION, RECORDS, canonical_json, digest_of, seal, unseal
 from lidit.store.states import SharedStates, read_shared

@@ -2,8 +2,8 @@
 
 from lidit.text.encoder import CaptionStates, PromptEncoder
 from lidit.text.packaged import packaged_model_folder
-from lidit.text.prompts import CaptionTokens, PromptTokenizer
 from lidit.text.specs import EncoderSpec, resolve_encoder
+from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
 
 __all__ = [
     "CaptionStates",

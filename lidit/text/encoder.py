@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from lidit.text.batching import Padding, padding_of, plan_batches
-from lidit.text.prompts import CaptionTokens, PromptTokenizer
 from lidit.text.specs import EncoderSpec, default_device
+from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
 from lidit.text.trunk import Trunk
 
 TOKEN_BUDGET = 8192

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trained import SmallWorld
 
 from lidit.config import DataSettings
 from lidit.data.feed import Assembler, Feed, TrainingBatch
@@ -15,6 +14,7 @@ from lidit.data.order import Order
 from lidit.data.rows import Rows
 from lidit.errors import InputError
 from lidit.store import Corpus
+from tests.helpers.trained import SmallWorld
 
 BATCH = 12
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit.data.draws import Purpose, draw, permutation, uniform
 from lidit.data.order import Order
+from lidit.data.rng import Purpose, draw, permutation, uniform
 
 
 def make_order(sizes: list[int], num_buckets: int, batch_size: int, window_units: int, seed: int = 3) -> Order:

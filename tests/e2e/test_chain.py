@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import lidit
 from PIL import Image
-from tiny_models import tiny_llm
 
-from jobs.recipe import load_encoder
+from lidit.config.shipped import load_encoder
 from lidit.errors import InputError
 from lidit.pipeline import LIDiTPipeline
 from lidit.store import Corpus
 from lidit.text import packaged_model_folder
+from tests.helpers.command import lidit
+from tests.helpers.tiny_models import tiny_llm
 
 RECIPE = """
 name: chain

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from embed_job import contents, embed_here, encoder, finished, make_job, start
-from tiny_models import tiny_llm
-from waiting import wait_until
 
 from lidit.config import PoolSettings
 from lidit.errors import InputError, JobError
 from lidit.store import CRASH_POINTS, Corpus
-from pipelines.embed import run_embed
+from pipelines.corpus.embed import run_embed
+from tests.helpers.embed_job import contents, embed_here, encoder, finished, make_job, start
+from tests.helpers.tiny_models import tiny_llm
+from tests.helpers.waiting import wait_until
 
 UNITS, ROWS = 24, 60
 ONE = PoolSettings(actors=1, cpus=1)

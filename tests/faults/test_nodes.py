@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_models import tiny_llm
 
-from lidit.evals.scenes import write_scene_shards
+from lidit.datasets.scenes.shards import write_scene_shards
 from lidit.store import Corpus
+from tests.helpers.tiny_models import tiny_llm
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 name: nodes
 output: runs
@@ -42,12 +42,12 @@ def test_a_node_dies_in_every_stage(tmp_path_factory: pytest.TempPathFactory) ->
         tiny_llm(folder / family, family)
     (folder / "recipe.yaml").write_text(RECIPE)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "store")))
+    environment["PYTHONPATH"] = str(ROOT)
 
     def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
 
-    done = run(sys.executable, TESTS / "faults" / "nodes_scenario.py", folder)
+    done = run(sys.executable, ROOT / "tests" / "helpers" / "nodes_scenario.py", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["code"] == 0, found["log"]

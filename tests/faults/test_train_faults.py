@@ -20,14 +20,14 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from trained import SmallWorld
-from waiting import wait_until
 
 from lidit.config import Recipe
 from lidit.errors import InputError
-from pipelines import checkpoints
-from pipelines.drive import UNTRACKED, FitResult, read_run_id
-from pipelines.fit import run_fit
+from pipelines.training import checkpoints
+from pipelines.training.driver import UNTRACKED, FitResult, read_run_id
+from pipelines.training.train import run_fit
+from tests.helpers.trained import SmallWorld
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 FINAL = "model/diffusion_pytorch_model.safetensors"
@@ -278,8 +278,8 @@ def test_a_node_leaves_for_good_and_the_run_goes_on_with_the_rest(
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(again.model_dump(mode="json")))
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("elastic_scenario.py"), path],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, capture_output=True, text=True, timeout=500,
+        [sys.executable, ROOT / "tests" / "helpers" / "elastic_scenario.py", path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if "PlacementGroupCleaner" not in line]
     assert done.returncode == 0, "\n".join(said)[-6000:]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from manifests import OVERLAYS, render_overlay
+
+from tests.helpers.manifests import OVERLAYS, render_overlay
 
 
 @pytest.fixture(params=OVERLAYS)

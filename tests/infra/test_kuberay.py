@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import KUBERAY, OVERLAYS, PARTS, REPOSITORY, find, render
 
 from infra.kuberay.documents import pod_templates
 from infra.kuberay.together import run_folder_errors, shared_state_errors, together_errors
 from infra.kuberay.validate import check, load_schemas, rule_errors, security_errors
+from tests.helpers.manifests import KUBERAY, OVERLAYS, PARTS, REPOSITORY, find, render
 
 
 @pytest.fixture(scope="module")

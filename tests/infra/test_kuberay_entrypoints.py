@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manifests import find
 from typer.main import get_command
 
 from infra.kuberay.documents import pod_templates
 from infra.kuberay.together import entrypoint_errors
 from jobs.main import app
 from lidit.config import Recipe
-from lidit.settings import apply_overrides, validate
+from lidit.config.settings import apply_overrides, validate
+from tests.helpers.manifests import find
 
 JOBS = ("lidit-embed-large", "lidit-embed-small", "lidit-train")
 # Stands for a program: writes what it was called with; `ray job status` knows no job yet.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from manifests import KUBERAY, REPOSITORY, Network, find, render
 
 from infra.kuberay.documents import pod_templates
+from tests.helpers.manifests import KUBERAY, REPOSITORY, Network, find, render
 
 RAY_PORTS = (6379, 8265, 10001, 10002, 52365)
 SPACE = "lidit"

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import REPOSITORY, find, render, render_overlay
 
 from infra.kuberay.documents import cluster_spec
 from infra.kuberay.validate import DIGEST
+from tests.helpers.manifests import REPOSITORY, find, render, render_overlay
 
 IMAGE = REPOSITORY / "infra" / "image"
 DOCKERFILES = [IMAGE / "Dockerfile", REPOSITORY / "infra" / "mlflow" / "Dockerfile"]

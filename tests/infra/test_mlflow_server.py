@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manifests import REPOSITORY, Network, find, render
-from servers import free_ports, healthy
-from waiting import wait_until
 
 from infra.kuberay.documents import pod_templates
 from infra.kuberay.validate import check, load_schemas, security_errors
+from tests.helpers.manifests import REPOSITORY, Network, find, render
+from tests.helpers.servers import free_ports, healthy
+from tests.helpers.waiting import wait_until
 
 MLFLOW = REPOSITORY / "infra" / "mlflow"
 ADMIN_PASSWORD = "a-long-password-of-the-test"

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import REPOSITORY, Network, render_overlay, selects
-from pictures import write_tar
-from tiny_models import tiny_llm
 
 from infra.kuberay.documents import cluster_spec, pod_templates
 from lidit.config import Recipe
-from lidit.evals.scenes import write_scene_shards
+from lidit.datasets.scenes.shards import write_scene_shards
 from lidit.store import Corpus
-from pipelines.metrics import METRICS
+from pipelines.runtime.prometheus import METRICS
+from tests.helpers.manifests import REPOSITORY, Network, render_overlay, selects
+from tests.helpers.pictures import write_tar
+from tests.helpers.tiny_models import tiny_llm
 
 MONITORING = REPOSITORY / "infra" / "monitoring"
 OURS = re.compile(r"\bray_(lidit_\w+)")
@@ -55,7 +55,9 @@ def test_every_metric_named_is_declared_with_its_label() -> None:
         named = OURS.findall(expression)
         assert named, f"{where} watches nothing of ours"
         for name in named:
-            assert name in exported_names(), f"{where} names {name}, which pipelines/metrics.py does not declare"
+            assert name in exported_names(), (
+                f"{where} names {name}, which pipelines/runtime/prometheus.py does not declare"
+            )
             base = name if name in METRICS else name.rsplit("_", 1)[0]
             assert METRICS[base].tag in expression, f"{where}: {name} is labelled by {METRICS[base].tag}"
 
@@ -171,7 +173,7 @@ def test_panel_expressions_parse(promtool: str, tmp_path: Path) -> None:
 
 def test_without_ray_nothing_happens() -> None:
     code = (
-        "from pipelines.metrics import EmbedMetrics, TrainMetrics, _metric\n"
+        "from pipelines.runtime.prometheus import EmbedMetrics, TrainMetrics, _metric\n"
         "EmbedMetrics('a').unit_done(1, 2, 3, 4.0, 5)\n"
         "TrainMetrics('b').step(1.0, 0.1, float('nan'))\n"
         "assert _metric.cache_info().currsize == 0\n"
@@ -182,8 +184,8 @@ def test_without_ray_nothing_happens() -> None:
 JOB = """
 import sys, threading, urllib.request
 import ray
-from waiting import wait_until
-from pipelines.metrics import EmbedMetrics, IngestMetrics, TrainMetrics
+from tests.helpers.waiting import wait_until
+from pipelines.runtime.prometheus import EmbedMetrics, IngestMetrics, TrainMetrics
 
 ray.init(num_cpus=2, include_dashboard=True, dashboard_port=0, _temp_dir=sys.argv[1], logging_level=40)
 
@@ -228,7 +230,7 @@ def scraped(text: str) -> dict[str, tuple[str, float]]:
 def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("m")
     env = os.environ | {"HOME": str(home), "RAY_metrics_report_interval_ms": "1000", "RAY_AUTH_MODE": "disabled"}
-    env["PYTHONPATH"] = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+    env["PYTHONPATH"] = str(REPOSITORY)
     done = subprocess.run(
         [sys.executable, "-c", JOB, str(home / "r"), str(len(METRICS))],
         env=env,
@@ -264,7 +266,7 @@ REAL = """
 import sys, threading, urllib.request
 from pathlib import Path
 import ray
-from jobs.recipe import load_recipe
+from lidit.config.shipped import load_recipe
 from pipelines.chain import run_chain
 
 folder = Path(sys.argv[1])

@@ -11,15 +11,16 @@ from urllib.parse import quote
 
 import pytest
 from mlflow import MlflowClient
-from test_mlflow_server import ADMIN_PASSWORD, documents, running_server
-from tiny_models import tiny_llm
 
 from lidit.config import EncoderSettings, Recipe, TrackingSettings
+from lidit.config.settings import validate
+from lidit.datasets.scenes.shards import write_scene_shards
 from lidit.errors import InputError
-from lidit.evals.scenes import write_scene_shards
-from lidit.settings import validate
-from pipelines import drive, tracking
-from pipelines.ingest import run_ingest
+from pipelines import tracking
+from pipelines.corpus.ingest import run_ingest
+from pipelines.training import driver
+from tests.helpers.tiny_models import tiny_llm
+from tests.infra.test_mlflow_server import ADMIN_PASSWORD, documents, running_server
 
 __all__ = ["documents"]
 
@@ -134,4 +135,4 @@ def test_settings_refuse_passwords_without_repeating_them(tmp_path: Path) -> Non
 
 def test_no_secret_is_in_what_ray_records_of_a_worker() -> None:
     secret = ("PASSWORD", "TOKEN", "SECRET", "KEY")
-    assert not [name for name in drive.WORKER_ENVIRONMENT if any(word in name for word in secret)]
+    assert not [name for name in driver.WORKER_ENVIRONMENT if any(word in name for word in secret)]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from command import lidit
 from ray.exceptions import RayTaskError
 
 from jobs.main import app
-from jobs.start import guarded
+from jobs.support.start import guarded
 from lidit.errors import StorageError
+from tests.helpers.command import lidit
 
 JOBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 JobRaising = Callable[[BaseException], typer.Typer]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from command import lidit
-from embed_job import contents, embed_here, encoder, make_job
 from PIL import Image
-from tiny_models import tiny_llm
-from trained import SmallWorld
+
+from tests.helpers.command import lidit
+from tests.helpers.embed_job import contents, embed_here, encoder, make_job
+from tests.helpers.tiny_models import tiny_llm
+from tests.helpers.trained import SmallWorld
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """Which codec `lidit latents` computes: the one of a recipe is the one its training looks for."""
 
 import pytest
-from command import lidit
 
 from jobs.latents import codec_settings
-from jobs.recipe import load_recipe
 from lidit.config import CodecSettings
+from lidit.config.shipped import load_recipe
 from lidit.errors import InputError
+from tests.helpers.command import lidit
 
 
 @pytest.mark.parametrize("recipe", ["lidit-1b", "lidit-10b", "demo"])

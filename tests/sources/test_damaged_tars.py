@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pictures import Member, encoded, picture, sample, write_tar
-from source_reading import read
 
 from lidit.sources import tar_archive
+from tests.helpers.pictures import Member, encoded, picture, sample, write_tar
+from tests.helpers.source_reading import read
 
 
 def members(first: int, count: int) -> list[Member]:

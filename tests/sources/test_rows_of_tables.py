@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import encoded, picture
-from source_reading import read
 
 from lidit.sources import tables, text_files
 from lidit.sources.tables import batches, image_bytes
+from tests.helpers.pictures import encoded, picture
+from tests.helpers.source_reading import read
 
 
 def jsonl(folder: Path, *rows: dict) -> Path:

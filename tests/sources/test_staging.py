@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pictures import encoded, picture, sample, write_tar
-from source_reading import stage
 
 from lidit.config import IngestSettings
 from lidit.errors import InputError, JobError
 from lidit.sources import expand, staging
 from lidit.sources.base import IGNORED_KINDS, OTHER_KINDS
 from lidit.sources.staging import stage_source
-from lidit.store.folder import Folder
+from lidit.store.files.folder import Folder
+from tests.helpers.pictures import encoded, picture, sample, write_tar
+from tests.helpers.source_reading import stage
 
 CAFE = os.fsdecode(b"caf\xe9")  # Latin-1: no UTF-8, a surrogate in Python
 SMALL = {"resolution": 32, "bucket_multiple": 8}

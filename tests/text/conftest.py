@@ -2,9 +2,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_llm
 
 from lidit.config import EncoderSettings
+from tests.helpers.tiny_models import tiny_llm
 
 
 @pytest.fixture(scope="session", autouse=True)

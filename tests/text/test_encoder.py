@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CAUSAL_FAMILIES, ENCODER_FAMILIES, LAYERS, VISION_FAMILIES, WINDOW, break_weights
 from transformers import AutoModel
 
 from lidit.config import EncoderSettings
 from lidit.errors import InputError
 from lidit.text import PromptEncoder, resolve_encoder
+from tests.helpers.tiny_models import CAUSAL_FAMILIES, ENCODER_FAMILIES, LAYERS, VISION_FAMILIES, WINDOW, break_weights
 
 CAPTIONS = [
     "a red circle",

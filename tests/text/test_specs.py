@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_models import LAYERS, edit_config, tiny_llm
 
 from lidit.config import EncoderSettings
 from lidit.errors import InputError
 from lidit.store import digest_of, spec_differences
 from lidit.text import PromptEncoder, resolve_encoder
+from tests.helpers.tiny_models import LAYERS, edit_config, tiny_llm
 
 Make = Callable[..., EncoderSettings]
 

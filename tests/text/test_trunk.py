@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import LAYERS, WINDOW, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma3nTextConfig,
@@ -23,6 +22,7 @@ from transformers import (
 from lidit.config import EncoderSettings
 from lidit.errors import InputError
 from lidit.text import PromptEncoder, resolve_encoder
+from tests.helpers.tiny_models import LAYERS, WINDOW, tiny_tokenizer
 
 Make = Callable[..., EncoderSettings]
 CAPTION = "a red circle and a blue square, photographed in the evening light"

@@ -1,0 +1,80 @@
+"""Recipe files: found by path or by the name of one that ships with the package, checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lidit.config.ablation import Ablation
+from lidit.config.recipe import EncoderSettings, Recipe
+from lidit.config.settings import apply_overrides, load_yaml, validate
+from lidit.errors import InputError
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"  # beside the commands that take them
+ENCODERS = RECIPES / "encoders"
+# What a recipe is called -> as others call it, the command that takes it, a section that no other kind has.
+KINDS = {
+    "recipe": ("a training recipe", "train", "encoders"),
+    "ablation recipe": ("an ablation recipe", "ablate", "arms"),
+    "codec recipe": ("a codec recipe", "train-codec", "loss"),
+}
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe with `key.path=value` overrides. `encoders` entries may be names of shipped encoder files."""
+    path = find(recipe, RECIPES, "recipe")
+    tree = apply_overrides(_with_encoders(load_yaml(path), path), overrides or [])
+    return validate(Recipe, _with_encoders(tree, path), str(recipe))
+
+
+def load_ablation(recipe: str, overrides: list[str] | None = None) -> Ablation:
+    """An ablation recipe with overrides; encoders of its `recipe` section as in `load_recipe`."""
+    path = find(recipe, RECIPES, "ablation recipe")
+    tree = load_yaml(path)
+    if isinstance(tree.get("recipe"), dict):
+        tree["recipe"] = _with_encoders(tree["recipe"], path)
+    return validate(Ablation, apply_overrides(tree, overrides or []), str(recipe))
+
+
+def load_encoder(name: str, overrides: list[str] | None = None) -> EncoderSettings:
+    """An encoder file by path or shipped name."""
+    path = find(name, ENCODERS, "encoder")
+    return validate(EncoderSettings, apply_overrides(load_yaml(path), overrides or []), str(name))
+
+
+def find(name: str, shipped: Path, what: str) -> Path:
+    """The YAML file meant by a path or a shipped name. InputError where there is none, or a recipe of another kind."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"{name}: no such {what} file")
+    else:
+        path = shipped / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(p.stem for p in sorted(shipped.glob("*.yaml")) if _kind(p) in (what, None))
+            raise InputError(f"{name!r}: no such {what}; give a YAML file or one of {known}")
+    if what in KINDS and (kind := _kind(path)) not in (what, None):
+        said, command, _ = KINDS[kind]
+        raise InputError(f"{name} is {said}: lidit {command} {name}")
+    return path
+
+
+def _kind(path: Path) -> str | None:
+    """The kind of recipe in a file; None where none of the tell-tale sections is there."""
+    tree = load_yaml(path)
+    return next((kind for kind, (_, _, section) in KINDS.items() if section in tree), None)
+
+
+def _with_encoders(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Names in `encoders` become the settings they stand for; relative files are looked up beside the recipe."""
+    entries = tree.get("encoders")
+    if not isinstance(entries, list):
+        return tree
+    full = []
+    for entry in entries:
+        if isinstance(entry, str):
+            beside = path.parent / entry
+            full.append(load_yaml(beside if beside.is_file() else find(entry, ENCODERS, "encoder")))
+        else:
+            full.append(entry)
+    return {**tree, "encoders": full}

@@ -1,0 +1,1 @@
+"""Linear probes of LLM states: what the state of each token tells about the scene."""

@@ -1,0 +1,1 @@
+"""The official prompt suites: their prompts, the layout their scorers read, the results those write."""

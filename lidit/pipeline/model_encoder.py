@@ -1,0 +1,146 @@
+"""The LLMs of a saved model: what training read of them, kept beside the weights, and the LLM itself when asked for.
+
+Shapes: P prefix tokens, T caption tokens, W width of the LLM.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lidit.config import EncoderSettings
+from lidit.config.settings import validate
+from lidit.errors import InputError
+from lidit.models import TextStates
+from lidit.store import SharedStates, TextFamily, digest_of, spec_differences
+from lidit.store.states import decode, encode
+from lidit.text import PromptEncoder, resolve_encoder
+
+log = logging.getLogger(__name__)
+ROUNDING = 0.1  # of a channel's deviation
+SHARED_TENSORS = ("prefix", "empty", "mean", "deviation")
+
+
+@dataclass
+class ModelEncoder:
+    """One LLM a model was trained with.
+
+    `spec` is the text family's identity and `fingerprint` its sha256; `prefix` [P, W] and `empty` [T, W] are the
+    states training used, so sampling from stored states needs no LLM. `settings` say where to find it when prompts
+    come as text; it is loaded at the first prompt and refused if its fingerprint is another.
+    """
+
+    settings: EncoderSettings
+    spec: dict[str, Any]
+    fingerprint: str
+    prefix: torch.Tensor
+    empty: torch.Tensor
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    loaded: PromptEncoder | None = None
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @classmethod
+    def of_family(cls, settings: EncoderSettings, family: TextFamily) -> ModelEncoder:
+        """The encoder behind a corpus's text family; dtype and storage are fixed to what the family holds."""
+        shared: SharedStates = family.shared()
+        fixed = settings.model_copy(update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]})
+        return cls(fixed, family.spec, family.fingerprint, shared.prefix, shared.empty, shared.mean, shared.deviation)
+
+    def save(self, folder: Path) -> None:
+        """`<name>.json` with spec, fingerprint and settings; `<name>.safetensors` with the shared states."""
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "spec": self.spec,
+            "settings": self.settings.model_dump(mode="json"),
+        }
+        (folder / f"{self.name}.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in SHARED_TENSORS}
+        save_file(tensors, folder / f"{self.name}.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> ModelEncoder:
+        """The inverse of `save`. Raises InputError for a missing, damaged or altered file."""
+        path, states = folder / f"{name}.json", folder / f"{name}.safetensors"
+        missing = [file.name for file in (path, states) if not file.is_file()]
+        if missing:
+            raise InputError(
+                f"{folder}: the model was trained with the encoder {name!r}, but {' and '.join(missing)} "
+                f"{'are' if len(missing) > 1 else 'is'} missing; copy the whole model folder"
+            )
+        try:
+            facts = json.loads(path.read_text())
+            spec, fingerprint = facts["spec"], facts["fingerprint"]
+            tensors = load_file(states)
+            prefix, empty, mean, deviation = (tensors[label] for label in SHARED_TENSORS)
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise InputError(
+                f"{path}: encoder {name!r} cannot be read ({error}); copy the model folder again"
+            ) from None
+        if digest_of(spec) != fingerprint:
+            raise InputError(f"{path}: the fingerprint does not belong to the spec; the file was edited")
+        return cls(
+            validate(EncoderSettings, facts["settings"], str(path)), spec, fingerprint, prefix, empty, mean, deviation
+        )
+
+    def share(self, encoder: PromptEncoder) -> None:
+        """Use an LLM that is already loaded. Raises InputError naming the fields in which it differs."""
+        self._check(encoder.spec.to_dict())
+        self.loaded = encoder
+
+    def encoder(self, device: str | None = None) -> PromptEncoder:
+        """The LLM, loaded once. Raises InputError where it cannot be found or is not the one of the training."""
+        if self.loaded is None:
+            spec = resolve_encoder(self.settings)
+            self._check(spec.to_dict())
+            self.loaded = PromptEncoder.load(spec, device)
+        return self.loaded
+
+    def encode(self, captions: Sequence[str], device: str | None = None) -> list[torch.Tensor]:
+        """States [T_i, W] of each caption, rounded as the corpus stores them: the same as training saw."""
+        storage = self.spec["storage"]
+        rows = []
+        for text, caption in zip(captions, self.encoder(device).encode(captions), strict=True):
+            if caption.truncated:
+                log.warning(
+                    "encoder %s: the prompt %r is cut to its first %d tokens, more were not used in training either",
+                    self.name, shorten(text, 60), self.spec["max_tokens"],
+                )  # fmt: skip
+            values, scale = encode(caption.states, storage, self.mean, self.deviation)
+            rows.append(decode(values, storage, scale, self.mean, self.deviation))
+        return rows
+
+    def require_instruction(self, prefix: torch.Tensor) -> None:
+        """Raises InputError unless a prefix [P, W] is this encoder's but for rounding: guidance would mix the two."""
+        own, given = self.prefix.float(), prefix.float().to(self.prefix.device)
+        # Of another instruction of the same length, states are about a deviation apart.
+        if given.shape == own.shape and (given - own).abs().sum() <= ROUNDING * self.deviation.mean() * own.numel():
+            return
+        raise InputError(f"encoder {self.name!r}: these states follow another instruction than the model's")
+
+    def collate(self, rows: Sequence[torch.Tensor]) -> TextStates:
+        """Captions' states with this encoder's prefix."""
+        return TextStates.collate(rows, self.prefix)
+
+    def _check(self, found: dict[str, Any]) -> None:
+        differences = spec_differences(self.spec, found)
+        if differences:
+            listed = "; ".join(differences)
+            raise InputError(
+                f"encoder {self.name!r}: {self.settings.model} is not what the model was trained with "
+                f"(trained -> found): {listed}"
+            )

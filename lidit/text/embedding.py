@@ -1,0 +1,121 @@
+"""A text family's contents from one encoder: the shared states, and the tables of a unit, piece by piece.
+
+Needs no cluster: `pipelines.corpus.embed` calls this from its actors, a notebook may call it in a loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import torch
+
+from lidit.config import EncoderSettings
+from lidit.config.settings import validate
+from lidit.errors import InputError
+from lidit.store import (
+    Corpus,
+    FamilyWriter,
+    SharedStates,
+    TextFamily,
+    UnitStatistics,
+    channel_statistics,
+    shared_table,
+    spec_differences,
+    text_table,
+)
+from lidit.text.encoder import TOKEN_BUDGET, PromptEncoder
+from lidit.text.specs import resolve_encoder
+from lidit.text.tokenizer import CaptionTokens
+
+CALIBRATION_CAPTIONS = 1024
+CALIBRATION_UNITS = 64
+PIECE_BYTES = 128 << 20  # states held at once, in the compute dtype: an actor's memory does not grow with the unit
+ERROR_ROWS = 64  # captions per piece whose storage error is measured
+
+
+def calibration_captions(corpus: Corpus) -> list[str]:
+    """The captions behind a family's mean and deviation: evenly spread over the corpus, the same for every encoder."""
+    counts = corpus.units["captions"].to_pylist()
+    units = _spread([unit for unit, count in enumerate(counts) if count], CALIBRATION_UNITS)
+    share = -(-CALIBRATION_CAPTIONS // max(len(units), 1))
+    captions: list[str] = []
+    for unit in units:
+        texts = corpus.captions(unit)["text"]
+        captions += [texts[row].as_py() for row in _spread(list(range(len(texts))), share)]
+    return captions
+
+
+def family_encoder(family: TextFamily, device: str = "cpu") -> PromptEncoder:
+    """The encoder that made a family, found by the settings in its manifest. InputError where it is another one now."""
+    settings = validate(EncoderSettings, family.manifest["extra"].get("encoder", {}), family.folder.location)
+    exact = settings.model_copy(update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]})
+    spec = resolve_encoder(exact, device)
+    if spec.fingerprint != family.fingerprint:
+        differing = "; ".join(spec_differences(family.spec, spec.to_dict()))
+        raise InputError(f"{settings.model}: not the encoder of {family.folder.location} ({differing})")
+    return PromptEncoder.load(spec, device)
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    if len(items) <= count:
+        return items
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def ensure_shared(encoder: PromptEncoder, writer: FamilyWriter, token_budget: int = TOKEN_BUDGET) -> SharedStates:
+    """The family's shared states; computed and published by whoever comes first."""
+    stored = writer.shared()
+    if stored is not None:
+        return stored
+    prefix_ids, prefix = encoder.prefix_states()
+    empty_ids, empty = encoder.empty_states()
+    sample = [found.states for found in encoder.encode(calibration_captions(writer.corpus), token_budget)]
+    mean, deviation = channel_statistics(sample or [empty])
+    return writer.write_shared(shared_table(prefix_ids, prefix, empty_ids, empty, mean, deviation))
+
+
+def unit_tables(
+    encoder: PromptEncoder,
+    shared: SharedStates,
+    captions: Sequence[CaptionTokens],
+    statistics: UnitStatistics,
+    token_budget: int = TOKEN_BUDGET,
+    device_lock: contextlib.AbstractContextManager[object] | None = None,
+) -> Iterator[pa.Table]:
+    """The rows of one unit in order, as tables of about `PIECE_BYTES` of states each; fills `statistics`.
+
+    device_lock is held while the model runs and free while a piece is packed and written, so that another unit's
+    computation can use that time.
+    """
+    spec = encoder.spec
+    pieces = list(_pieces(captions, PIECE_BYTES // (spec.width * getattr(torch, spec.dtype).itemsize)))
+    for piece in pieces or [[]]:
+        ids = [tokens.token_ids for tokens in piece]
+        states: list[torch.Tensor] = [torch.empty(0)] * len(ids)
+        with device_lock or contextlib.nullcontext():
+            for rows, flat in encoder.encode_tokens(ids, token_budget):
+                for row, found in zip(rows, flat.split([len(ids[row]) for row in rows]), strict=True):
+                    states[row] = found
+        table = text_table(ids, states, spec.storage, spec.width, shared.mean, shared.deviation)
+        counts = {
+            "truncated": sum(tokens.truncated for tokens in piece),
+            "computed_tokens": encoder.padding(ids, token_budget).computed,
+        }
+        statistics.add(states, counts=counts)
+        statistics.add(states[:ERROR_ROWS], table.slice(0, ERROR_ROWS), shared.mean, shared.deviation)
+        yield table
+
+
+def _pieces(captions: Sequence[CaptionTokens], tokens: int) -> Iterator[list[CaptionTokens]]:
+    piece: list[CaptionTokens] = []
+    filled = 0
+    for caption in captions:
+        if piece and filled + len(caption.token_ids) > tokens:
+            yield piece
+            piece, filled = [], 0
+        piece.append(caption)
+        filled += len(caption.token_ids)
+    if piece:
+        yield piece

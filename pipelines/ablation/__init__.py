@@ -1,0 +1,1 @@
+"""Many small trainings over one corpus, judged by the same cases."""

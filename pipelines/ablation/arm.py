@@ -1,0 +1,100 @@
+"""One arm of an ablation, trained in one process: the same engine and feed as `train`, measured as it learns.
+
+Minutes long, so it keeps no checkpoint: an arm is finished when its result is on disk, and starts over otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lidit.config import Recipe
+from lidit.data.feed import Assembler, Feed
+from lidit.data.order import Order
+from lidit.data.rows import Rows
+from lidit.diffusion import build_objective
+from lidit.errors import JobError
+from lidit.evals.ablation.results import ArmResult
+from lidit.models import LIDiT
+from lidit.store import Corpus
+from pipelines.ablation.eval_set import Study, points_of
+from pipelines.training.engine import Engine, worker_device
+from pipelines.training.metrics import averaged_model
+
+
+@dataclass(frozen=True)
+class ArmJob:
+    """What a worker needs to train one arm. `texts`: encoder -> fingerprint; `latents`: the family's fingerprint."""
+
+    arm: str
+    seed: int
+    identity: str
+    recipe: Recipe
+    texts: dict[str, str]
+    latents: str
+    study: Study
+    points: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.run_folder
+
+
+def train_arm(job: ArmJob) -> ArmResult:
+    """Train and measure an arm; its result is in its folder when this returns.
+
+    Raises JobError where the loss stops being finite.
+    """
+    recipe, started = job.recipe, time.monotonic()
+    device = worker_device(recipe.engine)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(recipe.engine.cpus_per_worker)))
+    corpus = Corpus.open(recipe.corpus)
+    texts = {name: corpus.text_family(fingerprint) for name, fingerprint in job.texts.items()}
+    latents = corpus.latent_family(job.latents)
+    channels, widths = latents.shapes(0)[0][0], {name: family.width for name, family in texts.items()}
+    rows = Rows(corpus, recipe.data, "train")
+    order = Order(rows.counts, rows.buckets_of, recipe.train.batch_size, recipe.data.seed, recipe.data.window_units)
+    feed = Feed(order, Assembler(corpus, latents, texts, rows, recipe.data), 0, 1, recipe.data.prefetch_batches)
+    objective, images = build_objective(recipe.objective), job.study.images()
+    torch.manual_seed(recipe.data.seed)
+    model = LIDiT.from_settings(recipe.model, widths, channels)
+    for name, family in texts.items():
+        model.conditioner.set_statistics(name, family.shared().mean, family.shared().deviation)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    fresh = LIDiT.from_settings(recipe.model, widths, channels)
+    due, losses, points = set(points_of(recipe, job.points)), [], []
+    _process_group_of_one(device)
+    engine = Engine(recipe, model.train(), objective, device)
+    for batch in feed.batches(0, recipe.train.steps):
+        result = engine.train_step(batch.to(device))
+        step = batch.step + 1
+        if not result.finite:
+            raise JobError(f"arm {job.arm}, seed {job.seed}: the loss is {result.loss} at step {step}")
+        if step % recipe.train.log_every == 0 or step in due:
+            losses.append((step, result.loss))
+        if step in due:
+            averaged = averaged_model(engine, fresh)
+            assert averaged is not None  # this process is rank 0
+            points.append(job.study.measure(job.study.loss(averaged, objective, corpus, job.texts), images, step))
+    seconds = time.monotonic() - started
+    found = ArmResult(job.identity, job.arm, job.seed, parameters, seconds, tuple(losses), tuple(points))
+    found.save(job.folder)
+    return found
+
+
+def _process_group_of_one(device: torch.device) -> None:
+    """What the engine's collective calls run over. It stays for the next arm: DeepSpeed remembers its groups."""
+    if not dist.is_initialized():
+        os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed asks for a launcher's word
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

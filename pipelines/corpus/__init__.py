@@ -1,0 +1,1 @@
+"""Making a corpus on a cluster: ingest, LLM states, latents."""

@@ -1,0 +1,295 @@
+"""Latents: decode on CPU tasks, encode on an actor pool, one family file per unit.
+
+Ray tasks and actors rather than a Ray Data pipeline: one actor must see all of a unit to publish it, and a unit's
+pixels need not fit in memory. So each actor draws its unit's chunks through a short window of decode tasks that runs
+ahead into its next unit, and the codec never waits for a picture. Where actors hold every CPU of a cluster no such task
+can start, and a blocked actor gives none back: then its chunks are decoded on its own node, beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lidit.codecs import Codec, codec_spec, load_codec
+from lidit.config import CodecSettings, PoolSettings
+from lidit.errors import InputError, JobError
+from lidit.images.buckets import Bucket
+from lidit.sources.reading import bucket_images
+from lidit.store import Corpus, FamilyWriter, UnitStatistics, latents_table, spec_differences
+from pipelines.runtime import resources
+from pipelines.runtime.progress import Progress
+
+Report = Callable[[int, int, str], None]
+CHUNK_PIXELS = 64 * 512 * 512  # one decode task: 48 MiB of pixels
+# One forward pass of the codec: fills a GPU; on a CPU more than its cache holds halves the rate.
+BATCH_PIXELS = {"cuda": 16 * 512 * 512, "cpu": 4 * 128 * 128}
+WINDOW = 4  # chunks decoded ahead of the codec
+DECODE_PATIENCE = 15.0  # seconds an actor waits for a chunk before it is decoded beside it as well
+ACTOR_RESTARTS = 3
+TASK_RETRIES = -1  # bounded by the restarts: while a lost node is not yet given up, tries fail many times a second
+
+
+@dataclass(frozen=True)
+class LatentsSummary:
+    """One finished latents family.
+
+    computed_units: by this call; encode_seconds: the actors' time over them, without start-up; codec_busy: the share of
+    it spent in the codec.
+    """
+
+    name: str
+    directory: str
+    fingerprint: str
+    units: int
+    computed_units: int
+    images: int
+    bytes: int
+    seconds: float
+    encode_seconds: float
+    codec_busy: float
+
+    def __str__(self) -> str:
+        return (
+            f"latents {self.directory}: {self.images} images in {self.units} units, {self.bytes / 1e6:.1f} MB; "
+            f"{self.computed_units} units computed in {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class LatentsJob:
+    """What an actor needs to know; small and picklable."""
+
+    corpus: str
+    settings: CodecSettings
+    device: str
+    spec: dict[str, Any]  # of the driver's codec: what every actor must have too
+
+    def writer(self) -> FamilyWriter:
+        return FamilyWriter(self.corpus, "latents", self.settings.name, self.spec)
+
+    def load(self) -> Codec:
+        """This node's codec. InputError where there is none, or one that would make other latents."""
+        if differing := spec_differences(self.spec, codec_spec(self.settings, self.device)):
+            raise InputError(
+                f"{self.settings.model}: this node has other codec files than the node the job started on "
+                f"({'; '.join(differing)}); give all nodes the same files"
+            )
+        return load_codec(self.settings, self.device)
+
+
+@dataclass(frozen=True)
+class EncodedUnit:
+    """A published unit. decoded_here: chunks of it for which no CPU of the cluster came free."""
+
+    codec_seconds: float
+    seconds: float
+    images: int
+    decoded_here: int
+
+    def __str__(self) -> str:
+        rate = f"{self.images / max(self.seconds, 1e-9):.0f} images/s per actor"
+        return f"{rate}, no CPU left for decoding: use fewer actors" if self.decoded_here else rate
+
+
+def run_latents(
+    corpus: str,
+    settings: CodecSettings,
+    pool: PoolSettings | None = None,
+    progress: Report | None = None,
+) -> LatentsSummary:
+    """Compute and publish what is missing of one latents family. Call again after any interruption.
+
+    progress: called with (units done, units, note); by default a bar is shown.
+    Raises InputError for a corpus without images, a codec that is none, is another on some node or whose factor does
+    not divide the buckets, and for actors this machine has no room for; JobError where a source has changed, the disk
+    is full or an actor dies too often. Finished units are kept.
+    """
+    started = time.monotonic()
+    pool = pool or PoolSettings()
+    opened = Corpus.open(corpus)
+    device = "cuda" if pool.gpus else "cpu"
+    spec = codec_spec(settings, device)
+    check_buckets(opened, spec["factor"], settings.scale)
+    job = LatentsJob(opened.folder.location, settings, device, spec)
+    writer = FamilyWriter.open_or_create(job.corpus, "latents", settings.name, spec)
+    pending = [] if writer.complete() else writer.pending()
+    busy = [0.0, 0.0]
+    if pending:
+        resources.connect(cpus=math.ceil(pool.actors * pool.cpus) + 1)
+        resources.check_resources(pool)
+        total = opened.num_units
+        if progress is not None:
+            busy = _compute(job, pool, pending, total, progress)
+        else:
+            with Progress(f"latents {settings.name}", total, "units", total - len(pending)) as bar:
+                busy = _compute(job, pool, pending, total, lambda done, _, note: bar.update(done, note))
+    manifest = writer.finish({"codec": settings.model_dump(mode="json")})
+    return LatentsSummary(
+        settings.name,
+        writer.directory,
+        writer.fingerprint,
+        manifest["units"],
+        len(pending),
+        manifest["rows"],
+        manifest["bytes"],
+        time.monotonic() - started,
+        busy[1],
+        busy[0] / busy[1] if busy[1] else 0.0,
+    )
+
+
+def check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
+    first = next((u for u in range(corpus.num_units) if corpus.units["samples"][u].as_py()), None)
+    if first is None or corpus.samples(first)["bucket"][0].as_py() is None:
+        raise InputError(f"{corpus.folder.location}: a corpus of captions only: there are no images to encode")
+    multiple = int(corpus.facts["settings"].get("bucket_multiple", 1))
+    if multiple * scale % factor:
+        raise InputError(
+            f"{corpus.folder.location}: bucket sides are multiples of {multiple * scale}, the codec needs multiples of "
+            f"{factor}; ingest again with bucket_multiple={factor} x the model's patch size"
+        )
+
+
+def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, report: Report) -> list[float]:
+    """Give every actor a unit and the one after it; returns codec seconds and wall seconds over all units."""
+    lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": TASK_RETRIES}
+    actor_type = ray.remote(**resources.demands(pool), **lives)(LatentsActor)
+    actors = [actor_type.remote(job) for _ in range(min(pool.actors, len(pending)))]
+    remaining = iter(pending)
+    queued = {actor: next(remaining, None) for actor in actors}
+    running: dict[Any, Any] = {}
+    done, busy = total - len(pending), [0.0, 0.0]
+
+    def start(actor: Any) -> None:
+        unit = queued[actor]
+        if unit is not None:
+            queued[actor] = next(remaining, None)
+            running[actor.encode.remote(unit, queued[actor])] = actor
+
+    for actor in actors:
+        start(actor)
+    died = f"an actor of the codec died {ACTOR_RESTARTS + 1} times; finished units are kept"
+    try:
+        while running:
+            (finished,), _ = ray.wait(list(running))
+            actor = running.pop(finished)
+            with resources.plain_errors(died):
+                unit: EncodedUnit = ray.get(finished)
+            done, busy = done + 1, [busy[0] + unit.codec_seconds, busy[1] + unit.seconds]
+            report(done, total, str(unit))
+            start(actor)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    return busy
+
+
+def _decode(job: LatentsJob, unit: int, start: int, stop: int) -> tuple[list[np.ndarray], list[Any]]:
+    corpus = Corpus.open(job.corpus)
+    max_pixels = int(corpus.facts["settings"]["max_pixels"])
+    return bucket_images(corpus, unit, start, stop, job.settings.scale, max_pixels)
+
+
+class LatentsActor:
+    """Holds the codec; encodes and publishes whole units."""
+
+    def __init__(self, job: LatentsJob) -> None:
+        self.job = job
+        self.problem: InputError | JobError | None = None
+        try:
+            self.writer, self.corpus, self.codec = job.writer(), Corpus.open(job.corpus), job.load()
+        except (InputError, JobError) as error:  # Ray would only report that the actor died
+            self.problem = error
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.decode = ray.remote(num_cpus=1, max_retries=2)(_decode)
+        self.decode_here = ray.remote(num_cpus=0, max_retries=2, scheduling_strategy=here)(_decode)
+        self.ahead: dict[tuple[int, int, int], Any] = {}
+        self.patience = DECODE_PATIENCE
+        self.codec_seconds, self.decoded_here = 0.0, 0
+
+    def encode(self, unit: int, following: int | None) -> EncodedUnit:
+        """Publish one unit. Raises what kept the actor from starting, too."""
+        if self.problem:
+            raise self.problem
+        started, self.codec_seconds, self.decoded_here = time.monotonic(), 0.0, 0
+        statistics = UnitStatistics()
+        record = self.writer.publish(unit, self._tables(unit, following, statistics), statistics=statistics)
+        return EncodedUnit(self.codec_seconds, time.monotonic() - started, record.rows, self.decoded_here)
+
+    def _tables(self, unit: int, following: int | None, statistics: UnitStatistics) -> Iterator[pa.Table]:
+        mine = self._chunks(unit)
+        order = mine + (self._chunks(following) if following is not None else [])
+        for position in range(len(mine)):
+            for chunk in order[position : position + WINDOW]:
+                if chunk not in self.ahead:
+                    self.ahead[chunk] = self.decode.remote(self.job, *chunk)
+            pixels, crops = self._decoded(order[position])
+            means, deviations = self._encode_chunk(pixels)
+            statistics.add(means)
+            yield latents_table(means, crops, self.codec.storage, deviations)
+
+    def _decoded(self, chunk: tuple[int, int, int]) -> tuple[list[np.ndarray], list[Any]]:
+        """The chunk's pixels and crops, from its task or from one beside this actor, whichever ends first.
+
+        The wait is over at once as long as only the second kind comes to an end.
+        """
+        task = self.ahead.pop(chunk)
+        ready, _ = ray.wait([task], timeout=self.patience)
+        self.patience = DECODE_PATIENCE
+        if not ready:
+            beside = self.decode_here.remote(self.job, *chunk)
+            ready, (late,) = ray.wait([task, beside])
+            ray.cancel(late)
+            if ready == [beside]:
+                self.patience = 0.0
+                self.decoded_here += 1
+        (found,) = ray.get(ready)
+        pixels, crops = found
+        return pixels, crops
+
+    def _chunks(self, unit: int) -> list[tuple[int, int, int]]:
+        """(unit, start, stop): consecutive rows of about CHUNK_PIXELS, a function of the corpus alone."""
+        buckets = [Bucket.parse(text) for text in self.corpus.samples(unit)["bucket"].to_pylist()]
+        chunks, start, area = [], 0, 0
+        for row, bucket in enumerate(buckets):
+            pixels = bucket.width * bucket.height * self.job.settings.scale**2
+            if row > start and area + pixels > CHUNK_PIXELS:
+                chunks.append((unit, start, row))
+                start, area = row, 0
+            area += pixels
+        return [*chunks, (unit, start, len(buckets))]
+
+    def _encode_chunk(self, pixels: list[np.ndarray]) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Latents of a chunk in row order; batches hold one bucket each and depend on the chunk alone."""
+        buckets: dict[tuple[int, ...], list[int]] = {}
+        for row, image in enumerate(pixels):
+            buckets.setdefault(image.shape, []).append(row)
+        means: dict[int, torch.Tensor] = {}
+        deviations: dict[int, torch.Tensor] = {}
+        for (height, width, _), rows in buckets.items():
+            size = max(1, BATCH_PIXELS[self.job.device] // (height * width))
+            for first in range(0, len(rows), size):
+                batch = rows[first : first + size]
+                stacked = torch.from_numpy(np.stack([pixels[row] for row in batch]))  # [B, H, W, 3] uint8
+                began = time.monotonic()
+                images = stacked.to(self.job.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
+                encoded = self.codec.encode(images)
+                mean = encoded.mean.cpu()
+                deviation = None if encoded.deviation is None else encoded.deviation.cpu()
+                self.codec_seconds += time.monotonic() - began
+                for place, row in enumerate(batch):
+                    means[row] = mean[place]
+                    if deviation is not None:
+                        deviations[row] = deviation[place]
+        in_order = [means[row] for row in range(len(pixels))]
+        return in_order, [deviations[row] for row in range(len(pixels))] if deviations else None

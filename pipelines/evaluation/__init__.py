@@ -1,0 +1,1 @@
+"""Measuring trained models: scenes, captions, official suites, held-out pictures, comparisons, probes."""

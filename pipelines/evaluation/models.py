@@ -1,0 +1,78 @@
+"""Trained models as the jobs on them need them: loaded for this machine, and identified by their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from lidit.config import Recipe, SamplerChanges, SamplerSettings, TrackingSettings
+from lidit.config.settings import validate
+from lidit.errors import InputError
+from lidit.pipeline import INDEX, LIDiTPipeline
+from lidit.text.specs import default_device
+
+# what model_index.json says and scores depend on, apart from the weights
+DRAWN_BY = ("sampler", "objective", "codec", "height", "width")
+
+
+def load_pipeline(model: Path) -> LIDiTPipeline:
+    """The model folder's pipeline on this process's GPU where there is one, without a bar of its own."""
+    diffusers.utils.logging.disable_progress_bar()  # of parts loaded: there is one, and LLMs and codec come later
+    pipe = LIDiTPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)  # jobs count images, not the steps of one batch
+    return pipe.to(default_device())
+
+
+def run_recipe(folder: Path) -> Recipe | None:
+    """The recipe of the run in this folder, OUTPUT/NAME; None for a model that came without one."""
+    try:
+        return Recipe.model_validate_json((folder / "recipe.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def tracking_of(model: Path) -> TrackingSettings:
+    """Where the run that made the model is tracked: what is found out about the model belongs beside it."""
+    recipe = run_recipe(model.resolve().parent)
+    return recipe.tracking if recipe else TrackingSettings()
+
+
+def read_index(model: Path) -> dict[str, Any]:
+    """What model_index.json says of how the model draws. Raises InputError where `model` is no model folder."""
+    path = model / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return {name: index.get(name) for name in DRAWN_BY}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not readable ({error}); give a model folder written by lidit train") from None
+
+
+def model_identity(model: Path, changes: SamplerChanges | None = None) -> dict[str, Any]:
+    """What scores are of: the weights and how they draw, with `changes` to the model's own sampler.
+
+    Raises InputError where `model` is no model folder, or its sampler cannot be changed so.
+    """
+    weights, drawn_by = weights_digest(model), read_index(model)
+    if changes is not None and changes.model_dump(exclude_none=True):
+        own = validate(SamplerSettings, drawn_by["sampler"] or {}, f"{model / INDEX}: sampler")
+        drawn_by["sampler"] = changes.applied(own).model_dump(mode="json")
+    return {"weights": weights, **drawn_by}
+
+
+def weights_digest(model: Path) -> str:
+    """sha256 over the model folder's weight files. InputError where the folder is not a model's: no file has a digest
+    too, and scores would be filed under it."""
+    if not (model / INDEX).is_file():
+        raise InputError(f"{model}: no {INDEX}, so this is not a model folder written by lidit train")
+    weights = sorted(model.rglob("*.safetensors"))
+    if not weights:
+        raise InputError(f"{model}: no weights (*.safetensors) in the model folder; copy it again, whole")
+    total = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,68 @@
+"""The study of LLM states: encoders found, probed one after the other, written up and tracked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lidit.config import EncoderSettings, TrackingSettings
+from lidit.errors import InputError
+from lidit.evals.probes.probe import ProbeResult, probe_captions, probe_encoder, settings_grid
+from lidit.evals.probes.report import ACCURACY_PLOT, NORMS_PLOT, metrics, write_probe_report
+from lidit.store import Corpus, digest_of
+from lidit.text import PromptEncoder, resolve_encoder
+from pipelines import tracking
+from pipelines.runtime.progress import Progress
+
+
+def corpus_encoders(corpus: Corpus) -> list[EncoderSettings]:
+    """The LLMs behind a corpus's finished text families, one per model: with an instruction where a family has one.
+
+    Raises InputError for a corpus without a finished family.
+    """
+    found: dict[str, EncoderSettings] = {}
+    for handle in corpus.text_families():
+        if handle.complete:
+            manifest = corpus.text_family(handle.directory).manifest
+            settings = EncoderSettings.model_validate(manifest["extra"]["encoder"])
+            if settings.model not in found or found[settings.model].instruction == "":
+                found[settings.model] = settings
+    if not found:
+        raise InputError(f"{corpus.folder.location}: no finished text family to take LLMs from; run lidit embed first")
+    return list(found.values())
+
+
+def run_probe(
+    encoders: Sequence[EncoderSettings],
+    styles: Sequence[str],
+    count: int,
+    out: Path,
+    tracker: TrackingSettings,
+    title: str = "What the states of a prompt hold",
+) -> Path:
+    """Probe every LLM with and without instruction, causal and with the mask removed; returns the report's page.
+
+    Raises InputError for a model that cannot be loaded and a caption style that cannot describe four objects.
+    """
+    captions = {style: probe_captions(style, count) for style in styles}
+    grid = [entry for settings in encoders for entry in settings_grid(settings)]
+    results: list[ProbeResult] = []
+    with Progress("probe", len(grid) * len(styles), "settings") as progress:
+        for name, settings in grid:
+            encoder = PromptEncoder.load(resolve_encoder(settings))
+            for style in styles:
+                results.append(probe_encoder(encoder, name, style, captions[style]))
+                progress.advance(1, name)
+    page = write_probe_report(out, results, title)
+    names = [settings.name for settings in encoders]
+    key = digest_of({"probe": [settings.model_dump(mode="json") for settings in encoders], "styles": list(styles),
+                     "captions": count})[:32]  # fmt: skip
+    params = {"encoders": ", ".join(names), "styles": ", ".join(styles), "captions": str(count)}
+    uri = tracking.store_uri(tracker.uri, out.resolve().parent)
+    with tracking.tracked_run(
+        uri, tracker.experiment, f"probe {' '.join(names)}", key, params, {"lidit.job": "probe"}, out
+    ) as run:
+        run.metrics(metrics(results), 0)
+        for path in (page, out / ACCURACY_PLOT, out / NORMS_PLOT):
+            run.artifact(path)
+    return page

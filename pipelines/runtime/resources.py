@@ -1,0 +1,124 @@
+"""Where jobs meet Ray: join the cluster we were submitted to, or start an embedded one.
+
+Ray is imported when it is first needed: a job that finds everything finished never pays for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lidit.config import EngineSettings, PoolSettings
+from lidit.errors import InputError, JobError
+
+CLUSTER_ADDRESS = "RAY_ADDRESS"
+_least_cpus = 1
+
+
+def at_least(cpus: int) -> None:
+    """An embedded Ray started later will have this many logical CPUs: it cannot grow between the stages of a chain."""
+    global _least_cpus
+    _least_cpus = max(_least_cpus, cpus)
+
+
+def connect(cpus: int | None = None, temp_dir: str | None = None) -> None:
+    """Join the cluster named by RAY_ADDRESS; without one, embed a Ray of `cpus` logical CPUs in this process.
+
+    An embedded cluster may be told of more CPUs than the machine has: actors that wait for each other (a trainer and
+    its readers) need a logical CPU each, and too few means waiting for ever.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
+    if os.environ.get(CLUSTER_ADDRESS):
+        # Only here: an embedded Ray makes its own token, but refuses to start when the mode is set and none exists.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        ray.init(address="auto", logging_level=logging.ERROR)
+    else:
+        # "local": without it Ray would join whatever cluster was last started on this machine.
+        cpus = max(cpus or 0, _least_cpus, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, _temp_dir=temp_dir, **quiet)
+
+
+def cluster_resources() -> dict[str, float]:
+    """What the whole cluster has: CPU, GPU, memory and its own resources."""
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
+def total(resource: str) -> float:
+    """How much of a resource ("CPU", "GPU") the whole cluster has."""
+    return cluster_resources().get(resource, 0.0)
+
+
+def worker_pool(engine: EngineSettings) -> PoolSettings:
+    """Training's workers, as a pool."""
+    return PoolSettings(
+        actors=engine.min_workers or engine.workers,
+        cpus=engine.cpus_per_worker,
+        gpus=engine.gpus_per_worker,
+        resources=engine.resources,
+        label_selector=engine.label_selector,
+    )
+
+
+def demands(pool: PoolSettings) -> dict[str, Any]:
+    """What one actor or task of a pool asks of the cluster, as Ray's options."""
+    asked: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
+    if pool.resources:
+        asked["resources"] = dict(pool.resources)
+    if pool.label_selector:
+        asked["label_selector"] = dict(pool.label_selector)
+    return asked
+
+
+def check_resources(
+    pool: PoolSettings, who: str = "pool: {} actors", lower: str = "pool.actors, pool.cpus or pool.gpus"
+) -> None:
+    """Raise InputError where an embedded Ray cannot hold the pool: it never grows, asking for more waits for ever.
+
+    who: what the message calls the pool's members; lower: the settings that the user can change. Call after `connect`.
+    A cluster is not checked: it may grow when actors wait for a place.
+    """
+    if os.environ.get(CLUSTER_ADDRESS):
+        return
+    for resource, each in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items():
+        wanted, offered = pool.actors * each, total(resource)
+        if wanted > offered:
+            raise InputError(
+                f"{who.format(pool.actors)} ask for {wanted:g} {resource}, this machine offers {offered:g}; lower "
+                f"{lower}, or set {CLUSTER_ADDRESS} to a cluster"
+            )
+
+
+def check_engine(engine: EngineSettings) -> None:
+    """`check_resources` for training's workers."""
+    lower = "engine.workers, engine.cpus_per_worker or engine.gpus_per_worker"
+    check_resources(worker_pool(engine), "engine: {} workers", lower)
+
+
+@contextmanager
+def plain_errors(died: str) -> Iterator[None]:
+    """Ray's errors as the user's: what a task raised on purpose as it was; `died` and why, where its worker died."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError | JobError):
+            raise error.cause from None
+        if type(error.cause).__name__ in ("MemoryError", "OutOfMemoryError"):  # the second is torch's, not loaded here
+            reason = " ".join(str(error.cause).split())[:300]
+            raise JobError(f"out of memory: {reason}; ask for fewer at once or for more per worker") from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise JobError(f"{died}: {reason}") from None

@@ -1,0 +1,180 @@
+"""Checkpoints: complete or absent, checked before use, independent of ZeRO stage and world size.
+
+    step-00001000/
+      rank-00000.safetensors   this rank's fragments: master weights, both moments, EMA (keys KIND|NAME|START)
+      rank-00000.json          sha256 and size of the file beside it, rank 0's also of the model's; written last
+      position.json            rank 0: step, world size, run facts (config, corpus digest, family fingerprints)
+      model/                   rank 0, after the last step: the folder people load
+
+No pickle is written or read. DeepSpeed's own checkpoints are pickles that load only at the world size and stage they
+were written with; these are plain tensors named by parameter and offset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lidit.errors import InputError
+from lidit.store import digest_of
+from pipelines.training.ema import MOMENTS, ShardedEMA, inner_optimizer, load_numbers, owned_fragments
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r"step-(\d{9})$")
+MODEL = "model"
+
+
+def unsent_prefix(run_folder: Path) -> str:
+    """How the folders begin in which a machine's workers of this run keep a checkpoint until it is uploaded."""
+    return f"lidit-checkpoint-{digest_of(str(run_folder))[:16]}-"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:09}"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. The data order needs nothing but the step; `ema_updates` are the steps that were taken,
+    fewer than `step` where some had no finite loss. `start` names the start of the workers that wrote it."""
+
+    step: int
+    world_size: int
+    ema_updates: int
+    facts: dict[str, Any]
+    start: str = ""
+
+
+def save(folder: Path, engine: Any, ema: ShardedEMA, rank: int, position: Position) -> None:
+    """Write this rank's part of a checkpoint into `folder`; every rank calls it, rank 0 with the model in its place."""
+    optimizer = inner_optimizer(engine)
+    tensors: dict[str, torch.Tensor] = {}
+    for fragment, average in zip(owned_fragments(engine), ema.average):
+        place = f"{fragment.name}|{fragment.start}"
+        tensors[f"master|{place}"] = fragment.master
+        tensors[f"ema|{place}"] = average
+        for kind in MOMENTS if position.ema_updates else ():  # there are none before the first step that is taken
+            tensors[f"{kind}|{place}"] = fragment.moment(optimizer, kind)
+    path = folder / f"rank-{rank:05}.safetensors"
+    save_file(
+        {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in tensors.items()}, path
+    )
+    if rank == 0:
+        text = json.dumps(position.__dict__, indent=1, sort_keys=True)
+        (folder / "position.json").write_text(text)
+    write_record(folder, rank, position)
+
+
+def write_record(folder: Path, rank: int, position: Position) -> None:
+    """Say what this rank's part of a checkpoint is, once everything of it is there."""
+    model = sorted((folder / MODEL).rglob("*")) if rank == 0 else []
+    files = [folder / f"rank-{rank:05}.safetensors", *(path for path in model if path.is_file())]
+    held = [{"file": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": _digest(p)} for p in files]
+    record = {"start": position.start, "files": held}
+    (folder / f"rank-{rank:05}.json").write_text(json.dumps(record))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def problem(folder: Path) -> str | None:
+    """Why a checkpoint folder cannot be used; None when every file is there, matches its record and is of one start."""
+    try:
+        position = read_position(folder)
+        for rank in range(position.world_size):
+            record = _record(folder, rank)
+            if record["start"] != position.start:
+                return f"rank {rank}'s part is of another start of the workers than rank 0's"
+            for held in record["files"]:
+                path = folder / held["file"]
+                if path.stat().st_size != held["bytes"] or _digest(path) != held["sha256"]:
+                    return f"{held['file']} does not match its record"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a file is missing or of another start: the checkpoint was being written when the run was stopped, and
+    never became one. (One that is too short may have been whole once.)"""
+    try:
+        position = read_position(folder)
+        for record in (_record(folder, rank) for rank in range(position.world_size)):
+            missing = [held for held in record["files"] if not (folder / held["file"]).exists()]
+            if record["start"] != position.start or missing:
+                return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return False
+
+
+def _record(folder: Path, rank: int) -> dict[str, Any]:
+    """What rank's part holds; checkpoints of earlier versions name one file and no start."""
+    record = json.loads((folder / f"rank-{rank:05}.json").read_text())
+    return record if "files" in record else {"start": "", "files": [record]}
+
+
+def read_position(folder: Path) -> Position:
+    return Position(**json.loads((folder / "position.json").read_text()))
+
+
+def candidates(root: Path) -> list[Path]:
+    """Checkpoint folders below a run's folder, newest first."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if NAME.search(p.name)), key=lambda p: p.name, reverse=True)
+
+
+def newest_complete(root: Path) -> Path | None:
+    """The newest checkpoint that passes every check; damaged ones are named and passed over.
+
+    InputError when there are checkpoints and none is whole: starting over silently would throw work away. Not so when
+    none of them was ever finished.
+    """
+    found = candidates(root)
+    for folder in found:
+        if (reason := problem(folder)) is None:
+            return folder
+        log.warning("checkpoint %s is not usable (%s): falling back to the one before", folder.name, reason)
+    if not all(map(unfinished, found)):
+        raise InputError(f"{root}: no checkpoint is whole; remove the step-* folders to start the run over")
+    return None
+
+
+class CheckpointReader:
+    """Parts of parameters from the fragments of all ranks of one checkpoint; only what is asked for is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.position = read_position(folder)
+        self.places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for rank in range(self.position.world_size):
+            file = safe_open(folder / f"rank-{rank:05}.safetensors", framework="pt")
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                kind, name, start = key.split("|")
+                (length,) = file.get_slice(key).get_shape()
+                self.places.setdefault((kind, name), []).append((int(start), int(start) + length, file, key))
+
+    def read(self, kind: str, name: str, first: int, last: int) -> torch.Tensor:
+        """Elements [first, last) of a parameter's flat fp32 tensor; KeyError when the checkpoint has none such."""
+        pieces = []
+        for start, stop, file, key in sorted(self.places[kind, name], key=lambda piece: piece[0]):
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                pieces.append(file.get_slice(key)[low - start : high - start])
+        return torch.cat(pieces)
+
+    def restore(self, engine: Any, ema: ShardedEMA) -> Position:
+        load_numbers(engine, ema, self.read, self.position.ema_updates)
+        ema.updates = self.position.ema_updates
+        return self.position

@@ -1,0 +1,168 @@
+"""Run by test_engine.py in `world_size` real processes: trains tiny models, writes losses as JSON.
+
+python engine_process.py RANK WORLD_SIZE FOLDER JOBS.json
+"""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lidit.config import Recipe
+from lidit.data.feed import TrainingBatch
+from lidit.diffusion import build_objective
+from lidit.models import LIDiT, TextStates
+from pipelines.training import checkpoints
+from pipelines.training.ema import full_shapes, gather_full
+from pipelines.training.engine import Engine
+
+BATCH, CHANNELS, SIDE = 12, 3, 8
+
+
+def launch(folder: Path, world_size: int, jobs: list[dict]) -> dict:
+    """Run the jobs one after the other in `world_size` processes; each job's losses, norms and flags."""
+    (folder / f"store-{world_size}").unlink(missing_ok=True)
+    listing = folder / f"jobs-{world_size}.json"
+    listing.write_text(json.dumps(jobs))
+    command = [str(world_size), str(folder), str(listing)]
+    # DeepSpeed looks for a launcher's variables before it believes the process group that is there.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), *command],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    return json.loads((folder / f"results-{world_size}.json").read_text())
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors alive in this process, each storage once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
+    return sum(storages.values())
+
+
+def recipe_of(job: dict, world_size: int) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "engine",
+            "corpus": "none",
+            "encoders": [{"name": "a", "model": "none"}, {"name": "b", "model": "none"}],
+            "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 4, **job.get("model", {})},
+            "objective": {"kind": "clean"},
+            "train": {
+                "steps": 20,
+                "batch_size": job.get("batch", BATCH),
+                "ema_decay": 0.9,
+                "optimizer": {"lr": 3e-3, "weight_decay": 0.01, "warmup_steps": 3, **job.get("optimizer", {})},
+            },
+            "engine": {"workers": world_size, **job["engine"]},
+        }
+    )
+
+
+def global_batch(step: int, poisoned: int | None = None, size: int = BATCH) -> TrainingBatch:
+    """`poisoned`: the row whose latents are not numbers."""
+    generator = torch.Generator().manual_seed(step)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    mask = torch.arange(5)[None] < torch.randint(1, 6, (size, 1), generator=generator)
+    text = {
+        "a": TextStates(draw(size, 5, 16), mask, draw(3, 16)),
+        "b": TextStates(draw(size, 5, 24), mask, draw(0, 24)),
+    }
+    u = torch.rand(size, generator=generator)
+    latents = draw(size, CHANNELS, SIDE, SIDE)
+    if poisoned is not None:
+        latents[poisoned] = float("nan")
+    noise = draw(size, CHANNELS, SIDE, SIDE)
+    return TrainingBatch(step, tuple(str(i) for i in range(size)), latents, noise, u, text, tokens=int(mask.sum()) * 2)
+
+
+def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
+    recipe = recipe_of(job, world_size)
+    torch.manual_seed(0)
+    before = live_bytes() if job.get("measure") else 0
+    model = LIDiT.from_settings(recipe.model, {"a": 16, "b": 24}, CHANNELS)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if job.get("watch_average") else {}
+    count = sum(p.numel() for p in model.parameters())
+    engine = Engine(recipe, model, build_objective(recipe.objective), torch.device("cpu"))
+    start = 0
+    if "restore" in job:
+        start = checkpoints.CheckpointReader(folder / job["restore"]).restore(engine.deepspeed, engine.ema).step
+    losses, norms, finite = [], [], []
+    shapes, plain = full_shapes(engine.deepspeed), None
+    for step in range(start, job["steps"]):
+        if step == job.get("leave_out"):
+            continue
+        row = job.get("poisoned_row", 0) if step == job.get("poison") else None
+        whole_batch = global_batch(step, row, recipe.train.batch_size)
+        part = whole_batch.split(world_size)[rank]
+        hook = None
+        if step == job.get("overflow") and rank == 1:  # a finite loss whose gradient is not, on one worker alone
+            hook = next(engine.module.parameters()).register_hook(lambda g: torch.full_like(g, math.inf))
+        result = engine.train_step(part)
+        if hook is not None:
+            hook.remove()
+        losses.append(result.loss)
+        norms.append(result.gradient_norm)
+        finite.append(result.finite)
+        if job.get("watch_average"):  # the textbook average, of whole weights on one process
+            whole = gather_full(shapes, engine.ema.fragments, [f.master for f in engine.ema.fragments], engine.device)
+            decay = min(0.9, (step + 1) / (step + 10))
+            if rank == 0:
+                plain = plain or initial
+                plain = {n: decay * plain[n] + (1 - decay) * w for n, w in whole.items()}
+        if "save" in job and step + 1 == job["save_at"]:
+            target = folder / job["save"]
+            target.mkdir(exist_ok=True)
+            dist.barrier()
+            position = checkpoints.Position(step + 1, world_size, engine.ema.updates, {})
+            checkpoints.save(target, engine.deepspeed, engine.ema, rank, position)
+            dist.barrier()
+    if job.get("measure"):
+        return measured(engine, before, count, world_size)
+    masters = [fragment.master for fragment in engine.ema.fragments]
+    weights, average = (
+        gather_full(shapes, engine.ema.fragments, v, engine.device) for v in (masters, engine.ema.average)
+    )
+    if rank == 0:
+        torch.save({"weights": weights, "ema": average, "plain": plain or {}}, folder / f"{job['name']}.pt")
+    return {"losses": losses, "norms": norms, "finite": finite}
+
+
+def measured(engine: Engine, before: int, count: int, world_size: int) -> dict:
+    """Bytes the engine keeps between steps, and at the end of a backward pass, when gradients are there too."""
+    between, held = live_bytes() - before, []
+    take = engine.deepspeed.step
+    engine.deepspeed.step = lambda: (held.append(live_bytes() - before), take())
+    engine.train_step(global_batch(0).split(world_size)[dist.get_rank()])
+    engine.deepspeed.step = take
+    return {"between": between, "held": held[0], "parameters": count}
+
+
+if __name__ == "__main__":
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size)
+    results = {job["name"]: run(job, rank, world_size, folder) for job in json.loads(Path(sys.argv[4]).read_text())}
+    if rank == 0:
+        (folder / f"results-{world_size}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,75 @@
+"""What makes a checkpoint whole: every file as it was recorded, the exported model's too, all of one start."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lidit.errors import JobError
+from pipelines.training import checkpoints, driver
+
+
+def write(run: Path, step: int, starts: tuple[str, str] = ("a", "a"), model: bool = False) -> Path:
+    """Two ranks' parts of a vector of ten numbers."""
+    folder = run / checkpoints.checkpoint_name(step)
+    folder.mkdir(parents=True)
+    if model:
+        (folder / "model" / "model").mkdir(parents=True)
+        (folder / "model" / "model_index.json").write_text("{}")
+        (folder / "model" / "model" / "weights.safetensors").write_bytes(b"weights" * 100)
+    for rank, (start, numbers) in enumerate(((0, torch.arange(6.0)), (6, torch.arange(6.0, 10)))):
+        position = checkpoints.Position(step, 2, step, {}, starts[rank])
+        save_file({f"master|w|{start}": numbers}, folder / f"rank-{rank:05}.safetensors")
+        if rank == 0:
+            (folder / "position.json").write_text(json.dumps(position.__dict__))
+        checkpoints.write_record(folder, rank, position)
+    return folder
+
+
+def test_a_half_uploaded_model_is_not_published(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    last = write(tmp_path, 8, model=True)
+    assert checkpoints.newest_complete(tmp_path) == last
+    weights = last / "model" / "model" / "weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:300])
+    assert "weights.safetensors does not match" in str(checkpoints.problem(last))
+    assert checkpoints.newest_complete(tmp_path) == tmp_path / checkpoints.checkpoint_name(4)
+    weights.unlink()
+    assert checkpoints.unfinished(last)
+    assert checkpoints.newest_complete(tmp_path) == tmp_path / checkpoints.checkpoint_name(4)
+    weights.write_bytes(content)
+    driver.publish_model(tmp_path)
+    assert driver.finished_step(tmp_path) == 8
+
+
+def test_a_last_checkpoint_without_a_model_is_not_published(tmp_path: Path) -> None:
+    write(tmp_path, 8)
+    with pytest.raises(JobError, match="holds no exported model; delete it and run the same command again"):
+        driver.publish_model(tmp_path)
+
+
+def test_parts_of_two_starts_are_no_checkpoint(tmp_path: Path) -> None:
+    whole, mixed = write(tmp_path, 4), write(tmp_path, 8, ("a", "b"))
+    assert "of another start" in str(checkpoints.problem(mixed))
+    assert checkpoints.unfinished(mixed)
+    assert checkpoints.newest_complete(tmp_path) == whole
+
+
+def test_records_of_earlier_versions_still_count(tmp_path: Path) -> None:
+    folder = write(tmp_path, 4, ("", ""))
+    position = json.loads((folder / "position.json").read_text())
+    del position["start"]
+    (folder / "position.json").write_text(json.dumps(position))
+    for rank in range(2):
+        record = json.loads((folder / f"rank-{rank:05}.json").read_text())
+        (folder / f"rank-{rank:05}.json").write_text(json.dumps(record["files"][0]))
+    assert checkpoints.newest_complete(tmp_path) == folder
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 10), (0, 3), (2, 6), (6, 10), (5, 7), (9, 10)])
+def test_any_part_of_a_parameter_is_read(tmp_path: Path, first: int, last: int) -> None:
+    found = checkpoints.CheckpointReader(write(tmp_path, 4)).read("master", "w", first, last)
+    assert found.tolist() == list(range(first, last))

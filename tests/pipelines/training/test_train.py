@@ -1,0 +1,233 @@
+"""Training on real Ray: resumes after kills with the same bits, refuses drift, keeps one honest MLflow run."""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from lidit.config import CodecSettings, PoolSettings, Recipe
+from lidit.errors import InputError, JobError
+from lidit.pipeline import LIDiTPipeline
+from pipelines.corpus.latents import run_latents
+from pipelines.training import checkpoints
+from pipelines.training.driver import FitResult
+from pipelines.training.train import run_fit
+from tests.helpers.trained import SmallWorld
+from tests.helpers.waiting import wait_until
+
+FINAL = "model/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, FitResult]:
+    recipe = small_world.recipe(
+        tmp_path_factory.mktemp("undisturbed"),
+        train={"sample_every": 4, "sample_prompts": ["a red circle", "a blue square"], "validate_every": 8,
+               "validation_samples": 12},
+        data={"validation_fraction": 0.2},
+        tracking={"registered_model": "lidit-test"},
+    )  # fmt: skip
+    return recipe, run_fit(recipe)
+
+
+def history(result: FitResult, metric: str) -> list[int]:
+    found = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, metric)
+    return sorted(point.step for point in found)
+
+
+def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Thread:
+    """SIGKILL one training worker once the checkpoint of `step` is there; its pid goes into `killed`."""
+
+    def workers() -> list[int]:
+        found = psutil.process_iter(["cmdline"])
+        return [process.pid for process in found if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
+
+    def hunt() -> None:
+        wait_until((run / checkpoints.checkpoint_name(step) / "position.json").exists, seconds=200)
+        victim = wait_until(workers, seconds=20)[0]
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
+
+    thread = threading.Thread(target=hunt)
+    thread.start()
+    return thread
+
+
+def test_the_model_folder_draws(undisturbed: tuple[Recipe, FitResult]) -> None:
+    recipe, result = undisturbed
+    pipe = LIDiTPipeline.from_pretrained(result.model)
+    images = pipe(["a red circle", "a blue square"], seed=[1, 2], output_type="np")
+    assert images.shape == (2, 32, 32, 3)
+    assert not np.array_equal(images[0], images[1])
+    for step in (4, 8):
+        assert (recipe.run_folder / "samples" / f"step-{step:09}.png").stat().st_size > 500
+
+
+def test_one_run_holds_everything(undisturbed: tuple[Recipe, FitResult], small_world: SmallWorld) -> None:
+    recipe, result = undisturbed
+    client = MlflowClient(result.tracking_uri)
+    run = client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert history(result, "loss") == [2, 4, 6, 8]
+    assert history(result, "validation/loss") == [8]
+    assert run.data.params["train.optimizer.lr"] == "0.001"
+    assert run.data.tags["lidit.corpus_digest"] == small_world.open().digest
+    for family in small_world.open().text_families():
+        assert run.data.tags[f"lidit.text.{family.name}"] == family.fingerprint
+    assert run.inputs.dataset_inputs[0].dataset.digest == small_world.open().digest[:36]
+    names = {artifact.path for artifact in client.list_artifacts(result.run_id)}
+    assert {"model", "samples", "recipe.json", "plots"} <= names
+    assert {a.path for a in client.list_artifacts(result.run_id, "plots")} == {"plots/loss.png", "plots/timesteps.png"}
+    registered = client.get_model_version_by_alias("lidit-test", recipe.tracking.alias)
+    folder = Path(registered.source.removeprefix("file://"))
+    assert LIDiTPipeline.from_pretrained(folder).config.height == 32
+
+
+def test_the_same_command_again_does_nothing(undisturbed: tuple[Recipe, FitResult]) -> None:
+    recipe, result = undisturbed
+    before = (result.model / FINAL).stat().st_mtime_ns
+    again = run_fit(recipe)
+    assert not again.trained
+    assert (again.step, again.run_id) == (8, result.run_id)
+    assert (result.model / FINAL).stat().st_mtime_ns == before
+
+
+def test_drift_is_refused_with_what_differs(undisturbed: tuple[Recipe, FitResult]) -> None:
+    recipe, _ = undisturbed
+    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seed": 9})})
+    with pytest.raises(InputError, match=r"config.data.seed: 0 -> 9(.|\n)*--allow-drift"):
+        run_fit(changed)
+
+
+def test_a_missing_family_and_other_settings_are_named(small_world: SmallWorld, tmp_path: Path) -> None:
+    recipe = small_world.recipe(tmp_path)
+    other = recipe.encoders[0].model_copy(update={"instruction": "Look:"})
+    with pytest.raises(InputError, match=r"instruction: .* -> \"Look:\"(.|\n)*lidit embed"):
+        run_fit(recipe.model_copy(update={"encoders": (other, recipe.encoders[1])}))
+    absent = recipe.encoders[0].model_copy(update={"name": "absent"})
+    with pytest.raises(InputError, match=r"'absent'.*llama.*lidit embed"):
+        run_fit(recipe.model_copy(update={"encoders": (absent,)}))
+    with pytest.raises(InputError, match="not a corpus"):
+        run_fit(recipe.model_copy(update={"corpus": str(tmp_path)}))
+
+
+def test_what_this_machine_does_not_have_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
+    for engine in ({"gpus_per_worker": 1}, {"resources": {"trainer": 1}}):
+        with pytest.raises(InputError, match=r"engine: 2 workers ask for .* offers 0; lower engine\.workers"):
+            run_fit(small_world.recipe(tmp_path, engine=engine))
+
+
+def test_too_few_held_out_samples_are_told_before_training(small_world: SmallWorld, tmp_path: Path) -> None:
+    recipe = small_world.recipe(tmp_path, train={"validate_every": 4}, data={"validation_fraction": 0.01})
+    with pytest.raises(InputError, match=r"only \d samples are held out, fewer than one batch of 12(.|\n)*batch_size"):
+        run_fit(recipe)
+    assert not recipe.run_folder.exists()
+
+
+def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+    recipe, result = undisturbed
+    train = recipe.train.model_copy(update={"async_upload": True})
+    again = recipe.model_copy(update={"output": str(tmp_path), "train": train})
+    pids: list[int] = []
+    left = Path(tempfile.gettempdir()) / f"{checkpoints.unsent_prefix(again.run_folder)}of-a-killed-worker"
+    left.mkdir()
+    hunter = kill_a_worker_after(again.run_folder, 4, pids)
+    killed = run_fit(again)
+    hunter.join()
+    assert pids, "nothing was killed"
+    assert not list(left.parent.glob(f"{checkpoints.unsent_prefix(again.run_folder)}*")), "checkpoints fill the disk"
+    straight, resumed = (load_file(r.model / FINAL) for r in (result, killed))
+    assert straight.keys() == resumed.keys()
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name]), name
+    assert history(killed, "loss") == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_the_best_and_the_newest_checkpoints_are_kept(small_world: SmallWorld, tmp_path: Path) -> None:
+    recipe = small_world.recipe(
+        tmp_path,
+        train={"steps": 9, "checkpoint_every": 1, "validate_every": 1, "validation_samples": 12, "keep_best": True,
+               "optimizer": {"lr": 0.1}},
+        data={"validation_fraction": 0.2},
+        engine={"workers": 1},
+    )  # fmt: skip
+    result = run_fit(recipe)
+    points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "validation/loss")
+    losses = {point.step: point.value for point in points}
+    assert len(losses) == 9
+    best = sorted(losses, key=lambda step: losses[step])[:2]
+    kept = {int(folder.name.removeprefix("step-")) for folder in checkpoints.candidates(recipe.run_folder)}
+    assert best != [9, 8], "nothing was learned about the choice"
+    assert kept == {*best, 9}
+
+
+@pytest.mark.slow
+def test_a_second_stage_starts_from_the_first_ones_weights(
+    undisturbed: tuple[Recipe, FitResult], small_world: SmallWorld, tmp_path: Path
+) -> None:
+    """As the paper trains: then at twice the resolution, with latents of their own."""
+    recipe, result = undisturbed
+    corpus = tmp_path / "corpus"
+    shutil.copytree(small_world.corpus, corpus)
+    larger = CodecSettings(name="larger", scale=2)
+    run_latents(str(corpus), larger, PoolSettings())
+    train = recipe.train.model_copy(
+        update={"steps": 1, "init_from": str(result.model), "ema_decay": 0.0, "validate_every": 0,
+                "optimizer": recipe.train.optimizer.model_copy(update={"lr": 1e-12})}
+    )  # fmt: skip
+    second = run_fit(
+        recipe.model_copy(
+            update={"name": "second", "output": str(tmp_path), "corpus": str(corpus), "codec": larger, "train": train}
+        )
+    )
+    first_weights, second_weights = (load_file(r.model / FINAL) for r in (result, second))
+    for name, value in first_weights.items():
+        torch.testing.assert_close(second_weights[name], value, rtol=0, atol=1e-9, msg=name)
+    pipe = LIDiTPipeline.from_pretrained(second.model)
+    assert pipe(["a red circle"], seed=[1], output_type="np").shape == (1, 64, 64, 3)
+
+
+def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+    recipe, _ = undisturbed
+    for step in (4, 8):
+        shutil.copytree(
+            recipe.run_folder / checkpoints.checkpoint_name(step), tmp_path / checkpoints.checkpoint_name(step)
+        )
+    newest = tmp_path / checkpoints.checkpoint_name(8)
+    assert checkpoints.newest_complete(tmp_path) == newest
+    whole = (newest / "rank-00001.safetensors").read_bytes()
+    (newest / "rank-00001.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert checkpoints.newest_complete(tmp_path) == tmp_path / checkpoints.checkpoint_name(4)
+    (tmp_path / checkpoints.checkpoint_name(4) / "rank-00000.json").unlink()
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        checkpoints.newest_complete(tmp_path)
+
+
+@pytest.mark.slow  # what a bad loss does to an engine is in test_engine.py; here it goes through the whole job
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(small_world: SmallWorld, tmp_path: Path) -> None:
+    recipe = small_world.recipe(
+        tmp_path,
+        train={"optimizer": {"lr": 1e30, "gradient_clip": 0.0}, "checkpoint_every": 100},
+        engine={"workers": 1},
+    )
+    with pytest.raises(JobError, match="the loss is"):
+        run_fit(recipe)
+    (written,) = recipe.run_folder.glob("not-finite-*.json")
+    told = json.loads(written.read_text())
+    newest = checkpoints.newest_complete(recipe.run_folder)
+    assert newest is not None, "the steps before it are lost"
+    assert checkpoints.read_position(newest).step == told["step"] > 0
+    keys = told["keys"]
+    assert len(keys) == 12
+    assert set(keys) <= {k for u in range(5) for k in small_world.open().samples(u)["key"].to_pylist()}

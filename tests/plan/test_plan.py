@@ -1,0 +1,190 @@
+"""The plan's formulas against what small real models, encoders and files measure."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lidit.config import EncoderSettings, Recipe
+from lidit.config.shipped import load_recipe
+from lidit.errors import StorageError
+from lidit.models import LIDiT, TextStates
+from lidit.plan.facts import encoder_shape, gather_facts
+from lidit.plan.plan import (
+    Facts,
+    activation_bytes,
+    embedding_flops,
+    latent_bytes,
+    make_plan,
+    saved_bytes,
+    step_flops,
+    text_bytes,
+)
+from lidit.store import channel_statistics, latents_table, text_table
+from lidit.store.files.atomic import arrow_writer
+from lidit.store.files.folder import Folder
+from lidit.store.latent_file import Crop
+from lidit.text import PromptEncoder, resolve_encoder
+from tests.helpers.command import lidit
+from tests.helpers.tiny_models import tiny_llm
+from tests.helpers.trained import SmallWorld
+
+WIDTHS = {"llama": 64, "qwen2": 48}
+
+
+def recipe_of(small_world: SmallWorld, **changes: object) -> Recipe:
+    return small_world.recipe(Path("nowhere"), **changes)  # type: ignore[arg-type]
+
+
+def real_inputs(batch: int, tokens: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, TextStates]]:
+    text = {
+        name: TextStates(
+            torch.randn(batch, tokens, width), torch.ones(batch, tokens, dtype=torch.bool), torch.randn(prefix, width)
+        )
+        for name, width in WIDTHS.items()
+    }
+    return torch.randn(batch, 3, 32, 32), torch.rand(batch), text
+
+
+def facts_of(small_world: SmallWorld, tokens: int, prefix: int) -> Facts:
+    found = gather_facts(recipe_of(small_world))
+    return Facts(
+        samples=found.samples,
+        captions=found.captions,
+        caption_tokens=dict.fromkeys(WIDTHS, float(tokens)),
+        prefix_tokens=dict.fromkeys(WIDTHS, prefix),
+        encoders=found.encoders,
+        latent=found.latent,
+        latent_storage="uint8",
+        posterior=False,
+    )
+
+
+def test_flops_are_what_torch_counts_of_a_training_step(small_world: SmallWorld) -> None:
+    batch, tokens, prefix = 6, 20, 9
+    recipe = recipe_of(small_world, model={"width": 64, "depth": 3})
+    model = LIDiT.from_settings(recipe.model, WIDTHS, 3)
+    # The counter does not know the CPU's fused attention: the plain one is two matrix products it can see.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*real_inputs(batch, tokens, prefix)).square().mean().backward()
+    assert step_flops(model, facts_of(small_world, tokens, prefix), batch) == pytest.approx(
+        counter.get_total_flops(), rel=0.05
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_a_forward_pass_keeps(small_world: SmallWorld, checkpointing: bool) -> None:
+    batch, tokens, prefix = 6, 20, 9
+    recipe = recipe_of(small_world, model={"width": 64, "depth": 3, "activation_checkpointing": checkpointing})
+    model = LIDiT.from_settings(recipe.model, WIDTHS, 3).train()
+    kept = saved_bytes(model, *real_inputs(batch, tokens, prefix))
+    expected = activation_bytes(recipe, facts_of(small_world, tokens, prefix), batch)
+    if checkpointing:  # and, while a block is computed again, what that block keeps
+        plain = recipe_of(small_world, model={"width": 64, "depth": 3})
+        whole = saved_bytes(LIDiT.from_settings(plain.model, WIDTHS, 3).train(), *real_inputs(batch, tokens, prefix))
+        assert kept < whole
+        kept += whole // 3
+    assert expected == pytest.approx(kept, rel=0.15)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_text_bytes_are_those_of_written_files(tmp_path: Path, storage: str) -> None:
+    width, lengths = 96, [1 + (7 * i) % 40 for i in range(400)]
+    states = [torch.randn(length, width) for length in lengths]
+    table = text_table([[0] * n for n in lengths], states, storage, None, *channel_statistics(states))
+    with (tmp_path / "unit").open("wb") as file:
+        arrow_writer([table])(file)
+    expected = text_bytes(len(lengths), sum(lengths) / len(lengths), width, storage)
+    assert expected == pytest.approx((tmp_path / "unit").stat().st_size, rel=0.02)
+
+
+@pytest.mark.parametrize(("storage", "posterior"), [("float32", True), ("bfloat16", False), ("uint8", False)])
+def test_latent_bytes_are_those_of_written_files(tmp_path: Path, storage: str, posterior: bool) -> None:
+    latents = [torch.rand(4, 8, 8) for _ in range(1500)]
+    table = latents_table(latents, [Crop(0, 0, 64, 64)] * 1500, storage, latents if posterior else None)
+    with (tmp_path / "unit").open("wb") as file:
+        arrow_writer([table])(file)
+    assert latent_bytes(1500, (4, 8, 8), storage, posterior) == pytest.approx(
+        (tmp_path / "unit").stat().st_size, rel=0.02
+    )
+
+
+def test_embedding_flops_are_those_of_the_encoder(tmp_path: Path) -> None:
+    settings = EncoderSettings(name="llama", model=str(tiny_llm(tmp_path / "llama", "llama", width=256)))
+    encoder = PromptEncoder.load(resolve_encoder(settings))
+    captions = ["a red circle on the left of a blue square"] * 8
+    prefix = len(encoder.prefix_states()[0])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tokens = sum(len(caption.token_ids) for caption in encoder.encode(captions))
+    shape = encoder_shape(settings, Recipe(name="x", corpus="x", encoders=(settings,)))
+    assert shape.width == 256
+    expected = embedding_flops(settings, shape, tokens, prefix, tokens / 8)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_a_corpus_that_is_there_is_measured(small_world: SmallWorld) -> None:
+    corpus = small_world.open()
+    recipe = recipe_of(small_world)
+    facts, plan = gather_facts(recipe), make_plan(recipe, gather_facts(recipe))
+    assert (facts.samples, facts.latent) == (97, (3, 32, 32))
+    for name, storage in (("llama", "bfloat16"), ("qwen2", "int8")):
+        family = corpus.text_family(name)
+        assert facts.captions * facts.caption_tokens[name] == pytest.approx(family.manifest["tokens"], rel=1e-6)
+        assert facts.prefix_tokens[name] == len(family.shared().prefix)
+        assert facts.encoders[name].width == family.width
+        # files of twenty rows are half headers
+        assert plan.text_bytes[name][storage] < family.manifest["bytes"]
+    assert plan.epochs == pytest.approx(8 * 12 / 97)
+
+
+@pytest.mark.parametrize(("name", "billions", "steps"), [("lidit-1b", 1, 500_000), ("lidit-10b", 10, 1_000_000)])
+def test_the_papers_runs(name: str, billions: int, steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lidit("plan", name, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"] == pytest.approx(billions * 1e9, rel=0.1)
+    assert plan["steps"] == steps
+    recipe = load_recipe(name)
+    images, tokens = recipe.train.batch_size * steps, (recipe.plan.latent[1] // 2) ** 2  # type: ignore[index]
+    # 6 FLOPs per token and parameter that sees every image token: 14 of a block's 25 D^2; attention left out
+    assert plan["train_gpu_hours"] == pytest.approx(
+        6 * 14 / 25 * plan["parameters"] * tokens * images / (989e12 * 0.4 * 3600), rel=0.2
+    )
+
+
+def test_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lidit("plan", "lidit-1b", "plan.gpus=8", "engine.workers=8") == 0
+    shown = capsys.readouterr().out
+    for word in ("ZeRO stage", "2 (recipe)", "GPU-hours", "MB/s per node", "8 bits", "cost"):
+        assert word in shown, word
+
+
+def test_unknown_sizes_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write: Callable[[str], int] = (tmp_path / "r.yaml").write_text
+    write("name: r\ncorpus: nowhere\nencoders: [{name: big, model: models/big}]\n")
+    assert lidit("plan", tmp_path / "r.yaml") == 2
+    told = capsys.readouterr().err
+    assert f"error: {tmp_path}/r.yaml: the corpus nowhere does not exist yet; give plan.samples=NUMBER" in told
+    assert lidit("plan", tmp_path / "r.yaml", "plan.samples=1000") == 2
+    assert f"error: {tmp_path}/r.yaml: plan.encoders.big" in capsys.readouterr().err
+
+
+def test_a_corpus_that_cannot_be_looked_at_is_not_called_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "corpus.json").write_text("{")
+    assert lidit("plan", "lidit-1b", f"corpus={tmp_path / 'damaged'}") == 2
+    assert "damaged/corpus.json: damaged" in capsys.readouterr().err
+
+    def refused(*_: object) -> bool:
+        raise StorageError("s3://bucket/corpus: no credentials")
+
+    monkeypatch.setattr(Folder, "exists", refused)
+    assert lidit("plan", "lidit-1b", "corpus=s3://bucket/corpus", "--json") == 0  # its samples are assumed
+    capsys.readouterr()
+    assert lidit("plan", "lidit-1b", "corpus=s3://bucket/corpus", "plan.samples=null") == 2
+    assert "error: s3://bucket/corpus: no credentials" in capsys.readouterr().err
