@@ -12,5 +12,10 @@ class JobError(Exception):
 class StorageError(OSError):
     """An object store that cannot be used: no credentials, no permission, no answer. One line, exit code 2.
 
-    No InputError, after which nothing is tried again: a worker's next start may find the store answering.
+    Not an InputError: workers retry after this error, because the store may be back by then.
     """
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """The error's text with every run of white space as one space, at most `limit` characters of it."""
+    return " ".join(str(error).split())[:limit]

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import typer
 
-from lidit.errors import InputError, JobError, StorageError
+from lidit.errors import InputError, JobError, StorageError, one_line
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -71,7 +71,7 @@ def _usage(error: Any) -> str:
     """What typer says of wrong words on the command line; nothing where it has shown the help instead."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return ""
-    text = " ".join(error.format_message().split()).replace(": Value error, ", ": ").rstrip(".")
+    text = one_line(error.format_message()).replace(": Value error, ", ": ").rstrip(".")
     command = error.ctx.command_path if error.ctx else "lidit"
     return f"error: {command}: {text} (see {command} --help)"
 

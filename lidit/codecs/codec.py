@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from lidit.config import CodecSettings
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.store import digest_of
 
 CODE_VERSION = 1
@@ -143,7 +143,7 @@ def load_codec(settings: CodecSettings, device: str = "cpu") -> Codec:
             str(folder), torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: the codec cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{folder}: the codec cannot be loaded: {one_line(error, 300)}") from None
     return AutoencoderCodec(
         model.to(device), settings.posterior == "sample" and name == "AutoencoderKL", settings.storage
     )
@@ -188,7 +188,7 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise InputError(f"{model} at {revision[:12]}: cannot be fetched from the hub ({reason})") from None
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 
 URL_WITH_PASSWORD = re.compile(r"://[^/\s:@'\"]*:[^/\s@'\"]+@")
 PASSWORD = "a URL with a password in it would be written into logs and run records; give it by the environment instead"
@@ -43,7 +43,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: not a readable YAML file: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
     return content

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
 
@@ -102,7 +102,7 @@ def read(package: Package, archive: Path, wanted: Callable[[str], bool]) -> dict
                 assert content is not None
                 found[name] = content.read()
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{archive}: cannot be read ({' '.join(str(error).split())}); delete it") from None
+        raise InputError(f"{archive}: cannot be read ({one_line(error)}); delete it") from None
     return found
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lidit.errors import one_line
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 DEFAULT_MAX_PIXELS = 64_000_000
@@ -59,7 +61,7 @@ def decode_image(content: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decode
         raise BadImageError(f"broken image: not one of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise almost anything on hostile bytes
         # Without object addresses: the same bytes must give the same reason in every process.
-        reason = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
+        reason = re.sub(r" at 0x[0-9a-f]+", "", one_line(error))
         raise BadImageError(f"broken image: {reason or type(error).__name__}") from None
     return DecodedImage(rgb, tuple(notes + note))
 

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from lidit.config import ModelSettings
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.models.conditioner import PromptConditioner
 from lidit.models.layers import initialise
 from lidit.models.presets import resolve_shape
@@ -103,7 +103,7 @@ class LIDiT(ModelMixin, ConfigMixin):
                 str(folder), use_safetensors=True, torch_dtype=dtype, output_loading_info=True
             )
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise InputError(f"{folder}: the model cannot be loaded ({reason}); fetch or train it again") from None
         # diffusers only logs these, and gives a tensor that is missing any value at all.
         wrong = {kind: names for kind in ("missing", "unexpected", "mismatched") if (names := found[f"{kind}_keys"])}

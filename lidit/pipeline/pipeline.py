@@ -27,7 +27,7 @@ from lidit.codecs import AutoencoderCodec, Codec, load_codec
 from lidit.config import CodecSettings, ObjectiveSettings, SamplerChanges, SamplerSettings
 from lidit.config.settings import validate
 from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.models import LIDiT, TextStates
 from lidit.pipeline.card import model_card
 from lidit.pipeline.model_encoder import ModelEncoder
@@ -89,7 +89,7 @@ class LIDiTPipeline(DiffusionPipeline):
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
             pipeline = super().from_pretrained(str(path), model=model, torch_dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise InputError(f"{path}: the model cannot be loaded ({reason}); fetch or train it again") from None
         pipeline.model.eval()
         if pipeline.codec_settings.model == VAE:

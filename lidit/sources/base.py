@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from lidit.errors import one_line
 from lidit.store import ImageReference
 from lidit.store.files.folder import is_url, open_url
 from lidit.store.files.remote import plain_refusals
@@ -144,7 +145,7 @@ def parse_json(content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadRecordError(f"invalid UTF-8: byte {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise BadRecordError(f"invalid JSON: {' '.join(str(error).split())}") from None
+        raise BadRecordError(f"invalid JSON: {one_line(error)}") from None
 
 
 def captions_in(record: dict[str, Any], fields: dict[str, str]) -> list[tuple[str, str]]:

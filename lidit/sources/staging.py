@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from lidit.config import IngestSettings
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError, JobError, one_line
 from lidit.sources import FieldNames, OpenedSource, RawSample, SourceFile, read_source
 from lidit.sources.filters import SampleChecker
 from lidit.store import Refusal, Sample
@@ -120,7 +120,7 @@ def stage_source(folder: Folder, source: SourceFile, index: int, settings: Inges
     except OSError as error:
         raise JobError(f"{source.path}: cannot be read: {error}") from None
     except Exception as error:  # a reader's bug on bytes nobody thought of: the file must be known at least
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        said = f"{type(error).__name__}: {one_line(error)}"
         raise JobError(f"{source.path}: cannot be read ({said}); take this file out") from error
     finally:
         reader.opened.close()

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lidit.errors import StorageError
+from lidit.errors import StorageError, one_line
 from lidit.sources.base import (
     BadRecordError,
     FieldNames,
@@ -41,7 +41,7 @@ def read_table(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample |
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and (error.errno or isinstance(error, StorageError)):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         yield Refusal("", name, f"broken table: after row {row}: {reason}", "file")
     with open_binary(opened.source.path) as file:
         while block := file.read(1 << 20):
@@ -128,7 +128,7 @@ def _record(batch: pa.RecordBatch, row: int) -> dict[str, Any] | BadRecordError:
         try:
             record[name] = column[row].as_py()
         except (ValueError, OverflowError) as error:
-            return BadRecordError(f"invalid value: column {name}: {' '.join(str(error).split())}")
+            return BadRecordError(f"invalid value: column {name}: {one_line(error)}")
     return record
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from lidit.errors import one_line
 from lidit.images.decode import SUFFIXES
 from lidit.sources.base import (
     MAX_IMAGE_BYTES,
@@ -83,7 +84,7 @@ def read_tar(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
                 place = f"after member {shown(member.name)} at byte {member.offset}"
             reason = archive.stop or archive.beyond_end()
     except tarfile.TarError as error:
-        reason = " ".join(str(error).split()) or "unexpected end"
+        reason = one_line(error) or "unexpected end"
     if group is not None and group.seen:
         if reason and not group.usable(fields):
             yield Refusal(group.key, name, f"archive cut off {place}: this sample is not whole")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.store.corpus import INGEST_ANEW, Corpus
 from lidit.store.families import TextFamily
 from lidit.store.files.folder import Folder
@@ -162,7 +162,7 @@ class _Checker:
             table.validate(full=True)
             reason = None if table.num_rows == rows else f"{table.num_rows} rows, {rows} were recorded"
         except pa.ArrowInvalid as error:
-            reason = f"not a valid Arrow file: {' '.join(str(error).split())}"
+            reason = f"not a valid Arrow file: {one_line(error)}"
         if reason is None:
             return table
         self.report.problems.append(Problem(where, reason, remedy, family, unit))

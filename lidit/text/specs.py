@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lidit.config import PAPER_INSTRUCTION, EncoderSettings
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.store.schema import canonical_json, digest_of
 from lidit.text.packaged import PREFIX, cache_folder, packaged_model_folder
 
@@ -166,7 +166,7 @@ def _download(model: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns)).resolve()
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise InputError(
             f"{model} at {revision[:12]}: cannot be fetched from the hub ({reason}); check the id, the revision and "
             "the connection, or give a folder"
@@ -181,7 +181,7 @@ def _read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise InputError(
             f"{folder}: the installed transformers cannot read this config.json ({reason}); code that comes with a "
             "model is never run"

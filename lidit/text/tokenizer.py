@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.text.specs import EncoderSpec
 
 CAPTION_MARK = "\N{LEFT WHITE LENTICULAR BRACKET}caption\N{RIGHT WHITE LENTICULAR BRACKET}"
@@ -41,7 +41,7 @@ class PromptTokenizer:
                 spec.folder, local_files_only=True, trust_remote_code=False, padding_side="right"
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise InputError(f"{spec.folder}: no tokenizer could be loaded ({reason})") from None
         self.prefix_ids = self._prefix()
         self.context_ids: tuple[int, ...] = ()

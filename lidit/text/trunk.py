@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.text.specs import EncoderSpec
 
 # transformers' caches of a block that hold keys and values, or nothing (of a block that reads another one's)
@@ -147,7 +147,7 @@ def _load(spec: EncoderSpec, device: torch.device) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise InputError(f"encoder {spec.name}: {spec.folder}: the model cannot be loaded ({reason})") from None
     finally:
         logging.set_verbosity(verbosity)

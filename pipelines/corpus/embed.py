@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from lidit.config import EncoderSettings, PoolSettings
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError, JobError, one_line
 from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics, spec_differences
 from lidit.text import CaptionTokens, EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
 from lidit.text.embedding import ensure_shared, unit_tables
@@ -177,7 +177,7 @@ def _compute(
     try:
         return _consume(dataset, corpus, spec, pending, progress)
     except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[-500:]
+        reason = one_line(error)[-500:]
         raise JobError(f"embedding stopped: {reason}. Finished units are kept: run the same command again") from error
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lidit.config import EngineSettings, PoolSettings
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError, JobError, one_line
 
 CLUSTER_ADDRESS = "RAY_ADDRESS"
 _least_cpus = 1
@@ -116,9 +116,9 @@ def plain_errors(died: str) -> Iterator[None]:
         if isinstance(error.cause, InputError | JobError):
             raise error.cause from None
         if type(error.cause).__name__ in ("MemoryError", "OutOfMemoryError"):  # the second is torch's, not loaded here
-            reason = " ".join(str(error.cause).split())[:300]
+            reason = one_line(error.cause, 300)
             raise JobError(f"out of memory: {reason}; ask for fewer at once or for more per worker") from None
         raise
     except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise JobError(f"{died}: {reason}") from None

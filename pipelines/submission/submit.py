@@ -20,7 +20,7 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from lidit.config.settings import has_password, load_yaml
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError, JobError, one_line
 from pipelines.submission.dashboard import CONNECTION_ERRORS, connect
 from pipelines.submission.follow import INTERRUPTED, follow
 
@@ -184,7 +184,7 @@ def start(client: JobSubmissionClient, submission: Submission) -> tuple[str, boo
                     "MiB); move what the job does not need out of this folder, or name it in .gitignore or .rayignore"
                 ) from None
             if _status(client, name) is None:
-                raise JobError(f"{name}: the cluster refused the job: {' '.join(str(error).split())[:400]}") from None
+                raise JobError(f"{name}: the cluster refused the job: {one_line(error, 400)}") from None
             return name, False  # somebody submitted the same thing in between
         except CONNECTION_ERRORS as error:
             raise JobError(

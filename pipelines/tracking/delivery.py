@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lidit.errors import one_line
+
 RETRY_SECONDS = 15.0
 QUEUE_LENGTH = 10_000
 FILE_SECONDS = 60.0  # a server that sends files on answers after its own upload: this long, and longer by size
@@ -44,10 +46,6 @@ def patience(file: Path) -> float:
 def files_in(path: Path) -> list[Path]:
     """The file itself, or all of a folder."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 class Spool:
@@ -161,7 +159,7 @@ class Delivery:
         try:
             self.spool.write_owed()
         except OSError as error:
-            log.warning("%s: cannot be written: %s", self.spool.path, one_line(error))
+            log.warning("%s: cannot be written: %s", self.spool.path, one_line(error, 200))
         self._queue.put(None)
         began = time.monotonic()
         waiting = sum(_size(file) for record in self.spool.left() for file in _files(record))
@@ -222,12 +220,12 @@ class Delivery:
                     self.spool.settle(line)
             except Exception as error:  # see the module's promise
                 self._last_failure = time.monotonic()
-                log.warning("%s not tracked, tried again at the end: %s", _name(record), one_line(error))
+                log.warning("%s not tracked, tried again at the end: %s", _name(record), one_line(error, 200))
         try:
             self._is_connected(True)
             self._flush_spool(self._everything)
         except Exception as error:
-            log.warning("%s: %s", self.spool.path, one_line(error))
+            log.warning("%s: %s", self.spool.path, one_line(error, 200))
 
     def _attempt(self, record: Record) -> None:
         if not self._is_connected(False):
@@ -248,7 +246,7 @@ class Delivery:
             self._attempt(record)
         except Exception as error:
             if time.monotonic() - self._last_failure >= RETRY_SECONDS:
-                log.warning("metrics wait in %s: %s", self.spool.path, one_line(error))
+                log.warning("metrics wait in %s: %s", self.spool.path, one_line(error, 200))
             self._last_failure = time.monotonic()
             return False
         return True
@@ -286,7 +284,7 @@ class Delivery:
             if "artifact" in record:
                 self._lost.add(record["folder"])
         except Exception as error:
-            log.warning("%s not tracked: %s", _name(record), one_line(error))
+            log.warning("%s not tracked: %s", _name(record), one_line(error, 200))
             return False
         self.spool.settle(line, all_of_it=True)  # it was read after the last time it was logged
         return True

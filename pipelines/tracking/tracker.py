@@ -30,8 +30,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 
-from lidit.errors import InputError
-from pipelines.tracking.delivery import Delivery, GoneError, Record, files_in, one_line, patience
+from lidit.errors import InputError, one_line
+from pipelines.tracking.delivery import Delivery, GoneError, Record, files_in, patience
 
 RUN_KEY = "lidit.run_key"
 STEP = "lidit.step"
@@ -114,7 +114,7 @@ def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[
     try:
         found = {name: client.get_metric_history(run_id, name) for name in names}
     except MlflowException as error:
-        log.warning("no curves of run %s: %s", run_id, one_line(error))
+        log.warning("no curves of run %s: %s", run_id, one_line(error, 200))
         return {}
     return {name: [(point.step, point.value) for point in history] for name, history in found.items() if history}
 
@@ -136,7 +136,7 @@ def tracked_run(
     try:
         handle = connect()
     except Exception as error:  # a tracker that is down must not stop a job, whatever it raises
-        log.warning("the tracker does not answer, metrics wait in %s: %s", spool, one_line(error))
+        log.warning("the tracker does not answer, metrics wait in %s: %s", spool, one_line(error, 200))
         handle = RunHandle(uri, "", str(spool))
     tracker = Tracker(handle, connect)
     try:
@@ -241,7 +241,7 @@ class Tracker:
         try:
             points = self.client.get_metric_history(self.handle.run_id, metric) if self.handle.run_id else []
         except Exception as error:
-            log.warning("the history of %s could not be read: %s", metric, one_line(error))
+            log.warning("the history of %s could not be read: %s", metric, one_line(error, 200))
             points = []
         points = sorted(points, key=lambda point: point.step)
         return [float(point.step) for point in points], [point.value for point in points]
@@ -251,7 +251,7 @@ class Tracker:
         try:
             found = self.client.get_run(self.handle.run_id).data.metrics if self.handle.run_id else {}
         except Exception as error:
-            log.warning("the run's metrics could not be listed: %s", one_line(error))
+            log.warning("the run's metrics could not be listed: %s", one_line(error, 200))
             found = {}
         return sorted(name for name in found if name.startswith(prefix))
 
@@ -265,7 +265,7 @@ class Tracker:
             try:
                 self.client.set_terminated(self.handle.run_id, status)
             except Exception as error:
-                log.warning("the run's status %s could not be set: %s", status, one_line(error))
+                log.warning("the run's status %s could not be set: %s", status, one_line(error, 200))
 
     # -- called by the delivering thread ------------------------------------------------------------------------------
 
@@ -275,7 +275,7 @@ class Tracker:
             try:
                 self.handle = self._connect()
             except Exception as error:
-                log.warning("the tracker never answered: %s", one_line(error))
+                log.warning("the tracker never answered: %s", one_line(error, 200))
         return bool(self.handle.run_id)
 
     def _send(self, record: Record) -> None:

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.store import digest_of
 from pipelines.training.ema import MOMENTS, ShardedEMA, inner_optimizer, load_numbers, owned_fragments
 
@@ -101,7 +101,7 @@ def problem(folder: Path) -> str | None:
                 if path.stat().st_size != held["bytes"] or _digest(path) != held["sha256"]:
                     return f"{held['file']} does not match its record"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 

@@ -7,7 +7,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-from lidit.errors import StorageError
+from lidit.errors import StorageError, one_line
 
 # By name, because none of them need be installed: the packages behind fsspec's s3://, gs:// and abfs://.
 CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "s3fs"}
@@ -36,7 +36,7 @@ def _reason(url: str, error: Exception) -> str | None:
     if not (of_client or of_system or bad_endpoint):
         return None
     s3 = url.startswith(("s3://", "s3a://"))
-    said = re.sub(r"://[^/\s@]*@", "://", " ".join(str(error).split()))[:300] or type(error).__name__
+    said = re.sub(r"://[^/\s@]*@", "://", one_line(error))[:300] or type(error).__name__
     if any("Credential" in kind.__name__ for kind in kinds):
         keys = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL outside AWS)"
         return f"no credentials; {keys}" if s3 else f"no credentials ({said})"
