@@ -39,10 +39,10 @@ from lidit.models.flops import forward_flops
 from lidit.models.fusion import FusionBranch
 from lidit.models.refiner import RefinerBlock
 from lidit.models.transformer import LIDiTBlock, PositionBlock
+from pipelines.training.mfu import peak_flops
 
 # What is compiled: every repeated block of either model, so a 28-block model compiles as fast as a single block.
 BLOCKS = (LIDiTBlock, PositionBlock, RefinerBlock, FusionBranch, BasicTransformerBlock)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def run(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) 
     print(f"  {drawn}", flush=True)
     same = compare(bench, lambda which: bench.sample_step(which, bench.one_prompt))
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+    peak = peak_flops(name)
     rate = 3 * sum(flops.values()) * shape.batch / train["lidit_seconds"]
     result: dict[str, Any] = {
         "benchmark": "model",

@@ -13,15 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lidit.config import EngineSettings, LoopSettings, Recipe, RunRecipe
+from lidit.config import EngineSettings, Recipe, RunRecipe
 from lidit.data.feed import TrainingBatch
 from lidit.diffusion import Objective
 from lidit.errors import JobError
 from lidit.models import LIDiT
 from lidit.plan import REDUCE_BUCKET
 from pipelines.training.ema import ShardedEMA, owned_fragments
-
-DECAY_START, DECAY_END = 0.6, 0.1
+from pipelines.training.schedule import learning_rate
 
 
 def worker_device(engine: EngineSettings) -> torch.device:
@@ -47,18 +46,6 @@ class StepResult:
     loss: float
     gradient_norm: float
     finite: bool
-
-
-def learning_rate(settings: LoopSettings, step: int) -> float:
-    """Rate of the step with this number, counted from 0: linear warm-up, then the schedule."""
-    optimizer, progress = settings.optimizer, step / settings.steps
-    factor = 1.0
-    if optimizer.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * progress))
-    elif optimizer.schedule == "constant_linear" and progress > DECAY_START:
-        factor = 1 - (1 - DECAY_END) * (progress - DECAY_START) / (1 - DECAY_START)
-    warmup = min(1.0, (step + 1) / optimizer.warmup_steps) if optimizer.warmup_steps else 1.0
-    return optimizer.lr * factor * warmup
 
 
 def micro_steps(recipe: RunRecipe, world_size: int) -> int:

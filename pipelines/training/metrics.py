@@ -24,10 +24,9 @@ from lidit.plots import labelled_grid
 from pipelines.runtime.prometheus import TrainMetrics
 from pipelines.tracking import RunHandle, Tracker
 from pipelines.training.ema import full_shapes, gather_full
-from pipelines.training.engine import Batch, Engine, ShardedEngine, StepResult, learning_rate
-
-# Dense bf16 peak, FLOP/s, of the data sheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+from pipelines.training.engine import Batch, Engine, ShardedEngine, StepResult
+from pipelines.training.mfu import step_flops, utilisation
+from pipelines.training.schedule import learning_rate
 
 
 class Board:
@@ -130,12 +129,9 @@ class Watch:
             self.board.post.remote({"step": step, "values": dict(values)})
 
     def _mfu(self, steps: int, seconds: float) -> float | None:
-        """Share of the device's peak: 3 x forward FLOPs (torch's counter) per step over time x peak."""
-        if self.flops_per_step is None or self.engine.device.type != "cuda":
+        if self.flops_per_step is None:
             return None
-        name = torch.cuda.get_device_name()
-        peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-        return None if peak is None else self.flops_per_step * steps / seconds / peak
+        return utilisation(self.flops_per_step * steps, seconds, self.engine.device)
 
     def _memory(self) -> float:
         if self.engine.device.type == "cuda":
@@ -143,16 +139,11 @@ class Watch:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
     def count_flops(self, batch: Batch) -> None:
-        """FLOPs of one step on this worker, by torch's counter on one sample's forward: backward costs twice that."""
+        """FLOPs of one step on this worker, counted on the forward pass of one sample."""
         if self.recipe.engine.zero_stage == 3 or not self.speaks:  # a lone forward would wait for the other ranks
             return
-        from torch.utils.flop_counter import FlopCounterMode
-
         one = batch.split(len(batch.keys))[0]
-        # Uncompiled: what torch first meets under the counter it would never compile afterwards.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            self.engine.forward(one)
-        self.flops_per_step = 3.0 * counter.get_total_flops() * len(batch.keys)
+        self.flops_per_step = step_flops(lambda: self.engine.forward(one), len(batch.keys))
 
     def not_finite(self) -> None:
         """Call for a step that is not taken, for its loss is not finite on some worker."""
