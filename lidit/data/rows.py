@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lidit.config import DataSettings
+from lidit.data.held_out import held_out_counts, held_out_rows
 from lidit.data.order import Ints
-from lidit.data.rng import Purpose, draw, uniform
 from lidit.errors import InputError
 from lidit.store import Corpus
 
@@ -37,20 +37,12 @@ class UnitRows:
 
 
 class Rows:
-    """Training rows (`part="train"`) or the held-out ones (`part="validation"`) of every unit of a corpus.
-
-    Held out are, per unit and bucket, the rows with the smallest draws: how many follows from the counts alone, so
-    that the order of a billion samples needs the unit table and no row.
-    """
+    """The training rows (`part="train"`) or the held-out rows (`part="validation"`) of every unit of a corpus."""
 
     def __init__(self, corpus: Corpus, settings: DataSettings, part: str = "train") -> None:
         self.corpus, self.settings, self.part = corpus, settings, part
         self.buckets, totals = bucket_counts(corpus)
-        units = np.arange(len(totals))[:, None]
-        spread = uniform(settings.seed, Purpose.HOLDOUT, units, np.arange(len(self.buckets)))
-        self.held_out = np.floor(totals * settings.validation_fraction + spread * (totals > 0)).astype(np.int64)
-        if settings.validation_fraction == 0:
-            self.held_out[:] = 0
+        self.held_out = held_out_counts(totals, settings)
         self.counts = self.held_out if part == "validation" else totals - self.held_out
         self._cache: OrderedDict[int, UnitRows] = OrderedDict()
         self._lock = threading.Lock()
@@ -67,11 +59,7 @@ class Rows:
     def buckets_of(self, unit: int) -> Ints:
         """Bucket of each row of the unit; LEFT_OUT for rows of the other part."""
         rows = self.unit(unit)
-        out = np.zeros(len(rows.bucket), bool)
-        drawn = draw(self.settings.seed, Purpose.HOLDOUT, unit, np.arange(len(rows.bucket)))
-        for bucket, count in enumerate(self.held_out[unit]):
-            members = np.flatnonzero(rows.bucket == bucket)
-            out[members[np.argsort(drawn[members], kind="stable")[:count]]] = True
+        out = held_out_rows(unit, rows.bucket, self.held_out[unit], self.settings.seed)
         return np.where(out == (self.part == "validation"), rows.bucket, LEFT_OUT)
 
     def _read(self, unit: int) -> UnitRows:

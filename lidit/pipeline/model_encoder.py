@@ -22,7 +22,7 @@ from lidit.config.settings import validate
 from lidit.errors import InputError
 from lidit.models import TextStates
 from lidit.store import SharedStates, TextFamily, digest_of, spec_differences
-from lidit.store.states import decode, encode
+from lidit.store.packing import decode, encode
 from lidit.text import PromptEncoder, resolve_encoder
 
 log = logging.getLogger(__name__)

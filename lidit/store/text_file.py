@@ -14,8 +14,8 @@ import pyarrow as pa
 import torch
 
 from lidit.errors import InputError
+from lidit.store.packing import TORCH_TYPES, decode
 from lidit.store.schema import read_metadata
-from lidit.store.states import TORCH_TYPES, decode
 
 
 def list_values(
