@@ -34,9 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lidit.config import DataSettings
-from lidit.data.feed import Assembler, Feed
-from lidit.data.order import Order
-from lidit.data.rows import Rows
+from lidit.data.feed import Feed, open_feed
 from lidit.store import (
     Corpus,
     Crop,
@@ -126,14 +124,11 @@ def write_npz(folder: Path, units: int, samples: int) -> None:
 # -- readers ----------------------------------------------------------------------------------------------------------
 
 
-def open_feed(folder: Path, batch: int) -> Callable[[int], Feed]:
+def our_feed(folder: Path, batch: int) -> Callable[[int], Feed]:
+    """Number of readers -> the feed; all of them share order and files."""
     settings = DataSettings(caption_dropout=0.0)
-    corpus = Corpus.open(folder)
-    rows = Rows(corpus, settings)
-    order = Order(rows.counts, rows.buckets_of, batch, settings.seed, settings.window_units)
-    texts = {name: corpus.text_family(name) for name in WIDTHS}
-    assembler = Assembler(corpus, corpus.latent_family("codec"), texts, rows, settings)
-    return lambda readers: Feed(order, assembler, 0, 1, settings.prefetch_batches, readers)
+    feed = open_feed(Corpus.open(folder), settings, batch_size=batch)
+    return lambda readers: Feed(feed.order, feed.assembler, 0, 1, settings.prefetch_batches, readers)
 
 
 def collate(items: list[Content]) -> dict[str, torch.Tensor]:
@@ -185,7 +180,7 @@ class OurEpochs:
     """Epoch after epoch of the same feed: the first one checks every file."""
 
     def __init__(self, folder: Path, batch: int) -> None:
-        self.feed, self.step = open_feed(folder, batch), 0
+        self.feed, self.step = our_feed(folder, batch), 0
 
     def __call__(self, workers: int) -> Iterator[tuple[int, int]]:
         feed = self.feed(workers)

@@ -1,6 +1,7 @@
-"""From a corpus to the tensors of a training step: draws, reading, collation, prefetching.
+"""One worker's batches of a corpus, step by step, read ahead by threads; `open_feed` is the way in.
 
-Letters: B samples of this worker's part of a global batch; C, H, W channels, height, width of a latent.
+The batch of a step is a pure function of corpus, settings and step: a resumed run, or one with another number of
+workers, sees the same global batches with the same noise.
 """
 
 from __future__ import annotations
@@ -8,122 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
-import torch
+from torch.utils.data import IterableDataset, get_worker_info
 
 from lidit.config import DataSettings
+from lidit.data.assembler import Assembler, TrainingBatch
+from lidit.data.families import Families
 from lidit.data.order import GlobalBatch, Order, shares
-from lidit.data.rng import Purpose, draw, fill_gaussian, uniform
-from lidit.data.rows import Rows
-from lidit.models.states import TextStates
-from lidit.store import Corpus, LatentFamily, TextFamily
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    step: int
-    keys: tuple[str, ...]
-    latents: torch.Tensor  # [B, C, H, W] float32
-    noise: torch.Tensor  # [B, C, H, W] float32
-    u: torch.Tensor  # [B] float32 in [0, 1): the objective turns it into timesteps
-    text: Mapping[str, TextStates]
-    tokens: int
-
-    def to(self, device: torch.device) -> TrainingBatch:
-        text = {name: states.to(device) for name, states in self.text.items()}
-        latents, noise, u = (t.to(device, non_blocking=True) for t in (self.latents, self.noise, self.u))
-        return replace(self, latents=latents, noise=noise, u=u, text=text)
-
-    def split(self, parts: int) -> list[TrainingBatch]:
-        """Slices, in order, for gradient accumulation."""
-        return [
-            TrainingBatch(
-                step=self.step,
-                keys=self.keys[cut],
-                latents=self.latents[cut],
-                noise=self.noise[cut],
-                u=self.u[cut],
-                text={n: replace(s, states=s.states[cut], mask=s.mask[cut]) for n, s in self.text.items()},
-                tokens=self.tokens // parts,
-            )
-            for cut in shares(len(self.keys), parts)
-        ]
-
-
-class Assembler:
-    """Makes the tensors of any part of a global batch; every number depends on (seed, epoch, sample) alone."""
-
-    def __init__(
-        self, corpus: Corpus, latents: LatentFamily, texts: Mapping[str, TextFamily], rows: Rows, settings: DataSettings
-    ) -> None:
-        self.corpus, self.latents, self.texts, self.rows, self.settings = corpus, latents, texts, rows, settings
-        self.empty = {name: family.shared().empty for name, family in texts.items()}
-        self.prefix = {name: family.shared().prefix for name, family in texts.items()}
-        for family in (latents, *texts.values()):  # a batch at a window's border reads from both windows
-            family.keep_open = max(family.keep_open, 2 * settings.window_units)
-
-    def assemble(self, batch: GlobalBatch) -> TrainingBatch:
-        seed, size = self.settings.seed, len(batch.row)
-        pick = uniform(seed, Purpose.CAPTION, batch.epoch, batch.unit, batch.row)
-        dropped = uniform(seed, Purpose.DROPOUT, batch.epoch, batch.unit, batch.row) < self.settings.caption_dropout
-        u = uniform(seed, Purpose.TIMESTEP, batch.epoch, batch.unit, batch.row)
-        posterior = draw(seed, Purpose.LATENT, batch.epoch, batch.unit, batch.row)
-        keys: list[str] = [""] * size
-        latents: list[torch.Tensor] = [torch.empty(0)] * size
-        # Dropped are the captions of the same samples for all LLMs.
-        states = {name: [self.empty[name]] * size for name in self.texts}
-        by_unit = np.argsort(batch.unit, kind="stable")
-        for places in np.split(by_unit, np.flatnonzero(np.diff(batch.unit[by_unit])) + 1):
-            unit = int(batch.unit[places[0]])
-            self._verify(unit)
-            info, members = self.rows.unit(unit), batch.row[places].tolist()
-            read = self.latents.read(unit, members, seeds=posterior[places].tolist())
-            for place, row, latent in zip(places.tolist(), members, read):
-                keys[place], latents[place] = info.keys[row], latent
-            told = places[~dropped[places]]
-            captions = info.choose(batch.row[told], pick[told]).tolist()
-            for name, family in self.texts.items():
-                for place, row_states in zip(told.tolist(), family.read(unit, captions)):
-                    states[name][place] = row_states
-        stacked = torch.stack(latents)
-        noise = torch.empty_like(stacked)
-        fill_gaussian(noise, draw(seed, Purpose.NOISE, batch.epoch, batch.unit, batch.row))
-        text = {name: collate(rows, self.prefix[name]) for name, rows in states.items()}
-        return TrainingBatch(
-            step=batch.step,
-            keys=tuple(keys),
-            latents=stacked,
-            noise=noise,
-            u=torch.from_numpy(u).float(),
-            text=text,
-            tokens=sum(len(row) for rows in states.values() for row in rows),
-        )
-
-    def _verify(self, unit: int) -> None:
-        """Every file of the unit against its record, once per process, before a number of it is used."""
-        for family in (self.latents, *self.texts.values()):
-            family.verify_unit(unit)
-
-
-def collate(rows: list[torch.Tensor], prefix: torch.Tensor) -> TextStates:
-    """`TextStates.collate` for rows of two dtypes, without copying a row twice.
-
-    The empty caption is kept at the compute dtype, captions at the storage dtype; a batch has the wider one.
-    """
-    dtype = max({row.dtype for row in rows}, key=lambda dtype: torch.finfo(dtype).bits)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, T]
-    states = torch.empty(*mask.shape, rows[0].shape[-1], dtype=dtype)  # [B, T, W]
-    for padded, row in zip(states, rows):
-        padded[: len(row)] = row
-        padded[len(row) :] = 0
-    return TextStates(states, mask, prefix)
-
+from lidit.data.rows import Part, Rows
+from lidit.errors import InputError
+from lidit.store import Corpus
 
 AnyBatch_co = TypeVar("AnyBatch_co", covariant=True)
 
@@ -147,7 +45,7 @@ class Feed(Generic[AnyBatch_co]):
         readers: int = 2,
     ) -> None:
         self.order, self.assembler, self.prefetch, self.readers = order, assembler, prefetch, readers
-        self._ordering = threading.Lock()  # the order keeps what it has worked out, in plain dictionaries
+        self._ordering = threading.Lock()  # the order caches its permutations in plain dictionaries
         share = shares(order.batch_size, world_size)[rank]
         self.start, self.stop = share.start, share.stop
         self.waited = 0.0  # seconds the training loop spent waiting for data
@@ -157,8 +55,13 @@ class Feed(Generic[AnyBatch_co]):
             part = self.order.batch(step).slice(self.start, self.stop)
         return self.assembler.assemble(part)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of the first epoch; later epochs have as many, or one more per bucket from carried leftovers."""
+        return self.order.batches_before(1)
+
     def batches(self, start: int, stop: int) -> Iterator[AnyBatch_co]:
-        """Batches `start`, `start + 1`, ... `stop - 1`."""
+        """Batches `start`, `start + 1`, ... `stop - 1`, over as many epochs as that takes."""
         with ThreadPoolExecutor(max_workers=self.readers, thread_name_prefix="feed") as pool:
             queue: deque[Future[AnyBatch_co]] = deque()
             upcoming = iter(range(start, stop))
@@ -175,3 +78,83 @@ class Feed(Generic[AnyBatch_co]):
             finally:
                 for future in queue:
                     future.cancel()
+
+
+def open_feed(
+    corpus: Corpus,
+    settings: DataSettings,
+    *,
+    batch_size: int,
+    part: Part = "train",
+    rank: int = 0,
+    world_size: int = 1,
+    families: Families | None = None,
+) -> Feed[TrainingBatch]:
+    """Open one worker's stream of training batches over a corpus.
+
+    The batch of a step depends on corpus, settings, `batch_size` and the step alone. Workers of any number share the
+    same global batches, and `feed.batches(step, stop)` resumes at any step without replaying anything.
+
+    Args:
+        corpus: A corpus with at least one text family and one family of latents.
+        settings: Seed, shuffling window, caption dropout, caption weights, held-out share; a recipe's `data` section.
+        batch_size: Samples of a global batch, over all workers.
+        part: "train", or "validation" for the held-out samples (`settings.validation_fraction`).
+        rank: This worker's number, from 0 to world_size - 1.
+        world_size: Workers that share each global batch.
+        families: The latents and text states to read. Default: every text family of the corpus and its only latents.
+
+    Returns:
+        A feed whose batches hold, for this worker's B samples: `latents` and `noise` [B, C, H, W] float32, scaled as
+        the model sees them; `u` [B] float32 in [0, 1), to be turned into timesteps; `text`, encoder name -> states
+        [B, T, W], mask [B, T] and prefix [P, W]; `keys`, the samples' names.
+
+    Raises:
+        InputError: The corpus has no images, no sample is held out, a family is missing, unfinished or ambiguous, or
+            rank and batch size do not fit. While reading: a file is damaged.
+    """
+    if not 0 <= rank < world_size <= batch_size:
+        raise InputError(
+            f"open_feed: rank {rank} of {world_size} workers with batch_size={batch_size}; ranks run from 0 to "
+            "world_size - 1, and every worker needs at least one sample of a batch"
+        )
+    rows = Rows(corpus, settings, part)
+    if not rows.counts.any():
+        raise InputError(
+            f"{corpus.folder.location}: no sample is held out for part {part!r}; raise settings.validation_fraction"
+        )
+    families = families or Families.open(corpus, settings)
+    assembler = Assembler(families, rows, settings)
+    return Feed(rows.order(batch_size), assembler, rank, world_size, settings.prefetch_batches)
+
+
+class FeedDataset(IterableDataset[Any]):
+    """A feed's batches as a torch dataset: `DataLoader(FeedDataset(feed), batch_size=None)`.
+
+    Batches are whole already, hence `batch_size=None`, and the feed reads ahead with threads of its own, hence
+    `num_workers=0` (torch's default). Sharding over trainers is the feed's `rank` and `world_size`, not the loader's.
+
+    Args:
+        feed: What `open_feed` returns.
+        start: The first step to yield; a resumed training gives the step it goes on with.
+        stop: The step to stop before. Default: the end of the epoch in which `start` lies.
+
+    Raises:
+        InputError: When iterated in a worker process of a DataLoader: every worker would yield the same batches.
+    """
+
+    def __init__(self, feed: Feed[Any], start: int = 0, stop: int | None = None) -> None:
+        order = feed.order
+        end = order.batches_before(order.epoch_of(start) + 1) if stop is None else stop
+        self.feed, self.start, self.stop = feed, start, end
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[Any]:
+        if get_worker_info() is not None:
+            raise InputError(
+                "FeedDataset: use DataLoader(..., num_workers=0): the feed reads ahead with its own threads, and "
+                "worker processes would all yield the same batches"
+            )
+        return self.feed.batches(self.start, self.stop)

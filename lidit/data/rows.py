@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lidit.config import DataSettings
 from lidit.data.held_out import held_out_counts, held_out_rows
-from lidit.data.order import Ints
+from lidit.data.order import Ints, Order
 from lidit.errors import InputError
 from lidit.store import Corpus
 
 UNITS_KEPT = 64
 LEFT_OUT = -1
+
+Part = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,17 @@ class UnitRows:
 class Rows:
     """The training rows (`part="train"`) or the held-out rows (`part="validation"`) of every unit of a corpus."""
 
-    def __init__(self, corpus: Corpus, settings: DataSettings, part: str = "train") -> None:
+    def __init__(self, corpus: Corpus, settings: DataSettings, part: Part = "train") -> None:
         self.corpus, self.settings, self.part = corpus, settings, part
         self.buckets, totals = bucket_counts(corpus)
         self.held_out = held_out_counts(totals, settings)
         self.counts = self.held_out if part == "validation" else totals - self.held_out
         self._cache: OrderedDict[int, UnitRows] = OrderedDict()
         self._lock = threading.Lock()
+
+    def order(self, batch_size: int) -> Order:
+        """The order in which global batches of `batch_size` take these rows."""
+        return Order(self.counts, self.buckets_of, batch_size, self.settings.seed, self.settings.window_units)
 
     def unit(self, unit: int) -> UnitRows:
         with self._lock:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from lidit.errors import InputError
-from lidit.store.families import LatentFamily, TextFamily
+from lidit.store.families import OPEN_FILES, LatentFamily, TextFamily
 from lidit.store.files.atomic import publish_bytes, publish_table
 from lidit.store.files.folder import Folder, is_url
 from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, FamilyHandle, named, read_named_table, spec_differences
@@ -132,13 +132,19 @@ class Corpus:
     def latent_families(self) -> list[FamilyHandle]:
         return self.families("latents")
 
-    def text_family(self, wanted: str) -> TextFamily:
-        """A complete text family by name, fingerprint (at least 12 digits) or directory name."""
-        return TextFamily(self.folder, self._find("text", wanted), self.digest, self.num_units)
+    def text_family(self, wanted: str, keep_open: int = OPEN_FILES) -> TextFamily:
+        """A complete text family by name, fingerprint (at least 12 digits) or directory name.
 
-    def latent_family(self, wanted: str) -> LatentFamily:
-        """A complete latents family by name, fingerprint (at least 12 digits) or directory name."""
-        return LatentFamily(self.folder, self._find("latents", wanted), self.digest, self.num_units)
+        keep_open: unit files kept open at once; at least as many as a reader moves among.
+        """
+        return TextFamily(self.folder, self._find("text", wanted), self.digest, self.num_units, keep_open)
+
+    def latent_family(self, wanted: str, keep_open: int = OPEN_FILES) -> LatentFamily:
+        """A complete latents family by name, fingerprint (at least 12 digits) or directory name.
+
+        keep_open: unit files kept open at once; at least as many as a reader moves among.
+        """
+        return LatentFamily(self.folder, self._find("latents", wanted), self.digest, self.num_units, keep_open)
 
     def _find(self, kind: str, wanted: str) -> FamilyHandle:
         families = self.families(kind)

@@ -31,14 +31,16 @@ class Family:
     keep_open: unit files kept open at once; at least the units a reader moves among.
     """
 
-    def __init__(self, corpus: Folder, handle: FamilyHandle, corpus_digest: str, num_units: int) -> None:
+    def __init__(
+        self, corpus: Folder, handle: FamilyHandle, corpus_digest: str, num_units: int, keep_open: int = OPEN_FILES
+    ) -> None:
         self.kind, self.directory, self.name = handle.kind, handle.directory, handle.name
         self.corpus_location, self.num_units = corpus.location, num_units
         self.folder = corpus.child(handle.kind).child(handle.directory)
         self.spec, self.fingerprint = handle.spec, handle.fingerprint
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        self.keep_open = OPEN_FILES
+        self.keep_open = keep_open
         self._verified: set[int] = set()
         facts = self._json(FAMILY_FILE)
         self.manifest = self._json(MANIFEST_FILE)

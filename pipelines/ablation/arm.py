@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from lidit.config import Recipe
-from lidit.data.feed import Assembler, Feed
-from lidit.data.order import Order
-from lidit.data.rows import Rows
+from lidit.data.families import Families
+from lidit.data.feed import open_feed
 from lidit.diffusion import build_objective
 from lidit.errors import JobError
 from lidit.evals.ablation.results import ArmResult
@@ -59,16 +58,13 @@ def train_arm(job: ArmJob) -> ArmResult:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.engine.cpus_per_worker)))
     corpus = Corpus.open(recipe.corpus)
-    texts = {name: corpus.text_family(fingerprint) for name, fingerprint in job.texts.items()}
-    latents = corpus.latent_family(job.latents)
-    channels, widths = latents.shapes(0)[0][0], {name: family.width for name, family in texts.items()}
-    rows = Rows(corpus, recipe.data, "train")
-    order = Order(rows.counts, rows.buckets_of, recipe.train.batch_size, recipe.data.seed, recipe.data.window_units)
-    feed = Feed(order, Assembler(corpus, latents, texts, rows, recipe.data), 0, 1, recipe.data.prefetch_batches)
+    families = Families.open(corpus, recipe.data, job.latents, job.texts)
+    feed = open_feed(corpus, recipe.data, batch_size=recipe.train.batch_size, families=families)
+    channels, widths = families.latent_shape[0], families.widths
     objective, images = build_objective(recipe.objective), job.study.images()
     torch.manual_seed(recipe.data.seed)
     model = LIDiT.from_settings(recipe.model, widths, channels)
-    for name, family in texts.items():
+    for name, family in families.texts.items():
         model.conditioner.set_statistics(name, family.shared().mean, family.shared().deviation)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     fresh = LIDiT.from_settings(recipe.model, widths, channels)

@@ -14,9 +14,8 @@ from lidit.codecs.autoencoder import ReconstructionLoss, TrainableAutoencoder, m
 from lidit.config import DataSettings
 from lidit.config.codec import CodecRecipe
 from lidit.data.feed import Feed
-from lidit.data.order import Order
 from lidit.data.pixels import PixelAssembler, PixelBatch
-from lidit.data.rows import Rows
+from lidit.data.rows import Part, Rows
 from lidit.plots import labelled_grid
 from lidit.store import Corpus, LatentFamily
 from pipelines.training.engine import ShardedEngine, micro_steps
@@ -69,24 +68,25 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         torch.manual_seed(recipe.data.seed)
         model = TrainableAutoencoder(recipe.model).train()
         fresh = TrainableAutoencoder(recipe.model) if self.rank == 0 else None
-        self.begin(CodecEngine(recipe, model, self.device), self._feed("train"), fresh)
+        self.begin(CodecEngine(recipe, model, self.device), self._feed("train", self.rank, self.world_size), fresh)
 
-    def _feed(self, part: str) -> Feed[PixelBatch]:
+    def _feed(self, part: Part, rank: int, world_size: int) -> Feed[PixelBatch]:
         data, model = self.recipe.data, self.recipe.model
-        rows = Rows(self.corpus, DataSettings(seed=data.seed, validation_fraction=data.validation_fraction), part)
-        order = Order(rows.counts, rows.buckets_of, self.recipe.train.batch_size, data.seed, data.window_units)
+        settings = DataSettings(
+            seed=data.seed, window_units=data.window_units, validation_fraction=data.validation_fraction
+        )
+        rows = Rows(self.corpus, settings, part)
         assembler = PixelAssembler(self.pixels, rows, data.seed, model.latent_channels, model.factor)
-        return Feed(order, assembler, self.rank, self.world_size, data.prefetch_batches)
+        return Feed(rows.order(self.recipe.train.batch_size), assembler, rank, world_size, data.prefetch_batches)
 
-    def _images(self, part: str, most: int) -> Iterator[torch.Tensor]:
-        """Those of the first epoch's global batches, at most `most`, all of them on this worker: [B, 3, H, W].
+    def _images(self, part: Part, most: int) -> Iterator[torch.Tensor]:
+        """Images [B, 3, H, W] of whole global batches, at most `most` of the first epoch's, all on this worker.
 
-        As many at a time as a training step puts on a device, which has no room for a whole batch.
+        As many images at a time as a training step puts on a device, which has no room for a whole batch.
         """
-        feed = self._feed(part)
-        feed.start, feed.stop = 0, self.recipe.train.batch_size
+        feed = self._feed(part, rank=0, world_size=1)
         pieces = self.world_size * micro_steps(self.recipe, self.world_size)
-        for batch in feed.batches(0, min(most, feed.order.batches_before(1))):
+        for batch in feed.batches(0, min(most, feed.steps_per_epoch)):
             yield from (piece.pixels for piece in batch.split(pieces))
 
     def validate_if_due(self) -> None:

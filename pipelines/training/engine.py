@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lidit.config import EngineSettings, Recipe, RunRecipe
-from lidit.data.feed import TrainingBatch
+from lidit.data.assembler import TrainingBatch
 from lidit.diffusion import Objective
 from lidit.errors import JobError
 from lidit.models import LIDiT

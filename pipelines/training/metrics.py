@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lidit.config import Recipe, RunRecipe
-from lidit.data.feed import Feed, TrainingBatch
+from lidit.data.assembler import TrainingBatch
+from lidit.data.feed import Feed
 from lidit.diffusion import GuidedPredictor, initial_noise, sample, seeded_generators, timestep_losses
 from lidit.errors import InputError, JobError
 from lidit.models import LIDiT, TextStates

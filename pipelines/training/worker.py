@@ -9,14 +9,15 @@ import torch
 
 from lidit.codecs import load_codec
 from lidit.config import Recipe
-from lidit.data.feed import Assembler, Feed, TrainingBatch
-from lidit.data.order import Order
-from lidit.data.rows import Rows
+from lidit.data.assembler import TrainingBatch
+from lidit.data.families import Families
+from lidit.data.feed import Feed, open_feed
+from lidit.data.rows import Part
 from lidit.diffusion import build_objective
 from lidit.models import LIDiT
 from lidit.pipeline import save_pipeline
 from lidit.pipeline.model_encoder import ModelEncoder
-from lidit.store import Corpus, LatentFamily, TextFamily
+from lidit.store import Corpus
 from pipelines.training.engine import Engine
 from pipelines.training.loop import TrainingLoop, attempt
 from pipelines.training.metrics import averaged_model, draw_prompts, validation_loss
@@ -49,37 +50,34 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         super().__init__(config, recipe)
 
         self.corpus = Corpus.open(recipe.corpus)
-        self.texts: dict[str, TextFamily] = {
-            name: self.corpus.text_family(fingerprint) for name, fingerprint in config["facts"]["text"].items()
-        }
-        self.latents: LatentFamily = self.corpus.latent_family(config["facts"]["latents"])
-        self.shape = self.latents.shapes(0)[0]
+        facts = config["facts"]
+        self.families = Families.open(self.corpus, recipe.data, facts["latents"], facts["text"])
+        self.shape = self.families.latent_shape
 
-        self.assembler, feed = self._feed("train")
         engine = Engine(recipe, self._model(), build_objective(recipe.objective), self.device)
-        fresh = LIDiT.from_settings(recipe.model, self._widths(), self.shape[0]) if self.rank == 0 else None
-        self.begin(engine, feed, fresh)
+        fresh = LIDiT.from_settings(recipe.model, self.families.widths, self.shape[0]) if self.rank == 0 else None
+        self.begin(engine, self._feed("train"), fresh)
 
     # -- set up -------------------------------------------------------------------------------------------------------
 
-    def _widths(self) -> dict[str, int]:
-        return {name: family.width for name, family in self.texts.items()}
-
-    def _feed(self, part: str) -> tuple[Assembler, Feed[TrainingBatch]]:
-        settings = self.recipe.data
-        rows = Rows(self.corpus, settings, part)
-        size = self.recipe.train.batch_size
-        order = Order(rows.counts, rows.buckets_of, size, settings.seed, settings.window_units)
-        assembler = Assembler(self.corpus, self.latents, self.texts, rows, settings)
-        return assembler, Feed(order, assembler, self.rank, self.world_size, settings.prefetch_batches)
+    def _feed(self, part: Part) -> Feed[TrainingBatch]:
+        return open_feed(
+            self.corpus,
+            self.recipe.data,
+            batch_size=self.recipe.train.batch_size,
+            part=part,
+            rank=self.rank,
+            world_size=self.world_size,
+            families=self.families,
+        )
 
     def _model(self) -> LIDiT:
         torch.manual_seed(self.recipe.data.seed)
-        model = LIDiT.from_settings(self.recipe.model, self._widths(), self.shape[0])
+        model = LIDiT.from_settings(self.recipe.model, self.families.widths, self.shape[0])
         if self.recipe.train.init_from:
             source = LIDiT.load(Path(self.recipe.train.init_from) / "model")
             model.load_state_dict(source.state_dict())
-        for name, family in self.texts.items():
+        for name, family in self.families.texts.items():
             shared = family.shared()
             model.conditioner.set_statistics(name, shared.mean, shared.deviation)
         return model.train()
@@ -95,7 +93,9 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
             path = self.recipe.run_folder / "samples" / f"step-{self.step:09}.png"
             path.parent.mkdir(exist_ok=True)
             draw_prompts(
-                self.engine, model, self.recipe, self.config["prompts"], self.assembler.empty, self.assembler.prefix,
+                self.engine, model, self.recipe, self.config["prompts"],
+                {name: family.shared().empty for name, family in self.families.texts.items()},
+                {name: family.shared().prefix for name, family in self.families.texts.items()},
                 self.shape, load_codec(self.recipe.codec), path,
             )  # fmt: skip
             if self.watch.tracker:
@@ -108,9 +108,9 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
 
     def _validation_batches(self) -> list[TrainingBatch]:
         if not hasattr(self, "_held_out"):
-            _, feed = self._feed("validation")
+            feed = self._feed("validation")
             count = max(1, self.recipe.train.validation_samples // self.recipe.train.batch_size)
-            self._held_out = list(feed.batches(0, min(count, feed.order.batches_before(1))))
+            self._held_out = list(feed.batches(0, min(count, feed.steps_per_epoch)))
         return self._held_out
 
     def export(self, folder: Path, model: LIDiT) -> None:
@@ -119,7 +119,9 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         save_pipeline(
             folder,
             model,
-            encoders=[ModelEncoder.of_family(encoder, self.texts[encoder.name]) for encoder in self.recipe.encoders],
+            encoders=[
+                ModelEncoder.of_family(encoder, self.families.texts[encoder.name]) for encoder in self.recipe.encoders
+            ],
             objective=self.recipe.objective,
             sampler=self.recipe.sampler,
             codec=self.recipe.codec,

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lidit.config import DataSettings
-from lidit.data.feed import Assembler, Feed, TrainingBatch
-from lidit.data.order import Order
-from lidit.data.rows import Rows
+from lidit.data.assembler import TrainingBatch
+from lidit.data.families import Families
+from lidit.data.feed import Feed, FeedDataset, open_feed
+from lidit.data.rows import Part, Rows
 from lidit.errors import InputError
 from lidit.store import Corpus
 from tests.helpers.trained import SmallWorld
@@ -19,13 +21,8 @@ from tests.helpers.trained import SmallWorld
 BATCH = 12
 
 
-def make_feed(path: Path, settings: DataSettings, rank: int = 0, world: int = 1, part: str = "train") -> Feed:
-    corpus = Corpus.open(path)
-    rows = Rows(corpus, settings, part)
-    order = Order(rows.counts, rows.buckets_of, BATCH, settings.seed, settings.window_units)
-    texts = {name: corpus.text_family(name) for name in ("llama", "qwen2")}
-    assembler = Assembler(corpus, corpus.latent_family("pixels"), texts, rows, settings)
-    return Feed(order, assembler, rank, world, settings.prefetch_batches)
+def make_feed(path: Path, settings: DataSettings, rank: int = 0, world: int = 1, part: Part = "train") -> Feed:
+    return open_feed(Corpus.open(path), settings, batch_size=BATCH, part=part, rank=rank, world_size=world)
 
 
 def whole(feeds: list[Feed], start: int, stop: int) -> list[list[TrainingBatch]]:
@@ -134,3 +131,49 @@ def test_a_flipped_bit_stops_before_its_number_is_used(small_world: SmallWorld, 
     feed = make_feed(copy, DataSettings(window_units=2))
     with pytest.raises(InputError, match=victim.name):
         list(feed.batches(0, 9))
+
+
+def test_a_torch_loader_yields_the_feeds_batches(small_world: SmallWorld) -> None:
+    settings = DataSettings(window_units=2)
+    feed = make_feed(small_world.corpus, settings)
+    loader = DataLoader(FeedDataset(feed, 3), batch_size=None)
+    assert len(loader) == 97 // BATCH - 3
+    expected = list(make_feed(small_world.corpus, settings).batches(3, 97 // BATCH))
+    for batch, wanted in zip(loader, expected, strict=True):
+        assert batch.keys == wanted.keys
+        assert torch.equal(batch.noise, wanted.noise)
+        assert torch.equal(batch.text["qwen2"].states, wanted.text["qwen2"].states)
+
+
+def test_a_loader_with_worker_processes_is_refused(small_world: SmallWorld) -> None:
+    """Every process would yield the same batches, so a training would see each sample several times."""
+    feed = make_feed(small_world.corpus, DataSettings(window_units=2))
+    with pytest.raises(InputError, match="num_workers=0"):
+        next(iter(DataLoader(FeedDataset(feed), batch_size=None, num_workers=1)))
+
+
+@pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 2), (0, BATCH + 1)])
+def test_a_rank_without_samples_is_refused(small_world: SmallWorld, rank: int, world: int) -> None:
+    with pytest.raises(InputError, match=f"rank {rank} of {world}"):
+        make_feed(small_world.corpus, DataSettings(), rank, world)
+
+
+def test_a_feed_of_nothing_held_out_is_refused(small_world: SmallWorld) -> None:
+    with pytest.raises(InputError, match="validation_fraction"):
+        make_feed(small_world.corpus, DataSettings(), part="validation")
+
+
+def test_families_are_found_or_asked_for(small_world: SmallWorld, tmp_path: Path) -> None:
+    corpus = small_world.open()
+    chosen = Families.open(corpus, DataSettings(window_units=100), texts={"mine": "qwen2"})
+    assert chosen.widths == {"mine": 48}
+    assert chosen.latent_shape == (3, 32, 32)
+    assert chosen.latents.keep_open == chosen.texts["mine"].keep_open == 200  # a border has two windows
+    copy = tmp_path / "corpus"
+    shutil.copytree(small_world.corpus, copy)
+    shutil.rmtree(copy / "latents")
+    with pytest.raises(InputError, match="lidit latents"):
+        Families.open(Corpus.open(copy), DataSettings())
+    shutil.rmtree(copy / "text")
+    with pytest.raises(InputError, match="lidit embed"):
+        Families.open(Corpus.open(copy), DataSettings())

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lidit.config import Recipe
-from lidit.data.feed import TrainingBatch
+from lidit.data.assembler import TrainingBatch
 from lidit.diffusion import build_objective
 from lidit.models import LIDiT, TextStates
 from pipelines.training import checkpoints

@@ -1,0 +1,62 @@
+"""The families of a corpus that a model is trained on: one of latents, and one of text states per encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lidit.config import DataSettings
+from lidit.errors import InputError
+from lidit.store import Corpus, LatentFamily, TextFamily
+from lidit.store.families import OPEN_FILES
+
+
+@dataclass(frozen=True)
+class Families:
+    """`texts`: encoder name -> its text family."""
+
+    latents: LatentFamily
+    texts: Mapping[str, TextFamily]
+
+    @classmethod
+    def open(
+        cls,
+        corpus: Corpus,
+        settings: DataSettings,
+        latents: str | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> Families:
+        """Open families for reading in training order.
+
+        latents: name, directory or fingerprint; default: the corpus's only family of latents.
+        texts: encoder name -> name, directory or fingerprint; default: every text family under its own name.
+        Raises InputError for a family that is missing, unfinished or ambiguous.
+        """
+        if texts is None:
+            texts = {handle.name: handle.name for handle in corpus.text_families()}
+        if not texts:
+            raise InputError(f"{corpus.folder.location}: the corpus has no text family; make one with: lidit embed")
+        # A batch at a window's border reads from both windows.
+        keep_open = max(OPEN_FILES, 2 * settings.window_units)
+        return cls(
+            corpus.latent_family(latents or _only_latents(corpus), keep_open),
+            {name: corpus.text_family(wanted, keep_open) for name, wanted in texts.items()},
+        )
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Encoder name -> width of its states."""
+        return {name: family.width for name, family in self.texts.items()}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the corpus's first latent."""
+        return self.latents.shapes(0)[0]
+
+
+def _only_latents(corpus: Corpus) -> str:
+    directories = [handle.directory for handle in corpus.latent_families()]
+    if len(directories) != 1:
+        listed = ", ".join(directories) or "none; make them with: lidit latents"
+        raise InputError(f"{corpus.folder.location}: name one family of latents; the corpus has: {listed}")
+    return directories[0]
