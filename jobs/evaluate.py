@@ -14,10 +14,11 @@ from lidit.config.settings import apply_overrides, validate
 from lidit.errors import InputError
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.held_out import HeldOutScores
-    from pipelines.evaluation.scenes import SceneScores
+    from pipelines.evaluation.held_out import CaptionMatch
+    from pipelines.evaluation.scorecard import Scores
+    from pipelines.evaluation.suites import SuiteImages
 
-# the settings each measure uses
+# The settings that each measure uses.
 USED_BY = {
     "scenes": {"per_tag", "images_per_prompt", "layout", "tags", "seed", "batch_size", "sampler"},
     "binding": {"binding_scenes", "layout", "seed", "batch_size"},
@@ -55,41 +56,58 @@ def command(
 
     **Example:** `lidit evaluate runs/demo/model per_tag=24`
     """
+    # Refuse what does not go together, before anything is loaded.
     settings = validate(EvaluateSettings, apply_overrides({}, overrides or []), "lidit evaluate")
-    folder = out or model.resolve().parent / "evaluation"
     _check(binding, suite, prompts, parse, csv, pictures)
     measure = "suite" if suite else "binding" if binding else "pictures" if pictures else "scenes"
     _check_used(measure, overrides or [], {"--workers": workers, "--gpus": gpus})
-    if suite:
-        pool = PoolSettings(actors=workers or 1, gpus=gpus or 0)
-        _official(model, suite, prompts or [], parse, csv, pool, settings, folder)
-        return
+    folder = out or model.resolve().parent / "evaluation"
+    # One measure per call, imported only when it is asked for.
     from pipelines.evaluation.models import tracking_of
-    from pipelines.evaluation.scenes import evaluate_binding, evaluate_scenes
 
+    if suite and prompts:
+        from pipelines.evaluation.suites import sample_suite
+
+        pool = PoolSettings(actors=workers or 1, gpus=gpus or 0)
+        show_suite(sample_suite(model, suite, prompts, settings, pool, folder / suite))
+    if suite and parse:
+        from pipelines.evaluation.suites import track_results
+
+        official = track_results(model, suite, parse, csv, tracking_of(model), folder)
+        print("\n".join([official.table, *official.notes]))
+    if measure == "binding":
+        from pipelines.evaluation.binding import evaluate_binding
+
+        show(evaluate_binding(model, settings, tracking_of(model), folder))
+    if measure == "scenes":
+        from pipelines.evaluation.scenes import evaluate_scenes
+
+        show(evaluate_scenes(model, settings, tracking_of(model), folder))
     if pictures:
         from pipelines.evaluation.held_out import evaluate_held_out
 
         show_held_out(evaluate_held_out(model, pictures, settings, tracking_of(model), folder))
-        return
-    evaluate = evaluate_binding if binding else evaluate_scenes
-    show(evaluate(model, settings, tracking_of(model), folder))
 
 
-def show(scores: SceneScores) -> None:
-    """What came of an evaluation."""
+def show(scores: Scores) -> None:
+    """Print an evaluation's table and where its files are."""
     print(scores.table)
     print(f"{scores.folder}: {'written' if scores.computed else 'already there, for this model and these settings'}")
 
 
-def show_held_out(scores: HeldOutScores) -> None:
-    of = f"{scores.pictures} pictures" + (f" of {scores.motifs} motifs" if scores.motifs < scores.pictures else "")
-    print(f"held-out pictures that prefer their own caption: {scores.preference} of {of}, chance 0.5")
-    print(f"{scores.grid}: {'written' if scores.computed else 'already there, for this model and these pictures'}")
+def show_held_out(match: CaptionMatch) -> None:
+    of = f"{match.pictures} pictures" + (f" of {match.motifs} motifs" if match.motifs < match.pictures else "")
+    print(f"held-out pictures that prefer their own caption: {match.preference} of {of}, chance 0.5")
+    print(f"{match.grid}: {'written' if match.computed else 'already there, for this model and these pictures'}")
+
+
+def show_suite(made: SuiteImages) -> None:
+    state = f"{made.sampled} drawn in {made.seconds:.0f} s" if made.sampled else "already there"
+    print(f"{made.folder}: {made.images} files, {state}")
 
 
 def _check_used(measure: str, overrides: list[str], options: Mapping[str, object]) -> None:
-    """What this measure would not use is refused: who gives it expects it to matter."""
+    """Refuse settings and options that this measure does not use: whoever gives one expects it to matter."""
     for word in overrides:
         section = word.partition("=")[0].partition(".")[0]
         if section not in USED_BY[measure]:
@@ -119,28 +137,6 @@ def _check(
         raise InputError(f"--suite {suite}: give --prompts FILE to draw, or --parse RESULTS to sum up")
     if csv and not parse:
         raise InputError("--csv is read together with --parse, the scorer's results")
-
-
-def _official(
-    model: Path,
-    suite: str,
-    prompts: list[Path],
-    parse: Path | None,
-    csv: Path | None,
-    pool: PoolSettings,
-    settings: EvaluateSettings,
-    folder: Path,
-) -> None:
-    from pipelines.evaluation.models import tracking_of
-    from pipelines.evaluation.suites import draw_suite, track_results
-
-    if prompts:
-        made = draw_suite(model, suite, prompts, folder / suite, pool, settings.batch_size, settings.sampler)
-        state = f"{made.drawn} drawn in {made.seconds:.0f} s" if made.drawn else "already there"
-        print(f"{made.folder}: {made.images} files, {state}")
-    if parse:
-        scores = track_results(model, suite, parse, csv, tracking_of(model), folder)
-        print("\n".join([scores.table, *scores.notes]))
 
 
 if __name__ == "__main__":

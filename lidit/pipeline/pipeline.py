@@ -165,6 +165,10 @@ class LIDiTPipeline(DiffusionPipeline):
     def _offloads(self) -> bool:
         return bool(getattr(self, "_all_hooks", None))
 
+    def change_sampler(self, changes: SamplerChanges) -> None:
+        """Sample with these changes to the pipeline's sampler from now on; a saved model keeps its own."""
+        self.sampler = changes.applied(self.sampler)
+
     def unload_encoders(self) -> None:
         """Forget the LLMs; they come back with the next prompt given as text."""
         for entry in self.encoders.values():

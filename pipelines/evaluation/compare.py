@@ -1,4 +1,4 @@
-"""What a comparison page is made of: a run's model draws the common prompts; its files and the tracker say the rest."""
+"""What a comparison page is made of: images of the common prompts by each run's model, its score files, its curves."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SCORE_FILES = {
     "evaluation/scores.json": ("", "lidit evaluate {model}"),
     "evaluation/binding.json": ("binding/", "lidit evaluate {model} --binding"),
 }
-NOT_COMPARED_BY = ("batch_size",)  # settings that change how fast scores come, not what they are of
+NOT_COMPARED_BY = ("batch_size",)  # settings that change the time a score takes, not the score
 
 
 def compare_runs(folders: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], out: Path) -> Path:
-    """Draw every prompt with every seed by the model of every run and write the page to `out`.
+    """Sample every prompt with every seed by the model of every run and write the page to `out`.
 
     folders: OUTPUT/NAME as `lidit train` leaves them. Without prompts the first run's own sample prompts are taken.
     Raises InputError for a folder without a trained model, for scores that cannot be read and for fewer than two runs,
-    before anything is drawn.
+    before anything is sampled.
     """
     names = _names(folders)
     check_names(names)
@@ -41,18 +41,18 @@ def compare_runs(folders: Sequence[Path], prompts: Sequence[str], seeds: Sequenc
     chosen = list(prompts) or next((list(r.train.sample_prompts) for r in recipes if r and r.train.sample_prompts), [])
     if not chosen:
         raise InputError("no prompts: give some with --prompt, the runs have no sample prompts of their own")
-    found = [_scores(name, folder) for name, folder in zip(names, folders)]
+    known = [_scores(name, folder) for name, folder in zip(names, folders)]
     pages = []
     with Progress("report", len(folders) * len(chosen) * len(seeds), "images") as progress:
-        for name, folder, recipe, scores in zip(names, folders, recipes, found):
-            drawn = load_pipeline(folder / "model")(
+        for name, folder, recipe, scores in zip(names, folders, recipes, known):
+            sampled = load_pipeline(folder / "model")(
                 [prompt for prompt in chosen for _ in seeds], seed=list(seeds) * len(chosen), output_type="np"
             )
-            images = {p: list(drawn[i * len(seeds) : (i + 1) * len(seeds)]) for i, p in enumerate(chosen)}
+            images = {p: list(sampled[i * len(seeds) : (i + 1) * len(seeds)]) for i, p in enumerate(chosen)}
             facts = {**(flatten(recipe) if recipe else {}), **scores.facts}
             curves = _curves(folder, recipe)
             pages.append(RunPage(name, facts, scores.values, curves, images, scores.measured, tuple(scores.notes)))
-            progress.advance(len(drawn), name)
+            progress.advance(len(sampled), name)
     write_report(out, pages, seeds)
     return out
 

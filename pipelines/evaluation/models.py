@@ -19,10 +19,16 @@ from lidit.text.specs import default_device
 DRAWN_BY = ("sampler", "objective", "codec", "height", "width")
 
 
-def load_pipeline(model: Path) -> LIDiTPipeline:
-    """The model folder's pipeline on this process's GPU where there is one, without a bar of its own."""
-    diffusers.utils.logging.disable_progress_bar()  # of parts loaded: there is one, and LLMs and codec come later
+def load_pipeline(model: Path, changes: SamplerChanges | None = None) -> LIDiTPipeline:
+    """The model folder's pipeline on this process's GPU where there is one, without a bar of its own.
+
+    changes: to the model's own sampler. Raises InputError for a folder that is no model, or changes that no sampler
+    takes.
+    """
+    diffusers.utils.logging.disable_progress_bar()  # it counts loaded parts: one here, LLMs and codec come later
     pipe = LIDiTPipeline.from_pretrained(model)
+    if changes is not None:
+        pipe.change_sampler(changes)
     pipe.set_progress_bar_config(disable=True)  # jobs count images, not the steps of one batch
     return pipe.to(default_device())
 

@@ -9,9 +9,9 @@ from lidit.config import EncoderSettings, TrackingSettings
 from lidit.errors import InputError
 from lidit.evals.probes.probe import ProbeResult, probe_captions, probe_encoder, settings_grid
 from lidit.evals.probes.report import ACCURACY_PLOT, NORMS_PLOT, metrics, write_probe_report
-from lidit.store import Corpus, digest_of
+from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
-from pipelines import tracking
+from pipelines.evaluation.scorecard import Job, Scorecard
 from pipelines.runtime.progress import Progress
 
 
@@ -53,16 +53,13 @@ def run_probe(
             for style in styles:
                 results.append(probe_encoder(encoder, name, style, captions[style]))
                 progress.advance(1, name)
-    page = write_probe_report(out, results, title)
+    # Track the report; no score file: a call probes anew.
     names = [settings.name for settings in encoders]
-    key = digest_of({"probe": [settings.model_dump(mode="json") for settings in encoders], "styles": list(styles),
-                     "captions": count})[:32]  # fmt: skip
     params = {"encoders": ", ".join(names), "styles": ", ".join(styles), "captions": str(count)}
-    uri = tracking.store_uri(tracker.uri, out.resolve().parent)
-    with tracking.tracked_run(
-        uri, tracker.experiment, f"probe {' '.join(names)}", key, params, {"lidit.job": "probe"}, out
-    ) as run:
-        run.metrics(metrics(results), 0)
-        for path in (page, out / ACCURACY_PLOT, out / NORMS_PLOT):
-            run.artifact(path)
+    job = Job(f"probe {' '.join(names)}", out.resolve().parent, {"lidit.job": "probe"}, params)
+    probed = [settings.model_dump(mode="json") for settings in encoders]
+    card = Scorecard(out, job, {"probe": probed, "styles": list(styles), "captions": count}, tracker)
+    card.begin()
+    page = write_probe_report(out, results, title)
+    card.publish(metrics(results), [page.name, ACCURACY_PLOT, NORMS_PLOT])
     return page

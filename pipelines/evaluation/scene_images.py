@@ -1,4 +1,4 @@
-"""The scene benchmark's images: drawn once, kept in GenEval's layout, read back one by one.
+"""The scene benchmark's images: sampled once, kept in GenEval's layout, read back one by one.
 
 The folder's name is the digest of everything its images depend on, so an image that is there is the right one.
 """
@@ -45,16 +45,16 @@ def scene_targets(items: Sequence[Mapping[str, Any]], settings: EvaluateSettings
     ]
 
 
-def draw_scenes(
+def sample_scenes(
     pipe: LIDiTPipeline,
     items: Sequence[Mapping[str, Any]],
     targets: Sequence[ImageTarget],
     folder: Path,
     batch_size: int,
 ) -> None:
-    """Draw the targets that `folder` does not have yet, a batch in memory at a time."""
+    """Sample the targets that `folder` does not have yet, a batch in memory at a time."""
     absent = {target.path for target in missing(folder, targets)}
-    if absent:  # else an earlier call has written everything, the records first
+    if absent:  # otherwise an earlier call has written everything, the records first
         write_metadata(folder, items)
     with Progress("draw", len(targets), "images", start=len(targets) - len(absent)) as progress:
         for start in range(0, len(targets), batch_size):
@@ -62,9 +62,9 @@ def draw_scenes(
             lacking = sum(target.path in absent for target in batch)
             if not lacking:
                 continue
-            # the whole batch, also where a part is there: in another company an image may differ in its last bits
-            drawn = pipe([t.prompt for t in batch], seed=[t.seeds[0] for t in batch], output_type="np")
-            for target, image in zip(batch, drawn):
+            # Sample the whole batch even if some images exist: batch composition can change an image's last bits.
+            sampled = pipe([t.prompt for t in batch], seed=[t.seeds[0] for t in batch], output_type="np")
+            for target, image in zip(batch, sampled):
                 if target.path in absent:
                     save_target(folder, target, [image])
             progress.advance(lacking)
@@ -87,7 +87,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def remove_others(folder: Path) -> None:
-    """Remove the images of earlier evaluations beside `folder`: what was found out from them has been replaced."""
+    """Remove the images of earlier evaluations beside `folder`: their scores have been replaced."""
     for other in folder.parent.iterdir():
         if other.name != folder.name and re.fullmatch(f"[0-9a-f]{{{NAME_LENGTH}}}", other.name):
             shutil.rmtree(other, ignore_errors=True)

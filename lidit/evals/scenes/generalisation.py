@@ -30,7 +30,7 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class HeldOutScore:
+class HeldOutScores:
     """One category, or the unweighted mean over categories; prompts are resampled within category and group."""
 
     category: str
@@ -43,8 +43,8 @@ class HeldOutScore:
 class HeldOutComparison:
     """The seen prompts against one group of held-out ones: `mean` over `categories`, those with prompts of both."""
 
-    categories: tuple[HeldOutScore, ...]
-    mean: HeldOutScore
+    categories: tuple[HeldOutScores, ...]
+    mean: HeldOutScores
 
 
 def compare_held_out(
@@ -91,12 +91,12 @@ def _resampled_means(
     return totals[:, :2] / totals[:, 2:]
 
 
-def _score(category: str, prompts: tuple[int, int], means: Iterable[NDArray[np.float64]]) -> HeldOutScore:
+def _score(category: str, prompts: tuple[int, int], means: Iterable[NDArray[np.float64]]) -> HeldOutScores:
     seen, held_out = means
     lax, strict = (
         Contrast(*(_interval(values[:, rule]) for values in (seen, held_out, seen - held_out))) for rule in (0, 1)
     )
-    return HeldOutScore(category, prompts, lax, strict)
+    return HeldOutScores(category, prompts, lax, strict)
 
 
 def _interval(means: NDArray[np.float64]) -> Interval:

@@ -11,9 +11,10 @@ import pytest
 
 from lidit.config import EvaluateSettings, TrackingSettings
 from lidit.errors import InputError
+from pipelines.evaluation.binding import evaluate_binding
 from pipelines.evaluation.compare import compare_runs
 from pipelines.evaluation.models import model_identity
-from pipelines.evaluation.scenes import evaluate_binding, evaluate_scenes
+from pipelines.evaluation.scenes import evaluate_scenes
 from pipelines.tracking import local_store
 from tests.helpers.random_model import WEIGHTS, write_model
 from tests.helpers.trained import SmallWorld

@@ -11,8 +11,9 @@ from PIL import Image
 from lidit.config import EvaluateSettings, PoolSettings, TrackingSettings
 from lidit.errors import InputError
 from lidit.pipeline import LIDiTPipeline
-from pipelines.evaluation.scenes import evaluate_binding, evaluate_scenes
-from pipelines.evaluation.suites import draw_suite
+from pipelines.evaluation.binding import evaluate_binding
+from pipelines.evaluation.scenes import evaluate_scenes
+from pipelines.evaluation.suites import sample_suite
 from tests.helpers.command import lidit
 from tests.helpers.random_model import write_model
 from tests.helpers.trained import SmallWorld
@@ -34,21 +35,25 @@ def geneval_prompts(tmp_path: Path) -> Path:
     return path
 
 
+def batches_of(size: int) -> EvaluateSettings:
+    return EvaluateSettings(batch_size=size)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
 
 
 def test_workers_this_machine_has_no_room_for_are_refused(model: Path, geneval_prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 actors ask for 1 GPU, this machine offers 0"):
-        draw_suite(model, "geneval", [geneval_prompts], tmp_path / "out", PoolSettings(gpus=1), batch_size=4)
+        sample_suite(model, "geneval", [geneval_prompts], batches_of(4), PoolSettings(gpus=1), tmp_path / "out")
 
 
 def test_geneval_is_drawn_in_its_layout_and_resumed(
     model: Path, small_world: SmallWorld, geneval_prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    made = draw_suite(model, "geneval", [geneval_prompts], out, TWO, batch_size=5)
-    assert (made.images, made.drawn) == (12, 12)
+    made = sample_suite(model, "geneval", [geneval_prompts], batches_of(5), TWO, out)
+    assert (made.images, made.sampled) == (12, 12)
     images = files_of(out)
     assert set(images) == {f"{p:05d}/samples/{i:04d}.png" for p in range(3) for i in range(4)}
     assert json.loads((out / "00002/metadata.jsonl").read_text())["prompt"] == PROMPTS[2]
@@ -61,16 +66,16 @@ def test_geneval_is_drawn_in_its_layout_and_resumed(
     for name in lost:
         (out / name).unlink()
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    again = draw_suite(model, "geneval", [geneval_prompts], out, PoolSettings(), batch_size=8)
-    assert again.drawn == 2
+    again = sample_suite(model, "geneval", [geneval_prompts], batches_of(8), PoolSettings(), out)
+    assert again.sampled == 2
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     for name in lost:
         same = np.asarray(Image.open(out / name)).astype(int) - np.asarray(Image.open(_file(images[name], tmp_path)))
         assert abs(same).max() <= 1
-    assert draw_suite(model, "geneval", [geneval_prompts], out, PoolSettings(), batch_size=8).drawn == 0
+    assert sample_suite(model, "geneval", [geneval_prompts], batches_of(8), PoolSettings(), out).sampled == 0
     other = write_model(small_world, tmp_path / "other", seed=2)
     with pytest.raises(InputError, match="made with other model"):
-        draw_suite(other, "geneval", [geneval_prompts], out, PoolSettings(), batch_size=12)
+        sample_suite(other, "geneval", [geneval_prompts], batches_of(12), PoolSettings(), out)
 
 
 def _file(content: bytes, folder: Path) -> Path:

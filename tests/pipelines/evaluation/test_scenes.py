@@ -25,7 +25,8 @@ from lidit.models import LIDiT
 from lidit.pipeline import LIDiTPipeline
 from lidit.store import digest_of
 from lidit.store.files.atomic import TEMPORARY_PREFIX
-from pipelines.evaluation.scenes import SceneScores, evaluate_scenes
+from pipelines.evaluation.scenes import evaluate_scenes
+from pipelines.evaluation.scorecard import Scores
 from pipelines.tracking import local_store
 from tests.helpers.random_model import WEIGHTS, write_model
 from tests.helpers.trained import SmallWorld
@@ -49,18 +50,18 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> TrackingSettings:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tracker: TrackingSettings, tmp_path_factory: pytest.TempPathFactory) -> SceneScores:
+def whole(model: Path, tracker: TrackingSettings, tmp_path_factory: pytest.TempPathFactory) -> Scores:
     """An evaluation that nothing interrupted; read its folder, never write to it."""
     return evaluate(model, tracker, tmp_path_factory.mktemp("whole") / "evaluation")
 
 
 @pytest.fixture
-def out(whole: SceneScores, tmp_path: Path) -> Path:
+def out(whole: Scores, tmp_path: Path) -> Path:
     """A copy of the whole evaluation, with its times."""
     return shutil.copytree(whole.folder, tmp_path / "out")
 
 
-def evaluate(model: Path, tracker: TrackingSettings, out: Path, **changes: object) -> SceneScores:
+def evaluate(model: Path, tracker: TrackingSettings, out: Path, **changes: object) -> Scores:
     return evaluate_scenes(model, SETTINGS.model_copy(update=changes), tracker, out)
 
 
@@ -109,7 +110,7 @@ def images_of(out: Path) -> list[Path]:
 
 
 def test_images_results_and_scores_are_those_of_the_prompts(
-    model: Path, tracker: TrackingSettings, whole: SceneScores
+    model: Path, tracker: TrackingSettings, whole: Scores
 ) -> None:
     assert whole.computed
     items = benchmark_prompts(32, "simple", 1, 3, SETTINGS.tags)
@@ -144,7 +145,7 @@ def test_images_results_and_scores_are_those_of_the_prompts(
     [(0, [5, 5, 2]), (3, [5, 5, 2]), (7, [5, 2]), (IMAGES, [])],
 )
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
-    model: Path, tracker: TrackingSettings, whole: SceneScores, out: Path, saved: int, drawn: list[int]
+    model: Path, tracker: TrackingSettings, whole: Scores, out: Path, saved: int, drawn: list[int]
 ) -> None:
     """As a kill leaves it: the first images are there, in the order of drawing, and nothing after them."""
     for path in [*images_of(out)[saved:], *(path for path in out.iterdir() if path.is_file())]:
@@ -234,7 +235,7 @@ def test_scores_that_are_not_whole_or_of_other_rules_are_made_again(
     assert stamps(tmp_path / "images") == images
 
 
-def test_scores_are_written_last(model: Path, tracker: TrackingSettings, whole: SceneScores, out: Path) -> None:
+def test_scores_are_written_last(model: Path, tracker: TrackingSettings, whole: Scores, out: Path) -> None:
     (out / "grid.png").unlink()
     (out / "grid.png").mkdir()  # what is written after the results cannot be
     with pytest.raises(IsADirectoryError):
