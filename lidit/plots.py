@@ -1,14 +1,20 @@
-"""What people look at: labelled grids of images and curves, as PNG."""
+"""What people look at: labelled grids of images, and the frame of every figure, as PNG."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LABEL_LINES, LINE_HEIGHT, MARGIN = 3, 13, 6
 SMALLEST_CELL = 128
@@ -46,24 +52,76 @@ def labelled_grid(
     return grid
 
 
-def curves(path: Path, title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], y: str) -> None:
-    """Lines of (x, y) values with a legend, written to `path`; logarithmic where all values are positive."""
-    import matplotlib
+def new_figure(size: tuple[float, float], dpi: int = 100) -> Figure:
+    """An empty figure of `size` inches. It belongs to no window and is not among pyplot's global figures."""
+    # matplotlib takes half a second to import, and workers that only need labelled grids never plot.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+
+def save_figure(figure: Figure, target: Path | BytesIO) -> None:
+    """Write the figure as PNG, without the name of the program in it; the folder of `target` is made."""
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, format="png", metadata={"Software": ""})
+
+
+def add_grid(*every: Axes) -> None:
+    """The faint grid that all our axes have."""
+    for axes in every:
+        axes.grid(alpha=0.3)
+
+
+Line = tuple[Sequence[float], Sequence[float]]  # x and y values
+
+
+def plot_lines(
+    target: Path | BytesIO,
+    series: Mapping[str, Line],
+    y_label: str,
+    title: str = "",
+    size: tuple[float, float] = (8, 4.5),
+) -> None:
+    """Lines over training steps with a legend, as a PNG; logarithmic where all values are positive."""
+    figure = new_figure(size, dpi=120)
+    axes = figure.add_subplot()
     for name, (steps, values) in series.items():
         axes.plot(steps, values, label=name, linewidth=1)
     positive = [value for _, values in series.values() for value in values]
     if positive and min(positive) > 0:
         axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel(y)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="step", ylabel=y_label, title=title)
+    add_grid(axes)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Software": ""})
-    pyplot.close(figure)
+    save_figure(figure, target)
+
+
+class Bounded(Protocol):
+    """A value with the ends of its interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+def plot_intervals(path: Path, series: Mapping[str, Sequence[Bounded]], y_label: str, title: str) -> None:
+    """Values by position (label -> an interval per segment) as a PNG; x is the relative position in [0, 1]."""
+    figure = new_figure((6, 4), dpi=120)
+    axes = figure.add_subplot()
+    for label, intervals in series.items():
+        x = (np.arange(len(intervals)) + 0.5) / len(intervals)
+        y = np.array([interval.value for interval in intervals])
+        low = np.array([interval.low for interval in intervals])
+        high = np.array([interval.high for interval in intervals])
+        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=label)
+    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="relative position of the segment", ylabel=y_label, title=title)
+    add_grid(axes)
+    axes.legend()
+    save_figure(figure, path)

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from lidit.errors import InputError
+from lidit.plots import plot_lines
 
 Curve = Sequence[tuple[int, float]]
 SMALLEST_SIDE = 96
@@ -174,25 +173,18 @@ def _curves(runs: Sequence[RunPage]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     pictures = []
     for name in names:
-        drawn = {run.name: run.curves[name] for run in runs if run.curves.get(name)}
-        if drawn:
+        curves = {run.name: run.curves[name] for run in runs if run.curves.get(name)}
+        if curves:
             label = html.escape(name)
-            pictures.append(f'<img class="curve" src="{_data(_plot(name, drawn))}" alt="{label} of every run">')
+            pictures.append(f'<img class="curve" src="{_data(_plot(name, curves))}" alt="{label} of every run">')
     return "<h2>Curves</h2>\n" + "\n".join(pictures) if pictures else ""
 
 
 def _plot(name: str, curves: Mapping[str, Curve]) -> bytes:
-    figure = Figure(figsize=(8, 3.2), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    lines = {}
     for label, points in curves.items():
         steps, values = zip(*sorted(points))
-        axes.plot(steps, values, label=label, linewidth=1.2)
-    if all(value > 0 for points in curves.values() for _, value in points):
-        axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel=name)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        lines[label] = (steps, values)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": ""})
+    plot_lines(buffer, lines, name, size=(8, 3.2))
     return buffer.getvalue()

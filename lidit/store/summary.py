@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lidit.plots import new_figure, save_figure
 from lidit.store.corpus import Corpus
 from lidit.store.families import Family, TextFamily
 from lidit.store.records import CommitRecord
@@ -17,6 +18,7 @@ from lidit.store.records import CommitRecord
 SAMPLED_UNITS = 16
 SAMPLED_ROWS = 64
 POSITIONS = 256
+FIGURE_SIZE, DPI = (7, 4), 120
 
 
 @dataclass(frozen=True)
@@ -146,46 +148,36 @@ def norms_by_position(family: TextFamily) -> tuple[np.ndarray, np.ndarray]:
     return raw[filled] / counts[filled], standardised[filled] / counts[filled]
 
 
-def _figure() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(7, 4), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
-
-
 def _plot_bars(buckets: dict[str, int], path: Path) -> Path:
-    figure, axes = _figure()
+    figure = new_figure(FIGURE_SIZE, DPI)
+    axes = figure.add_subplot()
     names = sorted(buckets, key=lambda name: tuple(map(int, name.split("x"))))
     axes.bar(names, [buckets[name] for name in names])
     axes.set(title="Samples per aspect bucket", xlabel="width x height", ylabel="samples")
     axes.tick_params(axis="x", rotation=60)
-    return _save(figure, path)
+    save_figure(figure, path)
+    return path
 
 
 def _plot_lengths(family: TextFamily, path: Path) -> Path:
-    figure, axes = _figure()
+    figure = new_figure(FIGURE_SIZE, DPI)
+    axes = figure.add_subplot()
     lengths = token_lengths(family)
-    axes.hist(lengths, bins=np.arange(0, max(lengths.max(initial=1), 1) + 2) - 0.5)
+    edges = np.arange(0, max(lengths.max(initial=1), 1) + 2) - 0.5  # each number of tokens has its own bar
+    axes.hist(lengths, bins=edges.tolist())
     axes.set(title=f"{family.directory}: tokens per caption", xlabel="tokens", ylabel="captions")
-    return _save(figure, path)
+    save_figure(figure, path)
+    return path
 
 
 def _plot_norms(family: TextFamily, path: Path) -> Path:
-    figure, axes = _figure()
+    figure = new_figure(FIGURE_SIZE, DPI)
+    axes = figure.add_subplot()
     raw, standardised = norms_by_position(family)
     axes.plot(raw, label="as computed")
     axes.plot(standardised, label="standardised per channel")
     axes.set(title=f"{family.directory}: state norm by position", xlabel="caption token", ylabel="mean L2 norm")
     axes.set_yscale("log")
     axes.legend()
-    return _save(figure, path)
+    save_figure(figure, path)
+    return path

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lidit.config import RunRecipe
 from lidit.config.settings import flatten
 from lidit.errors import InputError, JobError
-from lidit.plots import curves
+from lidit.plots import plot_lines
 from lidit.store import Corpus, digest_of, spec_differences
 from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
@@ -145,7 +145,7 @@ def draw_curves(tracker: tracking.Tracker, folder: Path) -> None:
     for file, title, metrics in (("loss.png", "loss", names), ("timesteps.png", "validation loss by timestep", levels)):
         series = {label: tracker.history(name) for name, label in metrics.items()}
         if shown := {label: points for label, points in series.items() if points[0]}:
-            curves(folder / file, title, shown, "loss")
+            plot_lines(folder / file, shown, "loss", title)
             tracker.artifact(folder / file, "plots")
 
 

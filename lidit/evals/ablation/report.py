@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from lidit.evals.ablation.paper import MEANING, PAPER
 from lidit.evals.ablation.results import ArmResult, ArmSummary, Comparison, compare, summaries
 from lidit.evals.statistics import Interval
+from lidit.plots import add_grid, new_figure, save_figure
 
 FEW = 6
 PAGE, LEARNING_PLOT, POSITION_PLOT = "README.md", "learning.png", "positions.png"
@@ -158,8 +157,7 @@ def _positions_table(arms: Mapping[str, ArmSummary]) -> str:
 
 
 def _plot_learning(path: Path, results: Sequence[ArmResult]) -> None:
-    figure = Figure(figsize=(10, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((10, 5), dpi=110)
     curves, bars = figure.subplots(1, 2)
     arms = list(dict.fromkeys(result.arm for result in results))
     for number, arm in enumerate(arms):
@@ -179,14 +177,12 @@ def _plot_learning(path: Path, results: Sequence[ArmResult]) -> None:
     bars.set_yticks(range(len(arms)), arms, fontsize=8)
     bars.invert_yaxis()
     bars.set(xlim=(0.45, 1.0), title="accuracy averaged over training (ticks: seeds)")
-    for axes in (curves, bars):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", metadata={"Software": ""})
+    add_grid(curves, bars)
+    save_figure(figure, path)
 
 
 def _plot_positions(path: Path, arms: Mapping[str, ArmSummary]) -> None:
-    figure = Figure(figsize=(8.5, 4.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((8.5, 4.5), dpi=110)
     axes = figure.add_subplot()
     for number, (name, arm) in enumerate(arms.items()):
         values = [interval.value for interval in arm.by_position]
@@ -195,6 +191,6 @@ def _plot_positions(path: Path, arms: Mapping[str, ArmSummary]) -> None:
     count = max(len(arm.by_position) for arm in arms.values())
     axes.set(xticks=range(1, count + 1), xlabel="segment of the caption", ylabel="binding accuracy")
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-    axes.grid(alpha=0.3)
+    add_grid(axes)
     figure.legend(fontsize=8, loc="outside right center")  # beside the axes: fifteen arms fill them
-    figure.savefig(path, format="png", metadata={"Software": ""})
+    save_figure(figure, path)

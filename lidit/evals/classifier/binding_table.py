@@ -9,9 +9,9 @@ from typing import Literal
 
 from lidit.evals.classifier.binding import Case, Kind, generate_cases, measure_binding, pixels
 from lidit.evals.classifier.caption_loss import pipeline_latents, pipeline_loss
-from lidit.evals.scenes.positional import plot_intervals
 from lidit.evals.statistics import Interval
 from lidit.pipeline import LIDiTPipeline
+from lidit.plots import plot_intervals
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from lidit.evals.probes.probe import QUESTIONS, ProbeResult, chance
+from lidit.plots import add_grid, new_figure, save_figure
 
 ACCURACY_PLOT, NORMS_PLOT = "accuracy.png", "norms.png"
 THIRD_TO_LAST = -3
@@ -138,8 +137,7 @@ def _norm_table(results: Sequence[ProbeResult]) -> str:
 
 def _plot_accuracy(path: Path, results: Sequence[ProbeResult]) -> None:
     styles = _styles(results)
-    figure = Figure(figsize=(3.2 * len(QUESTIONS), 3.2 * len(styles) + 1), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((3.2 * len(QUESTIONS), 3.2 * len(styles) + 1))
     grid = figure.subplots(len(styles), len(QUESTIONS), sharex=True, sharey=True, squeeze=False)
     for row, style in zip(grid, styles):
         for axes, question in zip(row, QUESTIONS):
@@ -150,16 +148,15 @@ def _plot_accuracy(path: Path, results: Sequence[ProbeResult]) -> None:
             axes.axhline(chance(question), color="black", linewidth=0.8, linestyle=":")
             axes.set(ylim=(0, 1.03), title=f"{question}\n({style})")
             axes.title.set_fontsize(9)
-            axes.grid(alpha=0.3)
+            add_grid(axes)
     grid[-1][0].set(xlabel="depth of the block", ylabel="probe accuracy")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, format="png", metadata={"Software": ""})
+    save_figure(figure, path)
 
 
 def _plot_norms(path: Path, results: Sequence[ProbeResult]) -> None:
-    figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((11, 4))
     norms, shares = figure.subplots(1, 2)
     for result in (result for result in results if result.style == results[0].style):
         depth = (np.arange(len(result.layers)) + 1) / len(result.layers)
@@ -171,6 +168,5 @@ def _plot_norms(path: Path, results: Sequence[ProbeResult]) -> None:
     norms.set(yscale="log", xlabel="depth of the block", title="mean norm of caption tokens (dotted: first token)")
     shares.set(ylim=(0, 1), xlabel="depth of the block", title="share of the squared norm in the strongest channel")
     norms.legend(fontsize=7)
-    for axes in (norms, shares):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", metadata={"Software": ""})
+    add_grid(norms, shares)
+    save_figure(figure, path)

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from lidit.datasets.scenes.scene import list_length
 from lidit.errors import InputError
 from lidit.evals.scenes.evaluation import Evaluation, with_bounds
 from lidit.evals.statistics import Interval, bootstrap_columns
+from lidit.plots import plot_intervals
 
 QUARTILES = 4
 
@@ -140,21 +139,3 @@ def plot_curves(
 def plot_labels(curves: Mapping[str, PositionalCurve]) -> dict[str, tuple[Interval, ...]]:
     """What the plot's legend says of each curve -> the curve's points."""
     return {f"{label} ({c.prompts} prompts), drop {c.drop}": c.by_position for label, c in curves.items()}
-
-
-def plot_intervals(path: Path, series: Mapping[str, Sequence[Interval]], y_label: str, title: str) -> None:
-    """Writes values by position (label -> one interval per segment) as a PNG; x is the relative position in [0, 1]."""
-    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for label, intervals in series.items():
-        x = (np.arange(len(intervals)) + 0.5) / len(intervals)
-        y = np.array([interval.value for interval in intervals])
-        low = np.array([interval.low for interval in intervals])
-        high = np.array([interval.high for interval in intervals])
-        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=label)
-    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="relative position of the segment", ylabel=y_label, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": ""})
