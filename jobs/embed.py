@@ -9,7 +9,7 @@ import typer
 from jobs.support.options import node_labels
 from jobs.support.start import run
 from lidit.config import EncoderSettings, PoolSettings
-from lidit.config.shipped import load_encoder
+from lidit.config.shipped import load_encoder_settings
 
 if TYPE_CHECKING:
     from pipelines.corpus.embed import EmbedSummary
@@ -34,7 +34,7 @@ def command(
     """
     labels = node_labels(node_label)
     pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, token_budget=token_budget, label_selector=labels)
-    for settings in [load_encoder(name, setting) for name in encoder]:
+    for settings in [load_encoder_settings(name, setting) for name in encoder]:
         embed(corpus, settings, pool)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from jobs.support.start import run
 from lidit.config import TrackingSettings
-from lidit.config.shipped import load_encoder
+from lidit.config.shipped import load_encoder_settings
 
 
 def command(
@@ -33,7 +33,7 @@ def command(
         if Path(source).is_dir():
             encoders += corpus_encoders(Corpus.open(source))
         else:
-            encoders.append(load_encoder(source))
+            encoders.append(load_encoder_settings(source))
     print(run_probe(encoders, style or ["bare", "clauses"], captions, out, TrackingSettings()))
 
 

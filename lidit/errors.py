@@ -1,4 +1,4 @@
-"""The ways a job can end badly. Everything else is a bug and shows its traceback."""
+"""What a job may end with: a user's mistake, a failed job, a store out of reach. Other exceptions are bugs."""
 
 
 class InputError(Exception):

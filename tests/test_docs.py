@@ -15,7 +15,7 @@ import yaml
 from jobs.main import app
 from lidit.config import EncoderSettings, Recipe
 from lidit.config.settings import apply_overrides, load_yaml, validate
-from lidit.config.shipped import RECIPES, load_encoder, load_recipe
+from lidit.config.shipped import RECIPES, load_encoder_settings, load_recipe
 from lidit.errors import InputError
 from lidit.store import Corpus
 from tests.helpers.corpus_factory import make_corpus
@@ -71,7 +71,7 @@ def check_command(text: str) -> None:
     elif words[0] == "embed":
         for name in found["encoder"]:  # type: ignore[attr-defined]
             if not name.endswith(".yaml"):
-                load_encoder(name, found["setting"])  # type: ignore[arg-type]
+                load_encoder_settings(name, found["setting"])  # type: ignore[arg-type]
 
 
 def test_there_is_much_to_check() -> None:

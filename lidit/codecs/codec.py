@@ -15,6 +15,7 @@ import torch
 
 from lidit.config import CodecSettings
 from lidit.errors import InputError, one_line
+from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.store import digest_of
 
 CODE_VERSION = 1
@@ -177,19 +178,12 @@ def _model_folder(settings: CodecSettings) -> tuple[Path, dict[str, Any]]:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not is_hub_id(model):
         raise InputError(f"{model}: no such folder; give a folder, `pixels`, or a hub id with a revision")
     if revision is None:
         raise InputError(f"{model}: neither a folder here nor a pinned hub id: set codec.revision to the commit")
     patterns = [f"{place}{name}" for place in ("", "vae/") for name in ("config.json", "*.safetensors")]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = one_line(error, 200)
-        raise InputError(f"{model} at {revision[:12]}: cannot be fetched from the hub ({reason})") from None
+    return fetch_snapshot(model, revision, patterns)
 
 
 def _shape(name: str, config: dict[str, Any]) -> tuple[int, int, float, float]:

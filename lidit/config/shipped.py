@@ -36,7 +36,7 @@ def load_ablation(recipe: str, overrides: list[str] | None = None) -> Ablation:
     return validate(Ablation, apply_overrides(tree, overrides or []), str(recipe))
 
 
-def load_encoder(name: str, overrides: list[str] | None = None) -> EncoderSettings:
+def load_encoder_settings(name: str, overrides: list[str] | None = None) -> EncoderSettings:
     """An encoder file by path or shipped name."""
     path = find(name, ENCODERS, "encoder")
     return validate(EncoderSettings, apply_overrides(load_yaml(path), overrides or []), str(name))

@@ -19,8 +19,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 
 from lidit.codecs import AutoencoderCodec, Codec, load_codec
@@ -28,6 +26,7 @@ from lidit.config import CodecSettings, ObjectiveSettings, SamplerChanges, Sampl
 from lidit.config.settings import validate
 from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
 from lidit.errors import InputError, one_line
+from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.models import LIDiT, TextStates
 from lidit.pipeline.card import model_card
 from lidit.pipeline.model_encoder import ModelEncoder
@@ -301,15 +300,11 @@ def save_pipeline(
 
 def _local_folder(folder: str | Path, revision: str | None) -> Path:
     path = Path(folder).expanduser()
-    if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+    if path.exists() or not is_hub_id(str(folder)):
         if not path.is_dir():
             raise InputError(f"{folder}: no such model folder; give one that lidit train wrote, or a hub id")
         return path
-    try:
-        patterns = ["*.json", "*.safetensors", "README.md"]
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{folder}: neither a folder nor a model on the hub ({type(error).__name__})") from None
+    return fetch_snapshot(str(folder), revision, ["*.json", "*.safetensors", "README.md"])
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lidit.config import PAPER_INSTRUCTION, EncoderSettings
 from lidit.errors import InputError, one_line
+from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.store.schema import canonical_json, digest_of
 from lidit.text.packaged import PREFIX, cache_folder, packaged_model_folder
 
@@ -149,28 +150,14 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not is_hub_id(model):
         raise InputError(f"{model}: no such model folder; give a folder, package:NAME, or a hub id with a revision")
     if revision is None:
         raise InputError(
             f"{model}: neither a folder here nor a pinned hub id: set `revision:` to the commit (40 hexadecimal digits)"
         )
-    return _download(model, revision)
-
-
-def _download(model: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns)).resolve()
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = one_line(error, 200)
-        raise InputError(
-            f"{model} at {revision[:12]}: cannot be fetched from the hub ({reason}); check the id, the revision and "
-            "the connection, or give a folder"
-        ) from None
+    return fetch_snapshot(model, revision, patterns)
 
 
 def _read_config(folder: Path) -> Any:

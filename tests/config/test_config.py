@@ -7,7 +7,7 @@ import pytest
 from jobs.support.options import node_labels
 from lidit.config import EncoderSettings, Recipe
 from lidit.config.settings import apply_overrides, flatten, load_yaml, validate
-from lidit.config.shipped import ENCODERS, RECIPES, find, load_ablation, load_encoder, load_recipe
+from lidit.config.shipped import ENCODERS, RECIPES, find, load_ablation, load_encoder_settings, load_recipe
 from lidit.errors import InputError
 
 RECIPE = """
@@ -154,7 +154,7 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(ENCODERS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_encoder_is_valid(path: Path) -> None:
-    assert load_encoder(path.stem).name == path.stem
+    assert load_encoder_settings(path.stem).name == path.stem
 
 
 def test_settings_are_frozen_and_flatten_to_parameters(recipe_file: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lidit.config.shipped import load_encoder
+from lidit.config.shipped import load_encoder_settings
 from lidit.errors import InputError
 from lidit.pipeline import LIDiTPipeline
 from lidit.store import Corpus
@@ -95,7 +95,7 @@ def test_the_real_llm_is_the_pinned_one(finished: Path) -> None:
     spec = Corpus.open(finished / "corpus").text_family("smollm2").spec
     assert (spec["width"], spec["blocks"], spec["total_blocks"]) == (576, 28, 30)
     assert spec["instruction"].startswith("Describe the image by detailing the color, shape")
-    assert load_encoder("smollm2").chat_template
+    assert load_encoder_settings("smollm2").chat_template
 
 
 def test_again_redoes_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
