@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from lidit.config import EncoderSettings
+from lidit.config.shipped import load_encoder_settings
 from lidit.text.batching import Padding, padding_of, plan_batches
-from lidit.text.specs import EncoderSpec, default_device
+from lidit.text.specs import EncoderSpec, default_device, resolve_encoder
 from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
 from lidit.text.trunk import Trunk
 
@@ -119,6 +122,25 @@ class PromptEncoder:
         longest = max(len(row) for row in rows)
         pad = self.tokenizer.pad_id
         return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]).to(self.trunk.device)
+
+
+def load_encoder(encoder: str | Path | EncoderSettings, device: str | None = None) -> PromptEncoder:
+    """A frozen LLM, ready to encode captions.
+
+    Args:
+        encoder: the name of an encoder that ships with the package (`smollm2`, `gemma3`), a YAML file with the keys
+            of `EncoderSettings`, or the settings themselves.
+        device: "cpu", "cuda" or "cuda:N"; None takes a GPU where there is one.
+
+    Returns:
+        The encoder, with the LLM's weights in memory. Its `encode(captions)` gives the states.
+
+    Raises:
+        InputError: no such encoder or file, settings that the model cannot serve, or a model that is neither here
+            nor on the hub.
+    """
+    settings = encoder if isinstance(encoder, EncoderSettings) else load_encoder_settings(str(encoder))
+    return PromptEncoder.load(resolve_encoder(settings, device), device)
 
 
 def _arrived(rows: list[int], flat: torch.Tensor, done: torch.cuda.Event | None) -> tuple[list[int], torch.Tensor]:
