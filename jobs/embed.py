@@ -41,8 +41,11 @@ def command(
 def embed(corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
     """Compute one family with a progress bar and say what came of it, cut captions included."""
     from pipelines.corpus.embed import run_embed
+    from pipelines.runtime.progress import ProgressBar
 
-    show(corpus, run_embed(corpus, settings, pool))
+    with ProgressBar(f"embed {settings.name}", None, "captions") as progress:
+        made = run_embed(corpus, settings, pool, progress)
+    show(corpus, made)
 
 
 def show(corpus: str, made: EmbedSummary) -> None:

@@ -25,15 +25,10 @@ def command(
     """
     from lidit.sources.reading import unit_images
     from lidit.store.export import export_corpus
-    from pipelines.runtime.progress import Progress
+    from pipelines.runtime.progress import ProgressBar
 
-    with Progress("export", 0, "units") as progress:
-
-        def step(done: int, total: int) -> None:
-            progress.total = total
-            progress.update(done)
-
-        names = export_corpus(corpus, out, to, family or (), unit_images if images else None, step)
+    with ProgressBar("export", None, "units") as progress:
+        names = export_corpus(corpus, out, to, family or (), unit_images if images else None, progress)
     print(f"{out}: {len(names)} files")
 
 

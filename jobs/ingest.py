@@ -11,7 +11,7 @@ from lidit.config import IngestSettings
 from lidit.config.settings import apply_overrides, validate
 
 if TYPE_CHECKING:
-    from pipelines.corpus.ingest import IngestSummary
+    from lidit.sources.ingest import IngestSummary
 
 
 def command(
@@ -34,15 +34,10 @@ def command(
 def ingest(sources: list[str], corpus: str, settings: IngestSettings) -> None:
     """Run the ingest with a progress bar and say what came of it, refusals included."""
     from pipelines.corpus.ingest import run_ingest
-    from pipelines.runtime.progress import Progress
+    from pipelines.runtime.progress import ProgressBar
 
-    with Progress("ingest", 0, "files") as progress:
-
-        def report(done: int, total: int, note: str) -> None:
-            progress.total = total
-            progress.update(done, note)
-
-        made = run_ingest(sources, corpus, settings, report)
+    with ProgressBar("ingest", None, "files") as progress:
+        made = run_ingest(sources, corpus, settings, progress)
     show(corpus, made)
 
 

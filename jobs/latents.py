@@ -39,8 +39,11 @@ def command(
     settings = codec_settings(codec, name, revision, recipe, setting or [])
     pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, label_selector=node_labels(node_label))
     from pipelines.corpus.latents import run_latents
+    from pipelines.runtime.progress import ProgressBar
 
-    show(corpus, run_latents(corpus, settings, pool))
+    with ProgressBar(f"latents {settings.name}", None, "units") as progress:
+        made = run_latents(corpus, settings, pool, progress)
+    show(corpus, made)
 
 
 def codec_settings(

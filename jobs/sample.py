@@ -31,12 +31,12 @@ def command(
 
     from lidit.plots import labelled_grid
     from pipelines.evaluation.models import load_pipeline
-    from pipelines.runtime.progress import Progress
+    from pipelines.runtime.progress import ProgressBar
 
     pipe = load_pipeline(model)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = [], []
-    with Progress("sample", len(prompt) * count, "images") as progress:
+    with ProgressBar("sample", len(prompt) * count, "images") as progress:
         for number, text in enumerate(prompt):
             drawn = pipe([text] * count, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
                          seed=[seed + i for i in range(count)], output_type="np")  # fmt: skip

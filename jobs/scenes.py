@@ -28,11 +28,11 @@ def command(
     """
     if re.match(r"[a-z0-9]+:/", str(out)):  # a Path keeps one slash of s3://
         raise InputError(f"--out {out}: scenes are written into a local folder; copy the tars to the URL afterwards")
-    from lidit.datasets.scenes.shards import write_scene_shards
-    from pipelines.runtime.progress import Progress
+    from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
+    from pipelines.runtime.progress import ProgressBar
 
-    with Progress("scenes", count, "scenes") as progress:
-        made = write_scene_shards(out, count, size, seed, layout, per_shard, progress=progress.update)
+    with ProgressBar("scenes", None, "scenes") as progress:
+        made = write_scene_shards(out, SceneSet(count, size, seed, layout, per_shard), progress)
     state = "already there" if made.skipped else "written"
     print(f"{out}: {made.scenes} scenes, {made.distinct_captions} distinct captions, {state}")
 

@@ -45,7 +45,7 @@ def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
     from lidit.store.verify import verify_corpus
     from lidit.text import PromptEncoder
     from lidit.text.embedding import family_encoder
-    from pipelines.runtime.progress import Progress
+    from pipelines.runtime.progress import ProgressBar
 
     loaded: dict[str, PromptEncoder] = {}
 
@@ -55,13 +55,8 @@ def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
             loaded[family.fingerprint] = family_encoder(family)
         return [found.states for found in loaded[family.fingerprint].encode(list(captions))]
 
-    with Progress("verify", 0, "files") as progress:
-
-        def step(done: int, known: int) -> None:
-            progress.total = max(known, done)
-            progress.update(done)
-
-        report = verify_corpus(corpus, deep, computed_again if encode else None, encode, step)
+    with ProgressBar("verify", None, "files") as progress:
+        report = verify_corpus(corpus, deep, computed_again if encode else None, encode, progress)
     for line in (*report.notes, *report.problems):
         print(line)
     return report
@@ -71,11 +66,11 @@ def check_sources(corpus: str) -> None:
     """Compare what the corpus was ingested from, with a progress bar. JobError where anything is another now."""
     from lidit.sources.changes import compare_sources
     from lidit.store import Corpus
-    from pipelines.runtime.progress import Progress
+    from pipelines.runtime.progress import ProgressBar
 
     opened = Corpus.open(corpus)
     wrong = []
-    with Progress("verify sources", opened.sources.num_rows, "files") as progress:
+    with ProgressBar("verify sources", opened.sources.num_rows, "files") as progress:
         for path, reason in compare_sources(opened):
             wrong += [f"{path}: {reason}"] if reason else []
             progress.advance(1)

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, get_args
 
 from lidit.codecs import codec_spec
@@ -23,21 +24,22 @@ from pipelines.corpus.ingest import run_ingest
 from pipelines.corpus.latents import run_latents
 from pipelines.evaluation.scenes import evaluate_scenes
 from pipelines.runtime import resources
+from pipelines.runtime.progress import Display, ProgressBar
 from pipelines.training.train import run_fit
 
 log = logging.getLogger(__name__)
 STAGES: tuple[Stage, ...] = get_args(Stage)
 READERS = 1  # logical CPUs of one embedding besides its actors
 SPARE_CPUS = 2  # workers of the stage before may still be on their way out
-Report = Callable[[Stage, Any], None]
 Made = dict[Stage, Any]
+ShowSummary = Callable[[Stage, Any], None]
 Resources = Mapping[str, float]
 
 
-def run_chain(recipe: Recipe, report: Report, until: Stage = "evaluate", allow_drift: bool = False) -> Made:
+def run_chain(recipe: Recipe, show: ShowSummary, until: Stage = "evaluate", allow_drift: bool = False) -> Made:
     """Do what is missing of the recipe's stages up to `until`; the summary of each, of embed the last encoder's.
 
-    report: called after each stage (embed: after each encoder) with its summary, also when nothing was left to do.
+    show: called after each stage (embed: after each encoder) with its summary, also when nothing was left to do.
     Without `sources` the corpus must exist. Raises InputError, before anything is started, for encoders or a codec
     that cannot be used; otherwise what the stages raise. What is finished is kept.
     """
@@ -46,17 +48,22 @@ def run_chain(recipe: Recipe, report: Report, until: Stage = "evaluate", allow_d
 
     def keep(stage: Stage, summary: Any) -> None:
         made[stage] = summary
-        report(stage, summary)
+        show(stage, summary)
 
     _check(recipe, wanted)
-    resources.at_least(_logical_cpus(recipe))
+    # An embedded Ray cannot grow between stages: whichever stage starts it asks for what any of them needs.
+    cpus = _logical_cpus(recipe)
     if recipe.sources:
-        keep("ingest", run_ingest(list(recipe.sources), recipe.corpus, recipe.ingest))
+        with ProgressBar("ingest", None, "files") as progress:
+            made_corpus = run_ingest(recipe.sources, recipe.corpus, recipe.ingest, progress, cpus)
+        keep("ingest", made_corpus)
     corpus = Corpus.open(recipe.corpus)
     if "embed" in wanted:
-        _embed(recipe, corpus, keep)
+        _embed(recipe, corpus, cpus, keep)
     if "latents" in wanted:
-        keep("latents", run_latents(recipe.corpus, recipe.codec, recipe.pool))
+        with ProgressBar(f"latents {recipe.codec.name}", None, "units") as progress:
+            latents = run_latents(recipe.corpus, recipe.codec, recipe.pool, progress, cpus)
+        keep("latents", latents)
     if "train" not in wanted:
         return made
     trained = run_fit(recipe, allow_drift)
@@ -96,25 +103,28 @@ def _logical_cpus(recipe: Recipe) -> int:
 # -- several encoders --------------------------------------------------------------------------------------------------
 
 
-def _embed(recipe: Recipe, corpus: Corpus, report: Report) -> None:
-    pending = []
-    for encoder in recipe.encoders:
-        spec = resolve_encoder(encoder, _device(recipe.pool_of(encoder.name)))
-        if FamilyWriter(corpus.folder.location, "text", spec.name, spec.to_dict()).complete():
-            report("embed", run_embed(recipe.corpus, encoder, recipe.pool_of(encoder.name)))
-        else:
-            pending.append(encoder)
-    if len(pending) == 1:
-        report("embed", run_embed(recipe.corpus, pending[0], recipe.pool_of(pending[0].name)))
-    elif pending:
-        resources.connect()
-        demands = {encoder.name: _demand(recipe.pool_of(encoder.name)) for encoder in pending}
-        calls = {encoder.name: _embedding(recipe, encoder) for encoder in pending}
-        side_by_side(calls, demands, _capacity(len(pending)), lambda summary: report("embed", summary))
+def _embed(recipe: Recipe, corpus: Corpus, cpus: int, show: ShowSummary) -> None:
+    """Embed with every encoder: finished families first, for they need no Ray, the others side by side."""
+    with Display() as display:
 
+        def embed(encoder: EncoderSettings) -> EmbedSummary:
+            with ProgressBar(f"embed {encoder.name}", None, "captions", display=display) as progress:
+                return run_embed(recipe.corpus, encoder, recipe.pool_of(encoder.name), progress, cpus)
 
-def _embedding(recipe: Recipe, encoder: EncoderSettings) -> Callable[[], EmbedSummary]:
-    return lambda: run_embed(recipe.corpus, encoder, recipe.pool_of(encoder.name))
+        pending = []
+        for encoder in recipe.encoders:
+            spec = resolve_encoder(encoder, _device(recipe.pool_of(encoder.name)))
+            if FamilyWriter(corpus.folder.location, "text", spec.name, spec.to_dict()).complete():
+                show("embed", embed(encoder))
+            else:
+                pending.append(encoder)
+        if len(pending) == 1:
+            show("embed", embed(pending[0]))
+        elif pending:
+            resources.connect(cpus)
+            demands = {encoder.name: _demand(recipe.pool_of(encoder.name)) for encoder in pending}
+            calls = {encoder.name: partial(embed, encoder) for encoder in pending}
+            side_by_side(calls, demands, _capacity(len(pending)), lambda summary: show("embed", summary))
 
 
 def _demand(pool: PoolSettings) -> dict[str, float]:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("lidit", "pipelines", "jobs")
 # A room imports rooms of lower floors only, and itself.
 LIBRARY = (
-    {"errors"},
+    {"errors", "progress"},
     {"plots", "hub"},
     {"config", "store", "datasets"},
     {"images", "text", "models"},
@@ -20,7 +20,7 @@ LIBRARY = (
 CLUSTER = ({"runtime", "tracking"}, {"corpus", "evaluation"}, {"training"}, {"chain"}, {"ablation"})
 APART = {"submission"}  # beside the floors: it needs no other wing, and none needs it
 # Rooms that keep to fewer than their floor allows.
-NARROW = {"store": {"errors", "plots"}, "models": {"config", "errors"}, "config": {"errors"}}
+NARROW = {"store": {"errors", "progress", "plots"}, "models": {"config", "errors"}, "config": {"errors"}}
 ONLY_IN = {
     "ray": ("pipelines/",),
     "deepspeed": ("pipelines/training/engine.py", "pipelines/training/ema.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from lidit.store import ImageReference, Refusal, Sample, publish_unit, unit_tabl
 from lidit.store.files.atomic import FileDigest, publish_table
 from lidit.store.files.folder import Folder
 from lidit.store.samples import quarantine_table
+from lidit.store.schema import unit_digits
 
 # Keys compared at once: bounds the driver's memory to about a gigabyte whatever the corpus holds.
 KEYS_AT_ONCE = 20_000_000
@@ -21,13 +23,18 @@ QUARANTINE = "quarantine"
 
 
 @dataclass(frozen=True)
-class SourcePlan:
-    """One source file's part of the corpus. duplicates: staged row -> the source file that has its key first."""
+class SourceListing:
+    """One source file's part of the corpus: its units, of `unit_samples` samples each but the last.
+
+    digits: of every unit's name; duplicates: staged row -> the source file that has the row's key first.
+    """
 
     index: int
     name: str
     first_unit: int
     units: int
+    unit_samples: int
+    digits: int
     duplicates: dict[int, str]
 
 
@@ -72,17 +79,18 @@ def _key_hashes(folder: Folder, staged: StagedSource) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.uint64), *halves]).reshape(-1, 2)
 
 
-def plan_units(
+def number_units(
     staged: Sequence[StagedSource], duplicates: dict[int, dict[int, str]], unit_samples: int
-) -> list[SourcePlan]:
+) -> list[SourceListing]:
     """Consecutive unit numbers for every source file, in order; a file without a sample gets none."""
-    plans, first = [], 0
-    for entry in staged:
-        copies = duplicates.get(entry.index, {})
-        units = -(-(entry.samples - len(copies)) // unit_samples)
-        plans.append(SourcePlan(entry.index, entry.name, first, units, copies))
-        first += units
-    return plans
+    kept = [entry.samples - len(duplicates.get(entry.index, {})) for entry in staged]
+    units = [-(-samples // unit_samples) for samples in kept]
+    first_units = itertools.accumulate(units, initial=0)
+    digits = unit_digits(sum(units))
+    return [
+        SourceListing(entry.index, entry.name, first, count, unit_samples, digits, duplicates.get(entry.index, {}))
+        for entry, first, count in zip(staged, first_units, units, strict=False)
+    ]
 
 
 @dataclass(frozen=True)
@@ -94,32 +102,32 @@ class WrittenSource:
     quarantine: FileDigest | None
 
 
-def write_units(corpus: Folder, staging: Folder, plan: SourcePlan, unit_samples: int, digits: int) -> WrittenSource:
+def write_units(corpus: Folder, staging: Folder, listing: SourceListing) -> WrittenSource:
     """Write all units of one source and its quarantine file.
 
     Writing again gives the same bytes, so a rerun after a crash simply overwrites.
     """
-    rows, unit, refusals = [], plan.first_unit, []
+    rows, unit, refusals = [], listing.first_unit, []
     chunk: list[Sample] = []
-    for position, sample in enumerate(_samples(staging, plan.index)):
-        if position in plan.duplicates:
-            where = plan.duplicates[position]
-            refusals.append(Refusal(sample.key, plan.name, f"duplicate key: the first sample with it is in {where}"))
+    for position, sample in enumerate(_samples(staging, listing.index)):
+        if position in listing.duplicates:
+            where = listing.duplicates[position]
+            refusals.append(Refusal(sample.key, listing.name, f"duplicate key: the first sample with it is in {where}"))
             continue
         chunk.append(sample)
-        if len(chunk) == unit_samples:
-            rows.append(publish_unit(corpus, unit, digits, plan.name, *unit_tables(chunk)))
+        if len(chunk) == listing.unit_samples:
+            rows.append(publish_unit(corpus, unit, listing.digits, listing.name, *unit_tables(chunk)))
             unit, chunk = unit + 1, []
     if chunk:
-        rows.append(publish_unit(corpus, unit, digits, plan.name, *unit_tables(chunk)))
-    refused = staging.read_table(f"{staged_name(plan.index)}-refused.arrow")
+        rows.append(publish_unit(corpus, unit, listing.digits, listing.name, *unit_tables(chunk)))
+    refused = staging.read_table(f"{staged_name(listing.index)}-refused.arrow")
     quarantine = None
     if refused.num_rows or refusals:
         table = pa.concat_tables([refused, quarantine_table(refusals)]).combine_chunks()
         folder = corpus.child(QUARANTINE)
         folder.create()
-        quarantine = publish_table(folder, f"{staged_name(plan.index)}.arrow", table)
-    return WrittenSource(plan.index, rows, quarantine)
+        quarantine = publish_table(folder, f"{staged_name(listing.index)}.arrow", table)
+    return WrittenSource(listing.index, rows, quarantine)
 
 
 def _samples(staging: Folder, index: int) -> Iterator[Sample]:

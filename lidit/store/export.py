@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 
 from lidit.errors import InputError
+from lidit.progress import SILENT, Progress
 from lidit.store.corpus import Corpus
 from lidit.store.families import TextFamily
 from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes, published
@@ -33,7 +34,7 @@ def export_corpus(
     to: str,
     families: Sequence[str] = (),
     images: Callable[[Corpus, int], Iterable[bytes]] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> list[str]:
     """Write every unit to `out`; returns the file names. A file appears whole or not at all, and units that are there
     are skipped: `out` belongs to one corpus, format, choice of families and of images, which its _export.json names.
@@ -50,6 +51,7 @@ def export_corpus(
     _claim(folder, corpus, to, opened, images is not None)
     suffix, write = ("tar", _write_tar) if to == "webdataset" else ("parquet", _write_parquet)
     written, present = [], folder.sizes()
+    progress.expect(corpus.num_units)
     for unit in range(corpus.num_units):
         name = f"{corpus.unit_name(unit)}.{suffix}"
         if name not in present:
@@ -60,7 +62,7 @@ def export_corpus(
             with published(folder, partial(_fixed, name), content):
                 pass
         written.append(name)
-        progress(unit + 1, corpus.num_units)
+        progress.update(unit + 1)
     return written
 
 

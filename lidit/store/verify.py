@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from lidit.errors import InputError, one_line
+from lidit.progress import SILENT, Progress
 from lidit.store.corpus import INGEST_ANEW, Corpus
 from lidit.store.families import TextFamily
 from lidit.store.files.folder import Folder
@@ -66,12 +67,12 @@ def verify_corpus(
     deep: bool = False,
     encode: Encode | None = None,
     encode_rows: int = 16,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> VerifyReport:
     """Check sizes, checksums, row counts and Arrow structure of every file; with `deep` also every value.
 
     encode: recomputes captions with a family's own encoder; `encode_rows` rows of each text family are compared.
-    progress: called with (files checked, files known so far). Raises InputError where there is no corpus at all.
+    progress: counts files; more of them turn up with every family. Raises InputError where there is no corpus at all.
     """
     checker = _Checker(Corpus.open(path), deep, progress)
     if not checker.ingested():
@@ -88,7 +89,7 @@ def verify_corpus(
 
 
 class _Checker:
-    def __init__(self, corpus: Corpus, deep: bool, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, corpus: Corpus, deep: bool, progress: Progress) -> None:
         self.corpus, self.deep, self.progress = corpus, deep, progress
         self.report = VerifyReport()
         self.expected = 0
@@ -105,7 +106,7 @@ class _Checker:
     ) -> bytes | None:
         """The bytes of a file that is what was written; None, with a problem noted, where it is not."""
         self.report.files += 1
-        self.progress(self.report.files, self.expected)
+        self.progress.update(self.report.files)
         where, reason = folder.where(name), None
         try:
             content = bytes(folder.map(name))
@@ -121,12 +122,17 @@ class _Checker:
         self.report.problems.append(Problem(where, reason, remedy, family, unit))
         return None
 
+    def _expect(self, files: int) -> None:
+        self.expected += files
+        self.progress.expect(self.expected)
+
     # -- what ingest wrote --------------------------------------------------------------------------------------------
 
     def ingested(self) -> bool:
         """Check everything but the families; False where the unit table is lost, without which they mean nothing."""
         folder = self.corpus.folder
         remedy = INGEST_ANEW
+        self._expect(2)
         found = {}
         for table_name in ("units", "sources"):
             reference = self.corpus.facts[table_name]
@@ -134,7 +140,7 @@ class _Checker:
         if found["units"] is None:
             return False
         rows = self.corpus.units.to_pylist()
-        self.expected += 2 * len(rows)
+        self._expect(2 * len(rows))
         for row in rows:
             tables = {}
             for group in ("samples", "captions"):
@@ -146,10 +152,11 @@ class _Checker:
             if self.deep and len(tables) == 2:
                 self._unit(row["unit"], tables["samples"], tables["captions"], remedy)
         if found["sources"] is not None and "quarantine" in self.corpus.sources.schema.names:
-            for row in self.corpus.sources.to_pylist():
-                if row["quarantine"]:
-                    name = f"quarantine/{row['quarantine']}"
-                    self.file(folder, name, row["quarantine_bytes"], row["quarantine_sha256"], remedy)
+            quarantines = [row for row in self.corpus.sources.to_pylist() if row["quarantine"]]
+            self._expect(len(quarantines))
+            for row in quarantines:
+                name = f"quarantine/{row['quarantine']}"
+                self.file(folder, name, row["quarantine_bytes"], row["quarantine_sha256"], remedy)
         return True
 
     def _arrow(
@@ -201,6 +208,7 @@ class _Checker:
             self.report.problems.append(Problem(folder.where(MANIFEST_FILE), "damaged", remedy, family))
             return
         shared, table = manifest["shared"], manifest["records"]
+        self._expect(1 if shared is None else 2)
         if shared is not None:
             self.file(folder, shared["file"], shared["bytes"], shared["sha256"], remedy, family)
         if self.file(folder, table["file"], table["bytes"], table["sha256"], remedy, family) is None:
@@ -209,7 +217,7 @@ class _Checker:
         if [record["unit"] for record in records] != list(range(self.corpus.num_units)):
             where = folder.where(table["file"])
             self.report.problems.append(Problem(where, "does not list every unit once", remedy, family))
-        self.expected += len(records)
+        self._expect(len(records))
         for record in records:
             self._family_unit(folder, family, record, manifest, remedy)
 

@@ -18,7 +18,7 @@ import ray
 from lidit.config.ablation import Ablation
 from lidit.config.settings import flatten
 from lidit.datasets.scenes.captions import CaptionStyles
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.diffusion import build_objective
 from lidit.errors import InputError
 from lidit.evals.ablation.report import write_ablation_report
@@ -30,7 +30,7 @@ from pipelines.ablation.eval_set import Study
 from pipelines.chain import run_chain
 from pipelines.evaluation.models import load_pipeline
 from pipelines.runtime import resources
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.progress import ProgressBar
 from pipelines.training.train import run_facts, run_fit
 
 PARENT = "mlflow.parentRunId"
@@ -72,7 +72,7 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
             if job.name in results and not _tracked(job):  # a kill or an outage between its result and the tracker
                 _track(job, results[job.name], uri, experiment, parent.handle.run_id)
         _encode_cases(pending, corpus)
-        with Progress(f"ablate {name}", len(jobs), "arms", start=len(results)) as progress:
+        with ProgressBar(f"ablate {name}", len(jobs), "arms", start=len(results)) as progress:
             for job, result in _results(pending, ablation, uri, parent.handle.run_id):
                 results[job.name] = result
                 _track(job, result, uri, experiment, parent.handle.run_id)
@@ -106,10 +106,9 @@ def _prepare(ablation: Ablation, folder: Path) -> Corpus:
     """The corpus with the states of every encoder and the latents."""
     scenes = ablation.scenes
     styles = CaptionStyles(original=scenes.styles, synthetic=())
-    write_scene_shards(
-        folder / "scenes", scenes.count, scenes.size, scenes.seed, scenes.layout,
-        categories=dict.fromkeys(scenes.tags, 1.0), styles=styles,
-    )  # fmt: skip
+    weights = dict.fromkeys(scenes.tags, 1.0)
+    scene_set = SceneSet(scenes.count, scenes.size, scenes.seed, scenes.layout, categories=weights, styles=styles)
+    write_scene_shards(folder / "scenes", scene_set)
     run_chain(ablation.recipe, lambda stage, summary: None, until="latents")
     return Corpus.open(ablation.recipe.corpus)
 

@@ -7,7 +7,6 @@ finished family starts neither a model nor Ray, and an interrupted one goes on w
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
@@ -22,17 +21,18 @@ import pyarrow as pa
 
 from lidit.config import EncoderSettings, PoolSettings
 from lidit.errors import InputError, JobError, one_line
+from lidit.progress import SILENT, Progress
 from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics, spec_differences
 from lidit.text import CaptionTokens, EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
 from lidit.text.embedding import ensure_shared, unit_tables
 from pipelines.runtime import resources
-from pipelines.runtime.progress import Progress
 from pipelines.runtime.prometheus import EmbedMetrics
 
 log = logging.getLogger(__name__)
 
 ACTOR_RESTARTS = 3  # a caption that kills the process must not be tried for ever
-# Restarts are the bound: while a lost node is not yet given up, every try counts, and three are gone within a second.
+# Retry tasks without limit; ACTOR_RESTARTS is the real limit. Until Ray notices a lost node, each retry fails at once,
+# so a small limit is used up within a second.
 TASK_RETRIES = -1
 MOST_BLOCKS = 10_000
 TOKENIZERS_PER_ACTOR = 2
@@ -80,9 +80,15 @@ class EmbedSummary:
 
 
 def run_embed(
-    corpus: str, settings: EncoderSettings, pool: PoolSettings | None = None, progress: bool = True
+    corpus: str,
+    settings: EncoderSettings,
+    pool: PoolSettings | None = None,
+    progress: Progress = SILENT,
+    cpus: int = 1,
 ) -> EmbedSummary:
     """Compute and publish what is missing of one text family. Call again after any interruption.
+
+    progress: counts captions; cpus: at least so many logical CPUs for an embedded Ray that is started here.
 
     Raises:
         InputError: no corpus, no model, settings the model cannot serve, resources this machine does not have.
@@ -101,7 +107,8 @@ def run_embed(
             log.info("%s is a new family; %s differs in: %s", writer.directory, directory, "; ".join(fields))
         pending = writer.pending()
         if pending:
-            computed = _compute(corpus, settings, spec, pool, pending, progress)
+            resources.connect(max(cpus, math.ceil(pool.actors * pool.cpus) + 1))
+            computed = _compute(EncodeJob(corpus, settings, spec, pool), pending, progress)
     # A fresh writer: the one above may remember that there were no shared states.
     provenance = {"encoder": settings.model_dump(mode="json"), "folder": spec.folder}
     manifest = _writer(corpus, spec).finish(extra=provenance)
@@ -133,17 +140,14 @@ def _writer(corpus: str, spec: EncoderSpec) -> FamilyWriter:
     return FamilyWriter.open_or_create(corpus, "text", spec.name, spec.to_dict())
 
 
-def _compute(
-    corpus: str, settings: EncoderSettings, spec: EncoderSpec, pool: PoolSettings, pending: list[int], progress: bool
-) -> list[int]:
+def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int]:
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    resources.connect(cpus=math.ceil(pool.actors * pool.cpus) + 1)
+    pool = job.pool
     resources.check_resources(pool)
-    job = EncodeJob(corpus, settings, spec, pool)
     # An actor of its own kind of device publishes the shared states; with several, exactly one must come first.
-    if pool.actors > 1 and _writer(corpus, spec).shared() is None:
+    if pool.actors > 1 and _writer(job.corpus, job.spec).shared() is None:
         _raise_problem(ray.get(ray.remote(**resources.demands(pool))(prepare).remote(job)))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -175,36 +179,35 @@ def _compute(
         **resources.demands(pool),
     )
     try:
-        return _consume(dataset, corpus, spec, pending, progress)
+        return _consume(dataset, job, pending, progress)
     except ray.exceptions.RayError as error:
         reason = one_line(error)[-500:]
         raise JobError(f"embedding stopped: {reason}. Finished units are kept: run the same command again") from error
 
 
-def _consume(dataset: Any, corpus: str, spec: EncoderSpec, pending: list[int], progress: bool) -> list[int]:
-    counts = Corpus.open(corpus).units["captions"].to_pylist()
+def _consume(dataset: Any, job: EncodeJob, pending: list[int], progress: Progress) -> list[int]:
+    counts = Corpus.open(job.corpus).units["captions"].to_pylist()
     missing, total = sum(counts[unit] for unit in pending), sum(counts)
     done: list[int] = []
-    tokens = truncated = 0
-    metrics = EmbedMetrics(spec.name)
+    captions, tokens, truncated = total - missing, 0, 0
+    metrics = EmbedMetrics(job.spec.name)
     metrics.units_left(len(pending))
-    bar = Progress(f"embed {spec.name}", total, "captions", start=total - missing) if progress else None
-    with bar or contextlib.nullcontext():
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
-                _raise_problem(row)
-                done.append(row["unit"])
-                metrics.unit_done(
-                    captions=counts[row["unit"]],
-                    tokens=row["tokens"],
-                    padded_tokens=row["computed_tokens"],
-                    seconds=row["seconds"],
-                    left=len(pending) - len(done),
-                )
-                tokens, truncated = tokens + row["tokens"], truncated + row["truncated"]
-                note = f"{tokens:,} tokens" + (f", {truncated:,} captions cut" if truncated else "")
-                if bar:
-                    bar.advance(counts[row["unit"]], note)
+    progress.expect(total, done=captions)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in batch.to_pylist():
+            _raise_problem(row)
+            done.append(row["unit"])
+            metrics.unit_done(
+                captions=counts[row["unit"]],
+                tokens=row["tokens"],
+                padded_tokens=row["computed_tokens"],
+                seconds=row["seconds"],
+                left=len(pending) - len(done),
+            )
+            captions += counts[row["unit"]]
+            tokens += row["tokens"]
+            truncated += row["truncated"]
+            progress.update(captions, f"{tokens:,} tokens" + (f", {truncated:,} captions cut" if truncated else ""))
     return done
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,18 @@ from lidit.codecs import Codec, codec_spec, load_codec
 from lidit.config import CodecSettings, PoolSettings
 from lidit.errors import InputError, JobError
 from lidit.images.buckets import Bucket
+from lidit.progress import SILENT, Progress
 from lidit.sources.reading import bucket_images
 from lidit.store import Corpus, FamilyWriter, UnitStatistics, latents_table, spec_differences
 from pipelines.runtime import resources
-from pipelines.runtime.progress import Progress
 
-Report = Callable[[int, int, str], None]
 CHUNK_PIXELS = 64 * 512 * 512  # one decode task: 48 MiB of pixels
 # One forward pass of the codec: fills a GPU; on a CPU more than its cache holds halves the rate.
 BATCH_PIXELS = {"cuda": 16 * 512 * 512, "cpu": 4 * 128 * 128}
 WINDOW = 4  # chunks decoded ahead of the codec
 DECODE_PATIENCE = 15.0  # seconds an actor waits for a chunk before it is decoded beside it as well
 ACTOR_RESTARTS = 3
-TASK_RETRIES = -1  # bounded by the restarts: while a lost node is not yet given up, tries fail many times a second
+TASK_RETRIES = -1  # ACTOR_RESTARTS is the real limit: until Ray notices a lost node, each retry fails at once
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,12 @@ def run_latents(
     corpus: str,
     settings: CodecSettings,
     pool: PoolSettings | None = None,
-    progress: Report | None = None,
+    progress: Progress = SILENT,
+    cpus: int = 1,
 ) -> LatentsSummary:
     """Compute and publish what is missing of one latents family. Call again after any interruption.
 
-    progress: called with (units done, units, note); by default a bar is shown.
+    progress: counts units; cpus: at least so many logical CPUs for an embedded Ray that is started here.
     Raises InputError for a corpus without images, a codec that is none, is another on some node or whose factor does
     not divide the buckets, and for actors this machine has no room for; JobError where a source has changed, the disk
     is full or an actor dies too often. Finished units are kept.
@@ -125,14 +125,10 @@ def run_latents(
     pending = [] if writer.complete() else writer.pending()
     busy = [0.0, 0.0]
     if pending:
-        resources.connect(cpus=math.ceil(pool.actors * pool.cpus) + 1)
+        resources.connect(max(cpus, math.ceil(pool.actors * pool.cpus) + 1))
         resources.check_resources(pool)
-        total = opened.num_units
-        if progress is not None:
-            busy = _compute(job, pool, pending, total, progress)
-        else:
-            with Progress(f"latents {settings.name}", total, "units", total - len(pending)) as bar:
-                busy = _compute(job, pool, pending, total, lambda done, _, note: bar.update(done, note))
+        progress.expect(opened.num_units, done=opened.num_units - len(pending))
+        busy = _compute(job, pool, pending, opened.num_units, progress)
     manifest = writer.finish({"codec": settings.model_dump(mode="json")})
     return LatentsSummary(
         settings.name,
@@ -160,7 +156,7 @@ def check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
         )
 
 
-def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, report: Report) -> list[float]:
+def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, progress: Progress) -> list[float]:
     """Give every actor a unit and the one after it; returns codec seconds and wall seconds over all units."""
     lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": TASK_RETRIES}
     actor_type = ray.remote(**resources.demands(pool), **lives)(LatentsActor)
@@ -186,7 +182,7 @@ def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int
             with resources.plain_errors(died):
                 unit: EncodedUnit = ray.get(finished)
             done, busy = done + 1, [busy[0] + unit.codec_seconds, busy[1] + unit.seconds]
-            report(done, total, str(unit))
+            progress.update(done, str(unit))
             start(actor)
     finally:
         for actor in actors:

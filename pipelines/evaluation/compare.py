@@ -14,7 +14,7 @@ from lidit.errors import InputError
 from lidit.evals.comparison import RunPage, check_names, write_report
 from pipelines import tracking
 from pipelines.evaluation.models import load_pipeline, model_identity, run_recipe
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.progress import ProgressBar
 
 SHOWN_CURVES = ("loss", "validation/loss", "images_per_second")
 # file -> what its scores are called on the page, and what makes them again
@@ -43,7 +43,7 @@ def compare_runs(folders: Sequence[Path], prompts: Sequence[str], seeds: Sequenc
         raise InputError("no prompts: give some with --prompt, the runs have no sample prompts of their own")
     known = [_scores(name, folder) for name, folder in zip(names, folders)]
     pages = []
-    with Progress("report", len(folders) * len(chosen) * len(seeds), "images") as progress:
+    with ProgressBar("report", len(folders) * len(chosen) * len(seeds), "images") as progress:
         for name, folder, recipe, scores in zip(names, folders, recipes, known):
             sampled = load_pipeline(folder / "model")(
                 [prompt for prompt in chosen for _ in seeds], seed=list(seeds) * len(chosen), output_type="np"

@@ -12,7 +12,7 @@ from lidit.evals.probes.report import ACCURACY_PLOT, NORMS_PLOT, metrics, write_
 from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
 from pipelines.evaluation.scorecard import Job, Scorecard
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.progress import ProgressBar
 
 
 def corpus_encoders(corpus: Corpus) -> list[EncoderSettings]:
@@ -47,7 +47,7 @@ def run_probe(
     captions = {style: probe_captions(style, count) for style in styles}
     grid = [entry for settings in encoders for entry in settings_grid(settings)]
     results: list[ProbeResult] = []
-    with Progress("probe", len(grid) * len(styles), "settings") as progress:
+    with ProgressBar("probe", len(grid) * len(styles), "settings") as progress:
         for name, settings in grid:
             encoder = PromptEncoder.load(resolve_encoder(settings))
             for style in styles:

@@ -20,7 +20,7 @@ from lidit.errors import InputError
 from lidit.evals.suites.geneval import write_metadata
 from lidit.evals.suites.targets import ImageTarget, missing, save_target
 from lidit.pipeline import LIDiTPipeline
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.progress import ProgressBar
 
 IMAGES = "images"
 NAME_LENGTH = 16
@@ -56,7 +56,7 @@ def sample_scenes(
     absent = {target.path for target in missing(folder, targets)}
     if absent:  # otherwise an earlier call has written everything, the records first
         write_metadata(folder, items)
-    with Progress("draw", len(targets), "images", start=len(targets) - len(absent)) as progress:
+    with ProgressBar("draw", len(targets), "images", start=len(targets) - len(absent)) as progress:
         for start in range(0, len(targets), batch_size):
             batch = targets[start : start + batch_size]
             lacking = sum(target.path in absent for target in batch)

@@ -22,7 +22,7 @@ from pipelines.evaluation.scene_images import (
     scene_targets,
 )
 from pipelines.evaluation.scorecard import Job, Scorecard, Scores
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.progress import ProgressBar
 
 SCORES, TABLE, RESULTS, GRID = "scores.json", "scores.md", "results.jsonl", "grid.png"
 POSITIONS = "positions.png"
@@ -52,7 +52,7 @@ def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSe
     targets, images = scene_targets(items, settings), images_folder(card.identity)
     sample_scenes(pipe, items, targets, out / images, settings.batch_size)
     # Judge the images.
-    with Progress("score", len(targets), "images") as progress:
+    with ProgressBar("score", len(targets), "images") as progress:
         sampled = read_scenes(out / images, targets, settings.images_per_prompt)
         evaluation = evaluate_images(items, sampled, progress=lambda done: progress.update(done))
     # Write the results; images of earlier evaluations go when the new scores stand.

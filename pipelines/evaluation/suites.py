@@ -22,7 +22,7 @@ from lidit.pipeline import LIDiTPipeline
 from pipelines.evaluation.models import load_pipeline, weights_digest
 from pipelines.evaluation.scorecard import Job, Scorecard
 from pipelines.runtime import resources
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.progress import ProgressBar
 
 ACTOR_RESTARTS = 3
 
@@ -65,7 +65,7 @@ def sample_suite(
     # Workers sample the missing images.
     targets = [target for part in parts for target in part.targets]
     absent = missing(out, targets)
-    with Progress(f"draw {suite}", len(targets), "files", start=len(targets) - len(absent)) as progress:
+    with ProgressBar(f"draw {suite}", len(targets), "files", start=len(targets) - len(absent)) as progress:
         for count in _sample(model.resolve(), settings, out.resolve(), absent, pool):
             progress.advance(count)
     return SuiteImages(out, len(targets), len(absent), time.monotonic() - started)

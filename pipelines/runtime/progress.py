@@ -6,11 +6,19 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 PLAIN_LINE_SECONDS = 10.0
 RECENT_UPDATES = 20
@@ -23,86 +31,121 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Progress:
-    """`with Progress("embed smollm2", total=1944, unit="captions") as progress: progress.update(done, note)`.
+class Display:
+    """The part of the terminal that bars are drawn in. Bars of several threads share one: hand it to each of them."""
 
-    `done` counts from 0 to `total`. Work found finished at the start (a resumed job) is given as `start`, so that the
-    rate and the ETA speak only of what this process did. Several at once, from several threads, share one display.
+    def __init__(self) -> None:
+        self._bars: Progress | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def bars(self) -> Progress | None:
+        """Where bars are added, shown from the first call on; None without a terminal, where every bar prints lines."""
+        with self._lock:
+            console = Console(stderr=True)
+            if self._bars is None and console.is_terminal:
+                self._bars = Progress(
+                    SpinnerColumn(),
+                    TextColumn("[bold]{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TextColumn("{task.fields[rate]}"),
+                    TimeElapsedColumn(),
+                    TextColumn("{task.fields[note]}"),
+                    console=console,
+                )
+                self._bars.start()
+            return self._bars
+
+
+class ProgressBar:
+    """`with ProgressBar("embed smollm2", total=1944, unit="captions") as bar: bar.update(done, note)`.
+
+    A `lidit.progress.Progress`. `total` is None where only the work knows it: nothing is shown until `expect` says it.
+    Steps that an earlier run finished are given as `start`, so that the rate and the ETA speak only of this process.
+    display: where other bars are shown at the same time; by default the bar has one for itself.
     """
 
-    _display: Bar | None = None
-    _shown = 0
-    _lock = threading.Lock()
-
-    def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
-        self.title, self.total, self.unit, self.start = title, total, unit, start
-        self.done, self.note = start, ""
-        self.told: tuple[int, str] | None = None  # by the last plain line
-        self.began = self.last_line = time.monotonic()
+    def __init__(
+        self, title: str, total: int | None, unit: str, start: int = 0, display: Display | None = None
+    ) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.start = self.done = start
+        self.note = ""
+        self._printed: tuple[int, str] | None = None  # (done, note) of the last plain line
+        self._began = self._last_line = time.monotonic()
         # The rate is that of the last updates: the first step of a job says little about the next thousand.
-        self.recent: deque[tuple[float, int]] = deque([(self.began, start)], maxlen=RECENT_UPDATES)
-        self.bar: Bar | None = None
-        self.task = TaskID(0)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_UPDATES)
+        self._shared = display
+        self._opened = ExitStack()
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
 
-    def __enter__(self) -> Progress:
-        console = Console(stderr=True)
-        if console.is_terminal:
-            with Progress._lock:
-                Progress._shown += 1
-                if Progress._display is None:
-                    Progress._display = Bar(
-                        SpinnerColumn(),
-                        TextColumn("[bold]{task.description}"),
-                        BarColumn(),
-                        MofNCompleteColumn(),
-                        TextColumn("{task.fields[rate]}"),
-                        TimeElapsedColumn(),
-                        TextColumn("{task.fields[note]}"),
-                        console=console,
-                    )
-                    Progress._display.start()
-                self.bar = Progress._display
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.start, rate="", note="")
+    def __enter__(self) -> ProgressBar:
+        if self.total is not None:
+            self.expect(self.total, self.start)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.bar:
-            nothing = error is not None and self.done == self.start  # says nothing; the error will
-            if not nothing and self.told != (self.done, self.note):
-                self._line()
-            return
-        self.bar.stop_task(self.task)
-        with Progress._lock:
-            Progress._shown -= 1
-            if not Progress._shown:
-                self.bar.stop()
-                Progress._display = None
+        with self._opened:
+            if self._bars is not None and self._task is not None:
+                self._bars.stop_task(self._task)
+                return
+            # An error before the first step says all there is to say.
+            failed_at_once = error is not None and self.done == self.start
+            if self._recent and not failed_at_once and self._printed != (self.done, self.note):
+                self._print()
+
+    def expect(self, total: int, done: int = 0) -> None:
+        """There are `total` steps, `done` of them by an earlier run; again where more steps turn up."""
+        self.total = total
+        if not self._recent:
+            self._begin(done)
+        elif self._bars is not None and self._task is not None:
+            self._bars.update(self._task, total=total)
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` units are finished in all; `note` says what else matters now (loss, quarantined rows, ...)."""
+        """`done` steps are finished in all; `note` says what else matters now (loss, refused rows, ...)."""
         self.done, self.note = done, note or self.note
-        self.recent.append((time.monotonic(), done))
-        if self.bar:
-            self.bar.update(self.task, completed=done, rate=self._rate(), note=self.note)
-        elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
-            self._line()
+        self._recent.append((time.monotonic(), done))
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=done, rate=self._rate(), note=self.note)
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._print()
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more steps are finished."""
         self.update(self.done + count, note)
 
+    def _begin(self, done: int) -> None:
+        self.start = self.done = done
+        self._began = self._last_line = time.monotonic()
+        self._recent.append((self._began, done))
+        display = self._shared or self._opened.enter_context(Display())
+        self._bars = display.bars()
+        if self._bars is not None:
+            self._task = self._bars.add_task(self.title, total=self.total, completed=done, rate="", note="")
+
     def _rate(self) -> str:
-        (since, before), (now, done) = self.recent[0], self.recent[-1]
+        (since, before), (now, done) = self._recent[0], self._recent[-1]
         if done <= before or now <= since:
             return "starting"
         rate = (done - before) / (now - since)
-        left = duration((self.total - self.done) / rate)
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}" if rate < 1 else f"{rate:.1f}"
-        return f"{shown} {self.unit}/s, {left} left" if self.done < self.total else f"{shown} {self.unit}/s"
+        if self.total is None or self.done >= self.total:
+            return f"{shown} {self.unit}/s"
+        return f"{shown} {self.unit}/s, {duration((self.total - self.done) / rate)} left"
 
-    def _line(self) -> None:
-        self.last_line, self.told = time.monotonic(), (self.done, self.note)
-        elapsed = duration(self.last_line - self.began)
+    def _print(self) -> None:
+        self._last_line, self._printed = time.monotonic(), (self.done, self.note)
+        elapsed = duration(self._last_line - self._began)
         parts = [f"{self.done}/{self.total} {self.unit}", self._rate(), f"{elapsed} gone", self.note]
         print(f"{self.title}: " + ", ".join(part for part in parts if part), file=sys.stderr, flush=True)

@@ -15,24 +15,27 @@ from lidit.config import EngineSettings, PoolSettings
 from lidit.errors import InputError, JobError, one_line
 
 CLUSTER_ADDRESS = "RAY_ADDRESS"
-_least_cpus = 1
+
+log = logging.getLogger(__name__)
 
 
-def at_least(cpus: int) -> None:
-    """An embedded Ray started later will have this many logical CPUs: it cannot grow between the stages of a chain."""
-    global _least_cpus
-    _least_cpus = max(_least_cpus, cpus)
-
-
-def connect(cpus: int | None = None, temp_dir: str | None = None) -> None:
+def connect(cpus: int = 1, temp_dir: str | None = None) -> None:
     """Join the cluster named by RAY_ADDRESS; without one, embed a Ray of `cpus` logical CPUs in this process.
 
     An embedded cluster may be told of more CPUs than the machine has: actors that wait for each other (a trainer and
-    its readers) need a logical CPU each, and too few means waiting for ever.
+    its readers) need a logical CPU each, and too few means waiting for ever. An embedded Ray that runs already cannot
+    grow, so a warning names what it lacks: a job of several stages asks for the most of them at its first.
     """
     import ray
 
     if ray.is_initialized():
+        if not os.environ.get(CLUSTER_ADDRESS) and (offered := total("CPU")) < cpus:
+            log.warning(
+                "Ray already runs in this process with %g logical CPUs, this job asks for %d and may wait for ever; "
+                "call ray.shutdown() before it",
+                offered,
+                cpus,
+            )
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -43,8 +46,7 @@ def connect(cpus: int | None = None, temp_dir: str | None = None) -> None:
         ray.init(address="auto", logging_level=logging.ERROR)
     else:
         # "local": without it Ray would join whatever cluster was last started on this machine.
-        cpus = max(cpus or 0, _least_cpus, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, _temp_dir=temp_dir, **quiet)
+        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), _temp_dir=temp_dir, **quiet)
 
 
 def cluster_resources() -> dict[str, float]:

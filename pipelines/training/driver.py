@@ -27,7 +27,7 @@ from lidit.store import Corpus, digest_of, spec_differences
 from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
 from pipelines import tracking
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import check_engine, connect
 from pipelines.training import checkpoints, ray_checkpoints
 from pipelines.training.interrupt import is_disk_full, saved_on_sigterm
@@ -211,7 +211,7 @@ def launch(
     )
     start = checkpoints.read_position(newest).step if newest else 0
     with (
-        Progress(f"train {recipe.name}", recipe.train.steps, "steps", start=start) as progress,
+        ProgressBar(f"train {recipe.name}", recipe.train.steps, "steps", start=start) as progress,
         _shown(board, progress),
         saved_on_sigterm(board) as stopped,
     ):
@@ -240,7 +240,7 @@ def _plain(error: BaseException) -> Exception:
 
 
 @contextmanager
-def _shown(board: Any, progress: Progress) -> Iterator[None]:
+def _shown(board: Any, progress: ProgressBar) -> Iterator[None]:
     """Rank 0's messages as progress, read by a thread while the driver waits in fit()."""
     stop = threading.Event()
 

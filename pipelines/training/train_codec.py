@@ -10,6 +10,7 @@ from lidit.config.codec import CodecRecipe
 from lidit.data.rows import require_held_out
 from lidit.store import Corpus
 from pipelines.corpus.latents import check_buckets, run_latents
+from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import connect
 from pipelines.tracking import Tracker
 from pipelines.training.codec_worker import codec_worker
@@ -36,7 +37,9 @@ def run_train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> FitResult
     require_held_out(corpus, held_out, recipe.train.batch_size)
     connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
     name = "pixels" if recipe.data.scale == 1 else f"pixels-x{recipe.data.scale}"
-    pixels = run_latents(corpus.folder.location, CodecSettings(name=name, scale=recipe.data.scale), PoolSettings())
+    with ProgressBar(f"latents {name}", None, "units") as progress:
+        settings = CodecSettings(name=name, scale=recipe.data.scale)
+        pixels = run_latents(corpus.folder.location, settings, PoolSettings(), progress)
     facts = {
         "config": recipe.model_dump(mode="json", exclude=FREE_SETTINGS),  # type: ignore[arg-type]
         "corpus": corpus.digest,

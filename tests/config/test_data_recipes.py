@@ -14,7 +14,7 @@ from lidit.config.codec import CodecRecipe
 from lidit.config.settings import load_yaml, validate
 from lidit.config.shipped import RECIPES, load_recipe
 from lidit.data.rows import Rows
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.pipeline import LIDiTPipeline
 from lidit.store import Corpus
 from pipelines.corpus.embed import run_embed
@@ -126,7 +126,7 @@ def test_the_filters_of_the_large_set(ray_cluster: None, tmp_path: Path) -> None
 def two_resolutions(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both shipped recipes, shortened, on 64-pixel scenes and a tiny LLM."""
     folder = tmp_path_factory.mktemp("two")
-    write_scene_shards(folder / "scenes", 48, 64, seed=3, per_shard=48)
+    write_scene_shards(folder / "scenes", SceneSet(48, 64, seed=3, per_shard=48))
     encoder = small_world.encoders[0].model_dump(mode="json")
     small = ["model.width=32", "model.depth=2", "model.heads=2", "train.batch_size=8", "engine.workers=1",
              "train.checkpoint_every=4", "train.sample_prompts=[a red circle]", "train.sample_every=0"]  # fmt: skip
@@ -137,7 +137,7 @@ def two_resolutions(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFa
         start = [f"train.init_from={folder / 'runs/low/model'}"] if half == "high" else []
         recipe = load_recipe(f"two-resolutions-{half}", [*place, *small, *own, *start])
         run_ingest(list(recipe.sources), recipe.corpus, recipe.ingest)
-        run_embed(recipe.corpus, recipe.encoders[0], PoolSettings(), progress=False)
+        run_embed(recipe.corpus, recipe.encoders[0], PoolSettings())
         run_latents(recipe.corpus, recipe.codec, PoolSettings())
         run_fit(recipe)
     return folder

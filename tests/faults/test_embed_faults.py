@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path, ray_cluster: None) -> Path:
     corpus = make_job(tmp_path_factory.mktemp("undisturbed") / "corpus", UNITS, ROWS)
-    run_embed(str(corpus), encoder(model), ONE, progress=False)
+    run_embed(str(corpus), encoder(model), ONE)
     return corpus
 
 
@@ -55,7 +55,7 @@ def test_with_and_without_a_cluster_the_bytes_are_the_same(undisturbed: Path, mo
 def rerun_and_compare(corpus: Path, model: Path, undisturbed: Path) -> None:
     """The rerun computes exactly what was missing and ends with the undisturbed run's bytes."""
     before = finished(corpus)
-    summary = run_embed(str(corpus), encoder(model), ONE, progress=False)
+    summary = run_embed(str(corpus), encoder(model), ONE)
     assert summary.computed_units == summary.units - len(before)
     assert {name: written for name, written in finished(corpus).items() if name in before} == before
     assert contents(corpus) == contents(undisturbed)
@@ -94,7 +94,7 @@ def test_kill_of_an_actor_is_survived(undisturbed: Path, model: Path, tmp_path: 
 
     thread = threading.Thread(target=kill)
     thread.start()
-    summary = run_embed(str(corpus), encoder(model), ONE, progress=False)
+    summary = run_embed(str(corpus), encoder(model), ONE)
     thread.join()
     assert killed
     assert 0 < len(records) < UNITS, "the actor was to die in the middle"
@@ -193,11 +193,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(undisturbed: Path, model: Path, small_disk: Path) -> None:
     corpus = make_job(small_disk / "corpus", UNITS, ROWS)
     with pytest.raises(JobError, match="No space left on device; finished units are safe"):
-        run_embed(str(corpus), encoder(model, storage="float32"), ONE, progress=False)
+        run_embed(str(corpus), encoder(model, storage="float32"), ONE)
     before = finished(corpus)
     assert 0 < len(before) < UNITS
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    summary = run_embed(str(corpus), encoder(model, storage="float32"), ONE, progress=False)
+    summary = run_embed(str(corpus), encoder(model, storage="float32"), ONE)
     assert summary.computed_units == UNITS - len(before)
     assert not list(corpus.rglob(".tmp-*")), "what the unit in flight had written was to be cleaned up"
     family = Corpus.open(corpus).text_family("tiny")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.store import Corpus
 from tests.helpers.tiny_models import tiny_llm
 
@@ -37,7 +37,7 @@ WEIGHTS = "nodes/model/model/diffusion_pytorch_model.safetensors"
 @pytest.mark.timeout(1800)
 def test_a_node_dies_in_every_stage(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("n")
-    write_scene_shards(folder / "scenes", 400, 32, seed=3, per_shard=50)
+    write_scene_shards(folder / "scenes", SceneSet(400, 32, seed=3, per_shard=50))
     for family in ("llama", "qwen2"):
         tiny_llm(folder / family, family)
     (folder / "recipe.yaml").write_text(RECIPE)

@@ -83,7 +83,7 @@ def run(corpus: str, settings: str, actors: str) -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
     pool = PoolSettings(actors=int(actors), cpus=1)
-    summary = run_embed(corpus, EncoderSettings.model_validate_json(settings), pool, progress=False)
+    summary = run_embed(corpus, EncoderSettings.model_validate_json(settings), pool)
     modeling = [name for name in sys.modules if ".modeling_llama" in name]
     print(json.dumps({"computed": summary.computed_units, "ray": "ray" in sys.modules, "modeling": modeling}))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lidit.config import CodecSettings, EncoderSettings, IngestSettings, PoolSettings, Recipe
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.store import Corpus
 from tests.helpers.tiny_models import tiny_llm
 
@@ -49,7 +49,7 @@ def make_small_world(folder: Path) -> SmallWorld:
     from pipelines.corpus.ingest import run_ingest
     from pipelines.corpus.latents import run_latents
 
-    write_scene_shards(folder / "scenes", 97, 32, seed=5, per_shard=60)
+    write_scene_shards(folder / "scenes", SceneSet(97, 32, seed=5, per_shard=60))
     corpus = folder / "corpus"
     run_ingest([str(folder / "scenes")], str(corpus), IngestSettings(resolution=32, bucket_multiple=8, unit_samples=20))
     encoders = tuple(
@@ -57,6 +57,6 @@ def make_small_world(folder: Path) -> SmallWorld:
         for family, width, storage in (("llama", 64, "bfloat16"), ("qwen2", 48, "int8"))
     )
     for encoder in encoders:
-        run_embed(str(corpus), encoder, PoolSettings(), progress=False)
+        run_embed(str(corpus), encoder, PoolSettings())
     run_latents(str(corpus), CodecSettings(name="pixels"), PoolSettings())
     return SmallWorld(folder, corpus, encoders)

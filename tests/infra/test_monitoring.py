@@ -16,7 +16,7 @@ import yaml
 
 from infra.kuberay.documents import cluster_spec, pod_templates
 from lidit.config import Recipe
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.store import Corpus
 from pipelines.runtime.prometheus import METRICS
 from tests.helpers.manifests import REPOSITORY, Network, render_overlay, selects
@@ -306,7 +306,7 @@ train: {{steps: 400, batch_size: 12, checkpoint_every: 50}}
 @pytest.mark.timeout(600)
 def test_a_real_embedding_and_training_are_seen(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("w")
-    write_scene_shards(folder / "sources", 40, 32, seed=1)
+    write_scene_shards(folder / "sources", SceneSet(40, 32, seed=1))
     write_tar(folder / "sources" / "bad.tar", [("x.png", b"no image"), ("x.txt", b"a caption")])
     tiny_llm(folder / "llama", "llama")
     (folder / "recipe.yaml").write_text(REAL_RECIPE.format(folder=folder))

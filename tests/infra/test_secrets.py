@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from lidit.config import EncoderSettings, Recipe, TrackingSettings
 from lidit.config.settings import validate
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.errors import InputError
 from pipelines import tracking
 from pipelines.corpus.ingest import run_ingest
@@ -59,7 +59,7 @@ def test_planted_secrets_are_nowhere(
     documents: list[dict[str, Any]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A whole chain that logs into a server with a login, whose address holds the password."""
-    write_scene_shards(tmp_path / "scenes", 40, 32, seed=1)
+    write_scene_shards(tmp_path / "scenes", SceneSet(40, 32, seed=1))
     tiny_llm(tmp_path / "llama", "llama")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     home, server = tmp_path_factory.mktemp("h"), tmp_path_factory.mktemp("server")

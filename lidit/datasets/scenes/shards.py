@@ -7,8 +7,8 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,6 +20,7 @@ from lidit.datasets.scenes.generator import GENERATOR_VERSION, SMALLEST_SIDE, Sp
 from lidit.datasets.scenes.scene import FREE_TAGS, Scene, check_tag
 from lidit.datasets.scenes.shapes import vocabulary_for
 from lidit.errors import InputError
+from lidit.progress import SILENT, Progress
 
 SUMMARY_FILE = "scenes.json"
 SIMPLE_WEIGHTS = {
@@ -47,105 +48,111 @@ class SceneShards:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Everything that determines the shards' bytes."""
+class SceneSet:
+    """A set of scenes: everything that determines its shards' bytes.
+
+    size: image side in pixels; per_shard: scenes in one tar; categories: category -> weight, by default those of the
+    layout; styles: what captions are made of, by default the layout's; split: "train" (no held-out pair) or "unseen"
+    (every scene shows a held-out pair).
+    """
 
     count: int
     size: int
     seed: int
-    layout: str
-    per_shard: int
-    categories: dict[str, float]
-    styles: CaptionStyles
-    split: Split
-    version: int = GENERATOR_VERSION
+    layout: str = "simple"
+    per_shard: int = 1000
+    categories: Mapping[str, float] | None = None
+    styles: CaptionStyles | None = None
+    split: Split = "train"
+    version: int = field(default=GENERATOR_VERSION, init=False)
+
+    @property
+    def shards(self) -> int:
+        """The number of tars."""
+        return -(-self.count // self.per_shard)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Category -> weight."""
+        if self.categories is not None:
+            return dict(self.categories)
+        return SIMPLE_WEIGHTS if self.layout == "simple" else FREE_WEIGHTS
+
+    @property
+    def caption_styles(self) -> CaptionStyles:
+        """What captions are made of."""
+        return self.styles or default_styles(self.layout)
+
+    def check(self) -> None:
+        """Raises InputError for values out of range."""
+        vocabulary_for(self.size, self.layout)
+        for name, value, least in (
+            ("count", self.count, 1),
+            ("size", self.size, SMALLEST_SIDE[self.layout]),
+            ("seed", self.seed, 0),
+            ("per_shard", self.per_shard, 1),
+        ):
+            if value < least:
+                raise InputError(f"{name}={value}: must be at least {least} (layout {self.layout!r})")
+        if self.split not in ("train", "unseen"):
+            raise InputError(f"split {self.split!r}: choose 'train' or 'unseen'")
+        for tag in self.weights:
+            check_tag(tag, self.layout)
+        if any(weight < 0 for weight in self.weights.values()) or not sum(self.weights.values()) > 0:
+            raise InputError(f"category weights {self.weights}: none may be negative and one must be positive")
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in scenes.json, defaults written out."""
+        written_out = dataclasses.replace(self, categories=self.weights, styles=self.caption_styles)
+        return dataclasses.asdict(written_out)
 
     def scenes(self, shard: int) -> Iterator[tuple[int, Scene, Random]]:
+        """(index, scene, random numbers for its captions) of every scene of a shard."""
         vocabulary = vocabulary_for(self.size, self.layout)
-        names, weights = list(self.categories), list(self.categories.values())
+        names, weights = list(self.weights), list(self.weights.values())
         for index in range(shard * self.per_shard, min(self.count, (shard + 1) * self.per_shard)):
-            # a generator per scene, so a shard can be written alone and a longer set begins with a shorter one
+            # A generator per scene, so a shard can be written alone and a longer set begins with a shorter one.
             rng = seeded_random("scene", self.layout, self.size, self.seed, self.split, index)
             tag = rng.choices(names, weights)[0]
             yield index, generate_scene(rng, tag, self.size, self.layout, vocabulary, self.split), rng
 
 
-def write_scene_shards(
-    out: Path,
-    count: int,
-    size: int,
-    seed: int,
-    layout: str = "simple",
-    per_shard: int = 1000,
-    categories: Mapping[str, float] | None = None,
-    styles: CaptionStyles | None = None,
-    split: Split = "train",
-    progress: Callable[[int], None] | None = None,
-) -> SceneShards:
-    """Renders `count` scenes of `size` pixels into WebDataset tars `scenes-00000.tar`, ... under `out`.
+def write_scene_shards(out: Path, scenes: SceneSet, progress: Progress = SILENT) -> SceneShards:
+    """Render the scenes into WebDataset tars `scenes-00000.tar`, ... under `out`.
 
     A sample is KEY.png, KEY.txt (its first caption) and KEY.json with `captions` ([{text, origin, style}]), `geneval`
-    (the metadata record), `split`, `tag` and `objects`. `categories` maps a category to its weight. `split` is "train"
-    (no held-out pair) or "unseen" (every scene shows one). `progress` is called with the number of scenes finished.
+    (the metadata record), `split`, `tag` and `objects`.
 
-    The same arguments give the same pixels everywhere, and the same bytes with the same Pillow build. A folder that is
-    complete is left as it is; an interrupted one is continued at its first missing shard. Raises InputError for
-    arguments out of range and for a folder that holds anything else.
+    The same set gives the same pixels everywhere, and the same bytes with the same Pillow build. A folder that is
+    complete is left as it is; an interrupted one is continued at its first missing shard. Raises InputError for values
+    out of range and for a folder that holds anything else.
     """
-    plan = _plan(count, size, seed, layout, per_shard, categories, styles, split)
+    scenes.check()
     out = Path(out)
-    done = _existing(out, plan)
-    if done is not None:
-        return done
+    finished = _existing(out, scenes)
+    if finished is not None:
+        return finished
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / SUMMARY_FILE, {"plan": dataclasses.asdict(plan), "complete": False})
+    progress.expect(scenes.count)
+
+    # The set is named before its first shard, so that another set is refused in a folder that is half full.
+    _write_json(out / SUMMARY_FILE, {"plan": scenes.record(), "complete": False})
     records, texts, captions = [], set(), 0
-    for shard in range(-(-count // per_shard)):
+    for shard in range(scenes.shards):
         path = out / f"scenes-{shard:05d}.tar"
-        shard_texts = _write_shard(path, plan, shard) if not path.exists() else _texts_of(path)
+        shard_texts = _write_shard(path, scenes, shard) if not path.exists() else _texts_of(path)
         captions += len(shard_texts)
         texts.update(shard_texts)
         records.append({"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
-        if progress is not None:
-            progress(min(count, (shard + 1) * per_shard))
-    totals = {"scenes": count, "captions": captions, "distinct_captions": len(texts)}
-    _write_json(out / SUMMARY_FILE, {"plan": dataclasses.asdict(plan), "complete": True, "shards": records, **totals})
+        progress.update(min(scenes.count, (shard + 1) * scenes.per_shard))
+
+    totals = {"scenes": scenes.count, "captions": captions, "distinct_captions": len(texts)}
+    _write_json(out / SUMMARY_FILE, {"plan": scenes.record(), "complete": True, "shards": records, **totals})
     return _summary(out, {"shards": records, **totals}, skipped=False)
 
 
-def _plan(
-    count: int,
-    size: int,
-    seed: int,
-    layout: str,
-    per_shard: int,
-    categories: Mapping[str, float] | None,
-    styles: CaptionStyles | None,
-    split: Split,
-) -> _Plan:
-    vocabulary_for(size, layout)
-    for name, value, least in (
-        ("count", count, 1),
-        ("size", size, SMALLEST_SIDE[layout]),
-        ("seed", seed, 0),
-        ("per_shard", per_shard, 1),
-    ):
-        if value < least:
-            raise InputError(f"{name}={value}: must be at least {least} (layout {layout!r})")
-    if split not in ("train", "unseen"):
-        raise InputError(f"split {split!r}: choose 'train' or 'unseen'")
-    if categories is None:
-        categories = SIMPLE_WEIGHTS if layout == "simple" else FREE_WEIGHTS
-    for tag in categories:
-        check_tag(tag, layout)
-    if any(weight < 0 for weight in categories.values()) or not sum(categories.values()) > 0:
-        raise InputError(f"category weights {dict(categories)}: none may be negative and one must be positive")
-    styles = styles or default_styles(layout)
-    return _Plan(count, size, seed, layout, per_shard, dict(categories), styles, split)
-
-
-def _existing(out: Path, plan: _Plan) -> SceneShards | None:
-    """The finished set in `out`, None where (re)writing may go on. Raises InputError where something else is there."""
+def _existing(out: Path, scenes: SceneSet) -> SceneShards | None:
+    """The finished set in `out`, None where it may be written. Raises InputError where `out` holds anything else."""
     if not out.exists():
         return None
     if not out.is_dir():
@@ -154,18 +161,18 @@ def _existing(out: Path, plan: _Plan) -> SceneShards | None:
         return None
     try:
         summary = json.loads((out / SUMMARY_FILE).read_text(encoding="utf-8"))
-        found = summary["plan"]
+        existing = summary["plan"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{out}: not empty and not a scene set of ours; give a new or empty folder") from None
-    wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
-    if found != wanted:
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
+    record = json.loads(json.dumps(scenes.record()))
+    if existing != record:
+        differing = [key for key in record if existing.get(key) != record[key]]
         raise InputError(f"{out}: holds scenes made with other {', '.join(differing)}; give a new folder")
     if not summary["complete"]:
         return None
-    for record in summary["shards"]:
-        path = out / record["file"]
-        if not path.is_file() or _sha256(path) != record["sha256"]:
+    for shard in summary["shards"]:
+        path = out / shard["file"]
+        if not path.is_file() or _sha256(path) != shard["sha256"]:
             raise InputError(f"{path}: missing or changed since it was written; delete {out} and run again")
     return _summary(out, summary, skipped=True)
 
@@ -182,17 +189,17 @@ def _summary(out: Path, record: dict[str, Any], skipped: bool) -> SceneShards:
     )
 
 
-def _write_shard(path: Path, plan: _Plan, shard: int) -> list[str]:
+def _write_shard(path: Path, scenes: SceneSet, shard: int) -> list[str]:
     """Writes one tar under a temporary name, then renames it, so a shard is whole or absent. Returns all captions."""
     texts = []
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for index, scene, rng in plan.scenes(shard):
-            captions = plan.styles.captions(scene, rng)
+        for index, scene, rng in scenes.scenes(shard):
+            captions = scenes.caption_styles.captions(scene, rng)
             texts += [caption.text for caption in captions]
             record = {
                 "tag": scene.tag,
-                "split": plan.split,
+                "split": scenes.split,
                 "captions": [dataclasses.asdict(caption) for caption in captions],
                 "geneval": scene.geneval(captions[0].text),
                 "objects": [dataclasses.asdict(item) for item in scene.objects],

@@ -19,7 +19,7 @@ from lidit.datasets.scenes.layouts import OPPOSITE, RELATIONS
 from lidit.datasets.scenes.phrases import COUNTS, ORDINALS, core, references
 from lidit.datasets.scenes.scene import FREE_TAGS, SIMPLE_TAGS, Scene, SceneObject, names_colours
 from lidit.datasets.scenes.shapes import COLOURS, SHAPES, coverage, vocabulary_for
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.errors import InputError
 
 
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("layout", ["simple", "free"])
 def test_same_arguments_same_bytes(tmp_path: Path, layout: str) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        write_scene_shards(tmp_path / name, count=23, size=32, seed=seed, layout=layout, per_shard=10)
+        write_scene_shards(tmp_path / name, SceneSet(count=23, size=32, seed=seed, layout=layout, per_shard=10))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     first, other = contents(tmp_path / "a"), contents(tmp_path / "c")
     assert list(first) == ["scenes-00000.tar", "scenes-00001.tar", "scenes-00002.tar", "scenes.json"]
@@ -48,7 +48,7 @@ def test_same_arguments_same_bytes(tmp_path: Path, layout: str) -> None:
 
 
 def test_samples_are_complete_and_true(tmp_path: Path) -> None:
-    summary = write_scene_shards(tmp_path / "s", count=40, size=48, seed=0, layout="free", per_shard=25)
+    summary = write_scene_shards(tmp_path / "s", SceneSet(count=40, size=48, seed=0, layout="free", per_shard=25))
     assert (summary.scenes, summary.captions, summary.skipped) == (40, 80, False)
     merged = {key: sample for shard in summary.shards for key, sample in samples(shard).items()}
     assert sorted(merged) == [f"{index:08d}" for index in range(40)]
@@ -71,36 +71,36 @@ def test_samples_are_complete_and_true(tmp_path: Path) -> None:
 
 def test_interrupted_set_is_continued_and_complete_set_is_kept(tmp_path: Path) -> None:
     arguments = {"count": 30, "size": 32, "seed": 1, "per_shard": 10}
-    whole = write_scene_shards(tmp_path / "whole", **arguments)
+    whole = write_scene_shards(tmp_path / "whole", SceneSet(**arguments))
     broken = tmp_path / "broken"
-    write_scene_shards(broken, **arguments)
+    write_scene_shards(broken, SceneSet(**arguments))
     record = json.loads((broken / "scenes.json").read_text())
     (broken / "scenes.json").write_text(json.dumps({"plan": record["plan"], "complete": False}))
     (broken / "scenes-00001.tar").unlink()
     (broken / "scenes-00001.partial").write_bytes(b"half")
     kept = (broken / "scenes-00000.tar").stat().st_mtime_ns
-    resumed = write_scene_shards(broken, **arguments)
+    resumed = write_scene_shards(broken, SceneSet(**arguments))
     assert contents(broken) == contents(tmp_path / "whole")
     assert (broken / "scenes-00000.tar").stat().st_mtime_ns == kept
     assert (resumed.captions, resumed.distinct_captions) == (whole.captions, whole.distinct_captions)
-    again = write_scene_shards(broken, **arguments)
+    again = write_scene_shards(broken, SceneSet(**arguments))
     assert again.skipped
     assert again.distinct_captions == whole.distinct_captions
     (broken / "scenes-00002.tar").write_bytes(b"changed")
     with pytest.raises(InputError, match=r"scenes-00002\.tar: missing or changed"):
-        write_scene_shards(broken, **arguments)
+        write_scene_shards(broken, SceneSet(**arguments))
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="not a scene set of ours"):
-        write_scene_shards(tmp_path / "precious", count=1, size=32, seed=0)
-    write_scene_shards(tmp_path / "s", count=1, size=32, seed=0)
+        write_scene_shards(tmp_path / "precious", SceneSet(count=1, size=32, seed=0))
+    write_scene_shards(tmp_path / "s", SceneSet(count=1, size=32, seed=0))
     with pytest.raises(InputError, match="other count, seed"):
-        write_scene_shards(tmp_path / "s", count=2, size=32, seed=1)
+        write_scene_shards(tmp_path / "s", SceneSet(count=2, size=32, seed=1))
     with pytest.raises(InputError, match="is a file"):
-        write_scene_shards(tmp_path / "precious" / "thesis.tex", count=1, size=32, seed=0)
+        write_scene_shards(tmp_path / "precious" / "thesis.tex", SceneSet(count=1, size=32, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
 def test_wrong_arguments_are_named(tmp_path: Path, change: dict, message: str) -> None:
     arguments = {"count": 4, "size": 32, "seed": 0, "layout": "simple"} | change
     with pytest.raises(InputError, match=re.escape(message)):
-        write_scene_shards(tmp_path / "s", **arguments)
+        write_scene_shards(tmp_path / "s", SceneSet(**arguments))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -277,7 +277,7 @@ def test_late_styles_are_refused_where_nothing_is_said() -> None:
 
 
 def test_simple_captions_are_short(tmp_path: Path) -> None:
-    summary = write_scene_shards(tmp_path / "s", count=200, size=32, seed=0)
+    summary = write_scene_shards(tmp_path / "s", SceneSet(count=200, size=32, seed=0))
     texts = {
         c["text"] for sample in samples(summary.shards[0]).values() for c in json.loads(sample["json"])["captions"]
     }

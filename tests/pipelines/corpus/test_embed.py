@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path, ray_cluster: None) -> Path:
     """A corpus embedded by one actor."""
     corpus = make_job(tmp_path_factory.mktemp("undisturbed") / "corpus")
-    run_embed(str(corpus), encoder(model), ONE, progress=False)
+    run_embed(str(corpus), encoder(model), ONE)
     return corpus
 
 
@@ -66,7 +66,7 @@ def test_stored_states_are_the_encoders(undisturbed: Path, model: Path) -> None:
 
 def test_more_actors_write_the_same_bytes(undisturbed: Path, model: Path, tmp_path: Path) -> None:
     corpus = make_job(tmp_path / "corpus")
-    summary = run_embed(str(corpus), encoder(model), TWO, progress=False)
+    summary = run_embed(str(corpus), encoder(model), TWO)
     assert summary.computed_units == summary.units == 6
     assert contents(corpus) == contents(undisturbed)
     digests = {Corpus.open(path).text_family("tiny").digest for path in (corpus, undisturbed)}
@@ -90,7 +90,7 @@ def test_only_missing_units_are_computed(undisturbed: Path, model: Path, tmp_pat
     for name in ("MANIFEST.json", "00001.json", "00003.json"):
         next(corpus.glob(f"text/*/{name}")).unlink()
     before = finished(corpus)
-    summary = run_embed(str(corpus), encoder(model), ONE, progress=False)
+    summary = run_embed(str(corpus), encoder(model), ONE)
     assert summary.computed_units == 2
     after = finished(corpus)
     assert {name: after[name] for name in before} == before
@@ -103,7 +103,7 @@ def test_a_changed_spec_is_a_new_family_and_says_what_differs(undisturbed: Path,
     corpus = tmp_path / "corpus"
     shutil.copytree(undisturbed, corpus)
     changed = encoder(model, layer=-2, storage="bfloat16", max_tokens=6)
-    summary = run_embed(str(corpus), changed, ONE, progress=False)
+    summary = run_embed(str(corpus), changed, ONE)
     old = next(p.name for p in (undisturbed / "text").iterdir())
     assert summary.directory != old
     assert sorted(line.split(":")[0] for line in summary.relatives[old]) == ["blocks", "max_tokens", "storage"]
@@ -125,7 +125,7 @@ def test_what_is_wrong_with_a_model_reaches_the_user(tmp_path: Path, ray_cluster
     break_weights(folder)
     corpus = make_job(tmp_path / "corpus", units=2, rows=2)
     with pytest.raises(InputError, match="the weight files lack 1 tensors"):
-        run_embed(str(corpus), encoder(folder), ONE, progress=False)
+        run_embed(str(corpus), encoder(folder), ONE)
 
 
 def job_of(corpus: Path, settings: EncoderSettings) -> EncodeJob:
@@ -176,21 +176,21 @@ def test_a_model_may_lie_elsewhere_on_a_node(tmp_path: Path, model: Path) -> Non
 def test_what_this_machine_does_not_have_is_refused(tmp_path: Path, model: Path, ray_cluster: None) -> None:
     corpus = make_job(tmp_path / "corpus", units=2, rows=2)
     with pytest.raises(InputError, match="1 actors ask for 1 GPU, this machine offers 0"):
-        run_embed(str(corpus), encoder(model), PoolSettings(actors=1, gpus=1), progress=False)
+        run_embed(str(corpus), encoder(model), PoolSettings(actors=1, gpus=1))
     with pytest.raises(InputError, match="ask for 900 CPU"):
-        run_embed(str(corpus), encoder(model), PoolSettings(actors=9, cpus=100), progress=False)
+        run_embed(str(corpus), encoder(model), PoolSettings(actors=9, cpus=100))
 
 
 @pytest.mark.slow
 def test_actors_that_hold_every_cpu_still_get_tokens(tmp_path: Path, model: Path, ray_cluster: None) -> None:
     corpus = make_job(tmp_path / "corpus", units=3, rows=2)
     all_of_them = PoolSettings(cpus=resources.total("CPU"))
-    assert run_embed(str(corpus), encoder(model), all_of_them, progress=False).computed_units == 3
+    assert run_embed(str(corpus), encoder(model), all_of_them).computed_units == 3
 
 
 def test_not_a_corpus_is_said_before_a_model_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a corpus"):
-        run_embed(str(tmp_path), encoder(tmp_path / "no-model"), ONE, progress=False)
+        run_embed(str(tmp_path), encoder(tmp_path / "no-model"), ONE)
 
 
 def test_non_finite_states_are_refused(tmp_path: Path, ray_cluster: None) -> None:
@@ -204,5 +204,5 @@ def test_non_finite_states_are_refused(tmp_path: Path, ray_cluster: None) -> Non
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     corpus = make_job(tmp_path / "corpus", units=2, rows=2)
     with pytest.raises(JobError, match=r"not finite|NaN or infinite"):
-        run_embed(str(corpus), encoder(folder), ONE, progress=False)
+        run_embed(str(corpus), encoder(folder), ONE)
     assert not list(corpus.glob("text/*/*.arrow"))

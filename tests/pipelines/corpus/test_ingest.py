@@ -10,14 +10,16 @@ import pytest
 from lidit.config import IngestSettings
 from lidit.errors import InputError
 from lidit.sources import expand
+from lidit.sources.ingest import IngestSummary, ingest
 from lidit.sources.staging import stage_source
 from lidit.sources.units import find_duplicates
 from lidit.store import Corpus
 from lidit.store.files.folder import Folder
 from lidit.store.verify import verify_corpus
-from pipelines.corpus.ingest import IngestSummary, run_ingest
+from pipelines.corpus.ingest import run_ingest
 from tests.helpers.command import lidit
 from tests.helpers.pictures import bomb, encoded, picture, sample, write_tar
+from tests.helpers.recorded_progress import RecordedProgress
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SETTINGS = IngestSettings(unit_samples=3, resolution=32, bucket_multiple=8)
@@ -52,10 +54,11 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_samples_captions_and_quarantine(source: Path, tmp_path: Path) -> None:
-    seen = []
-    summary = run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, lambda *call: seen.append(call))
+    progress = RecordedProgress()
+    summary = run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, progress)
     corpus = Corpus.open(tmp_path / "c")
-    assert [call[:2] for call in seen][-1] == (2, 2)
+    assert progress.calls == [(0, 2), (0, 2), (1, 2), (2, 2)]
+    assert progress.notes[-1] == "5 refused"
     assert (corpus.num_samples, corpus.num_units) == (8, 3)
     assert corpus.units["samples"].to_pylist() == [3, 2, 3]
     assert corpus.units["source"].to_pylist() == ["0.tar", "0.tar", "1.tar"]
@@ -157,35 +160,45 @@ def test_interrupted_ingest_goes_on_where_it_was(source: Path, tmp_path: Path) -
     class StopError(Exception):
         pass
 
-    def stop(done: int, total: int, note: str) -> None:
+    def stop(done: int) -> None:
         if done == 1:
             raise StopError
 
     with pytest.raises(StopError):
-        run_ingest([str(source)], str(corpus), SETTINGS, stop)
+        run_ingest([str(source)], str(corpus), SETTINGS, RecordedProgress(stop))
     staged = sorted((corpus / "ingest").glob("*.json"))
     with pytest.raises(InputError, match="not a corpus"):
         Corpus.open(corpus)
     (corpus / "ingest" / ".tmp-half").write_bytes(b"half")
     done = {p: p.stat().st_mtime_ns for p in staged if p.name != "plan.json"}
-    seen = []
 
-    def watch(finished: int, total: int, note: str) -> None:
-        seen.append(finished)
+    def unchanged(_: int) -> None:
         assert {p: p.stat().st_mtime_ns for p in done} == done
 
-    run_ingest([str(source)], str(corpus), SETTINGS, watch)
-    assert seen[0] >= 1
+    progress = RecordedProgress(unchanged)
+    run_ingest([str(source)], str(corpus), SETTINGS, progress)
+    assert progress.calls[0][0] >= 1, "counts what the first call has read"
     assert tree(corpus) == tree(tmp_path / "whole")
 
 
+def test_one_process_writes_the_same_bytes_as_many_tasks(source: Path, tmp_path: Path) -> None:
+    progress = RecordedProgress()
+    summary = ingest([str(source)], str(tmp_path / "here"), SETTINGS, progress)
+    assert progress.calls[-1] == (2, 2)
+    tasks = run_ingest([str(source)], str(tmp_path / "tasks"), SETTINGS)
+    assert tree(tmp_path / "here") == tree(tmp_path / "tasks")
+    assert (summary.digest, summary.reasons) == (tasks.digest, tasks.reasons)
+    assert ingest([str(source)], str(tmp_path / "tasks"), SETTINGS).skipped
+    assert run_ingest([str(source)], str(tmp_path / "here"), SETTINGS).skipped
+
+
 def test_source_that_changes_during_an_ingest_is_refused(source: Path, tmp_path: Path) -> None:
-    def stop(done: int, total: int, note: str) -> None:
+    def stop(done: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, stop)
+        run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, RecordedProgress(stop))
     os.utime(source / "0.tar")
     with pytest.raises(InputError, match=r"0\.tar: has changed"):
         run_ingest([str(source)], str(tmp_path / "c"), SETTINGS)

@@ -4,8 +4,8 @@ import pytest
 
 from jobs.ingest import show
 from lidit.sources.base import IGNORED_KINDS, OTHER_KINDS
+from lidit.sources.ingest import IngestSummary, _ignored
 from lidit.sources.staging import StagedSource
-from pipelines.corpus.ingest import IngestSummary, _ignored
 
 
 def staged(index: int, ignored: dict[str, int]) -> StagedSource:

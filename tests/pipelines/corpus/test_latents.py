@@ -26,16 +26,13 @@ from pipelines.corpus.latents import run_latents
 from pipelines.runtime import resources
 from tests.helpers.corpus_factory import make_corpus
 from tests.helpers.pictures import encoded, picture, sample, write_tar
+from tests.helpers.recorded_progress import RecordedProgress
 from tests.helpers.tiny_codecs import save_codec
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ROOT = Path(__file__).parents[3]
 SETTINGS = IngestSettings(unit_samples=4, resolution=32, bucket_multiple=8)
 SIZES = [(32, 32), (40, 30), (30, 40), (64, 20), (33, 31), (100, 100), (40, 30)]
-
-
-def quiet(done: int, total: int, note: str) -> None:
-    """A report nobody reads."""
 
 
 def originals() -> dict[str, Image.Image]:
@@ -54,7 +51,7 @@ def corpus(tmp_path: Path) -> Path:
     for key, image in originals().items():
         members += [(f"{key}.png", encoded(image)), (f"{key}.txt", key.encode())]
     write_tar(tmp_path / "x.tar", members)
-    run_ingest([str(tmp_path / "x.tar")], str(tmp_path / "c"), SETTINGS, quiet)
+    run_ingest([str(tmp_path / "x.tar")], str(tmp_path / "c"), SETTINGS)
     return tmp_path / "c"
 
 
@@ -63,10 +60,10 @@ def files(corpus: Path) -> dict[str, str]:
 
 
 def test_pixels_are_exact_and_aligned(corpus: Path) -> None:
-    seen = []
-    summary = run_latents(str(corpus), CodecSettings(), PoolSettings(), lambda *call: seen.append(call[:2]))
+    progress = RecordedProgress()
+    summary = run_latents(str(corpus), CodecSettings(), PoolSettings(), progress)
     assert (summary.images, summary.units, summary.computed_units) == (7, 2, 2)
-    assert seen == [(1, 2), (2, 2)]
+    assert progress.calls == [(0, 2), (1, 2), (2, 2)]
     opened = Corpus.open(corpus)
     family = opened.latent_family("pixels")
     images = originals()
@@ -79,7 +76,7 @@ def test_pixels_are_exact_and_aligned(corpus: Path) -> None:
     crop = family.folder.read_table(family.record(0)["file"])["crop"].to_pylist()
     assert crop[0] == {"left": 0, "top": 0, "width": 32, "height": 32}
     assert crop[1]["width"] == 40
-    again = run_latents(str(corpus), CodecSettings(), PoolSettings(), quiet)
+    again = run_latents(str(corpus), CodecSettings(), PoolSettings())
     assert again.computed_units == 0
 
 
@@ -87,7 +84,7 @@ def test_latents_equal_the_codec_and_bytes_do_not_depend_on_actors(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = CodecSettings(name="kl", model=str(save_codec(tmp_path / "kl", "AutoencoderKL")))
-    run_latents(str(corpus), settings, PoolSettings(), quiet)
+    run_latents(str(corpus), settings, PoolSettings())
     opened = Corpus.open(corpus)
     family, codec, images = opened.latent_family("kl"), load_codec(settings), originals()
     for unit in range(2):
@@ -106,7 +103,7 @@ def test_latents_equal_the_codec_and_bytes_do_not_depend_on_actors(
     for path in corpus.glob("latents/*/*"):
         path.unlink()
     monkeypatch.setattr(latents_module, "WINDOW", 1)
-    run_latents(str(corpus), settings, PoolSettings(actors=2, cpus=0.5), quiet)
+    run_latents(str(corpus), settings, PoolSettings(actors=2, cpus=0.5))
     assert files(corpus) == before
     assert len(before) == 2
 
@@ -114,14 +111,14 @@ def test_latents_equal_the_codec_and_bytes_do_not_depend_on_actors(
 def test_actor_killed_in_its_work_is_replaced(corpus: Path) -> None:
     killed = []
 
-    def kill(done: int, total: int, note: str) -> None:
+    def kill(done: int) -> None:
         if done == 1:
             ours = psutil.Process().children(recursive=True)  # never another cluster's actor
             killed.extend(p for p in ours if any("LatentsActor" in word for word in p.cmdline()))
             for process in killed:
                 process.kill()
 
-    run_latents(str(corpus), CodecSettings(), PoolSettings(), kill)
+    run_latents(str(corpus), CodecSettings(), PoolSettings(), RecordedProgress(kill))
     assert killed
     family = Corpus.open(corpus).latent_family("pixels")
     for unit in range(2):
@@ -134,9 +131,9 @@ def test_other_scale_and_sources_that_have_moved(corpus: Path, tmp_path: Path) -
     (tmp_path / "x.tar").rename(moved / "x.tar")
     settings = CodecSettings(name="double", scale=2)
     with pytest.raises(JobError, match=r"x\.tar s0\.png: sample s0 is not what was ingested (.|\n)*their new place"):
-        run_latents(str(corpus), settings, PoolSettings(), quiet)
-    assert run_ingest([str(moved / "x.tar")], str(corpus), SETTINGS, quiet).moved_to == str(moved)
-    run_latents(str(corpus), settings, PoolSettings(), quiet)
+        run_latents(str(corpus), settings, PoolSettings())
+    assert run_ingest([str(moved / "x.tar")], str(corpus), SETTINGS).moved_to == str(moved)
+    run_latents(str(corpus), settings, PoolSettings())
     opened = Corpus.open(corpus)
     row = opened.samples(0).to_pylist()[1]
     latent = opened.latent_family("double").read(0, [1])[0]
@@ -147,20 +144,20 @@ def test_other_scale_and_sources_that_have_moved(corpus: Path, tmp_path: Path) -
 def test_codec_and_corpus_that_do_not_fit_are_refused_first(corpus: Path, tmp_path: Path) -> None:
     make_corpus(tmp_path / "captions", [("only words",)])
     with pytest.raises(InputError, match="captions only"):
-        run_latents(str(tmp_path / "captions"), CodecSettings(), PoolSettings(), quiet)
+        run_latents(str(tmp_path / "captions"), CodecSettings(), PoolSettings())
     write_tar(tmp_path / "odd.tar", sample("a"))
     odd = IngestSettings(resolution=33, bucket_multiple=3)
-    run_ingest([str(tmp_path / "odd.tar")], str(tmp_path / "odd"), odd, quiet)
+    run_ingest([str(tmp_path / "odd.tar")], str(tmp_path / "odd"), odd)
     settings = CodecSettings(name="kl", model=str(save_codec(tmp_path / "kl", "AutoencoderKL")))
     with pytest.raises(InputError, match="multiples of 2"):
-        run_latents(str(tmp_path / "odd"), settings, PoolSettings(), quiet)
+        run_latents(str(tmp_path / "odd"), settings, PoolSettings())
 
 
 def test_what_this_machine_does_not_have_is_refused(corpus: Path) -> None:
     with pytest.raises(InputError, match="1 actors ask for 1 GPU, this machine offers 0"):
-        run_latents(str(corpus), CodecSettings(), PoolSettings(gpus=1), quiet)
+        run_latents(str(corpus), CodecSettings(), PoolSettings(gpus=1))
     with pytest.raises(InputError, match="ask for 900 CPU"):
-        run_latents(str(corpus), CodecSettings(), PoolSettings(actors=9, cpus=100), quiet)
+        run_latents(str(corpus), CodecSettings(), PoolSettings(actors=9, cpus=100))
 
 
 @pytest.mark.slow
@@ -178,7 +175,7 @@ import os, sys
 from lidit.config import CodecSettings, PoolSettings
 from pipelines.runtime import resources
 from pipelines.corpus.latents import run_latents
-run_latents(sys.argv[1], CodecSettings(), PoolSettings(cpus=os.cpu_count()), lambda *call: None)
+run_latents(sys.argv[1], CodecSettings(), PoolSettings(cpus=os.cpu_count()))
 print(resources.total("CPU") - os.cpu_count())
 """
 
@@ -196,7 +193,7 @@ def test_a_codec_that_cannot_be_loaded_is_the_users_mistake(corpus: Path, tmp_pa
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match="the codec cannot be loaded"):
-        run_latents(str(corpus), CodecSettings(name="kl", model=str(folder)), PoolSettings(), quiet)
+        run_latents(str(corpus), CodecSettings(name="kl", model=str(folder)), PoolSettings())
 
 
 def test_an_actor_with_other_codec_files_makes_no_second_family(corpus: Path, tmp_path: Path) -> None:
@@ -242,7 +239,7 @@ def test_images_are_found_again_in_every_kind_of_source(tmp_path: Path, kind: st
     source = tmp_path / "source"
     images = {key: encoded(image) for key, image in originals().items()}
     write_source(source, kind, images)
-    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, quiet)
+    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS)
     corpus = Corpus.open(tmp_path / "c")
     found = {}
     for unit in range(corpus.num_units):
@@ -267,7 +264,7 @@ def test_another_picture_of_the_same_size_in_pixels_is_an_error(tmp_path: Path, 
     images = {key: encoded(image) for key, image in originals().items()}
     write_source(source, kind, images)
     before = {path.name: path.stat().st_size for path in source.iterdir()}
-    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, quiet)
+    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS)
     corpus = Corpus.open(tmp_path / "c")
     read_all(corpus)
     write_source(source, kind, images | {"s5": encoded(picture(*SIZES[5], seed=9))})
@@ -281,7 +278,7 @@ def test_tar_members_of_equal_sizes_in_another_order_are_an_error(tmp_path: Path
     source = tmp_path / "source"
     images = {f"s{i}": encoded(picture(seed=i), "BMP") for i in range(3)}
     write_source(source, "tar", images)
-    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS, quiet)
+    run_ingest([str(source)], str(tmp_path / "c"), SETTINGS)
     write_source(source, "tar", {key: images[key] for key in ("s1", "s0", "s2")})
     with pytest.raises(JobError, match=r"s0\.png: sample s0 is not what was ingested \(in its place is 's1\.png' of"):
         read_all(Corpus.open(tmp_path / "c"))

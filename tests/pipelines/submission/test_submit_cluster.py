@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.store import Corpus
 from pipelines.submission.submit import code_version
 from tests.helpers.manifests import REPOSITORY
@@ -356,7 +356,7 @@ def test_the_whole_work_is_submitted_job_by_job(cluster: Cluster, tmp_path: Path
         shutil.copytree(REPOSITORY / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
     (project / "recipe.yaml").write_text(RECIPE.format(work=work))
     (project / "tiny.yaml").write_text(f"name: tiny\nmodel: {tiny_llm(work / 'llama', 'llama')}\n")
-    write_scene_shards(work / "scenes", 60, 32, seed=3)
+    write_scene_shards(work / "scenes", SceneSet(60, 32, seed=3))
     env = {**cluster.env, "RAY_AUTH_TOKEN": cluster.token}
 
     def run(*command: str | Path) -> str:

@@ -14,7 +14,7 @@ from lidit.codecs import load_codec
 from lidit.codecs.autoencoder import TrainableAutoencoder
 from lidit.config import CodecSettings, IngestSettings, PoolSettings
 from lidit.config.codec import CodecRecipe
-from lidit.datasets.scenes.shards import write_scene_shards
+from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.errors import InputError
 from lidit.store import Corpus
 from pipelines.corpus.ingest import run_ingest
@@ -48,7 +48,7 @@ def recipe_of(corpus: Path, output: Path, **changes: dict[str, Any]) -> CodecRec
 def corpus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """97 scenes of 32 pixels in units of 20, without any states."""
     folder = tmp_path_factory.mktemp("world")
-    write_scene_shards(folder / "scenes", 97, 32, seed=5, per_shard=60)
+    write_scene_shards(folder / "scenes", SceneSet(97, 32, seed=5, per_shard=60))
     settings = IngestSettings(resolution=32, bucket_multiple=8, unit_samples=20)
     run_ingest([str(folder / "scenes")], str(folder / "corpus"), settings)
     return folder / "corpus"

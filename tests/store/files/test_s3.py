@@ -183,8 +183,8 @@ from pipelines.corpus.ingest import run_ingest
 from pipelines.corpus.latents import run_latents
 source, corpus = sys.argv[1:]
 settings = IngestSettings(resolution=32, bucket_multiple=8, unit_samples=2)
-print(run_ingest([source], corpus, settings, lambda *call: None).digest)
-print(run_latents(corpus, CodecSettings(), PoolSettings(), lambda *call: None).images)
+print(run_ingest([source], corpus, settings).digest)
+print(run_latents(corpus, CodecSettings(), PoolSettings()).images)
 assert run_ingest([source], corpus, settings).skipped
 """
 
