@@ -199,7 +199,7 @@ def test_a_codec_that_cannot_be_loaded_is_the_users_mistake(corpus: Path, tmp_pa
 def test_an_actor_with_other_codec_files_makes_no_second_family(corpus: Path, tmp_path: Path) -> None:
     folder = save_codec(tmp_path / "kl", "AutoencoderKL")
 
-    def replaced(done: int, total: int, note: str) -> None:
+    def replaced(done: int) -> None:
         """The actor starts again where the files are others: as on another node."""
         save_codec(folder, "AutoencoderKL", seed=1)
         for process in psutil.Process().children(recursive=True):
@@ -207,7 +207,9 @@ def test_an_actor_with_other_codec_files_makes_no_second_family(corpus: Path, tm
                 process.kill()
 
     with pytest.raises(InputError, match=r"kl: this node has other codec files .*weights_sha256"):
-        run_latents(str(corpus), CodecSettings(name="kl", model=str(folder)), PoolSettings(), replaced)
+        run_latents(
+            str(corpus), CodecSettings(name="kl", model=str(folder)), PoolSettings(), RecordedProgress(replaced)
+        )
     assert len(list((corpus / "latents").iterdir())) == 1
 
 
