@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -31,6 +32,7 @@ class Corpus:
         self.digest: str = facts["digest"]
         self.digits: int = facts["unit_digits"]
         self.root: str = facts["root"]
+        self._sound: set[str] = set()  # unit files whose bytes were found to be those that ingest wrote
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] | Folder) -> Corpus:
@@ -47,7 +49,7 @@ class Corpus:
                 f"{folder.location}: {state} (no {CORPUS_FILE}); make one with: lidit ingest SOURCE --corpus "
                 f"{folder.location}"
             ) from None
-        except ValueError:
+        except (ValueError, IsADirectoryError):
             raise InputError(f"{folder.location}/{CORPUS_FILE}: damaged; {INGEST_ANEW}") from None
         version = facts.get("format")
         if version != FORMAT_VERSION:
@@ -96,16 +98,24 @@ class Corpus:
         if not 0 <= unit < self.num_units:
             raise InputError(f"{self.folder.location}: no unit {unit}; there are {self.num_units}, from 0")
         name = f"{group}/{self.unit_name(unit)}.arrow"
+        where, remedy = self.folder.where(name), f"run lidit verify; {INGEST_ANEW}"
         try:
-            table = self.folder.read_table(name)
+            content = self.folder.map(name)
         except FileNotFoundError:
-            raise InputError(f"{self.folder.where(name)}: missing; {INGEST_ANEW}") from None
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{self.folder.where(name)}: damaged ({error}); run lidit verify") from None
-        expected = self.units[group][unit].as_py()
-        if table.num_rows != expected:
-            raise InputError(f"{self.folder.where(name)}: {table.num_rows} rows, the unit table says {expected}")
-        return table
+            raise InputError(f"{where}: missing; {INGEST_ANEW}") from None
+        except IsADirectoryError:
+            raise InputError(f"{where}: is a folder, not a file; {INGEST_ANEW}") from None
+        # A changed caption would get states, and every later check would find these sound.
+        if name not in self._sound:
+            if hashlib.sha256(content).hexdigest() != self.digest_of_unit(group, unit):
+                raise InputError(f"{where}: damaged (its bytes are not those that ingest wrote); {remedy}")
+            self._sound.add(name)
+        return pa.ipc.open_file(pa.py_buffer(content)).read_all()
+
+    def digest_of_unit(self, group: str, unit: int) -> str:
+        """sha256 of a unit's file in "samples" or "captions", as ingest wrote it."""
+        digest: str = self.units[f"{group}_sha256"][unit].as_py()
+        return digest
 
     def image_path(self, file: str) -> str:
         """Absolute path or URL of a source file named in `image.file`."""
@@ -120,7 +130,7 @@ class Corpus:
         for directory in parent.folders():
             try:
                 facts = unseal(parent.read_bytes(f"{directory}/{FAMILY_FILE}"))
-            except (FileNotFoundError, ValueError):
+            except (FileNotFoundError, IsADirectoryError, ValueError):
                 continue  # nothing was ever computed here (the spec is written first), or `verify` names the damage
             complete = parent.exists(f"{directory}/{MANIFEST_FILE}")
             found.append(FamilyHandle(kind, directory, facts["name"], facts["fingerprint"], facts["spec"], complete))

@@ -57,6 +57,8 @@ class Family:
             return unseal(self.folder.read_bytes(name))
         except FileNotFoundError:
             raise InputError(f"{self.folder.where(name)}: missing; run lidit verify") from None
+        except IsADirectoryError:
+            raise InputError(f"{self.folder.where(name)}: is a folder, not a file; run lidit verify") from None
         except ValueError:
             raise InputError(f"{self.folder.where(name)}: damaged; run lidit repair") from None
 
@@ -99,6 +101,8 @@ class Family:
             content = self.folder.map(record["file"], keep_local=True)
         except FileNotFoundError:
             return "missing"
+        except IsADirectoryError:
+            return "is a folder, not a file"
         if len(content) != record["bytes"]:
             return f"{len(content)} bytes, its record says {record['bytes']}"
         if hashlib.sha256(content).hexdigest() != record["sha256"]:

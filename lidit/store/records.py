@@ -21,7 +21,8 @@ class CommitRecord:
     """One finished unit: its data file, what is in it and how it came to be.
 
     minimum and maximum are over the values before storage; shared is the sha256 of the shared.arrow the unit was made
-    with; error are the sums of `StorageError`; counts are numbers a job wants added up, such as truncated captions.
+    with; of the sha256 of the unit's captions or samples file, from which it was made (None in the records of the first
+    release); error are the sums of `StorageError`; counts are numbers a job wants added up, such as truncated captions.
     """
 
     unit: int
@@ -36,6 +37,7 @@ class CommitRecord:
     shared: str | None = None
     error: dict[str, float] | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    of: str | None = None
 
     def to_json(self) -> Content:
         return seal(asdict(self))

@@ -21,7 +21,7 @@ from lidit.store.latent_file import LatentFile
 from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE
 from lidit.store.records import CommitRecord
 from lidit.store.samples import caption_digest
-from lidit.store.schema import unseal
+from lidit.store.schema import digest_of, unseal
 from lidit.store.text_file import TextFile
 from lidit.store.writer import ALIGNED_WITH
 
@@ -112,6 +112,9 @@ class _Checker:
             content = bytes(folder.map(name))
         except FileNotFoundError:
             content, reason = b"", "missing"
+        except IsADirectoryError:
+            content, reason = b"", "is a folder, not a file"
+            remedy = f"delete this folder, then {remedy}"
         if reason is None and len(content) != size:
             reason = f"{len(content)} bytes, {size} were written"
         elif reason is None and hashlib.sha256(content).hexdigest() != sha256:
@@ -190,22 +193,12 @@ class _Checker:
 
     def family(self, kind: str, directory: str) -> None:
         folder = self.corpus.folder.child(kind).child(directory)
-        family, job = (kind, directory), f"lidit {JOBS[kind]}"
-        remedy = f"run lidit repair, then {job} to compute what is missing"
-        try:
-            unseal(folder.read_bytes(FAMILY_FILE))
-        except (FileNotFoundError, ValueError):
-            if folder.sizes():
-                reason = "damaged or missing"
-                self.report.problems.append(Problem(folder.where(FAMILY_FILE), reason, remedy, family))
+        family = (kind, directory)
+        remedy = f"run lidit repair, then lidit {JOBS[kind]} to compute what is missing"
+        facts, manifest = (self._sealed(folder, name, family, remedy) for name in (FAMILY_FILE, MANIFEST_FILE))
+        if facts is None or manifest is None:
             return
-        try:
-            manifest = unseal(folder.read_bytes(MANIFEST_FILE))
-        except FileNotFoundError:
-            self.report.notes.append(f"{folder.location}: unfinished; {job} goes on with it")
-            return
-        except ValueError:
-            self.report.problems.append(Problem(folder.where(MANIFEST_FILE), "damaged", remedy, family))
+        if self._foreign(folder, family, facts, manifest, remedy):
             return
         shared, table = manifest["shared"], manifest["records"]
         self._expect(1 if shared is None else 2)
@@ -221,6 +214,45 @@ class _Checker:
         for record in records:
             self._family_unit(folder, family, record, manifest, remedy)
 
+    def _sealed(self, folder: Folder, name: str, family: tuple[str, str], remedy: str) -> dict[str, Any] | None:
+        """A sealed JSON file of a family; None, with what is wrong noted, where it cannot be used."""
+        where = folder.where(name)
+        try:
+            return unseal(folder.read_bytes(name))
+        except FileNotFoundError:
+            if name == MANIFEST_FILE:
+                job = f"lidit {JOBS[family[0]]}"
+                self.report.notes.append(f"{folder.location}: unfinished; {job} goes on with it")
+            elif folder.sizes():
+                self.report.problems.append(Problem(where, "missing", remedy, family))
+        except IsADirectoryError:
+            remedy = f"delete this folder, then {remedy}"
+            self.report.problems.append(Problem(where, "is a folder, not a file", remedy, family))
+        except ValueError:
+            self.report.problems.append(Problem(where, "damaged", remedy, family))
+        return None
+
+    def _foreign(
+        self, folder: Folder, family: tuple[str, str], facts: dict[str, Any], manifest: dict[str, Any], remedy: str
+    ) -> bool:
+        """Whether family.json or the manifest are whole but of another family or corpus: what readers refuse."""
+        _, directory = family
+        fingerprint = digest_of(facts.get("spec"))
+        expected = f"{facts.get('name')}-{fingerprint[:12]}"
+        problems = []
+        if facts.get("fingerprint") != fingerprint:
+            problems.append((FAMILY_FILE, "the fingerprint does not belong to the spec"))
+        elif expected != directory:
+            problems.append((FAMILY_FILE, f"is of the family {expected}"))
+        elif manifest.get("fingerprint") != fingerprint:
+            problems.append((MANIFEST_FILE, "is of another family"))
+        for name, content in ((FAMILY_FILE, facts), (MANIFEST_FILE, manifest)):
+            if content.get("corpus") != self.corpus.digest:
+                problems.append((name, "was made for another corpus"))
+        for name, reason in problems:
+            self.report.problems.append(Problem(folder.where(name), reason, remedy, family))
+        return bool(problems)
+
     def _family_unit(
         self, folder: Folder, family: tuple[str, str], record: dict[str, Any], manifest: dict[str, Any], remedy: str
     ) -> None:
@@ -232,12 +264,16 @@ class _Checker:
         name = f"{self.corpus.unit_name(unit)}.json"
         try:
             commit = CommitRecord.from_json(folder.read_bytes(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             commit = None
         if commit is None:
             problem(folder.where(name), "commit record damaged or missing")
+        elif commit.unit != unit:
+            problem(folder.where(name), f"is the commit record of unit {commit.unit}")
         elif commit.file == record["file"] and commit.sha256 != record["sha256"]:
             problem(folder.where(name), "commit record contradicts the manifest")
+        elif commit.of not in (None, self.corpus.digest_of_unit(ALIGNED_WITH[family[0]], unit)):
+            problem(where, f"was made from other {ALIGNED_WITH[family[0]]} than the corpus has")
         content = self.file(folder, record["file"], record["bytes"], record["sha256"], remedy, family, unit)
         table = self._arrow(content, where, record["rows"], remedy, family, unit)
         if table is None or content is None:

@@ -200,6 +200,7 @@ class FamilyWriter:
                 shared=self._shared_sha256,
                 error=statistics.error.to_dict() if statistics.error else None,
                 counts=statistics.counts,
+                of=self._made_from(unit),
             )
             record = self._commit(ours)
             if record.file != file.name:
@@ -229,9 +230,18 @@ class FamilyWriter:
             return CommitRecord.from_json(self.folder.read_bytes(f"{self.corpus.unit_name(unit)}.json"))
         except FileNotFoundError:
             return None
+        except IsADirectoryError as error:
+            raise InputError(
+                f"{error.filename}: is a folder, not a file; delete it and run the same command again"
+            ) from None
 
     def _fits(self, record: CommitRecord, size: int | None) -> bool:
+        if record.of not in (None, self._made_from(record.unit)):
+            return False
         return size == record.bytes and record.rows == self._rows[record.unit] and record.shared == self._shared_sha256
+
+    def _made_from(self, unit: int) -> str:
+        return self.corpus.digest_of_unit(ALIGNED_WITH[self.kind], unit)
 
     def _valid_records(self, listing: dict[str, int]) -> Iterator[CommitRecord]:
         units = [u for u in range(self.corpus.num_units) if f"{self.corpus.unit_name(u)}.json" in listing]

@@ -31,6 +31,9 @@ from pipelines.training.ema import MOMENTS, ShardedEMA, inner_optimizer, load_nu
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{9})$")
 MODEL = "model"
+POSITION = "position.json"
+# What reading a damaged JSON file of a checkpoint raises; RecursionError for brackets without end.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def unsent_prefix(run_folder: Path) -> str:
@@ -70,14 +73,15 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, rank: int, position: Positi
     )
     if rank == 0:
         text = json.dumps(position.__dict__, indent=1, sort_keys=True)
-        (folder / "position.json").write_text(text)
+        (folder / POSITION).write_text(text)
     write_record(folder, rank, position)
 
 
 def write_record(folder: Path, rank: int, position: Position) -> None:
     """Say what this rank's part of a checkpoint is, once everything of it is there."""
-    model = sorted((folder / MODEL).rglob("*")) if rank == 0 else []
-    files = [folder / f"rank-{rank:05}.safetensors", *(path for path in model if path.is_file())]
+    files = [folder / f"rank-{rank:05}.safetensors"]
+    if rank == 0:
+        files += [folder / POSITION, *(path for path in sorted((folder / MODEL).rglob("*")) if path.is_file())]
     held = [{"file": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": _digest(p)} for p in files]
     record = {"start": position.start, "files": held}
     (folder / f"rank-{rank:05}.json").write_text(json.dumps(record))
@@ -92,15 +96,20 @@ def problem(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be used; None when every file is there, matches its record and is of one start."""
     try:
         position = read_position(folder)
+        # One flipped bit of the step would go on elsewhere in the data with these weights.
+        if checkpoint_name(position.step) != folder.name:
+            return f"{POSITION} is of step {position.step}"
         for rank in range(position.world_size):
             record = _record(folder, rank)
             if record["start"] != position.start:
                 return f"rank {rank}'s part is of another start of the workers than rank 0's"
+            if record["files"][0]["file"] != f"rank-{rank:05}.safetensors":
+                return f"rank-{rank:05}.json is the record of another rank's part"
             for held in record["files"]:
                 path = folder / held["file"]
                 if path.stat().st_size != held["bytes"] or _digest(path) != held["sha256"]:
                     return f"{held['file']} does not match its record"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         return one_line(error)
     return None
 
@@ -114,7 +123,7 @@ def unfinished(folder: Path) -> bool:
             missing = [held for held in record["files"] if not (folder / held["file"]).exists()]
             if record["start"] != position.start or missing:
                 return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGE:
         return True
     return False
 
@@ -126,7 +135,7 @@ def _record(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def read_position(folder: Path) -> Position:
-    return Position(**json.loads((folder / "position.json").read_text()))
+    return Position(**json.loads((folder / POSITION).read_text()))
 
 
 def candidates(root: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Every bit of a corpus is watched: a flip or a cut anywhere is found, named, and repaired by computing just that."""
 
+import shutil
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from lidit.errors import InputError
 from lidit.store import Corpus, FamilyWriter, TextFamily, latents_table, text_table
 from lidit.store.latent_file import Crop
 from lidit.store.repair import repair_corpus
+from lidit.store.schema import seal, unseal
 from lidit.store.verify import _spread_rows, verify_corpus
 from tests.helpers import family_job
 from tests.helpers.corpus_factory import WORDS, make_corpus
@@ -56,6 +58,9 @@ def test_a_flipped_bit_or_a_cut_in_any_file_is_found_and_named(corpus: Path) -> 
         path.write_bytes(original[: len(original) // 2])
         _must_name(corpus, path)
         path.unlink()
+        path.mkdir()
+        _must_name(corpus, path)
+        path.rmdir()
         if path.name != "MANIFEST.json":
             _must_name(corpus, path)
         else:
@@ -190,3 +195,75 @@ def test_some_rows_are_computed_again(corpus: Path) -> None:
     report = verify_corpus(str(corpus), encode=shifted, encode_rows=8)
     assert 0 < len(report.problems) <= 8
     assert "when computed again" in report.problems[0].reason
+
+
+def test_a_changed_caption_never_gets_states(corpus: Path) -> None:
+    """The file is a sound Arrow file of as many rows; only its checksum tells."""
+    path = corpus / "captions" / "00001.arrow"
+    content = path.read_bytes()
+    assert content.count(b"one") == 1
+    path.write_bytes(content.replace(b"one", b"our"))
+    with pytest.raises(InputError, match=r"captions/00001.arrow: damaged .*; ingest the same sources"):
+        Corpus.open(corpus).captions(1)
+    whole = Corpus.open(corpus)
+    assert whole.captions(0)["text"].to_pylist() == list(WORDS)
+    path.write_bytes(content)
+    assert whole.captions(1)["text"].to_pylist() == ["one", "two"]
+
+
+def test_a_unit_names_the_captions_it_was_made_from(corpus: Path) -> None:
+    """States of other captions, moved over with records that are whole, are found and computed again."""
+    other = corpus.parent / "other"
+    make_corpus(other, [WORDS, ("six", "two")])
+    family_job.run(str(other), "int8")
+    family = next((corpus / "text").iterdir()).name
+    record = unseal((corpus / "text" / family / "00001.json").read_bytes())
+    assert record["of"] == Corpus.open(corpus).digest_of_unit("captions", 1)
+    theirs = unseal((other / "text" / family / "00001.json").read_bytes())
+    assert theirs["of"] != record["of"]
+    (corpus / "text" / family / "00001.json").write_bytes(seal({**record, "of": theirs["of"]}))
+    (problem,) = verify_corpus(str(corpus)).problems
+    assert "was made from other captions than the corpus has" in str(problem)
+    repair_corpus(str(corpus), [problem])
+    assert family_job.run(str(corpus), "int8") == [1]
+    assert verify_corpus(str(corpus)).sound
+
+
+def test_records_of_the_first_release_name_no_captions_and_count(corpus: Path) -> None:
+    family = next((corpus / "text").iterdir())
+    for path in family.glob("0000?.json"):
+        record = unseal(path.read_bytes())
+        del record["of"]
+        path.write_bytes(seal(record))
+    assert verify_corpus(str(corpus)).sound
+    (family / "MANIFEST.json").unlink()
+    assert family_job.run(str(corpus), "int8") == []
+
+
+@pytest.mark.parametrize("name", ["family.json", "MANIFEST.json"])
+def test_a_whole_file_of_another_family_is_found_and_repaired(corpus: Path, name: str) -> None:
+    text, latents = next((corpus / "text").iterdir()), next((corpus / "latents").iterdir())
+    (text / name).write_bytes((latents / name).read_bytes())
+    report = verify_corpus(str(corpus))
+    assert any(problem.file.endswith(f"{text.name}/{name}") for problem in report.problems)
+    repair_corpus(str(corpus), report.problems)
+    family_job.run(str(corpus), "int8")
+    assert verify_corpus(str(corpus), deep=True).sound
+    assert len(Corpus.open(corpus).text_family(text.name).read(1)) == 2
+
+
+def test_a_family_of_another_corpus_is_found(corpus: Path) -> None:
+    other = corpus.parent / "other"
+    make_corpus(other, [WORDS, ("six", "two")])
+    family_job.run(str(other), "int8")
+    family = next((other / "text").iterdir())
+    family.rename(family.with_name("away"))
+    shutil.copytree(next((corpus / "text").iterdir()), family)
+    shutil.rmtree(family.with_name("away"))
+    assert "was made for another corpus" in str(verify_corpus(str(other)).problems[0])
+
+
+def test_the_record_of_another_unit_is_found(corpus: Path) -> None:
+    family = next((corpus / "text").iterdir())
+    (family / "00001.json").write_bytes((family / "00000.json").read_bytes())
+    assert "00001.json: is the commit record of unit 0" in str(verify_corpus(str(corpus)).problems[0])

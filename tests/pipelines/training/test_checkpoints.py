@@ -1,6 +1,7 @@
 """What makes a checkpoint whole: every file as it was recorded, the exported model's too, all of one start."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,39 @@ def test_records_of_earlier_versions_still_count(tmp_path: Path) -> None:
         record = json.loads((folder / f"rank-{rank:05}.json").read_text())
         (folder / f"rank-{rank:05}.json").write_text(json.dumps(record["files"][0]))
     assert checkpoints.newest_complete(tmp_path) == folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"step": 8', '"step": 9'), ('"ema_updates": 8', '"ema_updates": 0'), ('"world_size": 2', '"world_size": 1')],
+)
+def test_a_flipped_bit_of_the_position_is_seen(tmp_path: Path, old: str, new: str) -> None:
+    whole, last = write(tmp_path, 4), write(tmp_path, 8)
+    path = last / "position.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert "position.json" in str(checkpoints.problem(last))
+    assert checkpoints.newest_complete(tmp_path) == whole
+
+
+def test_a_checkpoint_under_another_steps_name_is_none(tmp_path: Path) -> None:
+    whole = write(tmp_path, 4)
+    copied = shutil.copytree(whole, tmp_path / checkpoints.checkpoint_name(12))
+    assert "is of step 4" in str(checkpoints.problem(copied))
+    assert checkpoints.newest_complete(tmp_path) == whole
+
+
+def test_the_record_of_another_rank_is_no_record(tmp_path: Path) -> None:
+    folder = write(tmp_path, 4)
+    (folder / "rank-00001.json").write_bytes((folder / "rank-00000.json").read_bytes())
+    assert "is the record of another rank's part" in str(checkpoints.problem(folder))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "null", "{", ""])
+def test_a_torn_position_makes_the_run_fall_back(tmp_path: Path, content: str) -> None:
+    whole, last = write(tmp_path, 4), write(tmp_path, 8)
+    (last / "position.json").write_text(content)
+    assert checkpoints.newest_complete(tmp_path) == whole
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 10), (0, 3), (2, 6), (6, 10), (5, 7), (9, 10)])
