@@ -39,6 +39,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = "wall"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FIXED = 300
+UNREAD = 2  # last blocks of an LLM that prompt states do without: layer -3
 SHAPES = {  # blocks, width, feed-forward, heads, key-value heads, vocabulary
     "tiny": (4, 64, 128, 4, 2, 2000),
     "1b": (16, 2048, 8192, 32, 8, 128_256),
@@ -165,28 +166,53 @@ def load_real(arguments: argparse.Namespace) -> tuple[PromptEncoder, Any]:
 
 def load_random(arguments: argparse.Namespace, captions: Sequence[str], folder: Path) -> tuple[PromptEncoder, Any]:
     """A random LLaMA of a given shape; the encoder's trunk shares the full model's blocks."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    layers, width, inner, heads, groups, vocabulary = SHAPES[arguments.random_llama]
-    shape: dict[str, Any] = {
-        "hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": groups,
-        "vocab_size": vocabulary, "max_position_embeddings": 8192,
-    }  # fmt: skip
-    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-    with torch.device(arguments.device):
-        full = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=layers, **shape), dtype=dtype).eval()
-        trunk = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1, **shape), dtype=dtype).model.eval()
-    kept = layers - 2
-    trunk.layers, trunk.embed_tokens = torch.nn.ModuleList(full.model.layers[:kept]), full.model.embed_tokens
-    trunk.config.num_hidden_layers = kept
-    _write_tokenizer(folder, captions)
-    spec = EncoderSpec(
-        name="bench", folder=str(folder), kind="causal", model_type="llama", width=width, blocks=kept,
-        total_blocks=layers, system_prompt="", instruction=PAPER_INSTRUCTION, chat_template=False, max_tokens=256,
-        dtype="bfloat16" if arguments.device == "cuda" else "float32", storage="bfloat16", config_sha256="",
-        weights_sha256="", tokenizer_sha256="",
+    name, device = arguments.random_llama, arguments.device
+    with torch.device(device):
+        full = AutoModelForCausalLM.from_config(llama_config(name, 0), dtype=compute_dtype(device)).eval()
+    trunk = random_trunk(name, device, blocks=1)
+    trunk.layers, trunk.embed_tokens = torch.nn.ModuleList(full.model.layers[:-UNREAD]), full.model.embed_tokens
+    trunk.config.num_hidden_layers = len(trunk.layers)
+    return random_encoder(name, trunk, captions, folder), full
+
+
+def llama_config(name: str, without: int) -> Any:
+    """The config of a LLaMA of shape `name` `without` its last blocks."""
+    from transformers import LlamaConfig
+
+    layers, width, inner, heads, groups, vocabulary = SHAPES[name]
+    return LlamaConfig(
+        num_hidden_layers=layers - without, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
+        num_key_value_heads=groups, vocab_size=vocabulary, max_position_embeddings=8192,
     )  # fmt: skip
-    return PromptEncoder(spec, PromptTokenizer(spec), Trunk(spec, trunk)), full
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def random_trunk(name: str, device: str, blocks: int | None = None) -> Any:
+    """A random LLaMA of shape `name` without head: `blocks` of its blocks, or all that prompt states need."""
+    from transformers import AutoModel
+
+    kept = SHAPES[name][0] - UNREAD if blocks is None else blocks
+    config = llama_config(name, SHAPES[name][0] - kept)
+    with torch.device(device):
+        return AutoModel.from_config(config, dtype=compute_dtype(device)).eval()
+
+
+def random_encoder(name: str, trunk: Any, captions: Sequence[str], folder: Path) -> PromptEncoder:
+    """An encoder around `random_trunk`, with a tokenizer that has learned from `captions`, written to `folder`."""
+    _write_tokenizer(folder, captions)
+    layers, width = SHAPES[name][:2]
+    dtype = str(next(trunk.parameters()).dtype).removeprefix("torch.")
+    spec = EncoderSpec(
+        name="bench", folder=str(folder), kind="causal", model_type="llama", width=width, blocks=layers - UNREAD,
+        total_blocks=layers, system_prompt="", instruction=PAPER_INSTRUCTION, chat_template=False, max_tokens=256,
+        dtype=dtype, storage="bfloat16", config_sha256="", weights_sha256="", tokenizer_sha256="",
+    )  # fmt: skip
+    return PromptEncoder(spec, PromptTokenizer(spec), Trunk(spec, trunk))
 
 
 def _write_tokenizer(folder: Path, captions: Sequence[str]) -> None:

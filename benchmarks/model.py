@@ -43,6 +43,7 @@ from pipelines.training.mfu import peak_flops
 
 # What is compiled: every repeated block of either model, so a 28-block model compiles as fast as a single block.
 BLOCKS = (LIDiTBlock, PositionBlock, RefinerBlock, FusionBranch, BasicTransformerBlock)
+LLMS = ("first", "second")
 
 
 @dataclass(frozen=True)
@@ -67,30 +68,62 @@ QUICK = Shape(192, 28, 4, 2, 4, 32, 64, 32, 576, batch=8, sampling_batch=4, roun
 BILLION = Shape(1152, 28, 16, 2, 16, 32, 64, 32, 4096, batch=64, sampling_batch=16, rounds=15)
 
 
+def build_lidit(shape: Shape, device: torch.device, dtype: torch.dtype) -> LIDiT:
+    """LI-DiT of `shape` for two LLMs, random on `device`, its gates open."""
+    settings = ModelSettings(width=shape.width, depth=shape.depth, heads=shape.heads, patch_size=shape.patch)
+    with device:
+        model = LIDiT.from_settings(settings, dict.fromkeys(LLMS, shape.encoder_width), shape.channels).to(dtype)
+    open_gates(model)
+    return model
+
+
+@torch.no_grad()
+def open_gates(model: nn.Module) -> None:
+    """Noise on all weights: gates that start at zero would let a kernel see only zeros."""
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def compile_blocks(model: nn.Module, dynamic: bool | None, backend: str = "inductor") -> None:
+    """Compiles every repeated block of either model; `dynamic` as in torch.compile."""
+    for part in model.modules():
+        if isinstance(part, BLOCKS):
+            part.compile(dynamic=dynamic, backend=backend)
+
+
+def lidit_inputs(
+    shape: Shape, lengths: torch.Tensor, tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Random latents, noise, timesteps and text states. `lengths` [2, B], each LLM's, padded to `tokens`."""
+    batch = lengths.shape[1]
+    with device:
+        latents = torch.randn(batch, shape.channels, shape.latent, shape.latent, dtype=dtype)
+        masks = torch.arange(tokens) < lengths.to(device)[..., None]
+        states = torch.randn(2, batch, tokens, shape.encoder_width, dtype=dtype)
+        prefix = torch.randn(shape.prefix, shape.encoder_width, dtype=dtype)
+        t = torch.rand(batch)
+    text = {name: TextStates(states[i], masks[i], prefix) for i, name in enumerate(LLMS)}
+    return {"latents": latents, "noise": torch.randn_like(latents), "t": t, "text": text}
+
+
 class Bench:
     """Both models, their inputs and their optimizers on one device."""
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
         torch.manual_seed(0)
         self.shape, self.device, self.dtype = shape, device, dtype
-        settings = ModelSettings(width=shape.width, depth=shape.depth, heads=shape.heads, patch_size=shape.patch)
-        widths = {"first": shape.encoder_width, "second": shape.encoder_width}
+        self.lidit = build_lidit(shape, device, dtype)
         with device:
-            self.lidit = LIDiT.from_settings(settings, widths, shape.channels).to(dtype)
             self.pixart = PixArtTransformer2DModel(
                 num_attention_heads=shape.heads, attention_head_dim=shape.width // shape.heads,
                 in_channels=shape.channels, out_channels=shape.channels, num_layers=shape.depth,
                 cross_attention_dim=shape.width, sample_size=shape.latent, patch_size=shape.patch,
                 caption_channels=shape.encoder_width, use_additional_conditions=False,
             ).to(dtype)  # fmt: skip
-        for model in (self.lidit, self.pixart):  # gates that start at zero would let a kernel see only zeros
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.02 * torch.randn_like(parameter))
+        open_gates(self.pixart)
         if compiled:
-            for part in (*self.lidit.modules(), *self.pixart.modules()):
-                if isinstance(part, BLOCKS):
-                    part.compile(dynamic=False)
+            compile_blocks(self.lidit, dynamic=False)
+            compile_blocks(self.pixart, dynamic=False)
         self.optimizers = {
             "lidit": torch.optim.AdamW(self.lidit.parameters(), lr=1e-6, fused=True),
             "pixart": torch.optim.AdamW(self.pixart.parameters(), lr=1e-6, fused=True),
@@ -105,24 +138,14 @@ class Bench:
 
     def _inputs(self, batch: int) -> dict[str, Any]:
         shape = self.shape
-        with self.device:
-            latents = torch.randn(batch, shape.channels, shape.latent, shape.latent, dtype=self.dtype)
-            # Captions differ in length, so both models have to mask; half to all of the tokens are real.
-            lengths = torch.randint(shape.caption // 2, shape.caption + 1, (2, batch))
-            lengths[:, 0] = shape.caption
-            masks = torch.arange(shape.caption) < lengths[..., None]
-            states = torch.randn(2, batch, shape.caption, shape.encoder_width, dtype=self.dtype)
-            prefix = torch.randn(shape.prefix, shape.encoder_width, dtype=self.dtype)
-            t = torch.rand(batch)
-        text = {name: TextStates(states[i], masks[i], prefix) for i, name in enumerate(("first", "second"))}
-        return {
-            "latents": latents,
-            "noise": torch.randn_like(latents),
-            "t": t,
-            "text": text,
-            "states": torch.cat(list(states), dim=1),
-            "mask": torch.cat(list(masks), dim=1).to(self.dtype),
-        }
+        # Captions differ in length, so both models have to mask; half to all of the tokens are real.
+        lengths = torch.randint(shape.caption // 2, shape.caption + 1, (2, batch))
+        lengths[:, 0] = shape.caption
+        inputs = lidit_inputs(shape, lengths, shape.caption, self.device, self.dtype)
+        entries = list(inputs["text"].values())
+        inputs["states"] = torch.cat([entry.states for entry in entries], dim=1)
+        inputs["mask"] = torch.cat([entry.mask for entry in entries], dim=1).to(self.dtype)
+        return inputs
 
     def predict(self, which: str, batch: dict[str, Any]) -> torch.Tensor:
         if which == "lidit":
@@ -202,7 +225,7 @@ def compare(bench: Bench, step: Callable[[str], None]) -> dict[str, float]:
 
 def run(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
     bench = Bench(shape, device, dtype, compiled)
-    tokens = dict.fromkeys(("first", "second"), shape.caption), dict.fromkeys(("first", "second"), shape.prefix)
+    tokens = dict.fromkeys(LLMS, shape.caption), dict.fromkeys(LLMS, shape.prefix)
     flops = forward_flops(bench.lidit, (shape.latent, shape.latent), *tokens)
     print(f"training steps, batch {shape.batch} ...", flush=True)
     train = compare(bench, bench.train_step)
