@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,19 @@ from tests.helpers.tiny_models import tiny_llm
 
 ROOT = Path(__file__).parents[1]
 USAGE_ERROR = typer.BadParameter.__mro__[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "SECURITY.md"])
+FRONT = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in FRONT)])
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^\s*(?:[A-Z_]+=\S+\s+)*lidit\s+|python -m jobs\.)(?P<words>[a-z].*)")
+
+
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+# Written like paths, but a node's label, and a file that the reader makes.
+NO_PATHS = {"lidit/pool", "infra/single-server/secrets/lidit.env"}
+
+
+def links(page: Path) -> list[str]:
+    return LINK.findall(page.read_text())
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -147,8 +158,44 @@ def test_every_benchmark_of_the_page_takes_quick() -> None:
 
 def test_files_the_pages_link_to_exist() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        for target in links(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def paths(text: str) -> set[str]:
+    """Code spans that name a file or folder of this repository, with the test's name where there is one."""
+    spans = re.findall(r"`([\w.-]+/[\w./*-]*(?:::\w+)?)`", FENCE.sub("", text))
+    top = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    return {span for span in spans if span.partition("/")[0] in top} - NO_PATHS
+
+
+def is_there(span: str) -> bool:
+    path, _, test = span.partition("::")
+    files = list(ROOT.glob(path.rstrip("/")))
+    return bool(files) and (not test or f"def {test}(" in files[0].read_text())
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: page.name)
+def test_every_path_the_pages_name_exists(page: Path) -> None:
+    assert [span for span in sorted(paths(page.read_text())) if not is_there(span)] == []
+
+
+def test_a_path_that_is_not_there_is_seen() -> None:
+    named = paths("`lidit/fit.py`, `tests/test_docs.py::test_nothing`, `lidit/text/*.py`, `runs/x`, `a / b`")
+    assert {span for span in named if not is_there(span)} == {"lidit/fit.py", "tests/test_docs.py::test_nothing"}
+    assert "lidit/text/*.py" in named
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    (tree,) = blocks(ROOT / "README.md", "text")
+    top, named = "", {}
+    for line in tree.splitlines():
+        name = line.split()[0].rstrip("/")
+        top = top if line.startswith("  ") else name
+        named.setdefault(top, set()).update({name} - {top})
+    assert all((ROOT / top / name).exists() for top, names in named.items() for name in names)
+    for package in ("lidit", "pipelines"):
+        assert {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} <= named[package]
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
@@ -158,7 +205,7 @@ def test_every_page_is_reached_from_the_readme() -> None:
         if page in reached or page.suffix != ".md":
             continue
         reached.add(page)
-        waiting += [page.parent / target for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+        waiting += [page.parent / target for target in links(page)]
     assert {page.resolve() for page in PAGES} <= reached
 
 
@@ -205,3 +252,18 @@ def test_python_in_the_extending_page_runs(tmp_path: Path) -> None:
             cwd=tmp_path, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format asks for
+
+
+def test_the_hooks_before_a_commit_are_the_checks_of_make_lint() -> None:
+    settings = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"].removesuffix(" --force-exclude") for hook in settings["repos"][0]["hooks"]]
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    linted = re.findall(r"\$\(BIN\)/(.*)", recipe)
+    assert hooks == [f".venv/bin/{command.removesuffix(' .')}" for command in linted]
