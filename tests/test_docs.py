@@ -29,8 +29,6 @@ FRONT = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in FRONT)])
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^\s*(?:[A-Z_]+=\S+\s+)*lidit\s+|python -m jobs\.)(?P<words>[a-z].*)")
-
-
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 # Written like paths, but a node's label, and a file that the reader makes.
 NO_PATHS = {"lidit/pool", "infra/single-server/secrets/lidit.env"}

@@ -81,7 +81,7 @@ class PerceptualDistance:
                 name, revision=settings.perceptual_revision or "main", use_safetensors=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"loss.perceptual_model {name}: cannot be loaded: {one_line(error, 200)}") from None
+            raise InputError(f"loss.perceptual_model: {name} cannot be loaded ({one_line(error, 200)})") from None
         self.network.eval().requires_grad_(False).to(device)
         self.mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
         self.deviation = torch.tensor(_DEVIATION, device=device).view(1, 3, 1, 1)

@@ -171,7 +171,7 @@ def _model_folder(settings: CodecSettings) -> tuple[Path, dict[str, Any]]:
     except ValueError:
         raise InputError(f"{folder}/config.json: not valid JSON") from None
     if config.get("_class_name") not in CLASSES:
-        raise InputError(f"{folder}: is a {config.get('_class_name')}; codecs are {', '.join(CLASSES)}")
+        raise InputError(f"{folder}: a {config.get('_class_name')} is no codec; codecs are {', '.join(CLASSES)}")
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: no *.safetensors file; other weight formats can run code and are not read")
     return folder.resolve(), config
@@ -189,7 +189,10 @@ def _download(model: str, revision: str | None) -> Path:
 def _shape(name: str, config: dict[str, Any]) -> tuple[int, int, float, float]:
     """factor, channels, scaling factor and shift factor as each class defines them."""
     if config.get("latents_mean") is not None:
-        raise InputError(f"{name}: latents_mean and latents_std per channel are not supported; shift and scaling are")
+        raise InputError(
+            f"{name}: latents_mean and latents_std per channel are not supported; "
+            "use a codec with one shift and one scaling factor"
+        )
     if name == "AutoencoderDC":
         blocks = config["encoder_block_out_channels"]
         return 2 ** (len(blocks) - 1), int(config["latent_channels"]), float(config.get("scaling_factor") or 1.0), 0.0

@@ -51,7 +51,7 @@ class Ablation(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Ablation:
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: found a seed twice in {self.seeds}")
+            raise ValueError(f"seeds: {self.seeds} names a seed twice")
         for name in self.arms:
             try:
                 self.arm_recipe(name, self.seeds[0])
@@ -59,8 +59,8 @@ class Ablation(Settings):
                 raise ValueError(explain(Recipe, error, f"arms.{name}")) from None
         if self.recipe.ingest.resolution != self.scenes.size:
             raise ValueError(
-                f"recipe.ingest.resolution: found {self.recipe.ingest.resolution} and scenes.size {self.scenes.size}: "
-                "arms would be judged at a size they never saw; set both to the same"
+                f"recipe.ingest.resolution: {self.recipe.ingest.resolution} differs from scenes.size "
+                f"{self.scenes.size}, so arms would be judged at a size they never saw; set both to the same"
             )
         if self.recipe.train.init_from:
             raise ValueError("recipe.train.init_from: arms start from weights drawn by their seed; leave it out")

@@ -153,7 +153,7 @@ class SamplerSettings(Settings):
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(
-                f"guidance_interval: ({low:g}, {high:g}) is empty, guidance would never act; turn it round"
+                f"guidance_interval: ({low:g}, {high:g}) is empty, so guidance would never act; swap the two"
             )
         return self
 
@@ -327,7 +327,9 @@ class RunRecipe(Settings):
                 "(fewer workers take a batch in parts); use 'stop'"
             )
         if self.train.keep_best and not self.train.validate_every:
-            raise ValueError("train.keep_best: 'best' is by validation loss; set train.validate_every")
+            raise ValueError(
+                "train.keep_best: the best checkpoint has the lowest validation loss; set train.validate_every"
+            )
         if self.engine.min_workers and self.engine.min_workers > self.engine.workers:
             raise ValueError(
                 f"engine.min_workers: {self.engine.min_workers} must not exceed engine.workers = {self.engine.workers}"
@@ -375,8 +377,8 @@ class Recipe(RunRecipe):
             raise ValueError("train.validate_every: nothing is held out; set data.validation_fraction")
         if self.objective.kind == "ddpm" and self.sampler.steps > self.objective.train_steps:
             raise ValueError(
-                f"sampler.steps: {self.sampler.steps} exceed objective.train_steps = {self.objective.train_steps}, "
-                "the noise levels there are"
+                f"sampler.steps: {self.sampler.steps} exceed the {self.objective.train_steps} noise levels of "
+                "objective.train_steps; set fewer steps"
             )
         if unknown := sorted(set(self.pools) - set(names)):
             raise ValueError(f"pools: no encoder is called {unknown[0]!r}; encoders: {', '.join(names)}")

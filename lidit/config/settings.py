@@ -77,7 +77,7 @@ def _put(node: Any, keys: list[str], value: Any, word: str) -> None:
         if rest:
             node.setdefault(key, {})
     else:
-        raise InputError(f"{word!r}: nothing can be set below a single value")
+        raise InputError(f"{word!r}: the key before {key!r} holds a single value, which has no keys")
     if rest:
         _put(node[index], rest, value, word)
     else:

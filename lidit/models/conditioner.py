@@ -222,4 +222,4 @@ class PromptConditioner(ModelMixin, ConfigMixin):
                 )
         rows = {name: len(text[name].states) for name in self.names}
         if len(set(rows.values())) > 1:
-            raise InputError(f"the encoders' states are of different numbers of captions: {rows}")
+            raise InputError(f"the encoders must have states of the same captions, got different numbers: {rows}")

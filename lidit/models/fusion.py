@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lidit.models.layers import CrossAttention, FeedForward, Modulation, call_block, modulate, normalise
+from lidit.models.layers import CrossAttention, FeedForward, Modulation, call_block, normalise, shift_scale
 from lidit.models.states import attendable
 
 
@@ -27,9 +27,9 @@ class FusionBranch(nn.Module):
         self, hidden_states: torch.Tensor, others: torch.Tensor, others_mask: torch.Tensor, condition: torch.Tensor
     ) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        queries = modulate(normalise(hidden_states), shift1, scale1)
+        queries = shift_scale(normalise(hidden_states), shift1, scale1)
         hidden_states = hidden_states + gate1 * self.attention(queries, others, others_mask)
-        return hidden_states + gate2 * self.feed_forward(modulate(normalise(hidden_states), shift2, scale2))
+        return hidden_states + gate2 * self.feed_forward(shift_scale(normalise(hidden_states), shift2, scale2))
 
 
 class CollaborativeRefiner(nn.Module):

@@ -96,9 +96,14 @@ class Modulation(nn.Module):
         return self.linear(F.silu(condition))[:, None, :].chunk(self.count, dim=-1)
 
 
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Shift and scale of a normalised [B, L, D] by [B, 1, D] each."""
+def shift_scale(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A normalised [B, L, D] scaled by 1 + `scale` and shifted by `shift`, [B, 1, D] each."""
     return torch.addcmul(shift, hidden_states, 1 + scale)
+
+
+def gated_add(hidden_states: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """[B, L, D] plus a layer's output `update` [B, L, D], scaled by `gate` [B, 1, D]."""
+    return torch.addcmul(hidden_states, gate, update)
 
 
 def normalise(hidden_states: torch.Tensor) -> torch.Tensor:

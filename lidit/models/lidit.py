@@ -1,4 +1,16 @@
-"""LI-DiT: conditioner and transformer as one trainable model.
+"""LI-DiT: conditioner and transformer as one trainable model (paper 3.1 and 3.2).
+
+    instruction + caption -> frozen LLM, one or several       lidit/text/encoder.py
+      -> states, standardised and projected, per LLM          conditioner.py, StateProjection
+      -> linguistic token refiner, per LLM                    refiner.py
+      -> collaborative refiner, over all LLMs                 fusion.py
+      -> instruction cut off, captions joined: the condition  conditioner.py, PromptConditioner
+    noisy latents -> patches, position by convolution         transformer.py, PositionBlock
+      -> depth x [self-attention, cross-attention to the      transformer.py, LIDiTBlock
+         condition, feed-forward] -> prediction
+
+The timestep and the pooled text drive every gate, shift and scale (layers.py, Modulation). What enters and leaves
+the conditioner is in states.py, the sizes are in presets.py.
 
 Shapes: B batch, C latent channels, H x W latent size.
 """
@@ -109,7 +121,9 @@ class LIDiT(ModelMixin, ConfigMixin):
         wrong = {kind: names for kind in ("missing", "unexpected", "mismatched") if (names := found[f"{kind}_keys"])}
         if wrong:
             listed = "; ".join(f"{kind}: {', '.join(map(str, sorted(names)[:3]))}" for kind, names in wrong.items())
-            raise InputError(f"{folder}: config.json and weights do not belong together ({listed}); fetch it again")
+            raise InputError(
+                f"{folder}: config.json and weights do not belong together ({listed}); fetch the folder again"
+            )
         return model
 
     def forward(
@@ -133,6 +147,7 @@ class LIDiT(ModelMixin, ConfigMixin):
             return self.transformer(latents, timestep, self.conditioner(text, of_caption).take(rows))
         if captions not in (0, len(latents)):
             raise InputError(
-                f"{len(latents)} latents, but states of {captions} captions, and no rows to say whose is whose"
+                f"{len(latents)} latents need states of as many captions, got {captions}; pass `rows`, "
+                "the caption of each latent, where latents share captions"
             )
         return self.transformer(latents, timestep, self.conditioner(text, timestep))

@@ -22,8 +22,9 @@ from lidit.models.layers import (
     SelfAttention,
     TimestepEmbedder,
     call_block,
-    modulate,
+    gated_add,
     normalise,
+    shift_scale,
 )
 from lidit.models.states import PromptCondition
 
@@ -62,12 +63,18 @@ class LIDiTBlock(nn.Module):
     ) -> torch.Tensor:
         """[B, N, D], [B, S, D], bool [B, S], [B, D] -> [B, N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition)
-        attended = self.self_attention(modulate(normalise(hidden_states), shift1, scale1))
-        hidden_states = torch.addcmul(hidden_states, gate1, attended)
-        attended = self.cross_attention(modulate(normalise(hidden_states), shift2, scale2), context, context_mask)
-        hidden_states = torch.addcmul(hidden_states, gate2, attended)
-        expanded = self.feed_forward(modulate(normalise(hidden_states), shift3, scale3))
-        return torch.addcmul(hidden_states, gate3, expanded)
+
+        seen = shift_scale(normalise(hidden_states), shift1, scale1)
+        attended = self.self_attention(seen)
+        hidden_states = gated_add(hidden_states, gate1, attended)
+
+        seen = shift_scale(normalise(hidden_states), shift2, scale2)
+        attended = self.cross_attention(seen, context, context_mask)
+        hidden_states = gated_add(hidden_states, gate2, attended)
+
+        seen = shift_scale(normalise(hidden_states), shift3, scale3)
+        expanded = self.feed_forward(seen)
+        return gated_add(hidden_states, gate3, expanded)
 
 
 class LIDiTTransformer(ModelMixin, ConfigMixin):
@@ -121,5 +128,5 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
             tokens = call_block(self, block, tokens, condition.tokens, condition.mask, vector)
 
         shift, scale = self.final_modulation(vector)
-        patches = self.final_linear(modulate(normalise(tokens), shift, scale))  # [B, N, C p p]
+        patches = self.final_linear(shift_scale(normalise(tokens), shift, scale))  # [B, N, C p p]
         return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height, width)), self.patch_size)

@@ -1,4 +1,4 @@
-"""What a plan is about: read from the corpus and the models where they are there, else from the recipe's `plan`."""
+"""The facts of a plan: read from the corpus and the models where these exist, else from the recipe's `plan`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def gather_facts(recipe: Recipe) -> Facts:
         shapes[encoder.name] = encoder_shape(encoder, recipe)
         if not 1 <= kept_blocks(shapes[encoder.name], encoder.layer) <= shapes[encoder.name].blocks:
             raise InputError(
-                f"encoder {encoder.name}: layer {encoder.layer}: it has {shapes[encoder.name].blocks} blocks"
+                f"encoder {encoder.name}: layer {encoder.layer} does not exist; "
+                f"the model has {shapes[encoder.name].blocks} blocks"
             )
         family = _family(corpus, encoder)
         if family is not None:
@@ -50,7 +51,10 @@ def gather_facts(recipe: Recipe) -> Facts:
 
 
 def _corpus(recipe: Recipe) -> Corpus | None:
-    """None where it does not exist yet. Plans are made far from the store too, where `plan.samples` says enough."""
+    """The recipe's corpus, or None before ingest.
+
+    Also None where its store cannot be reached and `plan.samples` is given: plans are made far from the store too.
+    """
     try:
         there = Folder.at(recipe.corpus).exists(CORPUS_FILE)
     except (InputError, StorageError):
@@ -61,7 +65,10 @@ def _corpus(recipe: Recipe) -> Corpus | None:
 
 
 def _family(corpus: Corpus | None, encoder: EncoderSettings) -> TextFamily | None:
-    """The recipe's family where it is whole; a plan does not mind that it is missing, unfinished or another one."""
+    """The recipe's text family, or None if it is missing, unfinished or was made with other settings.
+
+    A plan works without it.
+    """
     try:
         return None if corpus is None else matching_family(corpus, encoder)
     except InputError:
@@ -79,7 +86,7 @@ def _latent(recipe: Recipe, corpus: Corpus | None) -> tuple[int, int, int]:
         side = recipe.ingest.resolution * recipe.codec.scale
         return (3, side, side)
     raise InputError(
-        f"plan.latent: the latents of codec {recipe.codec.name!r} are not there yet; give [channels, height, width]"
+        f"plan.latent: the corpus has no latents of codec {recipe.codec.name!r} yet; give [channels, height, width]"
     )
 
 

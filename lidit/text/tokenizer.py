@@ -88,8 +88,8 @@ class PromptTokenizer:
             if found is not None:
                 return int(found)
         raise InputError(
-            f"{self.spec.folder}: the tokenizer has no special token at all; an empty caption or a prompt without "
-            "instruction cannot be encoded with it"
+            f"{self.spec.folder}: the tokenizer has no special token, so it cannot encode an empty caption or "
+            "a prompt without instruction; choose a model whose tokenizer has an end-of-text token"
         )
 
     def _prefix(self) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ class PromptTokenizer:
         spec = self.spec
         if not self.tokenizer.chat_template:
             raise InputError(
-                f"encoder {spec.name}: {spec.folder} has no chat template (a base model?): set chat_template: false"
+                f"encoder {spec.name}: {spec.folder} has no chat template (a base model?); set chat_template: false"
             )
         user = {"role": "user", "content": "\n".join(part for part in (spec.instruction, CAPTION_MARK) if part)}
         system = [{"role": "system", "content": spec.system_prompt}] if spec.system_prompt else []
@@ -124,5 +124,5 @@ class PromptTokenizer:
             ) from None
         before, mark, _ = str(text).partition(CAPTION_MARK)
         if not mark:
-            raise InputError(f"encoder {spec.name}: the chat template drops the user's text: set chat_template: false")
+            raise InputError(f"encoder {spec.name}: the chat template drops the user's text; set chat_template: false")
         return before

@@ -70,16 +70,19 @@ class Trunk:
 
     @torch.inference_mode()
     def _check_direction(self) -> None:
-        """Does a first token see the second one? What kind of model this is decides whether its prefix can be shared
-        and its padding left unmasked, so it is tried rather than believed."""
+        """Run two tokens to see whether the first attends to the second.
+
+        A shared prefix and unmasked padding are right for causal models only, and a config may be wrong.
+        """
         if self.spec.kind == "encoder":
             return
         ids = torch.tensor([[5, 6], [5, 7]], device=self.device)
         states = self._states(input_ids=ids, use_cache=False)
         if states.shape != (2, 2, self.spec.width):
             raise InputError(
-                f"encoder {self.spec.name}: {self.spec.folder}: a block of this {self.spec.model_type} model gives out "
-                f"{list(states.shape[2:])} values for a token instead of {self.spec.width}: use layer: -1"
+                f"encoder {self.spec.name}: {self.spec.folder}: a block of this {self.spec.model_type} "
+                f"model gives {list(states.shape[2:])} values per token, expected {self.spec.width}; "
+                "use layer: -1"
             )
         one, other = states[:, 0].float()
         sees = bool((one - other).norm() > 1e-3 * one.norm())
@@ -87,7 +90,7 @@ class Trunk:
             return
         raise InputError(
             f"encoder {self.spec.name}: {self.spec.folder}: this {self.spec.model_type} model "
-            + ("attends in both directions: use kind: encoder" if sees else "keeps its causal mask: use kind: causal")
+            + ("attends in both directions; use kind: encoder" if sees else "keeps its causal mask; use kind: causal")
         )
 
     @torch.inference_mode()
@@ -104,7 +107,8 @@ class Trunk:
             if type(layer).__name__ not in SHAREABLE:  # what runs over it would change it for all other captions
                 raise InputError(
                     f"encoder {self.spec.name}: {self.spec.folder}: blocks of this {self.spec.model_type} model keep "
-                    f"more of a prefix than keys and values ({type(layer).__name__}): choose a model of attention only"
+                    f"more of a prefix than keys and values ({type(layer).__name__}); choose a model whose "
+                    "blocks are all attention"
                 )
         return self._states(input_ids=ids, past_key_values=self._context, use_cache=True)
 
@@ -201,8 +205,8 @@ def block_list(model: nn.Module, blocks: int) -> nn.ModuleList:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
     if not lists:
         raise InputError(
-            f"{type(model).__name__}: no list of {blocks} transformer blocks found in this model; of such ones only "
-            "the last states can be had: use layer: -1"
+            f"{type(model).__name__}: cannot find the list of {blocks} transformer blocks in this model, "
+            "so inner layers cannot be read; use layer: -1"
         )
     return lists[0]  # modules() walks from the outside in
 

@@ -88,7 +88,7 @@ class ArmResult:
             losses = tuple((int(step), float(loss)) for step, loss in tree.pop("losses"))
             return cls(**tree, losses=losses, points=points)
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not an arm's result ({error}); delete its folder and run again") from None
+            raise InputError(f"{path}: not an arm's result ({error}); delete the arm's folder and run again") from None
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Step -> flat numbers for a tracker."""

@@ -158,6 +158,6 @@ def test_impossible_arms_are_refused(tmp_path: Path) -> None:
         load_ablation(str(path), ["arms.a.encoders=[one]", "arms.a.model={refiner: {depht: 1}}"])
     with pytest.raises(InputError, match="seed twice"):
         load_ablation(str(path), ["arms.a.encoders=[one]", "seeds=[1, 1]"])
-    with pytest.raises(InputError, match=r"recipe\.ingest\.resolution: found 64 and scenes\.size 32: .*never saw"):
+    with pytest.raises(InputError, match=r"recipe\.ingest\.resolution: 64 differs from scenes\.size 32, .*never saw"):
         load_ablation(str(path), ["arms.a.encoders=[one]", "recipe.ingest.resolution=64"])
     load_ablation(str(path), ["arms.a.encoders=[one]", "recipe.ingest.resolution=32"])
