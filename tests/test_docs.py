@@ -252,6 +252,19 @@ def test_python_in_the_extending_page_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_the_versions_of_the_format_page_are_the_codes() -> None:
+    page = (ROOT / "docs" / "format.md").read_text()
+    listed = re.findall(r"^\| [^|]+ \| `(\w+)` in `([\w/.]+)` \| (\d+) \|", page, re.MULTILINE)
+    for name, file, number in listed:
+        assert re.search(rf"^{name} = {number}\b", (ROOT / file).read_text(), re.MULTILINE), (file, name)
+    versions = [
+        (found, str(path.relative_to(ROOT)))
+        for path in (ROOT / "lidit").rglob("*.py")
+        for found in re.findall(r"^(\w*VERSION|CONVERSION) = ", path.read_text(), re.MULTILINE)
+    ]
+    assert sorted(versions) == sorted((name, file) for name, file, _ in listed)
+
+
 def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
