@@ -80,7 +80,7 @@ def test_what_is_no_codec_is_named(tmp_path: Path) -> None:
     for model, message in (
         (tmp_path / "absent", "no such folder"),
         (tmp_path / "empty", "no config.json"),
-        (tmp_path / "other", "is a UNet2DModel"),
+        (tmp_path / "other", "a UNet2DModel is no codec"),
         (tmp_path / "pickled", "no \\*.safetensors"),
         ("owner/name", "set codec.revision"),
     ):

@@ -133,7 +133,7 @@ def test_a_caption_of_several_latents_is_refined_once_and_nothing_else_changes(m
 
 def test_latents_without_a_caption_of_their_own_are_refused(make_model, make_text):
     model, text = make_model(), make_text()
-    with pytest.raises(InputError, match="2 latents, but states of 3 captions"):
+    with pytest.raises(InputError, match="2 latents need states of as many captions, got 3"):
         run(model, text, latents(2))
     unused = model(latents(1), torch.full((1,), 0.3), text, torch.tensor([1]))
     assert unused.shape == (1, 3, 8, 8), "a caption may be nobody's"

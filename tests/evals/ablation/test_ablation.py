@@ -29,7 +29,7 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
     assert ArmResult.load(tmp_path / "arm") == one
     assert ArmResult.load(tmp_path / "absent") is None
     (tmp_path / "arm" / "result.json").write_text("{}")
-    with pytest.raises(InputError, match="delete its folder"):
+    with pytest.raises(InputError, match="delete the arm's folder"):
         ArmResult.load(tmp_path / "arm")
     metrics = one.metrics()
     assert metrics[100] == {"loss": 0.5, "accuracy": 0.5, "gap": 0.005, "validation/loss": 0.75,
