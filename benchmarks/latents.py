@@ -29,9 +29,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lidit.codecs import load_codec
+from lidit.codecs.encoding import BATCH_PIXELS
 from lidit.config import CodecSettings, IngestSettings, PoolSettings
 from pipelines.corpus.ingest import run_ingest
-from pipelines.corpus.latents import BATCH_PIXELS, run_latents
+from pipelines.corpus.latents import run_latents
 
 PER_TAR = 128
 

@@ -1,7 +1,7 @@
-"""Latents: decode on CPU tasks, encode on an actor pool, one family file per unit.
+"""Latents over many machines: decode on CPU tasks, encode on an actor pool, one family file per unit.
 
 Ray tasks and actors rather than a Ray Data pipeline: one actor must see all of a unit to publish it, and a unit's
-pixels need not fit in memory. So each actor draws its unit's chunks through a short window of decode tasks that runs
+pixels need not fit in memory. So each actor takes its unit's chunks through a short window of decode tasks that runs
 ahead into its next unit, and the codec never waits for a picture. Where actors hold every CPU of a cluster no such task
 can start, and a blocked actor gives none back: then its chunks are decoded on its own node, beside it.
 """
@@ -14,24 +14,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray
-import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lidit.codecs import Codec, codec_spec, load_codec
+from lidit.codecs.encoding import LatentEncoder, Pixels, check_buckets, unit_chunks
 from lidit.config import CodecSettings, PoolSettings
 from lidit.errors import InputError, JobError
-from lidit.images.buckets import Bucket
 from lidit.progress import SILENT, Progress
 from lidit.sources.reading import bucket_images
-from lidit.store import Corpus, FamilyWriter, UnitStatistics, latents_table, spec_differences
+from lidit.store import Corpus, FamilyWriter, UnitStatistics, spec_differences
 from pipelines.runtime import resources
 
-CHUNK_PIXELS = 64 * 512 * 512  # one decode task: 48 MiB of pixels
-# One forward pass of the codec: fills a GPU; on a CPU more than its cache holds halves the rate.
-BATCH_PIXELS = {"cuda": 16 * 512 * 512, "cpu": 4 * 128 * 128}
 WINDOW = 4  # chunks decoded ahead of the codec
 DECODE_PATIENCE = 15.0  # seconds an actor waits for a chunk before it is decoded beside it as well
 ACTOR_RESTARTS = 3
@@ -56,12 +50,6 @@ class LatentsSummary:
     seconds: float
     encode_seconds: float
     codec_busy: float
-
-    def __str__(self) -> str:
-        return (
-            f"latents {self.directory}: {self.images} images in {self.units} units, {self.bytes / 1e6:.1f} MB; "
-            f"{self.computed_units} units computed in {self.seconds:.1f} s"
-        )
 
 
 @dataclass(frozen=True)
@@ -144,18 +132,6 @@ def run_latents(
     )
 
 
-def check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
-    first = next((u for u in range(corpus.num_units) if corpus.units["samples"][u].as_py()), None)
-    if first is None or corpus.samples(first)["bucket"][0].as_py() is None:
-        raise InputError(f"{corpus.folder.location}: a corpus of captions only: there are no images to encode")
-    multiple = int(corpus.facts["settings"].get("bucket_multiple", 1))
-    if multiple * scale % factor:
-        raise InputError(
-            f"{corpus.folder.location}: bucket sides are multiples of {multiple * scale}, the codec needs multiples of "
-            f"{factor}; ingest again with bucket_multiple={factor} x the model's patch size"
-        )
-
-
 def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, progress: Progress) -> list[float]:
     """Give every actor a unit and the one after it; returns codec seconds and wall seconds over all units."""
     lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": TASK_RETRIES}
@@ -190,7 +166,7 @@ def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int
     return busy
 
 
-def _decode(job: LatentsJob, unit: int, start: int, stop: int) -> tuple[list[np.ndarray], list[Any]]:
+def _decode(job: LatentsJob, unit: int, start: int, stop: int) -> Pixels:
     corpus = Corpus.open(job.corpus)
     max_pixels = int(corpus.facts["settings"]["max_pixels"])
     return bucket_images(corpus, unit, start, stop, job.settings.scale, max_pixels)
@@ -203,7 +179,8 @@ class LatentsActor:
         self.job = job
         self.problem: InputError | JobError | None = None
         try:
-            self.writer, self.corpus, self.codec = job.writer(), Corpus.open(job.corpus), job.load()
+            self.writer, self.corpus = job.writer(), Corpus.open(job.corpus)
+            self.encoder = LatentEncoder(job.load(), job.device)
         except (InputError, JobError) as error:  # Ray would only report that the actor died
             self.problem = error
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -211,33 +188,36 @@ class LatentsActor:
         self.decode_here = ray.remote(num_cpus=0, max_retries=2, scheduling_strategy=here)(_decode)
         self.ahead: dict[tuple[int, int, int], Any] = {}
         self.patience = DECODE_PATIENCE
-        self.codec_seconds, self.decoded_here = 0.0, 0
+        self.decoded_here = 0
 
     def encode(self, unit: int, following: int | None) -> EncodedUnit:
         """Publish one unit. Raises what kept the actor from starting, too."""
         if self.problem:
             raise self.problem
-        started, self.codec_seconds, self.decoded_here = time.monotonic(), 0.0, 0
+        started = time.monotonic()
+        self.encoder.codec_seconds, self.decoded_here = 0.0, 0
         statistics = UnitStatistics()
-        record = self.writer.publish(unit, self._tables(unit, following, statistics), statistics=statistics)
-        return EncodedUnit(self.codec_seconds, time.monotonic() - started, record.rows, self.decoded_here)
+        tables = self.encoder.tables(self._pixels(unit, following), statistics)
+        record = self.writer.publish(unit, tables, statistics=statistics)
+        return EncodedUnit(self.encoder.codec_seconds, time.monotonic() - started, record.rows, self.decoded_here)
 
-    def _tables(self, unit: int, following: int | None, statistics: UnitStatistics) -> Iterator[pa.Table]:
+    def _pixels(self, unit: int, following: int | None) -> Iterator[Pixels]:
+        """The unit's chunks decoded, while tasks decode the next chunks, also of the unit that follows."""
         mine = self._chunks(unit)
         order = mine + (self._chunks(following) if following is not None else [])
         for position in range(len(mine)):
             for chunk in order[position : position + WINDOW]:
                 if chunk not in self.ahead:
                     self.ahead[chunk] = self.decode.remote(self.job, *chunk)
-            pixels, crops = self._decoded(order[position])
-            means, deviations = self._encode_chunk(pixels)
-            statistics.add(means)
-            yield latents_table(means, crops, self.codec.storage, deviations)
+            yield self._decoded(order[position])
 
-    def _decoded(self, chunk: tuple[int, int, int]) -> tuple[list[np.ndarray], list[Any]]:
-        """The chunk's pixels and crops, from its task or from one beside this actor, whichever ends first.
+    def _chunks(self, unit: int) -> list[tuple[int, int, int]]:
+        return [(unit, start, stop) for start, stop in unit_chunks(self.corpus, unit, self.job.settings.scale)]
 
-        The wait is over at once as long as only the second kind comes to an end.
+    def _decoded(self, chunk: tuple[int, int, int]) -> Pixels:
+        """The chunk's pixels and crops, from its task or from a task beside this actor, whichever ends first.
+
+        After a task beside this actor has won, the next chunk is decoded beside it at once.
         """
         task = self.ahead.pop(chunk)
         ready, _ = ray.wait([task], timeout=self.patience)
@@ -249,43 +229,6 @@ class LatentsActor:
             if ready == [beside]:
                 self.patience = 0.0
                 self.decoded_here += 1
-        (found,) = ray.get(ready)
-        pixels, crops = found
-        return pixels, crops
-
-    def _chunks(self, unit: int) -> list[tuple[int, int, int]]:
-        """(unit, start, stop): consecutive rows of about CHUNK_PIXELS, a function of the corpus alone."""
-        buckets = [Bucket.parse(text) for text in self.corpus.samples(unit)["bucket"].to_pylist()]
-        chunks, start, area = [], 0, 0
-        for row, bucket in enumerate(buckets):
-            pixels = bucket.width * bucket.height * self.job.settings.scale**2
-            if row > start and area + pixels > CHUNK_PIXELS:
-                chunks.append((unit, start, row))
-                start, area = row, 0
-            area += pixels
-        return [*chunks, (unit, start, len(buckets))]
-
-    def _encode_chunk(self, pixels: list[np.ndarray]) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Latents of a chunk in row order; batches hold one bucket each and depend on the chunk alone."""
-        buckets: dict[tuple[int, ...], list[int]] = {}
-        for row, image in enumerate(pixels):
-            buckets.setdefault(image.shape, []).append(row)
-        means: dict[int, torch.Tensor] = {}
-        deviations: dict[int, torch.Tensor] = {}
-        for (height, width, _), rows in buckets.items():
-            size = max(1, BATCH_PIXELS[self.job.device] // (height * width))
-            for first in range(0, len(rows), size):
-                batch = rows[first : first + size]
-                stacked = torch.from_numpy(np.stack([pixels[row] for row in batch]))  # [B, H, W, 3] uint8
-                began = time.monotonic()
-                images = stacked.to(self.job.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
-                encoded = self.codec.encode(images)
-                mean = encoded.mean.cpu()
-                deviation = None if encoded.deviation is None else encoded.deviation.cpu()
-                self.codec_seconds += time.monotonic() - began
-                for place, row in enumerate(batch):
-                    means[row] = mean[place]
-                    if deviation is not None:
-                        deviations[row] = deviation[place]
-        in_order = [means[row] for row in range(len(pixels))]
-        return in_order, [deviations[row] for row in range(len(pixels))] if deviations else None
+        pixels: Pixels
+        (pixels,) = ray.get(ready)
+        return pixels

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from lidit.codecs.encoding import check_buckets
 from lidit.config import CodecSettings, DataSettings, PoolSettings
 from lidit.config.codec import CodecRecipe
 from lidit.data.rows import require_held_out
 from lidit.store import Corpus
-from pipelines.corpus.latents import check_buckets, run_latents
+from pipelines.corpus.latents import run_latents
 from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import connect
 from pipelines.tracking import Tracker

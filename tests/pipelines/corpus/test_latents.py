@@ -1,6 +1,7 @@
 """Latents end to end: aligned with the samples, equal to the codec on the same pixels, the same bytes always."""
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lidit.codecs import load_codec
+from lidit.codecs import codec_spec, encoding, load_codec
+from lidit.codecs.encoding import LatentEncoder, unit_chunks
 from lidit.config import CodecSettings, IngestSettings, PoolSettings
 from lidit.errors import InputError, JobError
 from lidit.images import Bucket, decode_image, fit
 from lidit.sources.reading import bucket_images
-from lidit.store import Corpus
+from lidit.store import Corpus, FamilyWriter, UnitStatistics
 from pipelines.corpus import latents as latents_module
 from pipelines.corpus.ingest import run_ingest
 from pipelines.corpus.latents import run_latents
@@ -106,6 +108,35 @@ def test_latents_equal_the_codec_and_bytes_do_not_depend_on_actors(
     run_latents(str(corpus), settings, PoolSettings(actors=2, cpus=0.5))
     assert files(corpus) == before
     assert len(before) == 2
+
+
+def test_a_loop_over_units_writes_the_same_bytes_as_actors(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CodecSettings(name="kl", model=str(save_codec(tmp_path / "kl", "AutoencoderKL")))
+    run_latents(str(corpus), settings, PoolSettings())
+    by_actors = files(corpus)
+    for path in corpus.glob("latents/*/*"):
+        path.unlink()
+
+    opened, encoder = Corpus.open(corpus), LatentEncoder(load_codec(settings))
+    writer = FamilyWriter.open_or_create(str(corpus), "latents", "kl", codec_spec(settings))
+    for unit in writer.pending():
+        statistics = UnitStatistics()
+        chunks = (bucket_images(opened, unit, *rows, scale=1, max_pixels=SETTINGS.max_pixels)
+                  for rows in unit_chunks(opened, unit))  # fmt: skip
+        writer.publish(unit, encoder.tables(chunks, statistics), statistics=statistics)
+    writer.finish({"codec": settings.model_dump(mode="json")})
+    assert files(corpus) == by_actors
+    assert encoder.codec_seconds > 0
+    assert run_latents(str(corpus), settings, PoolSettings()).computed_units == 0
+
+    monkeypatch.setattr(encoding, "CHUNK_PIXELS", 2 * 32 * 32)
+    chunks_of_two = unit_chunks(opened, 0)
+    assert chunks_of_two[0][0] == 0
+    assert chunks_of_two[-1][1] == len(opened.samples(0))
+    assert len(chunks_of_two) > 1
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(chunks_of_two))
 
 
 def test_actor_killed_in_its_work_is_replaced(corpus: Path) -> None:

@@ -1,0 +1,97 @@
+"""A latents family's contents from one codec: the chunks of a unit, and the tables of their latents.
+
+Needs no cluster: `pipelines.corpus.latents` calls this from its actors, a notebook may call it in a loop over units,
+with the pixels of `lidit.sources.reading.bucket_images`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lidit.codecs.codec import Codec
+from lidit.errors import InputError
+from lidit.images.buckets import Bucket
+from lidit.store import Corpus, Crop, UnitStatistics, latents_table
+
+CHUNK_PIXELS = 64 * 512 * 512  # decoded at once: 48 MiB of pixels
+# One forward pass of the codec: fills a GPU; on a CPU more than its cache holds halves the rate.
+BATCH_PIXELS = {"cuda": 16 * 512 * 512, "cpu": 4 * 128 * 128}
+# Images [H, W, 3] uint8 in the order of their rows, and where each was cut.
+Pixels = tuple[Sequence[np.ndarray], Sequence[Crop]]
+
+
+def check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
+    """InputError where a codec of this downsampling factor cannot encode the corpus's images at `scale`."""
+    first = next((u for u in range(corpus.num_units) if corpus.units["samples"][u].as_py()), None)
+    if first is None or corpus.samples(first)["bucket"][0].as_py() is None:
+        raise InputError(f"{corpus.folder.location}: a corpus of captions only: there are no images to encode")
+    multiple = int(corpus.facts["settings"].get("bucket_multiple", 1))
+    if multiple * scale % factor:
+        raise InputError(
+            f"{corpus.folder.location}: bucket sides are multiples of {multiple * scale}, the codec needs multiples of "
+            f"{factor}; ingest again with bucket_multiple={factor} x the model's patch size"
+        )
+
+
+def unit_chunks(corpus: Corpus, unit: int, scale: int = 1) -> list[tuple[int, int]]:
+    """(start, stop): consecutive rows of about CHUNK_PIXELS, a function of the corpus alone."""
+    buckets = [Bucket.parse(text) for text in corpus.samples(unit)["bucket"].to_pylist()]
+    chunks, start, area = [], 0, 0
+    for row, bucket in enumerate(buckets):
+        pixels = bucket.width * bucket.height * scale**2
+        if row > start and area + pixels > CHUNK_PIXELS:
+            chunks.append((start, row))
+            start, area = row, 0
+        area += pixels
+    return [*chunks, (start, len(buckets))]
+
+
+class LatentEncoder:
+    """A codec at work. `codec_seconds` is the time it has computed since it was last set to zero."""
+
+    def __init__(self, codec: Codec, device: str = "cpu") -> None:
+        self.codec, self.device = codec, device
+        self.codec_seconds = 0.0
+
+    def tables(self, chunks: Iterable[Pixels], statistics: UnitStatistics) -> Iterator[pa.Table]:
+        """The rows of one unit in order, a table per chunk; fills `statistics`. chunks: pixels of `unit_chunks`."""
+        for pixels, crops in chunks:
+            means, deviations = self.encode(pixels)
+            statistics.add(means)
+            yield latents_table(means, crops, self.codec.storage, deviations)
+
+    def encode(self, pixels: Sequence[np.ndarray]) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Means and deviations of images [H, W, 3] in their order; batches hold one shape and depend on `pixels` alone.
+
+        Deviations are None for a codec without a posterior.
+        """
+        rows_of_shape: dict[tuple[int, ...], list[int]] = {}
+        for row, image in enumerate(pixels):
+            rows_of_shape.setdefault(image.shape, []).append(row)
+        means: dict[int, torch.Tensor] = {}
+        deviations: dict[int, torch.Tensor] = {}
+        for (height, width, _), rows in rows_of_shape.items():
+            size = max(1, BATCH_PIXELS[self.device] // (height * width))
+            for first in range(0, len(rows), size):
+                batch = rows[first : first + size]
+                mean, deviation = self._encode_batch(np.stack([pixels[row] for row in batch]))
+                means.update(zip(batch, mean, strict=True))
+                if deviation is not None:
+                    deviations.update(zip(batch, deviation, strict=True))
+        in_order = [means[row] for row in range(len(pixels))]
+        return in_order, [deviations[row] for row in range(len(pixels))] if deviations else None
+
+    def _encode_batch(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """pixels: [B, H, W, 3] uint8; means and deviations: [B, C, h, w] on the CPU."""
+        began = time.monotonic()
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
+        encoded = self.codec.encode(images)
+        mean = encoded.mean.cpu()
+        deviation = None if encoded.deviation is None else encoded.deviation.cpu()
+        self.codec_seconds += time.monotonic() - began
+        return mean, deviation
