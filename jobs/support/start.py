@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
 
 import typer
 
@@ -17,7 +16,6 @@ from lidit.errors import InputError, JobError, StorageError, one_line
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 WRONG_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
-USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])  # in no public place of typer
 
 
 def environment() -> None:
@@ -49,30 +47,32 @@ def guarded(app: typer.Typer) -> None:
             raise KeyboardInterrupt
     except InputError as error:
         _end(f"error: {error}", EXIT_INPUT)
-    except USAGE_ERROR as error:
+    except typer.TyperException as error:
         _end(_usage(error), EXIT_INPUT)
     except JobError as error:
         _end(f"failed: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
         _end("interrupted: everything finished is kept; the same command goes on from there", EXIT_INTERRUPTED)
     except OSError as error:
-        told = getattr(error, "cause", None) or error  # what a Ray task met
-        if isinstance(told, StorageError):
-            _end(f"error: {told}", EXIT_INPUT)
-        if told.errno == errno.ENOSPC:
-            _end(f"failed: no space left on the disk ({told.filename or 'unknown file'}); everything finished is kept: "
-                 "make room and run the same command again", EXIT_FAILED)  # fmt: skip
-        if (line := _refused(told)) is None:
+        cause = getattr(error, "cause", None) or error  # what a Ray task met
+        if isinstance(cause, StorageError):
+            _end(f"error: {cause}", EXIT_INPUT)
+        if cause.errno == errno.ENOSPC:
+            file = cause.filename or "unknown file"
+            kept = "everything finished is kept: make room and run the same command again"
+            _end(f"failed: no space left on the disk ({file}); {kept}", EXIT_FAILED)
+        if (line := _refused(cause)) is None:
             raise
         _end(f"error: {line}", EXIT_INPUT)
 
 
-def _usage(error: Any) -> str:
+def _usage(error: typer.TyperException) -> str:
     """What typer says of wrong words on the command line; nothing where it has shown the help instead."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return ""
     text = one_line(error.format_message()).replace(": Value error, ", ": ").rstrip(".")
-    command = error.ctx.command_path if error.ctx else "lidit"
+    context = getattr(error, "ctx", None)  # a usage error's; none where a file given as an option cannot be opened
+    command = context.command_path if context else "lidit"
     return f"error: {command}: {text} (see {command} --help)"
 
 

@@ -18,7 +18,7 @@ from lidit.errors import InputError, one_line
 from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.store import digest_of
 
-CODE_VERSION = 1
+CODEC_VERSION = 1  # raise when the same settings and files begin to give other latents
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
 
@@ -108,7 +108,7 @@ def codec_spec(settings: CodecSettings, device: str = "cpu") -> dict[str, Any]:
 
     Raises InputError where there is no such codec.
     """
-    common = {"code": CODE_VERSION, "fit": "lanczos, cover, centre crop", "scale": settings.scale}
+    common = {"code": CODEC_VERSION, "fit": "lanczos, cover, centre crop", "scale": settings.scale}
     if settings.model is None:
         return {**common, "codec": "pixels", "factor": 1, "channels": 3, "storage": "uint8", "posterior": False}
     folder, config = _model_folder(settings)

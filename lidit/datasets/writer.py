@@ -19,7 +19,7 @@ from lidit.errors import InputError
 PARTS = ("train", "held_out")
 FACTS = "picture-set.json"
 PER_SHARD = 1000
-CODE_VERSION = 3
+PICTURE_SET_VERSION = 3  # raise when the same packages begin to give other tars
 Report = Callable[[str], None]
 
 
@@ -44,7 +44,7 @@ def write_picture_set(
     """
     identity = {
         "set": chosen.name,
-        "code": CODE_VERSION,
+        "code": PICTURE_SET_VERSION,
         "held_out": held_out,
         "packages": {str(package): package.sha256 for package in chosen.packages},
     }

@@ -22,7 +22,7 @@ from lidit.errors import InputError, JobError, one_line
 from lidit.sources import FieldNames, OpenedSource, RawSample, SourceFile, read_source
 from lidit.sources.filters import SampleChecker
 from lidit.store import Refusal, Sample
-from lidit.store.files.atomic import arrow_writer, publish_bytes, published
+from lidit.store.files.atomic import arrow_writer, publish_bytes, publish_written
 from lidit.store.files.folder import Folder
 from lidit.store.samples import quarantine_table
 from lidit.store.schema import IMAGE_REFERENCE, canonical_json
@@ -67,15 +67,15 @@ def read_class_names(path: str | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        found = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: class names cannot be read: {error}") from None
-    if not found:
+    if not names:
         raise InputError(f"{path}: no class name in the file")
-    pairs = [line.split(maxsplit=1) for line in found]
+    pairs = [line.split(maxsplit=1) for line in names]
     if all(len(pair) == 2 and any(c.isdigit() for c in pair[0]) for pair in pairs):
         return dict(pairs)
-    return {str(index): name for index, name in enumerate(found)}
+    return {str(index): name for index, name in enumerate(names)}
 
 
 def staged_name(index: int) -> str:
@@ -109,12 +109,11 @@ def stage_source(folder: Folder, source: SourceFile, index: int, settings: Inges
     def read(sink: Any) -> None:
         """Samples and refusals come out of one reading: the samples' file is written while the refusals' is open."""
         samples = arrow_writer(reader.tables())
-        with reader.refusals.written_to(sink), published(folder, lambda _: f"{name}-samples.arrow", samples):
-            pass
+        with reader.refusals.written_to(sink):
+            publish_written(folder, f"{name}-samples.arrow", samples)
 
     try:
-        with published(folder, lambda _: f"{name}-refused.arrow", read):
-            pass
+        publish_written(folder, f"{name}-refused.arrow", read)
     except (InputError, JobError, MemoryError):
         raise
     except OSError as error:

@@ -10,10 +10,10 @@ from lidit.store.samples import ImageReference, Refusal, Sample, caption_digest,
 from lidit.store.schema import canonical_json, digest_of
 from lidit.store.states import (
     SharedStates,
-    StorageError,
+    StorageLoss,
     channel_statistics,
     shared_table,
-    storage_error,
+    storage_loss,
     text_table,
 )
 from lidit.store.writer import FamilyWriter
@@ -30,7 +30,7 @@ __all__ = [
     "Refusal",
     "Sample",
     "SharedStates",
-    "StorageError",
+    "StorageLoss",
     "TextFamily",
     "UnitStatistics",
     "canonical_json",
@@ -45,7 +45,7 @@ __all__ = [
     "publish_unit",
     "shared_table",
     "spec_differences",
-    "storage_error",
+    "storage_loss",
     "text_table",
     "unit_tables",
 ]

@@ -19,7 +19,7 @@ from lidit.errors import InputError
 from lidit.progress import SILENT, Progress
 from lidit.store.corpus import Corpus
 from lidit.store.families import TextFamily
-from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes, published
+from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes, publish_written
 from lidit.store.files.folder import Folder
 from lidit.store.manifest import spec_differences
 from lidit.store.schema import seal, unseal
@@ -59,15 +59,14 @@ def export_corpus(
                 family.verify_unit(unit)
             contents = list(images(corpus, unit)) if images is not None else None
             content = partial(write, corpus=corpus, unit=unit, families=opened, images=contents)
-            with published(folder, partial(_fixed, name), content):
-                pass
+            publish_written(folder, name, content)
         written.append(name)
         progress.update(unit + 1)
     return written
 
 
 def _claim(folder: Folder, corpus: Corpus, to: str, families: Sequence[TextFamily], images: bool) -> None:
-    """Make the folder this export's, or make sure that it is; else files of another one would pass for its own."""
+    """Make the folder this export's, or make sure that it is: files of another export would pass for its own."""
     names = [family.name for family in families]
     if len(set(names)) != len(names):
         raise InputError(f"families: {', '.join(names)}: two have one name; export them into two folders")
@@ -81,7 +80,7 @@ def _claim(folder: Folder, corpus: Corpus, to: str, families: Sequence[TextFamil
         raise InputError(f"{folder.location}: is a file; give a folder for --out")
     folder.create()
     try:
-        found = unseal(folder.read_bytes(EXPORT_FILE))
+        existing = unseal(folder.read_bytes(EXPORT_FILE))
     except FileNotFoundError:
         if folder.folders() or any(not name.startswith(TEMPORARY_PREFIX) for name in folder.sizes()):
             raise InputError(f"{folder.location}: not empty and without {EXPORT_FILE}; give a new folder") from None
@@ -89,12 +88,8 @@ def _claim(folder: Folder, corpus: Corpus, to: str, families: Sequence[TextFamil
         return
     except ValueError:
         raise InputError(f"{folder.where(EXPORT_FILE)}: damaged; give a new folder or delete this one") from None
-    if differing := spec_differences(found, identity):
+    if differing := spec_differences(existing, identity):
         raise InputError(f"{folder.location}: holds another export ({'; '.join(differing)}); give a new folder")
-
-
-def _fixed(name: str, sha256: str) -> str:
-    return name
 
 
 def _samples(corpus: Corpus, unit: int) -> Iterator[tuple[dict[str, Any], list[int], list[dict[str, str]]]]:
@@ -113,7 +108,7 @@ def _write_tar(
         for number, (sample, rows, captions) in enumerate(_samples(corpus, unit)):
             # Keys may hold dots and slashes, which mean something else in a tar: the true key is in the json.
             stem = f"{corpus.unit_name(unit)}_{number:06d}"
-            facts = {
+            record = {
                 "key": sample["key"],
                 "captions": captions,
                 "width": sample["width"],
@@ -121,7 +116,7 @@ def _write_tar(
                 "bucket": sample["bucket"],
                 "meta": json.loads(sample["meta"]),
             }
-            _add(archive, f"{stem}.json", json.dumps(facts, ensure_ascii=False).encode("utf-8"))
+            _add(archive, f"{stem}.json", json.dumps(record, ensure_ascii=False).encode("utf-8"))
             if images is not None:
                 _add(archive, f"{stem}.image", images[number])
             for family in families:

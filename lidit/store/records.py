@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lidit.store.schema import RECORDS, seal, unseal
-from lidit.store.states import StorageError, storage_error, value_range
+from lidit.store.states import StorageLoss, storage_loss, value_range
 
 Content = bytes  # the class below has a field of that name
 
@@ -22,7 +22,7 @@ class CommitRecord:
 
     minimum and maximum are over the values before storage; shared is the sha256 of the shared.arrow the unit was made
     with; of the sha256 of the unit's captions or samples file, from which it was made (None in the records of the first
-    release); error are the sums of `StorageError`; counts are numbers a job wants added up, such as truncated captions.
+    release); error are the sums of `StorageLoss`; counts are numbers a job wants added up, such as truncated captions.
     """
 
     unit: int
@@ -57,7 +57,7 @@ class UnitStatistics:
 
     minimum: float = math.inf
     maximum: float = -math.inf
-    error: StorageError | None = None
+    error: StorageLoss | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(
@@ -73,7 +73,7 @@ class UnitStatistics:
             low, high = value_range(values)
             self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         if table is not None and mean is not None and deviation is not None:
-            measured = storage_error(values, table, mean, deviation)
+            measured = storage_loss(values, table, mean, deviation)
             self.error = measured if self.error is None else self.error + measured
         for name, number in (counts or {}).items():
             self.counts[name] = self.counts.get(name, 0) + number
@@ -94,7 +94,7 @@ def records_table(records: Sequence[CommitRecord]) -> pa.Table:
 
 def totals(records: Sequence[CommitRecord]) -> dict[str, Any]:
     """The sums and extremes a manifest states, and the storage error over all units that measured it."""
-    measured = [StorageError(**record.error) for record in records if record.error]  # type: ignore[arg-type]
+    measured = [StorageLoss(**record.error) for record in records if record.error]  # type: ignore[arg-type]
     counts: dict[str, int] = {}
     for record in records:
         for name, number in record.counts.items():

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lidit.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # raise when older releases cannot read what is written, or newer ones the old
 METADATA_KEY = b"lidit"
 
 CAPTIONS = pa.schema([("text", pa.large_string()), ("sha256", pa.binary(32))])

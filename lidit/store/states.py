@@ -84,8 +84,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class StorageError:
-    """Sums from which the storage error of any number of units follows.
+class StorageLoss:
+    """What storing states in fewer bits has lost: sums, so that units add up.
 
     Error: RMS of the difference in units of each channel's deviation. Cosine: between states with the mean taken off,
     averaged over tokens.
@@ -97,8 +97,8 @@ class StorageError:
     lowest_cosine: float
     tokens: int
 
-    def __add__(self, other: StorageError) -> StorageError:
-        return StorageError(
+    def __add__(self, other: StorageLoss) -> StorageLoss:
+        return StorageLoss(
             self.squared_error + other.squared_error,
             self.values + other.values,
             self.cosine + other.cosine,
@@ -118,16 +118,16 @@ class StorageError:
         return asdict(self)
 
 
-NO_ERROR = StorageError(0.0, 0, 0.0, 1.0, 0)
+NO_LOSS = StorageLoss(0.0, 0, 0.0, 1.0, 0)
 
 
-def storage_error(
+def storage_loss(
     states: Sequence[torch.Tensor], table: pa.Table, mean: torch.Tensor, deviation: torch.Tensor
-) -> StorageError:
+) -> StorageLoss:
     """What storing `states` ([T, W] each) as `table` (from `text_table`) has cost. mean, deviation: [W] float32."""
     if not table.num_rows or not sum(table["tokens"].to_pylist()):
-        return NO_ERROR
-    total = NO_ERROR
+        return NO_LOSS
+    total = NO_LOSS
     stored = decode_table(table, mean, deviation)
     for original, back in zip(states, stored, strict=True):
         if not len(original):
@@ -137,7 +137,7 @@ def storage_error(
         cosine = torch.nn.functional.cosine_similarity(exact.double(), approximate.double(), dim=-1)  # [T]
         same = (exact == approximate).all(-1)  # a state equal to the mean has no direction, and no error
         cosine = torch.where(same, 1.0, cosine)
-        total += StorageError(float(difference), exact.numel(), float(cosine.sum()), float(cosine.min()), len(exact))
+        total += StorageLoss(float(difference), exact.numel(), float(cosine.sum()), float(cosine.min()), len(exact))
     return total
 
 

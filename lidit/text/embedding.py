@@ -76,7 +76,7 @@ def ensure_shared(encoder: PromptEncoder, writer: FamilyWriter, token_budget: in
     return writer.write_shared(shared_table(prefix_ids, prefix, empty_ids, empty, mean, deviation))
 
 
-def unit_tables(
+def encoded_tables(
     encoder: PromptEncoder,
     shared: SharedStates,
     captions: Sequence[CaptionTokens],

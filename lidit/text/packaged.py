@@ -25,7 +25,7 @@ from lidit.errors import InputError
 log = logging.getLogger(__name__)
 
 PREFIX = "package:"
-CONVERSION = 1  # raise when the conversion below changes what it writes
+CONVERSION_VERSION = 1  # raise when the same archive begins to give other model files
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def packaged_model_folder(name: str) -> Path:
         raise InputError(f"{PREFIX}{name}: no such packaged model; available: {', '.join(PREFIX + n for n in MODELS)}")
     model = MODELS[name]
     models = cache_folder() / "models"
-    final = models / f"{name}-{model.sha256[:12]}-{CONVERSION}"
+    final = models / f"{name}-{model.sha256[:12]}-{CONVERSION_VERSION}"
     if final.is_dir():
         return final
     try:
@@ -140,7 +140,7 @@ def _build(name: str, model: PackagedModel, work: Path) -> None:
         "packages": list(model.requirements),
         "sha256": model.sha256,
         "licence": model.licence,
-        "conversion": CONVERSION,
+        "conversion": CONVERSION_VERSION,
     }
     (target / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
     for path in target.iterdir():

@@ -20,7 +20,7 @@ from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.store.schema import canonical_json, digest_of
 from lidit.text.packaged import PREFIX, cache_folder, packaged_model_folder
 
-CODE_VERSION = 1  # raise when the same settings and files begin to give other states
+ENCODER_VERSION = 1  # raise when the same settings and files begin to give other states
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -66,7 +66,7 @@ class EncoderSpec:
     def to_dict(self) -> dict[str, Any]:
         """The identity, as `family.json` stores it."""
         fields = {key: value for key, value in self.__dict__.items() if key not in ("name", "folder", "fingerprint")}
-        return {**fields, "code": CODE_VERSION}
+        return {**fields, "code": ENCODER_VERSION}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -24,7 +24,7 @@ from lidit.errors import InputError, JobError, one_line
 from lidit.progress import SILENT, Progress
 from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics, spec_differences
 from lidit.text import CaptionTokens, EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
-from lidit.text.embedding import ensure_shared, unit_tables
+from lidit.text.embedding import encoded_tables, ensure_shared
 from pipelines.runtime import resources
 from pipelines.runtime.prometheus import EmbedMetrics
 
@@ -335,5 +335,7 @@ class EncodeUnits:
     def _encode(self, row: dict[str, Any]) -> CommitRecord:
         statistics = UnitStatistics()
         captions = [CaptionTokens(tuple(i), cut) for i, cut in zip(row["token_ids"], row["truncated"], strict=True)]
-        tables = unit_tables(self.encoder, self.shared, captions, statistics, self.job.pool.token_budget, self.device)
+        tables = encoded_tables(
+            self.encoder, self.shared, captions, statistics, self.job.pool.token_budget, self.device
+        )
         return self.writer.publish(row["unit"], tables, statistics=statistics)

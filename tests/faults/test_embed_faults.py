@@ -23,7 +23,7 @@ from tests.helpers.waiting import wait_until
 
 UNITS, ROWS = 24, 60
 ONE = PoolSettings(actors=1, cpus=1)
-POINTS = [point for point in CRASH_POINTS if not point.startswith(("unit-", "corpus-"))]  # those are ingest's
+POINTS = list(CRASH_POINTS)
 ONCE = ("family-created", "shared-written", "table-published", "manifest-published")
 
 

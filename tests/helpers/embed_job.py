@@ -14,7 +14,7 @@ from pathlib import Path
 from lidit.config import EncoderSettings, PoolSettings
 from lidit.store import FamilyWriter, UnitStatistics
 from lidit.text import PromptEncoder, resolve_encoder
-from lidit.text.embedding import ensure_shared, unit_tables
+from lidit.text.embedding import encoded_tables, ensure_shared
 from tests.helpers.corpus_factory import make_corpus
 
 WORDS = ("a", "red", "circle", "and", "two", "blue", "squares", "left", "of", "the", "green", "star", "圆形", "café")
@@ -59,7 +59,7 @@ def embed_here(corpus: Path, settings: EncoderSettings) -> list[int]:
     for unit in pending:
         tokens = encoder.tokenizer.tokenize(writer.corpus.captions(unit)["text"].to_pylist())
         statistics = UnitStatistics()
-        writer.publish(unit, unit_tables(encoder, shared, tokens, statistics), statistics=statistics)
+        writer.publish(unit, encoded_tables(encoder, shared, tokens, statistics), statistics=statistics)
     writer.finish()
     return pending
 

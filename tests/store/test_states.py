@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lidit.errors import InputError, JobError
-from lidit.store import channel_statistics, shared_table, storage_error, text_table
+from lidit.store import channel_statistics, shared_table, storage_loss, text_table
 from lidit.store.states import decode_table, read_shared
 
 
@@ -39,7 +39,7 @@ def test_int8_error_is_below_one_percent_of_a_deviation_and_is_what_is_reported(
     states = random_states([40, 1, 0, 80], 64)
     mean, deviation = channel_statistics(states)
     table = text_table([[0] * len(s) for s in states], states, "int8", 64, mean, deviation)
-    error = storage_error(states, table, mean, deviation)
+    error = storage_loss(states, table, mean, deviation)
     # the definition, once more and independently
     exact = torch.cat(states).double()
     stored = torch.cat(decode_table(table, mean, deviation)).double()
@@ -69,7 +69,7 @@ def test_int8_of_states_equal_to_the_mean_is_exact() -> None:
     mean, deviation = torch.tensor([5.0, -3.0]), torch.tensor([2.0, 1.0])
     table = text_table([[1]], [mean[None]], "int8", 2, mean, deviation)
     assert torch.equal(decode_table(table, mean, deviation)[0], mean[None])
-    assert storage_error([mean[None]], table, mean, deviation).centred_cosine == 1.0
+    assert storage_loss([mean[None]], table, mean, deviation).centred_cosine == 1.0
 
 
 def test_columns_are_those_of_the_format() -> None:

@@ -9,7 +9,7 @@ import torch
 from lidit.config import EncoderSettings
 from lidit.store import Corpus, FamilyWriter, UnitStatistics
 from lidit.text import PromptEncoder, embedding, resolve_encoder
-from lidit.text.embedding import calibration_captions, ensure_shared, unit_tables
+from lidit.text.embedding import calibration_captions, encoded_tables, ensure_shared
 from tests.helpers.corpus_factory import WORDS, make_corpus
 
 Make = Callable[..., EncoderSettings]
@@ -23,7 +23,7 @@ def embed(corpus: Corpus, encoder: PromptEncoder) -> FamilyWriter:
     for unit in writer.pending():
         tokens = encoder.tokenizer.tokenize(corpus.captions(unit)["text"].to_pylist())
         statistics = UnitStatistics()
-        writer.publish(unit, unit_tables(encoder, shared, tokens, statistics), statistics=statistics)
+        writer.publish(unit, encoded_tables(encoder, shared, tokens, statistics), statistics=statistics)
     writer.finish()
     return writer
 

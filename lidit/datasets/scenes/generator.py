@@ -21,7 +21,7 @@ from lidit.datasets.scenes.scene import RELATION_TAGS, Scene, SceneObject, check
 from lidit.datasets.scenes.shapes import Vocabulary
 from lidit.errors import InputError
 
-GENERATOR_VERSION = 1  # part of every seed: changing what a seed draws means raising this
+GENERATOR_VERSION = 1  # raise when the same seed begins to give other scenes; it is part of every seed
 SMALLEST_SIDE = {"simple": 16, "free": 32}  # pixels, by layout
 Split = Literal["train", "unseen", "any"]
 RADII = {"small": SMALL, "large": LARGE}

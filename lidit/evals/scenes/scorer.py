@@ -19,7 +19,7 @@ from lidit.datasets.scenes.shapes import Vocabulary, vocabulary_for
 from lidit.errors import InputError
 from lidit.evals.scenes.detection import Analysis, Found, analyse
 
-SCORER_VERSION = 1  # changing what an image scores means raising this: scores of two versions are not compared
+SCORER_VERSION = 1  # raise when the same image begins to score otherwise: scores of two versions are not compared
 POSITION_THRESHOLD = 0.1
 CLUTTER_SHARE = 0.25
 Item = Mapping[str, Any]

@@ -195,6 +195,12 @@ def publish_bytes(folder: Folder, name: str, content: bytes, points: str = "", e
         return digest
 
 
+def publish_written(folder: Folder, name: str, write: Callable[[Any], None]) -> FileDigest:
+    """One file under a fixed name, of whatever `write` writes to the file object that it is given."""
+    with published(folder, lambda _: name, write) as digest:
+        return digest
+
+
 def publish_table(folder: Folder, name: Callable[[str], str] | str, table: pa.Table, **options: Any) -> FileDigest:
     """One Arrow IPC file; `name` is the file's name, or makes it from the content's sha256."""
     naming = (lambda _: name) if isinstance(name, str) else name

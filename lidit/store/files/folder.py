@@ -39,7 +39,7 @@ _opened = cache(open_url)  # of the few folders a process works with
 
 @contextlib.contextmanager
 def _remote(location: str) -> Iterator[tuple[Any, str]]:
-    """`open_url`; what the object store refuses inside the `with` block is a StorageError."""
+    """`open_url`; errors of the object store inside the `with` block become StorageError."""
     with plain_refusals(location):
         yield _opened(location)
 

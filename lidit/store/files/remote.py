@@ -1,4 +1,4 @@
-"""What keeps an object store from being used, in one line: every client says it in exceptions of its own."""
+"""Why an object store cannot be used, as one line: each client library raises exceptions of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextlib.contextmanager
 def plain_refusals(url: str) -> Iterator[None]:
-    """What the store behind `url` refuses becomes a StorageError; that a file is there, or is not, is an answer."""
+    """Turn errors of the store at `url` into StorageError.
+
+    FileExistsError and FileNotFoundError pass through: callers rely on them.
+    """
     try:
         yield
     except (FileNotFoundError, FileExistsError):
@@ -28,7 +31,7 @@ def plain_refusals(url: str) -> Iterator[None]:
 
 
 def _reason(url: str, error: Exception) -> str | None:
-    """Reason and remedy; None for what is a bug or this machine's own trouble."""
+    """Reason and remedy; None for a bug, and for an error of this machine such as a full disk."""
     kinds = type(error).__mro__
     of_client = any(kind.__module__.partition(".")[0] in CLIENTS for kind in kinds)
     of_system = isinstance(error, OSError) and error.errno not in OF_THIS_MACHINE
