@@ -231,7 +231,7 @@ def _track(job: ArmJob, result: ArmResult, uri: str, experiment: str, parent: st
     with tracking.tracked_run(uri, experiment, job.name, key, flatten(job.recipe), tags, job.folder) as run:
         for step, values in sorted(result.metrics().items()):
             run.metrics(values, step)
-    if not (job.folder / tracking.SPOOL).exists():
+    if not (job.folder / tracking.OUTBOX).exists():
         (job.folder / TRACKED).touch()
 
 

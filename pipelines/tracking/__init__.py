@@ -1,7 +1,7 @@
 """MLflow: one run per job, whatever the tracker's health."""
 
 from pipelines.tracking.tracker import (
-    SPOOL,
+    OUTBOX,
     RunHandle,
     Tracker,
     credentials,
@@ -9,12 +9,13 @@ from pipelines.tracking.tracker import (
     git_state,
     local_store,
     open_command,
+    sign_in,
     store_uri,
     tracked_run,
 )
 
 __all__ = [
-    "SPOOL",
+    "OUTBOX",
     "RunHandle",
     "Tracker",
     "credentials",
@@ -22,6 +23,7 @@ __all__ = [
     "git_state",
     "local_store",
     "open_command",
+    "sign_in",
     "store_uri",
     "tracked_run",
 ]

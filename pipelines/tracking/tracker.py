@@ -19,10 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "False")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # but a file's, see `patience`
+
+def prepare_environment() -> None:
+    """Settings that MLflow reads from the environment, for whoever has not set them. Called before it is imported:
+    its telemetry starts, or does not, with the import."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "False")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # but a file's, see `patience`
+
+
+prepare_environment()
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
@@ -35,7 +42,7 @@ from pipelines.tracking.delivery import Delivery, GoneError, Record, files_in, p
 
 RUN_KEY = "lidit.run_key"
 STEP = "lidit.step"
-SPOOL = "tracking.spool.jsonl"
+OUTBOX = "tracking.spool.jsonl"  # the name is part of a run's folder: earlier releases wrote it
 PARAM_LIMIT = 6000
 
 log = logging.getLogger(__name__)
@@ -47,7 +54,7 @@ class RunHandle:
 
     uri: str
     run_id: str
-    spool: str
+    outbox: str
 
 
 def local_store(folder: Path) -> str:
@@ -58,12 +65,14 @@ def local_store(folder: Path) -> str:
 def store_uri(uri: str | None, folder: Path) -> str:
     """The recipe's store, else the one in MLFLOW_TRACKING_URI, else a sqlite file in `folder`; never with a password.
 
-    User and password of an http(s) address in the environment move to MLFLOW_TRACKING_USERNAME and
-    MLFLOW_TRACKING_PASSWORD, since the address is logged. Raises InputError for a database address with a password.
+    The address is logged, so user and password of an http(s) address are left out: `sign_in` takes them over. Raises
+    InputError for a database address with a password.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        return local_store(folder)
+    return _without_password(uri) if uri else local_store(folder)
+
+
+def _without_password(uri: str) -> str:
     parts = urlsplit(uri)
     if not parts.password:
         return uri
@@ -72,9 +81,19 @@ def store_uri(uri: str | None, folder: Path) -> str:
             "MLFLOW_TRACKING_URI: a database address with a password would be logged; give the password by the "
             "database's own means (PGPASSWORD, ~/.pgpass), or use an MLflow server"
         )
-    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
-    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def sign_in(uri: str) -> None:
+    """Hand user and password of MLFLOW_TRACKING_URI to MLflow's client, where `uri` is that address without them.
+
+    The client reads them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, which this sets.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    parts = urlsplit(given)
+    if parts.password and parts.scheme in ("http", "https") and _without_password(given) == uri:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
 
 
 def credentials() -> dict[str, str]:
@@ -110,6 +129,7 @@ def git_state() -> dict[str, str]:
 
 def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of each of a run's metrics that it has; none where the tracker does not answer."""
+    sign_in(uri)
     client = MlflowClient(uri)
     try:
         found = {name: client.get_metric_history(run_id, name) for name in names}
@@ -126,18 +146,19 @@ def tracked_run(
     """The run with this key: continued where it exists, created where not; FINISHED, FAILED or KILLED at the end.
 
     A changed parameter of a continued run stays as it was first logged (MLflow never rewrites one) and is written as
-    a tag `changed.NAME`. A tracker that cannot be reached is reported once and the job goes on with a spool file.
+    a tag `changed.NAME`. A tracker that cannot be reached is reported once and the job goes on with a outbox file.
     """
-    spool = folder / SPOOL
+    sign_in(uri)
+    outbox = folder / OUTBOX
 
     def connect() -> RunHandle:
-        return _find_or_create(uri, experiment, name, key, params, {**git_state(), **tags}, spool)
+        return _find_or_create(uri, experiment, name, key, params, {**git_state(), **tags}, outbox)
 
     try:
         handle = connect()
     except Exception as error:  # a tracker that is down must not stop a job, whatever it raises
-        log.warning("the tracker does not answer, metrics wait in %s: %s", spool, one_line(error, 200))
-        handle = RunHandle(uri, "", str(spool))
+        log.warning("the tracker does not answer, metrics wait in %s: %s", outbox, one_line(error, 200))
+        handle = RunHandle(uri, "", str(outbox))
     tracker = Tracker(handle, connect)
     try:
         yield tracker
@@ -148,7 +169,7 @@ def tracked_run(
 
 
 def _find_or_create(
-    uri: str, experiment: str, name: str, key: str, params: Mapping[str, str], tags: Mapping[str, str], spool: Path
+    uri: str, experiment: str, name: str, key: str, params: Mapping[str, str], tags: Mapping[str, str], outbox: Path
 ) -> RunHandle:
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
@@ -179,7 +200,7 @@ def _find_or_create(
         params=[Param(k, v[:PARAM_LIMIT]) for k, v in params.items()],
         tags=[RunTag(k, v) for k, v in tags.items()],
     )
-    return RunHandle(uri, run.info.run_id, str(spool))
+    return RunHandle(uri, run.info.run_id, str(outbox))
 
 
 class _ProxiedArtifacts(MlflowArtifactsRepository):
@@ -215,7 +236,7 @@ class Tracker:
         self.handle, self._connect = handle, connect
         self.client = MlflowClient(handle.uri)
         self._newest: dict[str, int] = {}  # metric -> highest step the store has of it
-        self._delivery = Delivery(Path(handle.spool), self._send, self._is_connected, connect is not None)
+        self._delivery = Delivery(Path(handle.outbox), self._send, self._is_connected, connect is not None)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Metrics of a global step; those that the run already has at this or a later step are left out."""
@@ -256,7 +277,7 @@ class Tracker:
         return sorted(name for name in found if name.startswith(prefix))
 
     def close(self, status: str = "") -> None:
-        """Deliver what waits (spooling what cannot be), then set the run's status where one is given.
+        """Deliver what waits, keep the rest in the outbox, then set the run's status where `status` names it.
 
         Waits as long as things arrive, and for a file as long as its size allows.
         """

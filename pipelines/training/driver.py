@@ -77,7 +77,7 @@ def drive(
     finished = finished_step(folder)
     if finished is not None and finished >= recipe.train.steps:
         untold = (folder / UNTRACKED).exists()  # killed after publishing
-        if untold or (folder / tracking.SPOOL).exists():
+        if untold or (folder / tracking.OUTBOX).exists():
             with _tracked(recipe, corpus, tags, uri, folder) as tracker:  # delivers what an outage left behind
                 if untold:
                     track_model(recipe, tracker, folder)

@@ -99,6 +99,10 @@ def test_an_address_with_a_password_leaves_it_to_the_environment(
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ss%2Fw@mlflow.example.com:5000/path")
     assert tracking.store_uri(None, tmp_path) == "https://mlflow.example.com:5000/path"
+    assert tracking.credentials()["MLFLOW_TRACKING_PASSWORD"] == "", "asking for the address changes nothing"
+    tracking.sign_in("http://other:5000")
+    assert tracking.credentials()["MLFLOW_TRACKING_PASSWORD"] == "", "the password is for one server"
+    tracking.sign_in("https://mlflow.example.com:5000/path")
     assert tracking.credentials()["MLFLOW_TRACKING_USERNAME"] == "me"
     assert tracking.credentials()["MLFLOW_TRACKING_PASSWORD"] == "p@ss/w"
     assert tracking.store_uri("http://other:5000", tmp_path) == "http://other:5000"

@@ -92,13 +92,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def driver(server: SlowServer, folder: Path) -> tracking.Tracker:
-    handle = tracking.RunHandle(server.uri, "run", str(folder / tracking.SPOOL))
+    handle = tracking.RunHandle(server.uri, "run", str(folder / tracking.OUTBOX))
     return tracking.Tracker(handle, lambda: handle)
 
 
-def spooled(folder: Path) -> list[str]:
+def waiting(folder: Path) -> list[str]:
     """Kinds of what is owed."""
-    path = folder / tracking.SPOOL
+    path = folder / tracking.OUTBOX
     return [next(iter(json.loads(line))) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -126,7 +126,7 @@ def test_a_file_may_take_longer_than_other_calls_and_close_waits_while_files_arr
         "registered-models/alias",
         "runs/update",
     ]
-    assert spooled(model.parent) == []
+    assert waiting(model.parent) == []
 
 
 @pytest.mark.usefixtures("impatient")
@@ -144,18 +144,18 @@ def test_a_server_that_never_answers_is_given_up_and_everything_is_kept(
         closing = threading.Thread(target=tracker.close, args=("FINISHED",))
         closing.start()
         wait_until(lambda: "begun model/config.json" in server.calls, seconds=10)
-        assert spooled(folder) == ["artifact", "register", "step"], "a kill now would lose the model"
+        assert waiting(folder) == ["artifact", "register", "step"], "a kill now would lose the model"
         closing.join(timeout=20)
         assert not closing.is_alive(), "the run's end waits for a file that nobody takes"
         assert "registered-models/alias" not in server.calls
     assert "given up" in caplog.text
     assert f"artifact {model}, registration of model lidit, metrics" in caplog.text
-    assert set(spooled(folder)) == {"artifact", "register", "step"}
+    assert set(waiting(folder)) == {"artifact", "register", "step"}
     with slow_server(delay=0.0) as server:
         driver(server, folder).close("FINISHED")
         assert server.calls.index("model/config.json") < server.calls.index("registered-models/alias")
         assert server.calls.count("model/config.json") == 1
-    assert spooled(folder) == []
+    assert waiting(folder) == []
 
 
 def test_a_model_is_registered_when_its_files_are_there_and_a_later_start_delivers_both(
@@ -169,7 +169,7 @@ def test_a_model_is_registered_when_its_files_are_there_and_a_later_start_delive
     client = MlflowClient(uri)
     with pytest.raises(MlflowException):
         client.get_model_version_by_alias("lidit", "newest")
-    assert spooled(folder) == ["artifact", "register"]
+    assert waiting(folder) == ["artifact", "register"]
     assert "did not take everything" in caplog.text
     (tmp_path / "artifacts").unlink()
     with tracked(uri, folder):
@@ -178,24 +178,24 @@ def test_a_model_is_registered_when_its_files_are_there_and_a_later_start_delive
     assert version.run_id == run.handle.run_id
     assert {path.name for path in Path(version.source.removeprefix("file://")).iterdir()} == {"config.json", "parts"}
     assert client.get_run(run.handle.run_id).info.status == "FINISHED"
-    assert not (folder / tracking.SPOOL).exists()
+    assert not (folder / tracking.OUTBOX).exists()
 
 
 def test_what_a_worker_could_not_deliver_is_the_drivers(tmp_path: Path) -> None:
     uri, picture = tracking.local_store(tmp_path), tmp_path / "step-1.png"
     picture.write_bytes(b"png")
     with tracked(uri, tmp_path) as run:
-        worker = tracking.Tracker(tracking.RunHandle(uri, "no such run", run.handle.spool))
+        worker = tracking.Tracker(tracking.RunHandle(uri, "no such run", run.handle.outbox))
         worker.artifact(picture, "samples")
         worker.close()
-        assert spooled(tmp_path) == ["artifact"]
+        assert waiting(tmp_path) == ["artifact"]
         again = tracking.Tracker(run.handle)
         again.metrics({"loss": 1.0}, 1)
         again.close()
-        assert spooled(tmp_path) == ["artifact"], "files are for the driver's end"
+        assert waiting(tmp_path) == ["artifact"], "files are for the driver's end"
     client = MlflowClient(uri)
     assert [file.path for file in client.list_artifacts(run.handle.run_id, "samples")] == ["samples/step-1.png"]
-    assert not (tmp_path / tracking.SPOOL).exists()
+    assert not (tmp_path / tracking.OUTBOX).exists()
 
 
 def test_files_that_are_gone_do_not_wait_for_ever_nor_does_their_registration(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_files_that_are_gone_do_not_wait_for_ever_nor_does_their_registration(tm
         run.artifact(tmp_path / "model", "model")
         run.register("lidit", "model", "newest")
         run.metrics({"loss": 1.0}, 1)
-    assert not (tmp_path / tracking.SPOOL).exists()
+    assert not (tmp_path / tracking.OUTBOX).exists()
     assert run.history("loss") == ([1.0], [1.0])
     with pytest.raises(MlflowException):
         MlflowClient(uri).get_model_version_by_alias("lidit", "newest")

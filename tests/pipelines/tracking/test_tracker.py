@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from lidit.config import TrackingSettings
 from pipelines import tracking
 from pipelines.tracking import delivery
+from pipelines.tracking import tracker as tracker_module
 from tests.helpers.servers import free_ports, healthy
 from tests.helpers.waiting import wait_until
 
@@ -56,7 +57,7 @@ def test_a_worker_started_again_doubles_nothing(tmp_path: Path) -> None:
         for step in (10, 20, 30):
             first.metrics({"loss": 1.0}, step)
         first.close()
-        (tmp_path / tracking.SPOOL).write_text(
+        (tmp_path / tracking.OUTBOX).write_text(
             json.dumps({"step": 40, "time": 1, "values": {"loss": 3.0}}) + '\n{"step": 50, "ti'
         )
         again = tracking.Tracker(driver.handle)
@@ -75,7 +76,7 @@ def test_the_commit_of_code_without_a_checkout(tmp_path: Path, monkeypatch: pyte
     assert tracking.git_state()["git.commit"] != "c0ffee"
     (tmp_path / "pipelines").mkdir()
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # somebody else's
-    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "pipelines" / "tracking.py"))
+    monkeypatch.setattr(tracker_module, "__file__", str(tmp_path / "pipelines" / "tracker.py"))
     assert tracking.git_state() == {"git.commit": "c0ffee"}
     monkeypatch.delenv("LIDIT_GIT_COMMIT")
     assert tracking.git_state() == {}
@@ -100,22 +101,22 @@ def test_a_tracker_that_is_down_from_the_start_stops_nothing(tmp_path: Path, cap
         run.artifact(tmp_path)
     assert run.handle.run_id == ""
     assert "artifact" in caplog.text
-    spooled = [json.loads(line) for line in (tmp_path / tracking.SPOOL).read_text().splitlines()]
-    assert [record["step"] for record in spooled if "values" in record] == [1]
-    assert [record["artifact"] for record in spooled if "artifact" in record] == [str(tmp_path)]
+    waiting = [json.loads(line) for line in (tmp_path / tracking.OUTBOX).read_text().splitlines()]
+    assert [record["step"] for record in waiting if "values" in record] == [1]
+    assert [record["artifact"] for record in waiting if "artifact" in record] == [str(tmp_path)]
 
 
 def test_a_tracker_that_answers_later_gets_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uri, real = tracking.local_store(tmp_path / "store"), tracking.MlflowClient
+    uri, real = tracking.local_store(tmp_path / "store"), tracker_module.MlflowClient
     (tmp_path / "note.txt").write_text("x")
-    monkeypatch.setattr(tracking, "MlflowClient", lambda uri: real("http://127.0.0.1:9"))
+    monkeypatch.setattr(tracker_module, "MlflowClient", lambda uri: real("http://127.0.0.1:9"))
     tracker_context = tracked(uri, tmp_path, {"lr": "1"})
     run = tracker_context.__enter__()
     worker = tracking.Tracker(run.handle)
     worker.metrics({"loss": 1.0}, 1)
     worker.close()
     (tmp_path / "store").mkdir()
-    monkeypatch.setattr(tracking, "MlflowClient", real)
+    monkeypatch.setattr(tracker_module, "MlflowClient", real)
     run.client = real(uri)
     run.artifact(tmp_path / "note.txt")
     tracker_context.__exit__(None, None, None)
@@ -150,7 +151,7 @@ def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypat
     monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.0)
     (port,) = free_ports(1)
     with server(tmp_path, port) as uri:
-        handle = tracking._find_or_create(uri, "test", "run", "key", {}, {}, tmp_path / "spool.jsonl")
+        handle = tracker_module._find_or_create(uri, "test", "run", "key", {}, {}, tmp_path / "outbox.jsonl")
         tracker = tracking.Tracker(handle)
         tracker.metrics({"loss": 1.0}, 1)
         tracker.close()
@@ -162,4 +163,4 @@ def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypat
     with server(tmp_path, port) as uri:
         tracker.close()
         assert steps(uri, handle.run_id) == list(range(1, 50))
-    assert not (tmp_path / "spool.jsonl").exists()
+    assert not (tmp_path / "outbox.jsonl").exists()
