@@ -30,9 +30,11 @@ def command(
     from lidit.datasets import SETS, write_picture_set
     from pipelines.chain import run_chain
     from pipelines.evaluation.held_out import evaluate_held_out
+    from pipelines.runtime.progress import ProgressBar
 
     emoji, runs, corpus = folder / "emoji", folder / "runs", folder / "corpus"
-    write_picture_set(SETS["emoji"], emoji, packages=packages, say=lambda line: print(line, flush=True))
+    with ProgressBar("pictures emoji", None, "packages") as progress:
+        write_picture_set(SETS["emoji"], emoji, packages=packages, progress=progress)
     recipe = load_recipe(
         "pictures",
         [

@@ -27,10 +27,12 @@ def command(
     **Example:** `lidit pictures emoji --out emoji`
     """
     from lidit.datasets import SETS, write_picture_set
+    from pipelines.runtime.progress import ProgressBar
 
     if name not in SETS:
         raise InputError(f"{name!r}: no such picture set; there are {', '.join(SETS)}")
-    made = write_picture_set(SETS[name], out, held_out, packages, say=lambda line: print(line, flush=True))
+    with ProgressBar(f"pictures {name}", None, "packages") as progress:
+        made = write_picture_set(SETS[name], out, held_out, packages, progress)
     counts = ", ".join(f"{count} in {part}" for part, count in made.pictures.items())
     print(f"{out}: {counts}, {'already there' if made.skipped else 'written'}")
     for reason, count in sorted(made.left_out.items(), key=lambda item: -item[1]):

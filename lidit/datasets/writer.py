@@ -8,19 +8,19 @@ import json
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lidit.datasets.base import LeftOut, Picture, PictureSet
 from lidit.datasets.packages import fetch, read
 from lidit.errors import InputError
+from lidit.progress import SILENT, Progress
 
 PARTS = ("train", "held_out")
-FACTS = "picture-set.json"
+RECORD_FILE = "picture-set.json"
 PER_SHARD = 1000
 PICTURE_SET_VERSION = 3  # raise when the same packages begin to give other tars
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class WrittenSet:
 
 
 def write_picture_set(
-    chosen: PictureSet, out: Path, held_out: float = 0.1, packages: Path | None = None, say: Report = lambda line: None
+    chosen: PictureSet, out: Path, held_out: float = 0.1, packages: Path | None = None, progress: Progress = SILENT
 ) -> WrittenSet:
     """Write OUT/train/*.tar, OUT/held_out/*.tar, OUT/ATTRIBUTION.md, OUT/licences/ and OUT/picture-set.json.
 
     held_out: share of the groups of near copies that is held out. packages: folder of archives fetched before;
-    missing ones are downloaded into it. The folder appears with everything in it or not at all; the same call again
+    missing archives are downloaded into it. progress: counts packages.
+
+    The folder appears with everything in it or not at all; the same call again
     writes the same bytes. Raises InputError where something cannot be fetched, or OUT holds something else.
     """
     identity = {
@@ -54,16 +56,23 @@ def write_picture_set(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         work = Path(temporary)
+        # Fetch, check and unpack every package.
         files = {}
-        for package in chosen.packages:
-            say(f"{package}: fetch and check")
+        progress.expect(len(chosen.packages))
+        for number, package in enumerate(chosen.packages):
+            progress.update(number, f"fetch and check {package}")
             archive = fetch(package, packages or work / "packages")
             files[package.name] = read(package, archive, chosen.wanted)
-        found = list(chosen.pictures(files))
-        pictures = [one for one in found if isinstance(one, Picture)]
-        left_out = dict(Counter(one.reason for one in found if isinstance(one, LeftOut)))
+        progress.update(len(chosen.packages), "checked")
+
+        # Take the pictures that have a caption.
+        candidates = list(chosen.pictures(files))
+        pictures = [one for one in candidates if isinstance(one, Picture)]
+        left_out = dict(Counter(one.reason for one in candidates if isinstance(one, LeftOut)))
         if not pictures:
             raise InputError(f"{chosen.name}: its packages hold no picture with a caption: {left_out}")
+
+        # Write everything beside `out`, then move it there whole.
         made = work / "made"
         made.mkdir()
         counts, motifs = {}, _groups(pictures)
@@ -72,8 +81,8 @@ def write_picture_set(
             _write_tars(made / part, members, motifs)
         (made / "ATTRIBUTION.md").write_text(chosen.attribution, "utf-8")
         _write_licences(made / "licences", files)
-        facts = {**identity, "pictures": counts, "left_out": left_out}
-        (made / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        record = {**identity, "pictures": counts, "left_out": left_out}
+        (made / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         if out.exists():
             out.rmdir()  # an empty folder, or _known would have refused it
         made.rename(out)
@@ -84,16 +93,16 @@ def _known(out: Path, identity: dict[str, object]) -> WrittenSet | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        facts = json.loads((out / FACTS).read_text("utf-8"))
-        differing = sorted(key for key, value in identity.items() if facts[key] != value)
+        record = json.loads((out / RECORD_FILE).read_text("utf-8"))
+        differing = sorted(key for key, value in identity.items() if record[key] != value)
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{out}: not empty and not a picture set; name a new folder for --out") from None
     if differing:
         raise InputError(
-            f"{out}: holds another picture set ({', '.join(f'{k}: {facts[k]} there' for k in differing)}); "
+            f"{out}: holds another picture set ({', '.join(f'{k}: {record[k]} there' for k in differing)}); "
             "name a new folder for --out or delete this one"
         )
-    return WrittenSet(out, facts["pictures"], facts["left_out"], skipped=True)
+    return WrittenSet(out, record["pictures"], record["left_out"], skipped=True)
 
 
 def split(pictures: Sequence[Picture], held_out: float) -> dict[str, list[Picture]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from lidit.errors import InputError, one_line
 from lidit.progress import SILENT, Progress
 from lidit.store.corpus import INGEST_ANEW, Corpus
 from lidit.store.families import TextFamily
+from lidit.store.files.atomic import FileDigest
 from lidit.store.files.folder import Folder
 from lidit.store.latent_file import LatentFile
 from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE
@@ -97,27 +98,25 @@ class _Checker:
     def file(
         self,
         folder: Folder,
-        name: str,
-        size: int,
-        sha256: str,
+        written: FileDigest,
         remedy: str,
         family: Any = None,
         unit: int | None = None,
     ) -> bytes | None:
-        """The bytes of a file that is what was written; None, with a problem noted, where it is not."""
+        """The bytes of a file that is what was written; None, with a problem noted, where the file differs."""
         self.report.files += 1
         self.progress.update(self.report.files)
-        where, reason = folder.where(name), None
+        where, reason = folder.where(written.name), None
         try:
-            content = bytes(folder.map(name))
+            content = bytes(folder.map(written.name))
         except FileNotFoundError:
             content, reason = b"", "missing"
         except IsADirectoryError:
             content, reason = b"", "is a folder, not a file"
             remedy = f"delete this folder, then {remedy}"
-        if reason is None and len(content) != size:
-            reason = f"{len(content)} bytes, {size} were written"
-        elif reason is None and hashlib.sha256(content).hexdigest() != sha256:
+        if reason is None and len(content) != written.bytes:
+            reason = f"{len(content)} bytes, {written.bytes} were written"
+        elif reason is None and hashlib.sha256(content).hexdigest() != written.sha256:
             reason = "damaged: sha256 differs from what was written"
         self.report.bytes += len(content)
         if reason is None:
@@ -136,11 +135,10 @@ class _Checker:
         folder = self.corpus.folder
         remedy = INGEST_ANEW
         self._expect(2)
-        found = {}
+        contents = {}
         for table_name in ("units", "sources"):
-            reference = self.corpus.facts[table_name]
-            found[table_name] = self.file(folder, reference["file"], reference["bytes"], reference["sha256"], remedy)
-        if found["units"] is None:
+            contents[table_name] = self.file(folder, _recorded(self.corpus.facts[table_name]), remedy)
+        if contents["units"] is None:
             return False
         rows = self.corpus.units.to_pylist()
         self._expect(2 * len(rows))
@@ -148,18 +146,18 @@ class _Checker:
             tables = {}
             for group in ("samples", "captions"):
                 name = f"{group}/{self.corpus.unit_name(row['unit'])}.arrow"
-                content = self.file(folder, name, row[f"{group}_bytes"], row[f"{group}_sha256"], remedy)
+                content = self.file(folder, FileDigest(name, row[f"{group}_bytes"], row[f"{group}_sha256"]), remedy)
                 table = self._arrow(content, folder.where(name), row[group], remedy)
                 if table is not None:
                     tables[group] = table
             if self.deep and len(tables) == 2:
                 self._unit(row["unit"], tables["samples"], tables["captions"], remedy)
-        if found["sources"] is not None and "quarantine" in self.corpus.sources.schema.names:
+        if contents["sources"] is not None and "quarantine" in self.corpus.sources.schema.names:
             quarantines = [row for row in self.corpus.sources.to_pylist() if row["quarantine"]]
             self._expect(len(quarantines))
             for row in quarantines:
                 name = f"quarantine/{row['quarantine']}"
-                self.file(folder, name, row["quarantine_bytes"], row["quarantine_sha256"], remedy)
+                self.file(folder, FileDigest(name, row["quarantine_bytes"], row["quarantine_sha256"]), remedy)
         return True
 
     def _arrow(
@@ -203,8 +201,8 @@ class _Checker:
         shared, table = manifest["shared"], manifest["records"]
         self._expect(1 if shared is None else 2)
         if shared is not None:
-            self.file(folder, shared["file"], shared["bytes"], shared["sha256"], remedy, family)
-        if self.file(folder, table["file"], table["bytes"], table["sha256"], remedy, family) is None:
+            self.file(folder, _recorded(shared), remedy, family)
+        if self.file(folder, _recorded(table), remedy, family) is None:
             return
         records = folder.read_table(table["file"]).to_pylist()
         if [record["unit"] for record in records] != list(range(self.corpus.num_units)):
@@ -274,7 +272,7 @@ class _Checker:
             problem(folder.where(name), "commit record contradicts the manifest")
         elif commit.of not in (None, self.corpus.digest_of_unit(ALIGNED_WITH[family[0]], unit)):
             problem(where, f"was made from other {ALIGNED_WITH[family[0]]} than the corpus has")
-        content = self.file(folder, record["file"], record["bytes"], record["sha256"], remedy, family, unit)
+        content = self.file(folder, _recorded(record), remedy, family, unit)
         table = self._arrow(content, where, record["rows"], remedy, family, unit)
         if table is None or content is None:
             return
@@ -310,6 +308,11 @@ class _Checker:
                 if reason:
                     remedy = "the encoder on this machine is not the one of the family, or the unit is wrong"
                     self.report.problems.append(Problem(where, reason, remedy, ("text", family.directory), unit))
+
+
+def _recorded(reference: Mapping[str, Any]) -> FileDigest:
+    """The file that a manifest or a table names."""
+    return FileDigest(reference["file"], reference["bytes"], reference["sha256"])
 
 
 def _unreasonable(file: TextFile | LatentFile, table: pa.Table) -> str | None:

@@ -112,6 +112,23 @@ def test_until_stops_there(
     assert lidit("run", inputs / "chain.yaml", "--until", "nowhere") == 2
 
 
+def test_the_first_stage_starts_a_ray_that_every_stage_fits_into(inputs: Path, tmp_path: Path) -> None:
+    actors = (os.cpu_count() or 1) + 3
+    program = f"""
+import ray
+from lidit.config.shipped import load_recipe
+from pipelines.chain import run_chain
+recipe = load_recipe({str(inputs / "chain.yaml")!r}, ["pools={{llama: {{actors: {actors}}}}}"])
+run_chain(recipe, lambda stage, summary: None, until="ingest")
+print(ray.cluster_resources()["CPU"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
+    )
+    # The actors and the reader of either encoder, and two CPUs to spare.
+    assert float(done.stdout) == (actors + 1) + (1 + 1) + 2
+
+
 # -- side by side, without a cluster ----------------------------------------------------------------------------------
 
 

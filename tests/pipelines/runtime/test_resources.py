@@ -1,0 +1,31 @@
+"""Meeting Ray: what an embedded cluster lacks is said before anything waits for it."""
+
+import pytest
+
+from lidit.config import PoolSettings
+from lidit.errors import InputError
+from pipelines.runtime import resources
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def test_a_running_ray_that_is_too_small_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    offered = int(resources.total("CPU"))
+    resources.connect(offered)
+    assert caplog.text == ""
+    resources.connect(offered + 1)
+    assert (
+        f"Ray already runs in this process with {offered} logical CPUs, this job asks for {offered + 1}" in caplog.text
+    )
+    assert resources.total("CPU") == offered
+
+
+def test_a_cluster_may_grow_and_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InputError, match="999 actors ask for 999 CPU"):
+        resources.check_resources(PoolSettings(actors=999))
+    monkeypatch.setenv(resources.CLUSTER_ADDRESS, "auto")
+    resources.connect(999)
+    resources.check_resources(PoolSettings(actors=999))
+    assert caplog.text == ""
