@@ -43,14 +43,14 @@ def run_chain(recipe: Recipe, show: ShowSummary, until: Stage = "evaluate", allo
     Without `sources` the corpus must exist. Raises InputError, before anything is started, for encoders or a codec
     that cannot be used; otherwise what the stages raise. What is finished is kept.
     """
-    wanted = STAGES[: STAGES.index(until) + 1]
+    stages = STAGES[: STAGES.index(until) + 1]
     made: Made = {}
 
     def keep(stage: Stage, summary: Any) -> None:
         made[stage] = summary
         show(stage, summary)
 
-    _check(recipe, wanted)
+    _check(recipe, stages)
     # An embedded Ray cannot grow between stages: whichever stage starts it asks for what any of them needs.
     cpus = _logical_cpus(recipe)
     if recipe.sources:
@@ -58,28 +58,28 @@ def run_chain(recipe: Recipe, show: ShowSummary, until: Stage = "evaluate", allo
             made_corpus = run_ingest(recipe.sources, recipe.corpus, recipe.ingest, progress, cpus)
         keep("ingest", made_corpus)
     corpus = Corpus.open(recipe.corpus)
-    if "embed" in wanted:
+    if "embed" in stages:
         _embed(recipe, corpus, cpus, keep)
-    if "latents" in wanted:
+    if "latents" in stages:
         with ProgressBar(f"latents {recipe.codec.name}", None, "units") as progress:
             latents = run_latents(recipe.corpus, recipe.codec, recipe.pool, progress, cpus)
         keep("latents", latents)
-    if "train" not in wanted:
+    if "train" not in stages:
         return made
     trained = run_fit(recipe, allow_drift)
     keep("train", trained)
-    if "evaluate" in wanted:
+    if "evaluate" in stages:
         out = recipe.run_folder / "evaluation"
         keep("evaluate", evaluate_scenes(trained.model, _evaluation(recipe), recipe.tracking, out))
     return made
 
 
-def _check(recipe: Recipe, wanted: tuple[Stage, ...]) -> None:
+def _check(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
     """Everything a later stage would refuse hours from now."""
-    if "embed" in wanted:
+    if "embed" in stages:
         for encoder in recipe.encoders:
             resolve_encoder(encoder, _device(recipe.pool_of(encoder.name)))
-    if "latents" in wanted:
+    if "latents" in stages:
         codec_spec(recipe.codec, _device(recipe.pool))
 
 
@@ -136,10 +136,10 @@ def _demand(pool: PoolSettings) -> dict[str, float]:
 
 def _capacity(encoders: int) -> dict[str, float]:
     """What may be in use at once. An embedded Ray counts logical CPUs; encoders need real ones, readers hardly any."""
-    found = resources.cluster_resources()
+    offered = resources.cluster_resources()
     if os.environ.get(resources.CLUSTER_ADDRESS):
-        return found
-    return {**found, "CPU": min(found.get("CPU", 0), (os.cpu_count() or 1) + READERS * encoders)}
+        return offered
+    return {**offered, "CPU": min(offered.get("CPU", 0), (os.cpu_count() or 1) + READERS * encoders)}
 
 
 def side_by_side(

@@ -186,8 +186,8 @@ class _SourceReader:
 
     def tables(self) -> Iterator[pa.Table]:
         chunk: list[Sample] = []
-        for found in self._checked():
-            chunk.append(found)
+        for sample in self._checked():
+            chunk.append(sample)
             if len(chunk) == _CHUNK_ROWS:
                 yield _table(chunk)
                 chunk = []
@@ -195,11 +195,11 @@ class _SourceReader:
         self.opened.finish()
 
     def _checked(self) -> Iterator[Sample]:
-        for found in read_source(self.opened, self.fields):
-            if isinstance(found, Refusal):
-                self.refusals.add(found)
+        for raw in read_source(self.opened, self.fields):
+            if isinstance(raw, Refusal):
+                self.refusals.add(raw)
                 continue
-            sample, refusals = self.checker.check(found, self.source.name, self._has_image(found))
+            sample, refusals = self.checker.check(raw, self.source.name, self._has_image(raw))
             for refusal in refusals:
                 self.refusals.add(refusal)
             if sample is not None:

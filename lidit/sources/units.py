@@ -46,7 +46,7 @@ def find_duplicates(
     Keys are compared by 128 bits of their sha256, in as many passes as memory asks for.
     """
     passes = max(1, -(-sum(s.samples for s in staged) // keys_at_once))
-    found: dict[int, dict[int, str]] = {}
+    duplicates: dict[int, dict[int, str]] = {}
     for part in range(passes):
         high, low, source, row = [], [], [], []
         for position, entry in enumerate(staged):
@@ -65,8 +65,8 @@ def find_duplicates(
         for place in np.flatnonzero(same):
             original, copy = order[first[place]], order[place]
             entry = staged[int(sources[copy])]
-            found.setdefault(entry.index, {})[int(rows[copy])] = staged[int(sources[original])].name
-    return found
+            duplicates.setdefault(entry.index, {})[int(rows[copy])] = staged[int(sources[original])].name
+    return duplicates
 
 
 def _key_hashes(folder: Folder, staged: StagedSource) -> np.ndarray:

@@ -72,10 +72,10 @@ class FamilyWriter:
         except FileExistsError:
             pass
         try:
-            found = unseal(writer.folder.read_bytes(FAMILY_FILE))
+            existing = unseal(writer.folder.read_bytes(FAMILY_FILE))
         except ValueError:
             raise InputError(f"{writer.folder.where(FAMILY_FILE)}: damaged; run lidit repair") from None
-        differing = spec_differences(found, json.loads(canonical_json(facts)))
+        differing = spec_differences(existing, json.loads(canonical_json(facts)))
         if differing:
             raise InputError(
                 f"{writer.folder.location}: made for something else ({'; '.join(differing)}); delete this directory "

@@ -229,7 +229,7 @@ def _blocks(units: int) -> int:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What every task and actor of one embedding is told."""
+    """The arguments of every task and actor of one embedding."""
 
     corpus: str
     settings: EncoderSettings
@@ -254,18 +254,18 @@ class EncodeJob:
 
 
 @functools.lru_cache(maxsize=2)
-def _resolve_here(wanted: EncoderSpec, settings: EncoderSettings, device: str) -> EncoderSpec:
-    """Once per worker process: what the files hash to is remembered, but looking that up is too slow for every unit."""
-    # The driver's folder first: it is absolute where the settings may not be, and nothing is asked of the hub again.
-    # What lies there can still be another model, where nodes have disks of their own.
-    here = {"model": wanted.folder} if Path(wanted.folder).is_dir() else {}
-    found = resolve_encoder(settings.model_copy(update=here), device)
-    if differing := spec_differences(wanted.to_dict(), found.to_dict()):
+def _resolve_here(of_driver: EncoderSpec, settings: EncoderSettings, device: str) -> EncoderSpec:
+    """This node's encoder, once per worker process: looking up the files' hashes is too slow for every unit."""
+    # The driver's folder first: it is absolute where the settings may not be, and the hub is not asked again. The
+    # folder can still hold another model, where nodes have disks of their own.
+    folder = {"model": of_driver.folder} if Path(of_driver.folder).is_dir() else {}
+    of_node = resolve_encoder(settings.model_copy(update=folder), device)
+    if differing := spec_differences(of_driver.to_dict(), of_node.to_dict()):
         raise InputError(
             f"{settings.model}: this node has other model files than the node the job started on "
             f"({'; '.join(differing)}); give all nodes the same files"
         )
-    return found
+    return of_node
 
 
 def prepare(job: EncodeJob) -> dict[str, Any]:

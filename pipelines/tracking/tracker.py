@@ -132,11 +132,11 @@ def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[
     sign_in(uri)
     client = MlflowClient(uri)
     try:
-        found = {name: client.get_metric_history(run_id, name) for name in names}
+        histories = {name: client.get_metric_history(run_id, name) for name in names}
     except MlflowException as error:
         log.warning("no curves of run %s: %s", run_id, one_line(error, 200))
         return {}
-    return {name: [(point.step, point.value) for point in history] for name, history in found.items() if history}
+    return {name: [(point.step, point.value) for point in history] for name, history in histories.items() if history}
 
 
 @contextmanager
@@ -172,18 +172,7 @@ def _find_or_create(
     uri: str, experiment: str, name: str, key: str, params: Mapping[str, str], tags: Mapping[str, str], outbox: Path
 ) -> RunHandle:
     client = MlflowClient(uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        root = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" if uri.startswith("sqlite:///") else None
-        try:
-            experiment_id = client.create_experiment(experiment, root.resolve().as_uri() if root else None)
-        except MlflowException:  # another job created it a moment ago
-            found = client.get_experiment_by_name(experiment)
-            if found is None:
-                raise
-            experiment_id = found.experiment_id
-    else:
-        experiment_id = found.experiment_id
+    experiment_id = _experiment_id(client, uri, experiment)
     runs = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
     if runs:
         run = runs[0]
@@ -201,6 +190,20 @@ def _find_or_create(
         tags=[RunTag(k, v) for k, v in tags.items()],
     )
     return RunHandle(uri, run.info.run_id, str(outbox))
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment of this name, created where the store has none; its files lie beside a sqlite store."""
+    existing = client.get_experiment_by_name(name)
+    if existing is None:
+        root = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" if uri.startswith("sqlite:///") else None
+        try:
+            return str(client.create_experiment(name, root.resolve().as_uri() if root else None))
+        except MlflowException:  # another job created it a moment ago
+            existing = client.get_experiment_by_name(name)
+            if existing is None:
+                raise
+    return str(existing.experiment_id)
 
 
 class _ProxiedArtifacts(MlflowArtifactsRepository):
@@ -270,11 +273,11 @@ class Tracker:
     def known(self, prefix: str) -> list[str]:
         """Names of the run's metrics that start with `prefix`, sorted; none where the store does not answer."""
         try:
-            found = self.client.get_run(self.handle.run_id).data.metrics if self.handle.run_id else {}
+            names = self.client.get_run(self.handle.run_id).data.metrics if self.handle.run_id else {}
         except Exception as error:
             log.warning("the run's metrics could not be listed: %s", one_line(error, 200))
-            found = {}
-        return sorted(name for name in found if name.startswith(prefix))
+            names = {}
+        return sorted(name for name in names if name.startswith(prefix))
 
     def close(self, status: str = "") -> None:
         """Deliver what waits, keep the rest in the outbox, then set the run's status where `status` names it.
@@ -351,6 +354,6 @@ class Tracker:
     def _newest_step(self, metric: str) -> int:
         """Asked of the store itself, once per metric: a killed worker may have logged more than anybody noted."""
         if metric not in self._newest:
-            found = self.client.get_metric_history(self.handle.run_id, metric)
-            self._newest[metric] = max((point.step for point in found), default=-1)
+            points = self.client.get_metric_history(self.handle.run_id, metric)
+            self._newest[metric] = max((point.step for point in points), default=-1)
         return self._newest[metric]
