@@ -9,7 +9,7 @@ import typer
 from jobs.support.start import run
 
 if TYPE_CHECKING:
-    from pipelines.training.driver import FitResult
+    from pipelines.training.driver import TrainResult
 
 
 def command(
@@ -28,12 +28,12 @@ def command(
     from lidit.config.shipped import load_recipe
 
     checked = load_recipe(recipe, overrides)
-    from pipelines.training.train import run_fit
+    from pipelines.training.train import train
 
-    show(run_fit(checked, allow_drift))
+    show(train(checked, allow_drift))
 
 
-def show(result: FitResult) -> None:
+def show(result: TrainResult) -> None:
     """What came of a training."""
     print(f"{result.model}: {'trained to' if result.trained else 'already trained to'} step {result.step}")
 

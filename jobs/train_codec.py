@@ -27,9 +27,9 @@ def command(
 
     tree = load_yaml(find(recipe, RECIPES, "codec recipe"))
     checked = validate(CodecRecipe, apply_overrides(tree, overrides or []), recipe)
-    from pipelines.training.train_codec import run_train_codec
+    from pipelines.training.train_codec import train_codec
 
-    result = run_train_codec(checked, allow_drift)
+    result = train_codec(checked, allow_drift)
     print(f"{result.model}: {'trained to' if result.trained else 'already trained to'} step {result.step}")
     print(f"use it     lidit latents {checked.corpus} --codec {result.model} --name {checked.name}")
 

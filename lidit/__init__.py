@@ -21,7 +21,7 @@ _PLACES = {
     "export_corpus": "lidit.store.export:export_corpus",
     "load_encoder": "lidit.text:load_encoder",
     "load_recipe": "lidit.config.shipped:load_recipe",
-    "train": "pipelines.training.train:run_fit",
+    "train": "pipelines.training.train:train",
     "verify_corpus": "lidit.store.verify:verify_corpus",
 }
 __all__ = [
@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of the table
     from lidit.store.export import export_corpus
     from lidit.store.verify import verify_corpus
     from lidit.text import load_encoder
-    from pipelines.training.train import run_fit as train
+    from pipelines.training.train import train as train
 
     __version__: str
 else:

@@ -25,7 +25,7 @@ from pipelines.corpus.latents import run_latents
 from pipelines.evaluation.scenes import evaluate_scenes
 from pipelines.runtime import resources
 from pipelines.runtime.progress import Display, ProgressBar
-from pipelines.training.train import run_fit
+from pipelines.training.train import train
 
 log = logging.getLogger(__name__)
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -66,7 +66,7 @@ def run_chain(recipe: Recipe, show: ShowSummary, until: Stage = "evaluate", allo
         keep("latents", latents)
     if "train" not in stages:
         return made
-    trained = run_fit(recipe, allow_drift)
+    trained = train(recipe, allow_drift)
     keep("train", trained)
     if "evaluate" in stages:
         out = recipe.run_folder / "evaluation"

@@ -108,7 +108,7 @@ def test_every_room_has_its_floor() -> None:
     ("path", "source"),
     [
         ("lidit/text/encoder.py", "def f():\n    import ray.data\n"),
-        ("lidit/models/refiner.py", "from pipelines.training.train import run_fit\n"),
+        ("lidit/models/refiner.py", "from pipelines.training.train import train\n"),
         ("lidit/store/corpus.py", "from lidit.text.specs import EncoderSpec\n"),
         ("lidit/store/corpus.py", "def f():\n    from lidit.store.families import TextFamily\n"),
         ("lidit/images/decode.py", "from lidit.sources import base\n"),

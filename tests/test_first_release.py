@@ -18,7 +18,7 @@ from lidit.store import Corpus, digest_of
 from lidit.store.verify import verify_corpus
 from lidit.text import PromptEncoder, resolve_encoder
 from pipelines.corpus.ingest import run_ingest
-from pipelines.training.train import run_fit
+from pipelines.training.train import train
 
 RELEASED = Path(__file__).parent / "fixtures" / "first_release"
 STORAGE = {"llama": "bfloat16", "qwen2": "int8", "mistral": "float32"}
@@ -89,7 +89,7 @@ def test_a_run_goes_on_to_the_model_it_had_become(ray_cluster: None, released: P
     tree |= {"output": str(tmp_path / "runs"), "corpus": str(released / "corpus")}
     for settings in tree["encoders"]:
         settings["model"] = str(released / "llms" / settings["name"])
-    result = run_fit(Recipe.model_validate(tree))
+    result = train(Recipe.model_validate(tree))
     assert (result.step, result.trained) == (4, True)
     losses = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "loss")
     assert sorted(point.step for point in losses) == [3, 4], "it did not go on from step 2"

@@ -26,12 +26,12 @@ from lidit.evals.ablation.results import RESULT_FILE, ArmResult, Point
 from lidit.store import Corpus, digest_of
 from pipelines import tracking
 from pipelines.ablation.arm import ArmJob, train_arm
-from pipelines.ablation.eval_set import Study
+from pipelines.ablation.eval_set import EvalSet
 from pipelines.chain import run_chain
 from pipelines.evaluation.models import load_pipeline
 from pipelines.runtime import resources
 from pipelines.runtime.progress import ProgressBar
-from pipelines.training.train import run_facts, run_fit
+from pipelines.training.train import run_facts, train
 
 PARENT = "mlflow.parentRunId"
 TRACKED = "tracked"  # a file in an arm's folder, made when the tracker has all of its numbers
@@ -57,11 +57,11 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
     folder = ablation.recipe.run_folder.resolve()
     ablation = _absolute(ablation, folder)
     _check_machine(ablation)
-    study = Study.of(ablation, folder / "cases")
+    eval_set = EvalSet.of(ablation, folder / "cases")
     corpus = _prepare(ablation, folder)
-    jobs = _jobs(ablation, study, corpus)
+    jobs = _jobs(ablation, eval_set, corpus)
     uri = tracking.store_uri(ablation.recipe.tracking.uri, folder.parent)
-    judged = _judged_on(ablation, corpus, study)
+    judged = _judged_on(ablation, corpus, eval_set)
     results = {job.name: found for job in jobs if (found := _finished(job)) is not None}
     pending = [job for job in jobs if job.name not in results]
     key = digest_of({"ablation": ablation.recipe.name, "output": str(folder)})[:32]
@@ -113,7 +113,7 @@ def _prepare(ablation: Ablation, folder: Path) -> Corpus:
     return Corpus.open(ablation.recipe.corpus)
 
 
-def _jobs(ablation: Ablation, study: Study, corpus: Corpus) -> list[ArmJob]:
+def _jobs(ablation: Ablation, eval_set: EvalSet, corpus: Corpus) -> list[ArmJob]:
     """Every arm with every seed, seed by seed, so that an early look already compares all arms."""
     jobs = []
     for seed in ablation.seeds:
@@ -121,8 +121,8 @@ def _jobs(ablation: Ablation, study: Study, corpus: Corpus) -> list[ArmJob]:
             recipe = ablation.arm_recipe(arm, seed)
             facts = run_facts(recipe, corpus)
             points = ablation.measures.points if recipe.engine.workers == 1 else 1
-            identity = digest_of({"facts": facts, "cases": study.digest, "points": points})
-            jobs.append(ArmJob(arm, seed, identity, recipe, facts["text"], facts["latents"], study, points))
+            identity = digest_of({"facts": facts, "cases": eval_set.digest, "points": points})
+            jobs.append(ArmJob(arm, seed, identity, recipe, facts["text"], facts["latents"], eval_set, points))
     return jobs
 
 
@@ -146,13 +146,13 @@ def _encode_cases(pending: list[ArmJob], corpus: Corpus) -> None:
     for fingerprint, (job, encoder) in wanted.items():
         pool = job.recipe.pool_of(encoder.name)
         task = _encode.options(**resources.demands(pool))
-        tasks.append(task.remote(job.study, corpus.folder.location, encoder, fingerprint))
+        tasks.append(task.remote(job.eval_set, corpus.folder.location, encoder, fingerprint))
     _get(tasks)
 
 
 @ray.remote
-def _encode(study: Study, corpus: str, encoder: Any, fingerprint: str) -> None:
-    study.encode(Corpus.open(corpus), encoder, fingerprint)
+def _encode(eval_set: EvalSet, corpus: str, encoder: Any, fingerprint: str) -> None:
+    eval_set.encode(Corpus.open(corpus), encoder, fingerprint)
 
 
 def _results(pending: list[ArmJob], ablation: Ablation, uri: str, parent: str) -> Iterator[tuple[ArmJob, ArmResult]]:
@@ -203,7 +203,7 @@ def _fit_arm(job: ArmJob, uri: str, parent: str) -> ArmResult:
     """An arm by the ordinary training, measured at its end. Its seconds are this call's."""
     started = time.monotonic()
     tracked = job.recipe.tracking.model_copy(update={"uri": uri})
-    trained = run_fit(job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {})
+    trained = train(job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {})
     task = _measure.options(**resources.demands(resources.worker_pool(job.recipe.engine)))
     ((point, parameters),) = _get([task.remote(job, trained.model, trained.step)])
     found = ArmResult(job.identity, job.arm, job.seed, parameters, time.monotonic() - started, (), (point,))
@@ -215,9 +215,11 @@ def _fit_arm(job: ArmJob, uri: str, parent: str) -> ArmResult:
 def _measure(job: ArmJob, model: Path, step: int) -> tuple[Point, int]:
     """A trained arm judged where its workers ran, for the driver may have no GPU; and its number of parameters."""
     pipe = load_pipeline(model)
-    loss = job.study.loss(pipe.model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts)
+    loss = job.eval_set.loss(
+        pipe.model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts
+    )
     parameters = sum(parameter.numel() for parameter in pipe.model.parameters())
-    return job.study.measure(loss, job.study.images(), step), parameters
+    return job.eval_set.measure(loss, job.eval_set.images(), step), parameters
 
 
 def _track(job: ArmJob, result: ArmResult, uri: str, experiment: str, parent: str) -> None:
@@ -249,11 +251,11 @@ def _write(
     return write_ablation_report(folder / "report", in_order, f"Ablation {ablation.recipe.name}", facts, missing)
 
 
-def _judged_on(ablation: Ablation, corpus: Corpus, study: Study) -> str:
+def _judged_on(ablation: Ablation, corpus: Corpus, eval_set: EvalSet) -> str:
     """In words. Reads every caption of the corpus: once, not for every page."""
     measures = ablation.measures
     trained = {text for unit in range(corpus.num_units) for text in corpus.captions(unit)["text"].to_pylist()}
-    judged = {case.caption for cases in study.measures.values() for case in cases}
+    judged = {case.caption for cases in eval_set.measures.values() for case in cases}
     return (
         f"{measures.scenes} scenes of {measures.tag} per style; errors: {', '.join(measures.kinds)}; "
         f"{len(judged & trained)} of their {len(judged)} captions occur in training, with other scenes"

@@ -19,11 +19,11 @@ from lidit.data.feed import open_feed
 from lidit.diffusion import build_objective
 from lidit.errors import JobError
 from lidit.evals.ablation.results import ArmResult
-from lidit.models import LIDiT
 from lidit.store import Corpus
-from pipelines.ablation.eval_set import Study, points_of
-from pipelines.training.engine import Engine, worker_device
-from pipelines.training.metrics import averaged_model
+from pipelines.ablation.eval_set import EvalSet, points_of
+from pipelines.training.ema import averaged_model
+from pipelines.training.engine import Engine, set_up_device
+from pipelines.training.train import initial_model, untrained_model
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ArmJob:
     recipe: Recipe
     texts: dict[str, str]
     latents: str
-    study: Study
+    eval_set: EvalSet
     points: int
 
     @property
@@ -54,23 +54,18 @@ def train_arm(job: ArmJob) -> ArmResult:
     Raises JobError where the loss stops being finite.
     """
     recipe, started = job.recipe, time.monotonic()
-    device = worker_device(recipe.engine)
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(recipe.engine.cpus_per_worker)))
+    device = set_up_device(recipe.engine)
     corpus = Corpus.open(recipe.corpus)
     families = Families.open(corpus, recipe.data, job.latents, job.texts)
     feed = open_feed(corpus, recipe.data, batch_size=recipe.train.batch_size, families=families)
-    channels, widths = families.latent_shape[0], families.widths
-    objective, images = build_objective(recipe.objective), job.study.images()
-    torch.manual_seed(recipe.data.seed)
-    model = LIDiT.from_settings(recipe.model, widths, channels)
-    for name, family in families.texts.items():
-        model.conditioner.set_statistics(name, family.shared().mean, family.shared().deviation)
+    objective, images = build_objective(recipe.objective), job.eval_set.images()
+
+    model, fresh = initial_model(recipe, families), untrained_model(recipe, families)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    fresh = LIDiT.from_settings(recipe.model, widths, channels)
-    due, losses, points = set(points_of(recipe, job.points)), [], []
     _process_group_of_one(device)
-    engine = Engine(recipe, model.train(), objective, device)
+    engine = Engine(recipe, model, objective, device)
+
+    due, losses, points = set(points_of(recipe, job.points)), [], []
     for batch in feed.batches(0, recipe.train.steps):
         result = engine.train_step(batch.to(device))
         step = batch.step + 1
@@ -79,18 +74,20 @@ def train_arm(job: ArmJob) -> ArmResult:
         if step % recipe.train.log_every == 0 or step in due:
             losses.append((step, result.loss))
         if step in due:
-            averaged = averaged_model(engine, fresh)
+            averaged = averaged_model(engine.deepspeed, engine.ema, fresh, device)
             assert averaged is not None  # this process is rank 0
-            points.append(job.study.measure(job.study.loss(averaged, objective, corpus, job.texts), images, step))
+            loss = job.eval_set.loss(averaged, objective, corpus, job.texts)
+            points.append(job.eval_set.measure(loss, images, step))
+
     seconds = time.monotonic() - started
-    found = ArmResult(job.identity, job.arm, job.seed, parameters, seconds, tuple(losses), tuple(points))
-    found.save(job.folder)
-    return found
+    arm = ArmResult(job.identity, job.arm, job.seed, parameters, seconds, tuple(losses), tuple(points))
+    arm.save(job.folder)
+    return arm
 
 
 def _process_group_of_one(device: torch.device) -> None:
-    """What the engine's collective calls run over. It stays for the next arm: DeepSpeed remembers its groups."""
+    """Start a process group for the engine's collective calls; the next arm uses it too, as DeepSpeed remembers it."""
     if not dist.is_initialized():
-        os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed asks for a launcher's word
+        os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed reads a launcher's variables
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

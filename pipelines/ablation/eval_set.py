@@ -1,4 +1,4 @@
-"""What every arm of an ablation is judged by: scenes none has seen, true and wrong captions, their states per LLM."""
+"""What every arm of an ablation is judged by: scenes that no arm trains on, true and wrong captions, their states."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
 from lidit.text.specs import default_device
 
-CASE_SEED = 1_000_003  # no training set is drawn with it, and all arms and seeds meet the same cases
+CASE_SEED = 1_000_003  # no training set is generated with it; all arms and seeds meet the same cases
 IMAGES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Study:
+class EvalSet:
     """`measures`: name ("binding, clauses") -> cases. `folder` keeps the captions' states; small and picklable."""
 
     folder: Path
@@ -37,7 +37,7 @@ class Study:
     batch_size: int
 
     @classmethod
-    def of(cls, ablation: Ablation, folder: Path) -> Study:
+    def of(cls, ablation: Ablation, folder: Path) -> EvalSet:
         """The cases of an ablation. Raises InputError for a category that the kinds or styles do not fit."""
         scenes, settings = ablation.scenes, ablation.measures
         measures = {
@@ -70,7 +70,7 @@ class Study:
         publish_bytes(Folder.at(self.folder), path.name, content)
 
     def loss(self, model: LIDiT, objective: Objective, corpus: Corpus, fingerprints: dict[str, str]) -> CaptionLoss:
-        """The model's loss under any caption of the study. `fingerprints`: the model's encoders -> text family."""
+        """The model's loss under any caption of the set. `fingerprints`: the model's encoders -> text family."""
         captions = self.captions
         rows, prefixes = {}, {}
         for name, fingerprint in fingerprints.items():
@@ -89,14 +89,14 @@ class Study:
 
     def measure(self, loss: CaptionLoss, images: dict[str, torch.Tensor], step: int) -> Point:
         """Every measure and the validation loss of a model at `step`."""
-        found, losses = {}, []
+        measured, losses = {}, []
         for name, cases in self.measures.items():
             result = measure_binding(loss, cases, images[name], batch_size=self.batch_size)
             by_position = tuple(result.by_position[i].value for i in sorted(result.by_position))
-            found[name] = Measured(result.accuracy.value, result.gap.value, by_position)
+            measured[name] = Measured(result.accuracy.value, result.gap.value, by_position)
             losses.append(result.true_loss)
         means = {f"{t:g}": sum(group[t].value for group in losses) / len(losses) for t in losses[0]}
-        return Point(step, found, means)
+        return Point(step, measured, means)
 
     def _path(self, fingerprint: str) -> Path:
         return self.folder / f"{fingerprint[:12]}-{self.digest[:12]}.safetensors"

@@ -1,4 +1,4 @@
-"""A training as its driver sees it, whatever it trains: resume or refuse, track, run on Ray Train, show, publish."""
+"""A training run as its driver sees it, whatever it trains: resume or refuse, track, run on Ray Train, publish."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import ray
 import ray.train as rt
@@ -30,13 +30,14 @@ from pipelines import tracking
 from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import check_engine, connect
 from pipelines.training import checkpoints, ray_checkpoints
+from pipelines.training.board import Board
 from pipelines.training.interrupt import is_disk_full, saved_on_sigterm
-from pipelines.training.metrics import Board
+from pipelines.training.loop import TrainWorker
 
 log = logging.getLogger(__name__)
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 FACTS = "run.json"
-UNTRACKED = "untracked"  # there while a model may be published that the tracker was never told of
+UNTRACKED = "untracked"  # a file beside the model until the tracker has the model
 # Settings that decide where and how fast a run goes, never what it computes.
 FREE_ENGINE = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
                "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}  # fmt: skip
@@ -46,8 +47,8 @@ WORKER_ENVIRONMENT = ("HF_HUB_OFFLINE", "LIDIT_CACHE", "LIDIT_STORE_CACHE", "LID
 
 
 @dataclass(frozen=True)
-class FitResult:
-    """`model`: the folder people load. `trained`: False when everything was there already."""
+class TrainResult:
+    """`model`: the folder people load. `trained`: False when the run was finished before the call."""
 
     model: Path
     step: int
@@ -56,67 +57,108 @@ class FitResult:
     trained: bool
 
 
-def drive(
-    recipe: AnyRecipe,
-    corpus: Corpus,
-    facts: dict[str, Any],
-    tags: dict[str, str],
-    allow_drift: bool,
-    train: Callable[[AnyRecipe, tracking.Tracker, Path], None],
-) -> FitResult:
-    """Take the run of this name to its last step, from wherever it stands, and publish its model.
+@contextmanager
+def open_run(
+    recipe: AnyRecipe, corpus: Corpus, facts: dict[str, Any], tags: dict[str, str], allow_drift: bool
+) -> Iterator[Run[AnyRecipe]]:
+    """The run of the recipe's name, ready to go on: not drifted, connected to Ray, tracked while the block runs.
 
-    facts: what the run is made of; a run of the name that was started with others is refused, unless `allow_drift`.
-    train: does the steps that are missing, in the run's folder, given the recipe with absolute paths.
+    facts: what the run is made of. Raises InputError where the run was started with other facts, unless `allow_drift`.
+    A finished run starts no Ray; it only delivers to the tracker what an outage or a kill left behind.
     """
     folder = recipe.run_folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe.placed(str(folder.parent), corpus.folder.location)
     check_drift(folder, facts, allow_drift)
-    uri = tracking.store_uri(recipe.tracking.uri, folder.parent)
-    finished = finished_step(folder)
-    if finished is not None and finished >= recipe.train.steps:
-        untold = (folder / UNTRACKED).exists()  # killed after publishing
-        if untold or (folder / tracking.OUTBOX).exists():
-            with _tracked(recipe, corpus, tags, uri, folder) as tracker:  # delivers what an outage left behind
-                if untold:
+    run = Run(recipe, folder, tracking.store_uri(recipe.tracking.uri, folder.parent))
+
+    if run.finished:
+        untracked = (folder / UNTRACKED).exists()  # killed between publishing and tracking
+        if untracked or (folder / tracking.OUTBOX).exists():
+            with _tracked(run, corpus, tags) as tracker:
+                if untracked:
                     track_model(recipe, tracker, folder)
             (folder / UNTRACKED).unlink(missing_ok=True)
-        return FitResult(folder / "model", finished, uri, read_run_id(folder), trained=False)
+        yield run
+        return
+
     # Whole or not at all: a run whose facts were torn by a full disk could never go on.
     publish_bytes(Folder.at(folder), FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
     connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
     check_engine(recipe.engine)
-    with _tracked(recipe, corpus, tags, uri, folder) as tracker:
-        note_run(folder, tracker)
-        train(recipe, tracker, folder)
-        (folder / UNTRACKED).touch()
-        publish_model(folder)
-        track_model(recipe, tracker, folder)
-    (folder / UNTRACKED).unlink()
-    note_run(folder, tracker)  # a tracker that was down at the start may have answered since
-    return FitResult(folder / "model", recipe.train.steps, uri, tracker.handle.run_id, trained=True)
-
-
-@contextmanager
-def _tracked(
-    recipe: RunRecipe, corpus: Corpus, tags: dict[str, str], uri: str, folder: Path
-) -> Iterator[tracking.Tracker]:
-    tags = {
-        **tags,
-        "lidit.corpus_digest": corpus.digest,
-        "lidit.ray_job": os.environ.get("RAY_JOB_ID", "embedded"),
-    }
-    key = digest_of({"name": recipe.name, "output": recipe.output})[:32]
-    with tracking.tracked_run(uri, recipe.tracking.experiment, recipe.name, key, flatten(recipe), tags, folder) as run:
-        run.dataset(Path(recipe.corpus).name, corpus.digest, recipe.corpus)
-        (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1))
-        run.artifact(folder / "recipe.json")
+    with _tracked(run, corpus, tags) as run.tracker:
+        note_run(folder, run.tracker)
         yield run
+    (folder / UNTRACKED).unlink(missing_ok=True)
+    note_run(folder, run.tracker)  # a tracker that was down at the start may have answered since
+
+
+class Run(Generic[AnyRecipe]):
+    """One training run; open it with `open_run`. `recipe` has absolute paths, `folder` is the run's own."""
+
+    tracker: tracking.Tracker  # of a run that was not finished when it was opened
+
+    def __init__(self, recipe: AnyRecipe, folder: Path, tracking_uri: str) -> None:
+        self.recipe, self.folder, self.tracking_uri = recipe, folder, tracking_uri
+        self.trained = False  # by this call
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model of the recipe's last step is published."""
+        step = finished_step(self.folder)
+        return step is not None and step >= self.recipe.train.steps
+
+    @property
+    def result(self) -> TrainResult:
+        step = finished_step(self.folder) or 0
+        return TrainResult(self.folder / "model", step, self.tracking_uri, read_run_id(self.folder), self.trained)
+
+    def launch(self, worker: TrainWorker, config: dict[str, Any]) -> None:
+        """Run `worker` on the recipe's workers until the last step, with progress.
+
+        config: what the worker gets besides recipe, tracking handle and board. Raises a worker's InputError or
+        JobError, JobError where Ray gives up, KeyboardInterrupt after SIGTERM with everything saved.
+        """
+        newest = checkpoints.newest_complete(self.folder)
+        ray_checkpoints.agree(self.folder, newest)
+        board = _start_board()
+        config = {
+            **config,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "tracking": self.tracker.handle,
+            "board": board,
+        }
+        trainer, steps = _trainer(worker, config, self.recipe), self.recipe.train.steps
+        start = checkpoints.read_position(newest).step if newest else 0
+        with (
+            ProgressBar(f"train {self.recipe.name}", steps, "steps", start=start) as progress,
+            _shown(board, progress),
+            saved_on_sigterm(board) as stopped,
+        ):
+            try:
+                trainer.fit()
+            except rt.TrainingFailedError as error:
+                raise ray.get(board.failure.remote()) or _job_error(error) from error
+            # Workers that restart after a recorded failure exit at once, and to Ray that is success.
+            if (failure := ray.get(board.failure.remote())) is not None:
+                raise failure
+        last = checkpoints.candidates(self.folder)
+        if stopped.is_set() and checkpoints.read_position(last[0]).step < steps:
+            raise KeyboardInterrupt
+
+    def publish_model(self) -> None:
+        """Put the last checkpoint's model in its place and give it to the tracker; the run is finished then."""
+        (self.folder / UNTRACKED).touch()
+        publish_model(self.folder)
+        self.trained = True
+        track_model(self.recipe, self.tracker, self.folder)
+
+
+# -- a run's folder and its tracker -----------------------------------------------------------------------------------
 
 
 def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
-    """Refuse to continue a run with other settings or data than it was started with; print what differs."""
+    """Raise InputError naming what differs where the run was started with other settings or data."""
     path = folder / FACTS
     if not path.exists():
         return
@@ -129,16 +171,34 @@ def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
         )
 
 
+@contextmanager
+def _tracked(run: Run[Any], corpus: Corpus, tags: dict[str, str]) -> Iterator[tracking.Tracker]:
+    """The tracker's run of this training, with its settings and its corpus."""
+    recipe, folder = run.recipe, run.folder
+    tags = {
+        **tags,
+        "lidit.corpus_digest": corpus.digest,
+        "lidit.ray_job": os.environ.get("RAY_JOB_ID", "embedded"),
+    }
+    key = digest_of({"name": recipe.name, "output": recipe.output})[:32]
+    experiment, settings = recipe.tracking.experiment, flatten(recipe)
+    with tracking.tracked_run(run.tracking_uri, experiment, recipe.name, key, settings, tags, folder) as tracker:
+        tracker.dataset(Path(recipe.corpus).name, corpus.digest, recipe.corpus)
+        (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1))
+        tracker.artifact(folder / "recipe.json")
+        yield tracker
+
+
 def track_model(recipe: RunRecipe, tracker: tracking.Tracker, folder: Path) -> None:
-    """The published model as an artifact, its curves, and its place in the registry where the recipe names one."""
+    """Give the tracker the published model and the run's curves; register the model where the recipe asks for it."""
     tracker.artifact(folder / "model", "model")
-    draw_curves(tracker, folder / "plots")
+    plot_curves(tracker, folder / "plots")
     if recipe.tracking.registered_model:
         tracker.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
 
 
-def draw_curves(tracker: tracking.Tracker, folder: Path) -> None:
-    """Loss over steps, and validation loss per noise level, as the tracker has them, written and tracked as PNG."""
+def plot_curves(tracker: tracking.Tracker, folder: Path) -> None:
+    """Plot loss over steps and validation loss per noise level, from the tracker's numbers, as tracked PNG files."""
     folder.mkdir(exist_ok=True)
     names = {name: name for name in ("loss", "validation/loss")}
     levels = {name: f"t = {name.rpartition('_t')[2]}" for name in tracker.known("validation/loss_t")}
@@ -166,30 +226,38 @@ def read_run_id(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def launch(
-    worker: Callable[[dict[str, Any]], None],
-    recipe: RunRecipe,
-    config: dict[str, Any],
-    tracker: tracking.Tracker,
-    folder: Path,
-) -> None:
-    """Run `worker` on the recipe's workers to its last step, with progress. `config` is what it gets besides."""
-    newest = checkpoints.newest_complete(folder)
-    ray_checkpoints.agree(folder, newest)
+def publish_model(folder: Path) -> None:
+    """Copy the exported model out of the last checkpoint; the run is finished when its folder is in place."""
+    last = checkpoints.candidates(folder)[0]
+    if not (last / "model").is_dir():
+        raise JobError(f"{last}: the last checkpoint holds no exported model; delete it and run the same command again")
+    target, fresh = folder / "model", folder / "model.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(last / "model", fresh)
+    (fresh / "finished.json").write_text(json.dumps({"step": checkpoints.read_position(last).step}))
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+# -- Ray Train --------------------------------------------------------------------------------------------------------
+
+
+def _start_board() -> Any:
+    """The board's actor, on the driver's node so that it lives as long as the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # lives as long as the driver
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     ray.get(board.keep.remote(tracking.credentials()))
+    return board
+
+
+def _trainer(worker: TrainWorker, config: dict[str, Any], recipe: RunRecipe) -> TorchTrainer:
+    """Ray Train's trainer for the recipe's workers, restarts and checkpoints."""
     engine, gpus = recipe.engine, recipe.engine.gpus_per_worker
     resources = {"CPU": engine.cpus_per_worker, **({"GPU": gpus} if gpus else {}), **engine.resources}
     scaling: dict[str, Any] = {"label_selector": engine.label_selector} if engine.label_selector else {}
-    trainer = TorchTrainer(
+    return TorchTrainer(
         worker,
-        train_loop_config={
-            **config,
-            "recipe": recipe.model_dump(mode="json"),
-            "tracking": tracker.handle,
-            "board": board,
-        },
+        train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=rt.ScalingConfig(
             num_workers=(engine.min_workers, engine.workers) if engine.min_workers else engine.workers,
@@ -209,39 +277,21 @@ def launch(
             worker_runtime_env={"env_vars": {n: os.environ[n] for n in WORKER_ENVIRONMENT if n in os.environ}},
         ),
     )
-    start = checkpoints.read_position(newest).step if newest else 0
-    with (
-        ProgressBar(f"train {recipe.name}", recipe.train.steps, "steps", start=start) as progress,
-        _shown(board, progress),
-        saved_on_sigterm(board) as stopped,
-    ):
-        try:
-            trainer.fit()
-        except rt.TrainingFailedError as error:
-            raise ray.get(board.failure.remote()) or _plain(error) from error
-        if (failure := ray.get(board.failure.remote())) is not None:
-            raise failure
-    if stopped.is_set() and checkpoints.read_position(checkpoints.candidates(folder)[0]).step < recipe.train.steps:
-        raise KeyboardInterrupt
 
 
-def _plain(error: BaseException) -> Exception:
-    """The mistake or failure below Ray's wrappers, where it is one of ours."""
-    text = str(error)
-    for kind in (InputError, JobError):
-        marker = f"{kind.__module__}.{kind.__name__}: "
-        if marker in text:
-            return kind(text.rsplit(marker, 1)[1].strip().splitlines()[0])
+def _job_error(error: BaseException) -> JobError:
+    """Why Ray gave up, where no worker recorded an error of ours."""
     if is_disk_full(error):
         return JobError(
             "no space left on the disk; everything finished is kept: make room and run the same command again"
         )
-    return JobError(f"training failed: {text.strip().splitlines()[-1] if text.strip() else error!r}")
+    text = str(error).strip()
+    return JobError(f"training failed: {text.splitlines()[-1] if text else repr(error)}")
 
 
 @contextmanager
 def _shown(board: Any, progress: ProgressBar) -> Iterator[None]:
-    """Rank 0's messages as progress, read by a thread while the driver waits in fit()."""
+    """Show rank 0's messages as progress, read by a thread while the driver waits in `fit()`."""
     stop = threading.Event()
 
     def show() -> None:
@@ -260,16 +310,3 @@ def _shown(board: Any, progress: ProgressBar) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=10)
-
-
-def publish_model(folder: Path) -> None:
-    """Move the exported model out of the last checkpoint; the run is finished when its folder is in place."""
-    last = checkpoints.candidates(folder)[0]
-    if not (last / "model").is_dir():
-        raise JobError(f"{last}: the last checkpoint holds no exported model; delete it and run the same command again")
-    target, fresh = folder / "model", folder / "model.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(last / "model", fresh)
-    (fresh / "finished.json").write_text(json.dumps({"step": checkpoints.read_position(last).step}))
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)

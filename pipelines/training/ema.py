@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -120,6 +122,21 @@ def gather_full(
         if dist.get_rank() == 0:
             full[name] = flat.view(shape).cpu()
     return full if dist.get_rank() == 0 else None
+
+
+def averaged_model(engine: Any, ema: ShardedEMA, fresh: AnyModel | None, device: torch.device) -> AnyModel | None:
+    """The averaged weights put into `fresh`, on `device`, ready to sample. Collective; None on other ranks than 0.
+
+    fresh: rank 0's copy of the model, built once, because a sharded engine has no whole model to put weights into.
+    """
+    full = gather_full(full_shapes(engine), ema.fragments, ema.average, device)
+    if full is None or fresh is None:
+        return None
+    buffers = dict(engine.module.named_buffers())
+    missing, unexpected = fresh.load_state_dict({**full, **buffers}, strict=False)
+    if unexpected or set(missing) - set(fresh.state_dict()) or any(name in full for name in missing):
+        raise RuntimeError(f"the averaged weights do not fit the model: {missing} {unexpected}")
+    return fresh.to(device).eval()
 
 
 def full_shapes(engine: Any) -> dict[str, torch.Size]:

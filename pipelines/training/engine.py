@@ -23,12 +23,13 @@ from pipelines.training.ema import ShardedEMA, owned_fragments
 from pipelines.training.schedule import learning_rate
 
 
-def worker_device(engine: EngineSettings) -> torch.device:
-    """This worker's: the GPU it was given, where the recipe gives its workers GPUs; else the CPU, GPUs or not.
+def set_up_device(engine: EngineSettings) -> torch.device:
+    """This worker's device: its GPU where the recipe gives workers GPUs, else the CPU, with one thread per core of it.
 
     Raises JobError where the recipe wants a GPU and torch sees none.
     """
     if not engine.gpus_per_worker:
+        torch.set_num_threads(max(1, int(engine.cpus_per_worker)))
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise JobError(
@@ -204,7 +205,9 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
 
 
 class Engine(ShardedEngine[TrainingBatch]):
-    """LI-DiT and its objective. `prefixes` of the text are in the batches."""
+    """LI-DiT and its objective. The prefixes of the text are in the batches."""
+
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe, model: LIDiT, objective: Objective, device: torch.device) -> None:
         super().__init__(recipe, model, device)

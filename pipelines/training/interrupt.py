@@ -22,8 +22,8 @@ ASK_SECONDS = 1.0
 PREEMPTION_SECONDS = 10.0
 
 
-class Wish(IntEnum):
-    """GO_ON; LOOK: ask Ray about preemption; SAVE: save and go on, Ray starts the run anew; STOP: save and leave."""
+class Action(IntEnum):
+    """GO_ON; LOOK: ask Ray about preemption; SAVE: save and go on, Ray restarts the run; STOP: save and leave."""
 
     GO_ON = 0
     LOOK = 1
@@ -32,7 +32,7 @@ class Wish(IntEnum):
 
 
 class Listener:
-    """What the workers are to do after a step, agreed upon by all. Rank 0 asks the driver's board, without waiting."""
+    """What all workers do after a step. Rank 0 asks the driver's board, without waiting for the answer."""
 
     def __init__(self, board: Any, device: torch.device) -> None:
         self.board, self.device = board if dist.get_rank() == 0 else None, device
@@ -40,33 +40,33 @@ class Listener:
         self._asked, self._looked = -ASK_SECONDS, time.monotonic()
         self._saved_for: Any = None
 
-    def ask(self) -> Wish:
+    def ask(self) -> Action:
         """Collective: every worker calls it after every step."""
-        told = torch.tensor(float(self._own_wish()), device=self.device)
-        dist.broadcast(told, 0)
-        wish = Wish(int(told.item()))
-        if wish is not Wish.LOOK:
-            return wish
+        shared = torch.tensor(float(self._own_action()), device=self.device)
+        dist.broadcast(shared, 0)
+        action = Action(int(shared.item()))
+        if action is not Action.LOOK:
+            return action
         info = rt.get_preemption_info()
         if info is None or info == self._saved_for:
-            return Wish.GO_ON
+            return Action.GO_ON
         self._saved_for = info
-        return Wish.SAVE
+        return Action.SAVE
 
-    def _own_wish(self) -> Wish:
+    def _own_action(self) -> Action:
         if self.board is None:
-            return Wish.GO_ON
+            return Action.GO_ON
         now = time.monotonic()
         if self._answer is None and now - self._asked >= ASK_SECONDS:
             self._answer, self._asked = self.board.is_stopping.remote(), now
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             stopping, self._answer = ray.get(self._answer), None
             if stopping:
-                return Wish.STOP
+                return Action.STOP
         if now - self._looked >= PREEMPTION_SECONDS:
             self._looked = now
-            return Wish.LOOK
-        return Wish.GO_ON
+            return Action.LOOK
+        return Action.GO_ON
 
 
 @contextmanager

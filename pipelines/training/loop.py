@@ -1,7 +1,11 @@
-"""What every training worker does, whatever it trains: where it runs, restore, step, save."""
+"""What every training worker does, whatever it trains: restore, step, save.
+
+A training (train.py, train_codec.py) builds model, engine and feed, and hands them to its `TrainingLoop`.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -12,87 +16,86 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import ray
 import ray.train as rt
-import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
-from torch import nn
 
 from lidit.config import RunRecipe
 from lidit.data.feed import Feed
 from lidit.errors import InputError, JobError
 from pipelines.training import checkpoints
-from pipelines.training.engine import AnyBatch, ShardedEngine, StepResult, worker_device
-from pipelines.training.interrupt import Listener, Wish, is_disk_full
-from pipelines.training.metrics import Watch, averaged_model
+from pipelines.training.ema import AnyModel, averaged_model
+from pipelines.training.engine import AnyBatch, ShardedEngine, StepResult
+from pipelines.training.interrupt import Action, Listener, is_disk_full
+from pipelines.training.metrics import TrainingMetrics
 from pipelines.training.ray_checkpoints import WORST
 
-AnyModel = TypeVar("AnyModel", bound=nn.Module)
+TrainWorker = Callable[[dict[str, Any]], None]
 
 
-def attempt(body: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
-    """One start of a worker. Ray starts workers again after any error; after one of ours that is no use.
+def reports_failure(worker: TrainWorker) -> TrainWorker:
+    """Run one worker. Ray restarts workers after any error; an InputError or JobError would only come again.
 
-    The driver's board hears of such an error, and later starts end at once.
+    It is recorded on the driver's board (`config["board"]`), and restarts exit at once.
     """
-    board = config["board"]
-    if ray.get(board.failure.remote()) is not None:
-        return
-    try:
-        body(config)
-    except (InputError, JobError) as error:
-        ray.get(board.fail.remote(error))
-        raise
+
+    @functools.wraps(worker)
+    def reporting(config: dict[str, Any]) -> None:
+        board = config["board"]
+        if ray.get(board.failure.remote()) is not None:
+            return
+        try:
+            worker(config)
+        except (InputError, JobError) as error:
+            ray.get(board.fail.remote(error))
+            raise
+
+    return reporting
 
 
 class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
     """One worker's engine, feed and position.
 
-    config: Ray Train's, with `facts`, the tracking handle, the progress board and the prompts' states.
+    config: Ray Train's, with `facts`, the tracking handle and the progress board.
+    fresh: rank 0's copy of the model, for averaged weights.
     """
 
     engine: ShardedEngine[AnyBatch]
-    feed: Feed[AnyBatch]
-    fresh: AnyModel | None  # rank 0's copy of the model, for averaged weights
+    recipe: RunRecipe
 
-    def __init__(self, config: dict[str, Any], recipe: RunRecipe) -> None:
-        self.config, self.run = config, recipe
-        context = rt.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = worker_device(recipe.engine)
-        if self.device.type == "cpu":
-            torch.set_num_threads(max(1, int(recipe.engine.cpus_per_worker)))
-
-    def begin(self, engine: ShardedEngine[AnyBatch], feed: Feed[AnyBatch], fresh: AnyModel | None) -> None:
-        """Take the engine and go to where the run stands."""
-        self.engine, self.feed, self.fresh = engine, feed, fresh
-        if self.config["board"] is not None:
-            os.environ.update(ray.get(self.config["board"].credentials.remote()))
-        self.watch = Watch(self.run, engine, feed, self.config["tracking"], self.config["board"])
+    def __init__(
+        self, config: dict[str, Any], engine: ShardedEngine[AnyBatch], feed: Feed[AnyBatch], fresh: AnyModel | None
+    ) -> None:
+        self.config, self.engine, self.feed, self.fresh = config, engine, feed, fresh
+        self.recipe, self.device = engine.recipe, engine.device
+        self.rank, self.world_size = engine.rank, engine.world_size
+        # Rank 0 logs to the tracker with the driver's credentials, which no worker's environment carries.
+        os.environ.update(ray.get(config["board"].credentials.remote()))
+        self.metrics = TrainingMetrics(self.recipe, engine, feed, config["tracking"], config["board"])
         # Before any worker can save: what a killed one was about to send would stay on this machine's disk for ever.
-        for left in Path(tempfile.gettempdir()).glob(f"{checkpoints.unsent_prefix(self.run.run_folder)}*"):
+        for left in Path(tempfile.gettempdir()).glob(f"{checkpoints.unsent_prefix(self.recipe.run_folder)}*"):
             shutil.rmtree(left, ignore_errors=True)
         self.step, self.waited = self._restore(), 0.0
-        self.saved, self.listener = self.step, Listener(self.config["board"], self.device)
+        self.saved, self.listener = self.step, Listener(config["board"], self.device)
 
     def batches(self) -> Iterator[AnyBatch]:
-        """This worker's part of every batch that is left; ends early, with everything saved, when it is asked to."""
-        for batch in self.feed.batches(self.step, self.run.train.steps):
+        """This worker's part of every remaining batch; ends early, with everything saved, when the driver asks."""
+        for batch in self.feed.batches(self.step, self.recipe.train.steps):
             yield batch
-            wish = self.listener.ask()
-            if wish is not Wish.GO_ON and self.saved != self.step:
+            action = self.listener.ask()
+            if action is not Action.GO_ON and self.saved != self.step:
                 self.save()
-            if wish is Wish.STOP:
+            if action is Action.STOP:
                 return
 
     def _restore(self) -> int:
-        """The step to go on with: after the newest whole checkpoint, the same one on every rank."""
+        """Load the newest whole checkpoint, the same one on every rank; the step to go on with."""
         agreed: list[tuple[Path | None, str]] = [(None, "")]
         if self.rank == 0:
-            agreed = [(checkpoints.newest_complete(self.run.run_folder), uuid.uuid4().hex)]
+            agreed = [(checkpoints.newest_complete(self.recipe.run_folder), uuid.uuid4().hex)]
         dist.broadcast_object_list(agreed)
         newest, self.start = agreed[0]  # `start` names these workers: parts that two starts wrote are no checkpoint
         if newest is None:
@@ -100,26 +103,27 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         return checkpoints.CheckpointReader(newest).restore(self.engine.deepspeed, self.engine.ema).step
 
     def take_step(self, batch: AnyBatch) -> None:
+        """One optimizer step on this worker's part of a global batch."""
         began = time.perf_counter()
         moved = batch.to(self.device)
-        if self.watch.flops_per_step is None:
-            self.watch.count_flops(moved)
+        if self.metrics.flops_per_step is None:
+            self.metrics.count_flops(moved)
         result = self.engine.train_step(moved)
         if not result.finite:
             self._not_finite(batch, result)
         self.step = batch.step + 1
         wait, self.waited = self.feed.waited - self.waited, self.feed.waited
-        self.watch.step(batch, result, time.perf_counter() - began + wait, wait)
+        self.metrics.step(batch, result, time.perf_counter() - began + wait, wait)
 
     def _not_finite(self, batch: AnyBatch, result: StepResult) -> None:
-        """This worker's own loss may be sound. Stopping, all workers save what they have."""
-        self.watch.not_finite()
-        path = self.run.run_folder / f"not-finite-{batch.step:09}-rank{self.rank}.json"
+        """Record the batch on the worker whose loss is bad; unless such steps are skipped, save and stop on all."""
+        self.metrics.not_finite()
+        path = self.recipe.run_folder / f"not-finite-{batch.step:09}-rank{self.rank}.json"
         loss, norm = result.loss, result.gradient_norm
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
         if bad := not math.isfinite(loss) or math.isinf(norm):
             path.write_text(json.dumps({"step": batch.step, "what": what, "keys": list(batch.keys)}, indent=1))
-        if self.run.train.non_finite == "skip":
+        if self.recipe.train.non_finite == "skip":
             return
         if self.saved != self.step:
             self.save()
@@ -128,10 +132,11 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         raise RuntimeError(f"step {batch.step}: the loss is not finite on another worker")
 
     def due(self, every: int) -> bool:
-        return bool(every) and (self.step % every == 0 or self.step == self.run.train.steps)
+        """Whether this step is one of every so many, or the last; 0 means never."""
+        return bool(every) and (self.step % every == 0 or self.step == self.recipe.train.steps)
 
     def save_if_due(self) -> None:
-        if self.due(self.run.train.checkpoint_every):
+        if self.due(self.recipe.train.checkpoint_every):
             self.save()
 
     def save(self) -> None:
@@ -141,8 +146,8 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            where = self.run.run_folder / checkpoints.checkpoint_name(self.step)
-            shutil.rmtree(where, ignore_errors=True)  # what is there of it would only take more room
+            where = self.recipe.run_folder / checkpoints.checkpoint_name(self.step)
+            shutil.rmtree(where, ignore_errors=True)  # half a checkpoint is of no use and takes room
             raise JobError(
                 f"{where}: no space left on the disk for this checkpoint; everything before it is kept: make room and "
                 "run the same command again"
@@ -150,18 +155,18 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         self.saved = self.step
 
     def _save(self) -> None:
-        last = self.step == self.run.train.steps
+        last = self.step == self.recipe.train.steps
         position = checkpoints.Position(
             self.step, self.world_size, self.engine.ema.updates, self.config["facts"], self.start
         )
-        folder = Path(tempfile.mkdtemp(prefix=checkpoints.unsent_prefix(self.run.run_folder)))
-        behind = False  # else Ray deletes the folder after the upload
+        folder = Path(tempfile.mkdtemp(prefix=checkpoints.unsent_prefix(self.recipe.run_folder)))
+        behind = False  # whether Ray uploads in the background, and deletes the folder afterwards
         try:
-            model = averaged_model(self.engine, self.fresh) if last else None
+            model = self.averaged() if last else None
             if model is not None:
                 self.export(folder / checkpoints.MODEL, model)
             checkpoints.save(folder, self.engine.deepspeed, self.engine.ema, self.rank, position)
-            behind, loss = self.run.train.async_upload and not last, self.watch.validation_loss
+            behind, loss = self.recipe.train.async_upload and not last, self.metrics.validation_loss
             rt.report(
                 {"step": self.step, "validation_loss": loss if math.isfinite(loss) else WORST},
                 checkpoint=rt.Checkpoint.from_directory(str(folder)),
@@ -171,7 +176,11 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         finally:
             if not behind:
                 shutil.rmtree(folder, ignore_errors=True)
-        self.watch.checkpoint_saved()
+        self.metrics.checkpoint_saved()
+
+    def averaged(self) -> AnyModel | None:
+        """The model with averaged weights on rank 0, None elsewhere. Collective."""
+        return averaged_model(self.engine.deepspeed, self.engine.ema, self.fresh, self.device)
 
     @abstractmethod
     def export(self, folder: Path, model: AnyModel) -> None:

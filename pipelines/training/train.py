@@ -1,21 +1,33 @@
-"""Training LI-DiT, the driver: what a run is made of, and the run itself."""
+"""Training LI-DiT: `train` is the driver, `train_worker` the loop that every worker runs, `TrainingJob` its parts."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lidit.codecs import load_codec
 from lidit.config import Recipe
+from lidit.data.assembler import TrainingBatch
+from lidit.data.families import Families
+from lidit.data.feed import Feed, open_feed
 from lidit.data.matching import matching_family, matching_latents
-from lidit.data.rows import require_held_out
+from lidit.data.rows import Part, require_held_out
+from lidit.diffusion import build_objective
+from lidit.models import LIDiT
+from lidit.pipeline import save_pipeline
+from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.store import Corpus
 from pipelines.evaluation.models import read_index
-from pipelines.tracking import Tracker
-from pipelines.training.driver import FREE_ENGINE, FitResult, drive, launch
-from pipelines.training.sample_prompts import prompt_states
-from pipelines.training.worker import train_worker
+from pipelines.training.driver import FREE_ENGINE, TrainResult, open_run
+from pipelines.training.engine import Engine, set_up_device
+from pipelines.training.loop import TrainingLoop, reports_failure
+from pipelines.training.sample_prompts import prompt_states, sample_grid
+from pipelines.training.validation import validation_loss
 
 log = logging.getLogger(__name__)
 # Settings that decide where and how fast a run goes, never what it computes.
@@ -28,6 +40,31 @@ FREE_SETTINGS = {
     "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every", "sample_every",
               "sample_prompts", "validate_every", "validation_samples"},
 }  # fmt: skip
+
+
+# -- the driver -------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | None = None) -> TrainResult:
+    """Train `recipe` to its last step, from wherever the run of its name stands, and publish the model.
+
+    tags: for the run in the tracker, besides its own. Raises InputError, before anything is started, for families that
+    are missing or made with other settings, and for a run started with other settings or data unless `allow_drift`.
+    """
+    corpus = Corpus.open(recipe.corpus)
+    facts = run_facts(recipe, corpus)
+    if recipe.train.validate_every:
+        require_held_out(corpus, recipe.data, recipe.train.batch_size)
+
+    with open_run(recipe, corpus, facts, {**(tags or {}), **_tags(facts)}, allow_drift) as run:
+        if not run.finished:
+            prompts = prompt_states(run.recipe, corpus, facts["text"], run.folder / "prompts")
+            run.launch(train_worker, {"facts": facts, "prompts": prompts})
+            run.publish_model()
+
+    if not run.trained:
+        _warn_of_another_sampler(recipe, run.result.model)
+    return run.result
 
 
 def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
@@ -44,27 +81,121 @@ def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def run_fit(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | None = None) -> FitResult:
-    """Train `recipe` to its last step, from wherever the run of this name stands. `tags`: more of them for its run."""
-    corpus = Corpus.open(recipe.corpus)
-    facts = run_facts(recipe, corpus)
-    if recipe.train.validate_every:
-        require_held_out(corpus, recipe.data, recipe.train.batch_size)
-    tags = {
-        **(tags or {}),
-        "lidit.job": "train",
-        "lidit.latents": facts["latents"],
-        **{f"lidit.text.{name}": fingerprint for name, fingerprint in facts["text"].items()},
-    }
+def _tags(facts: Mapping[str, Any]) -> dict[str, str]:
+    texts = {f"lidit.text.{name}": fingerprint for name, fingerprint in facts["text"].items()}
+    return {"lidit.job": "train", "lidit.latents": facts["latents"], **texts}
 
-    def train(recipe: Recipe, tracker: Tracker, folder: Path) -> None:
-        prompts = prompt_states(recipe, recipe.train.sample_prompts, folder / "prompts")
-        launch(train_worker, recipe, {"facts": facts, "prompts": prompts}, tracker, folder)
 
-    result = drive(recipe, corpus, facts, tags, allow_drift, train)
-    if not result.trained and read_index(result.model)["sampler"] != recipe.sampler.model_dump(mode="json"):
+def _warn_of_another_sampler(recipe: Recipe, model: Path) -> None:
+    if read_index(model)["sampler"] != recipe.sampler.model_dump(mode="json"):
         log.warning(
             "%s keeps the sampler it was published with; give lidit evaluate sampler.steps=... or "
-            "sampler.guidance_scale=..., and lidit sample --steps or --guidance", result.model
+            "sampler.guidance_scale=..., and lidit sample --steps or --guidance", model
         )  # fmt: skip
-    return result
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@reports_failure
+def train_worker(config: dict[str, Any]) -> None:
+    """What every worker runs. `config`: recipe, facts, prompt states, tracking handle, progress board."""
+    job = TrainingJob(config)
+    try:
+        for batch in job.batches():
+            job.take_step(batch)
+            job.sample_if_due()
+            job.validate_if_due()
+            job.save_if_due()
+    finally:
+        job.metrics.close()
+
+
+class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
+    """One worker's data, engine and position. Steps and checkpoints are `TrainingLoop`'s."""
+
+    recipe: Recipe
+    engine: Engine
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        recipe, facts = Recipe.model_validate(config["recipe"]), config["facts"]
+        device = set_up_device(recipe.engine)
+
+        # The families are named by fingerprint: the corpus may have others of the same name.
+        self.corpus = Corpus.open(recipe.corpus)
+        self.families = Families.open(self.corpus, recipe.data, facts["latents"], facts["text"])
+
+        engine = Engine(recipe, initial_model(recipe, self.families), build_objective(recipe.objective), device)
+        fresh = untrained_model(recipe, self.families) if engine.rank == 0 else None
+        super().__init__(config, engine, self._feed(engine, "train"), fresh)
+
+    def _feed(self, engine: Engine, part: Part) -> Feed[TrainingBatch]:
+        """This worker's part of the global batches; without history, so it begins at any step."""
+        return open_feed(
+            self.corpus,
+            engine.recipe.data,
+            batch_size=engine.recipe.train.batch_size,
+            part=part,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            families=self.families,
+        )
+
+    def sample_if_due(self) -> None:
+        """A grid of the sample prompts, by the averaged weights, written by rank 0; always after the last step."""
+        settings = self.recipe.train
+        if not settings.sample_prompts or not (self.step == settings.steps or self.due(settings.sample_every)):
+            return
+        model = self.averaged()
+        if model is None:  # another rank
+            return
+        path = self.recipe.run_folder / "samples" / f"step-{self.step:09}.png"
+        sample_grid(model, self.engine.objective, self.recipe, self.config["prompts"], self.families, path)
+        if self.metrics.tracker:
+            self.metrics.tracker.artifact(path, "samples")
+
+    def validate_if_due(self) -> None:
+        """The loss on the held-out samples, which no step trains on."""
+        if self.due(self.recipe.train.validate_every) and self.recipe.data.validation_fraction:
+            losses = validation_loss(self.engine, self._held_out, self.feed.start, self.recipe.data.seed)
+            self.metrics.log(losses, self.step)
+
+    @cached_property
+    def _held_out(self) -> list[TrainingBatch]:
+        """This worker's part of the validation batches; read once, for they are the same every time."""
+        feed, settings = self._feed(self.engine, "validation"), self.recipe.train
+        count = max(1, settings.validation_samples // settings.batch_size)
+        return list(feed.batches(0, min(count, feed.steps_per_epoch)))
+
+    def export(self, folder: Path, model: LIDiT) -> None:
+        """The folder people load: EMA weights, encoder specs with their shared states, codec, settings."""
+        factor, texts = load_codec(self.recipe.codec).factor, self.families.texts
+        _, height, width = self.families.latent_shape
+        save_pipeline(
+            folder,
+            model,
+            encoders=[ModelEncoder.of_family(encoder, texts[encoder.name]) for encoder in self.recipe.encoders],
+            objective=self.recipe.objective,
+            sampler=self.recipe.sampler,
+            codec=self.recipe.codec,
+            size=(height * factor, width * factor),
+            facts=self.config["facts"],
+        )
+
+
+def untrained_model(recipe: Recipe, families: Families) -> LIDiT:
+    """The recipe's model for the families' widths and latents."""
+    return LIDiT.from_settings(recipe.model, families.widths, families.latent_shape[0])
+
+
+def initial_model(recipe: Recipe, families: Families) -> LIDiT:
+    """The model before the first step: the seed's weights, or those of `train.init_from`; the families' statistics."""
+    torch.manual_seed(recipe.data.seed)
+    model = untrained_model(recipe, families)
+    if recipe.train.init_from:
+        model.load_state_dict(LIDiT.load(Path(recipe.train.init_from) / "model").state_dict())
+    # Last: of these very families, whatever the weights were trained on before.
+    for name, family in families.texts.items():
+        shared = family.shared()
+        model.conditioner.set_statistics(name, shared.mean, shared.deviation)
+    return model.train()

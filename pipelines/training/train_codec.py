@@ -1,22 +1,36 @@
-"""Training a codec, the driver: the corpus's pixels once, LI-DiT's engine over them, a folder as diffusers has it."""
+"""Training a codec: `train_codec` is the driver, `codec_worker` the loop that every worker runs, `CodecJob` its parts.
+
+The corpus's pixels are decoded once; LI-DiT's engine trains over them; the result is a folder as diffusers has it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lidit.codecs.autoencoder import ReconstructionLoss, TrainableAutoencoder, measure_scale, psnr, reconstruct
 from lidit.codecs.encoding import check_buckets
 from lidit.config import CodecSettings, DataSettings, PoolSettings
 from lidit.config.codec import CodecRecipe
-from lidit.data.rows import require_held_out
+from lidit.data.feed import Feed
+from lidit.data.pixels import PixelAssembler, PixelBatch
+from lidit.data.rows import Part, Rows, require_held_out
+from lidit.plots import labelled_grid
 from lidit.store import Corpus
 from pipelines.corpus.latents import run_latents
 from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import connect
-from pipelines.tracking import Tracker
-from pipelines.training.codec_worker import codec_worker
-from pipelines.training.driver import FREE_ENGINE, FitResult, drive, launch
+from pipelines.training.driver import FREE_ENGINE, TrainResult, open_run
+from pipelines.training.engine import ShardedEngine, micro_steps, set_up_device
+from pipelines.training.loop import TrainingLoop, reports_failure
 
+SCALE_BATCHES = 32  # of training images, from which the latents' mean and deviation are measured
 FREE_SETTINGS = {
     "output": ..., "corpus": ..., "tracking": ...,
     "engine": FREE_ENGINE,
@@ -26,16 +40,20 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
-def run_train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> FitResult:
-    """Train `recipe` to its last step, from wherever the run of this name stands.
+# -- the driver -------------------------------------------------------------------------------------------------------
 
-    The corpus's images are decoded once, into a family of codec `pixels`. Raises InputError for a corpus without
-    images, whose buckets the codec does not divide, or of which less than a batch is held out.
+
+def train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> TrainResult:
+    """Train `recipe` to its last step, from wherever the run of its name stands, and publish the codec.
+
+    Raises InputError for a corpus without images, whose buckets the codec does not divide, or of which less than a
+    batch is held out.
     """
     corpus = Corpus.open(recipe.corpus)
     check_buckets(corpus, recipe.model.factor, recipe.data.scale)
-    held_out = DataSettings(seed=recipe.data.seed, validation_fraction=recipe.data.validation_fraction)
-    require_held_out(corpus, held_out, recipe.train.batch_size)
+    require_held_out(corpus, _rows_settings(recipe), recipe.train.batch_size)
+
+    # Decoding is a family of the codec "pixels": once per corpus, whatever is trained on it.
     connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
     name = "pixels" if recipe.data.scale == 1 else f"pixels-x{recipe.data.scale}"
     with ProgressBar(f"latents {name}", None, "units") as progress:
@@ -48,7 +66,117 @@ def run_train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> FitResult
     }
     tags = {"lidit.job": "train-codec", "lidit.pixels": pixels.fingerprint}
 
-    def train(recipe: CodecRecipe, tracker: Tracker, folder: Path) -> None:
-        launch(codec_worker, recipe, {"facts": facts}, tracker, folder)
+    with open_run(recipe, corpus, facts, tags, allow_drift) as run:
+        if not run.finished:
+            run.launch(codec_worker, {"facts": facts})
+            run.publish_model()
+    return run.result
 
-    return drive(recipe, corpus, facts, tags, allow_drift, train)
+
+def _rows_settings(recipe: CodecRecipe) -> DataSettings:
+    data = recipe.data
+    return DataSettings(seed=data.seed, window_units=data.window_units, validation_fraction=data.validation_fraction)
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@reports_failure
+def codec_worker(config: dict[str, Any]) -> None:
+    """What every worker runs. `config`: recipe, facts, tracking handle, progress board."""
+    job = CodecJob(config)
+    try:
+        for batch in job.batches():
+            job.take_step(batch)
+            job.validate_if_due()
+            job.save_if_due()
+    finally:
+        job.metrics.close()
+
+
+class CodecEngine(ShardedEngine[PixelBatch]):
+    """An autoencoder and its reconstruction loss."""
+
+    def __init__(self, recipe: CodecRecipe, model: TrainableAutoencoder, device: torch.device) -> None:
+        super().__init__(recipe, model, device)
+        self.reconstruction = ReconstructionLoss(recipe.loss, device)
+
+    def loss(self, batch: PixelBatch) -> torch.Tensor:
+        outputs = self.deepspeed(batch.pixels.to(self.compute_dtype), batch.noise.to(self.compute_dtype))
+        return self.reconstruction(batch.pixels, outputs)
+
+    def forward(self, batch: PixelBatch) -> None:
+        dtype = next(self.deepspeed.module.parameters()).dtype
+        self.deepspeed.module(batch.pixels.to(dtype), batch.noise.to(dtype))
+
+
+class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
+    """One worker's images, engine and position. Steps and checkpoints are `TrainingLoop`'s."""
+
+    recipe: CodecRecipe
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        recipe = CodecRecipe.model_validate(config["recipe"])
+        device = set_up_device(recipe.engine)
+        self.corpus = Corpus.open(recipe.corpus)
+        self.pixels = self.corpus.latent_family(config["facts"]["pixels"])
+        torch.manual_seed(recipe.data.seed)
+        engine = CodecEngine(recipe, TrainableAutoencoder(recipe.model).train(), device)
+        fresh = TrainableAutoencoder(recipe.model) if engine.rank == 0 else None
+        super().__init__(config, engine, self._feed(recipe, "train", engine.rank, engine.world_size), fresh)
+
+    def _feed(self, recipe: CodecRecipe, part: Part, rank: int, world_size: int) -> Feed[PixelBatch]:
+        data, model = recipe.data, recipe.model
+        rows = Rows(self.corpus, _rows_settings(recipe), part)
+        assembler = PixelAssembler(self.pixels, rows, data.seed, model.latent_channels, model.factor)
+        return Feed(rows.order(recipe.train.batch_size), assembler, rank, world_size, data.prefetch_batches)
+
+    def _images(self, part: Part, most: int) -> Iterator[torch.Tensor]:
+        """Images [B, 3, H, W] of whole global batches, at most `most` of the first epoch's, all on this worker.
+
+        As many images at a time as a training step puts on a device, which has no room for a whole batch.
+        """
+        feed = self._feed(self.recipe, part, rank=0, world_size=1)
+        pieces = self.world_size * micro_steps(self.recipe, self.world_size)
+        for batch in feed.batches(0, min(most, feed.steps_per_epoch)):
+            yield from (piece.pixels for piece in batch.split(pieces))
+
+    def validate_if_due(self) -> None:
+        """PSNR of the averaged weights on held-out images, and a grid of originals above reconstructions."""
+        if self.step != self.recipe.train.steps and not self.due(self.recipe.train.validate_every):
+            return
+        model = self.averaged()
+        measured = self._measure(model) if model is not None else [0.0, 0.0]
+        shared = torch.tensor(measured, device=self.device)
+        dist.broadcast(shared, 0)  # every rank's report names the loss by which checkpoints are compared
+        self.metrics.log(dict(zip(("validation/psnr", "validation/loss"), shared.tolist(), strict=True)), self.step)
+
+    def _measure(self, model: TrainableAutoencoder) -> list[float]:
+        """Mean PSNR and L1 over the held-out images; writes the grid."""
+        train, ratios, errors = self.recipe.train, [], []
+        shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for pixels in self._images("validation", max(1, train.validation_samples // train.batch_size)):
+            rebuilt = reconstruct(model.autoencoder, pixels).cpu()
+            ratios.append(psnr(rebuilt, pixels))  # of each image: pieces of any size weigh what they hold
+            errors.append((rebuilt - pixels).abs().mean(dim=(1, 2, 3)))
+            shown += list(zip(pixels, rebuilt, strict=True))[: train.grid_images - len(shown)]
+        path = self.recipe.run_folder / "reconstructions" / f"step-{self.step:09}.png"
+        path.parent.mkdir(exist_ok=True)
+        images = [_as_bytes(original) for original, _ in shown] + [_as_bytes(rebuilt) for _, rebuilt in shown]
+        labels = ["original"] * len(shown) + [f"{float(psnr(b[None], a[None])):.1f} dB" for a, b in shown]
+        labelled_grid(images, labels, columns=len(shown)).save(path)
+        if self.metrics.tracker:
+            self.metrics.tracker.artifact(path, "reconstructions")
+        return [float(torch.cat(ratios).mean()), float(torch.cat(errors).mean())]
+
+    def export(self, folder: Path, model: TrainableAutoencoder) -> None:
+        """diffusers' folder: averaged weights, shift and scaling factor measured on training images."""
+        images = self._images("train", SCALE_BATCHES)
+        shift, scaling = measure_scale(model.autoencoder, images, self.recipe.data.seed)
+        model.autoencoder.register_to_config(shift_factor=shift, scaling_factor=scaling)
+        model.autoencoder.save_pretrained(str(folder), safe_serialization=True)
+
+
+def _as_bytes(image: torch.Tensor) -> np.ndarray:
+    """[3, H, W] on [-1, 1] -> [H, W, 3] uint8."""
+    return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

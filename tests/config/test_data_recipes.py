@@ -20,7 +20,7 @@ from lidit.store import Corpus
 from pipelines.corpus.embed import run_embed
 from pipelines.corpus.ingest import run_ingest
 from pipelines.corpus.latents import run_latents
-from pipelines.training.train import run_fit
+from pipelines.training.train import train
 from tests.helpers.pictures import encoded, picture, write_tar
 from tests.helpers.trained import SmallWorld
 
@@ -139,7 +139,7 @@ def two_resolutions(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFa
         run_ingest(list(recipe.sources), recipe.corpus, recipe.ingest)
         run_embed(recipe.corpus, recipe.encoders[0], PoolSettings())
         run_latents(recipe.corpus, recipe.codec, PoolSettings())
-        run_fit(recipe)
+        train(recipe)
     return folder
 
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from lidit.config import Recipe
 from lidit.errors import InputError
 from pipelines.training import checkpoints
-from pipelines.training.driver import UNTRACKED, FitResult, read_run_id
-from pipelines.training.train import run_fit
+from pipelines.training.driver import UNTRACKED, TrainResult, read_run_id
+from pipelines.training.train import train
 from tests.helpers.trained import SmallWorld
 from tests.helpers.waiting import wait_until
 
@@ -35,20 +35,20 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, FitResult]:
+def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, TrainResult]:
     recipe = small_world.recipe(
         tmp_path_factory.mktemp("undisturbed"), train={"log_every": 1, "keep_checkpoints": 3, "checkpoint_every": 3}
     )
-    return recipe, run_fit(recipe)
+    return recipe, train(recipe)
 
 
-def losses(result: FitResult) -> list[float]:
+def losses(result: TrainResult) -> list[float]:
     points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "loss")
     assert sorted(point.step for point in points) == list(range(1, len(points) + 1)), "doubled or lost steps"
     return [point.value for point in sorted(points, key=lambda point: point.step)]
 
 
-def same_bits(result: FitResult, model: Path) -> bool:
+def same_bits(result: TrainResult, model: Path) -> bool:
     straight, again = load_file(result.model / FINAL), load_file(model / FINAL)
     assert straight.keys() == again.keys()
     return all(torch.equal(value, again[name]) for name, value in straight.items())
@@ -95,7 +95,7 @@ def finish(recipe: Recipe, folder: Path) -> str:
 
 
 def test_a_checkpoint_cut_in_half_is_passed_over(
-    undisturbed: tuple[Recipe, FitResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    undisturbed: tuple[Recipe, TrainResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The newest checkpoint lost half of its bytes before the run is started again: the one before it is used."""
     recipe, result = undisturbed
@@ -106,18 +106,18 @@ def test_a_checkpoint_cut_in_half_is_passed_over(
         shutil.copytree(recipe.run_folder / name, again.run_folder / name)
     victim = again.run_folder / checkpoints.checkpoint_name(6) / "rank-00000.safetensors"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    finished = run_fit(again)
+    finished = train(again)
     assert "step-000000006 is not usable (rank-00000.safetensors does not match" in caplog.text
     assert same_bits(result, finished.model)
     assert losses_from(finished) == losses(result)[3:]
 
 
-def losses_from(result: FitResult) -> list[float]:
+def losses_from(result: TrainResult) -> list[float]:
     points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "loss")
     return [point.value for point in sorted(points, key=lambda point: point.step)]
 
 
-def test_a_checkpoint_that_was_never_finished_is_none(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_never_finished_is_none(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
     recipe, _ = undisturbed
     folder = tmp_path / checkpoints.checkpoint_name(3)
     shutil.copytree(recipe.run_folder / checkpoints.checkpoint_name(3), folder)
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_was_never_finished_is_none(undisturbed: tuple[Recipe,
 
 
 def test_a_driver_killed_as_its_model_is_published_tracks_it_at_the_next_start(
-    undisturbed: tuple[Recipe, FitResult], tmp_path: Path
+    undisturbed: tuple[Recipe, TrainResult], tmp_path: Path
 ) -> None:
     recipe, result = undisturbed
     again = recipe.model_copy(update={"output": str(tmp_path / "runs")})
@@ -139,7 +139,7 @@ def test_a_driver_killed_as_its_model_is_published_tracks_it_at_the_next_start(
         process.send_signal(signal.SIGKILL)
         process.wait()
     run_id = read_run_id(again.run_folder)
-    found = run_fit(again)
+    found = train(again)
     assert not found.trained
     assert found.run_id == run_id
     assert same_bits(result, model)
@@ -150,7 +150,7 @@ def test_a_driver_killed_as_its_model_is_published_tracks_it_at_the_next_start(
     assert not (again.run_folder / UNTRACKED).exists()
 
 
-def test_a_killed_driver_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+def test_a_killed_driver_costs_nothing_but_time(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
     recipe, result = undisturbed
     again = recipe.model_copy(update={"output": str(tmp_path / "runs")})
     with command(again, tmp_path) as process:
@@ -161,14 +161,14 @@ def test_a_killed_driver_costs_nothing_but_time(undisturbed: tuple[Recipe, FitRe
     finish(again, tmp_path)
     assert same_bits(result, again.run_folder / "model")
     uri, run = f"sqlite:///{tmp_path}/runs/mlflow.db", (again.run_folder / "mlflow-run").read_text()
-    assert losses(FitResult(again.run_folder / "model", 8, uri, run, True)) == losses(result)
+    assert losses(TrainResult(again.run_folder / "model", 8, uri, run, True)) == losses(result)
 
 
-def test_sigterm_saves_and_leaves(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+def test_sigterm_saves_and_leaves(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
     """As a spot machine or a scheduler asks: a checkpoint of the very step, exit code 130, nothing done twice."""
     recipe, result = undisturbed
-    train = recipe.train.model_copy(update={"checkpoint_every": 1000, "steps": 400, "log_every": 1})
-    again = recipe.model_copy(update={"output": str(tmp_path / "runs"), "train": train})
+    settings = recipe.train.model_copy(update={"checkpoint_every": 1000, "steps": 400, "log_every": 1})
+    again = recipe.model_copy(update={"output": str(tmp_path / "runs"), "train": settings})
     uri, run = f"sqlite:///{tmp_path}/runs/mlflow.db", again.run_folder / "mlflow-run"
     with command(again, tmp_path) as process:
         wait_for(run, process)
@@ -185,7 +185,7 @@ def test_sigterm_saves_and_leaves(undisturbed: tuple[Recipe, FitResult], tmp_pat
     saved = checkpoints.read_position(newest).step
     assert 3 <= saved < 400
     assert client.get_run(run.read_text()).info.status == "KILLED"
-    logged = losses(FitResult(again.run_folder / "model", saved, uri, run.read_text(), True))
+    logged = losses(TrainResult(again.run_folder / "model", saved, uri, run.read_text(), True))
     assert len(logged) == saved, "steps after the checkpoint were done for nothing"
     assert logged[:8] == losses(result)[: len(logged[:8])]
 
@@ -203,7 +203,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_one_clear_error_and_the_run_goes_on(
-    undisturbed: tuple[Recipe, FitResult], tmp_path: Path
+    undisturbed: tuple[Recipe, TrainResult], tmp_path: Path
 ) -> None:
     recipe, result = undisturbed
     with small_disk(tmp_path / "disk", "24m") as disk:
@@ -239,7 +239,12 @@ def fill(ballast: object, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 2), (1, 2, 3), (2, 3, 1)])
 def test_another_number_of_workers_sees_the_same_batches(
-    undisturbed: tuple[Recipe, FitResult], small_world: SmallWorld, tmp_path: Path, before: int, after: int, stage: int
+    undisturbed: tuple[Recipe, TrainResult],
+    small_world: SmallWorld,
+    tmp_path: Path,
+    before: int,
+    after: int,
+    stage: int,
 ) -> None:
     recipe, result = undisturbed
     first = recipe.model_copy(
@@ -249,7 +254,7 @@ def test_another_number_of_workers_sees_the_same_batches(
             "train": recipe.train.model_copy(update={"steps": 4}),
         }
     )
-    run_fit(first)
+    train(first)
     second = recipe.model_copy(
         update={
             "output": str(tmp_path),
@@ -257,8 +262,8 @@ def test_another_number_of_workers_sees_the_same_batches(
         }
     )
     with pytest.raises(InputError, match=r"config.train.steps: 4 -> 8"):
-        run_fit(second)
-    finished = run_fit(second, allow_drift=True)
+        train(second)
+    finished = train(second, allow_drift=True)
     assert losses(finished) == pytest.approx(losses(result), rel=1e-5)
     straight, moved = load_file(result.model / FINAL), load_file(finished.model / FINAL)
     for name, value in straight.items():
@@ -269,12 +274,12 @@ def test_another_number_of_workers_sees_the_same_batches(
 
 
 def test_a_node_leaves_for_good_and_the_run_goes_on_with_the_rest(
-    undisturbed: tuple[Recipe, FitResult], tmp_path: Path
+    undisturbed: tuple[Recipe, TrainResult], tmp_path: Path
 ) -> None:
     recipe, result = undisturbed
     engine = recipe.engine.model_copy(update={"min_workers": 1, "resources": {"trainer": 1.0}})
-    train = recipe.train.model_copy(update={"keep_checkpoints": 8, "checkpoint_every": 1})
-    again = recipe.model_copy(update={"output": str(tmp_path / "runs"), "engine": engine, "train": train})
+    settings = recipe.train.model_copy(update={"keep_checkpoints": 8, "checkpoint_every": 1})
+    again = recipe.model_copy(update={"output": str(tmp_path / "runs"), "engine": engine, "train": settings})
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(again.model_dump(mode="json")))
     done = subprocess.run(
@@ -286,5 +291,5 @@ def test_a_node_leaves_for_good_and_the_run_goes_on_with_the_rest(
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["workers"]["1"] == 2
     assert found["workers"]["8"] == 1
-    finished = FitResult(again.run_folder / "model", 8, found["uri"], found["run"], True)
+    finished = TrainResult(again.run_folder / "model", 8, found["uri"], found["run"], True)
     assert losses(finished) == pytest.approx(losses(result), rel=1e-5)

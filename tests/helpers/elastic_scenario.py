@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 
 from lidit.config import Recipe
 from pipelines.training import checkpoints
-from pipelines.training.train import run_fit
+from pipelines.training.train import train
 from tests.helpers.waiting import wait_until
 
 TRAINER = {"num_cpus": 1, "resources": {"trainer": 1}}
@@ -33,7 +33,7 @@ def main(path: Path) -> None:
         cluster.remove_node(leaving, allow_graceful=False)
 
     threading.Thread(target=take_away, daemon=True).start()
-    result = run_fit(recipe)
+    result = train(recipe)
     workers = {
         position.step: position.world_size
         for position in map(checkpoints.read_position, checkpoints.candidates(recipe.run_folder))

@@ -13,7 +13,7 @@ from lidit.config.shipped import load_ablation
 from lidit.errors import InputError
 from lidit.store import Corpus
 from pipelines.ablation import ablate
-from pipelines.ablation.eval_set import Study
+from pipelines.ablation.eval_set import EvalSet
 from tests.helpers.command import lidit
 from tests.helpers.tiny_models import tiny_llm
 
@@ -131,7 +131,7 @@ def test_arms_beside_a_failing_one_are_finished(folder: Path) -> None:
     ablation = load_ablation(str(folder / "tiny.yaml"))
     home = folder / "runs/tiny"
     corpus = Corpus.open(folder / "corpus")
-    jobs = ablate._jobs(ablate._absolute(ablation, home), Study.of(ablation, home / "cases"), corpus)
+    jobs = ablate._jobs(ablate._absolute(ablation, home), EvalSet.of(ablation, home / "cases"), corpus)
     broken = replace(jobs[0], latents="0" * 64)
     found = ablate._results([broken, jobs[1]], ablation, "", "")
     assert next(found)[0].arm == jobs[1].arm

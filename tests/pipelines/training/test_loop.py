@@ -6,8 +6,8 @@ import pytest
 import ray
 
 from lidit.errors import InputError, JobError
-from pipelines.training.loop import attempt
-from pipelines.training.metrics import Board
+from pipelines.training.board import Board
+from pipelines.training.loop import reports_failure
 
 
 @pytest.fixture
@@ -19,13 +19,14 @@ def board(ray_cluster: None) -> Any:
 def test_no_start_follows_an_error_that_would_come_again(board: Any, kind: type[Exception]) -> None:
     starts: list[int] = []
 
-    def body(config: dict[str, Any]) -> None:
+    @reports_failure
+    def worker(config: dict[str, Any]) -> None:
         starts.append(len(starts))
         raise kind("step 3: the loss is nan")
 
     with pytest.raises(kind, match="loss is nan"):
-        attempt(body, {"board": board})
-    attempt(body, {"board": board})
+        worker({"board": board})
+    worker({"board": board})
     assert starts == [0]
     failure = ray.get(board.failure.remote())
     assert type(failure) is kind
@@ -35,13 +36,14 @@ def test_no_start_follows_an_error_that_would_come_again(board: Any, kind: type[
 def test_workers_start_again_after_any_other_error(board: Any) -> None:
     starts: list[int] = []
 
-    def body(config: dict[str, Any]) -> None:
+    @reports_failure
+    def worker(config: dict[str, Any]) -> None:
         starts.append(len(starts))
         if len(starts) == 1:
             raise ConnectionError("a peer is gone")
 
     with pytest.raises(ConnectionError):
-        attempt(body, {"board": board})
-    attempt(body, {"board": board})
+        worker({"board": board})
+    worker({"board": board})
     assert starts == [0, 1]
     assert ray.get(board.failure.remote()) is None

@@ -20,8 +20,8 @@ from lidit.errors import InputError, JobError
 from lidit.pipeline import LIDiTPipeline
 from pipelines.corpus.latents import run_latents
 from pipelines.training import checkpoints
-from pipelines.training.driver import FitResult
-from pipelines.training.train import run_fit
+from pipelines.training.driver import TrainResult
+from pipelines.training.train import train
 from tests.helpers.trained import SmallWorld
 from tests.helpers.waiting import wait_until
 
@@ -29,7 +29,7 @@ FINAL = "model/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, FitResult]:
+def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, TrainResult]:
     recipe = small_world.recipe(
         tmp_path_factory.mktemp("undisturbed"),
         train={"sample_every": 4, "sample_prompts": ["a red circle", "a blue square"], "validate_every": 8,
@@ -37,10 +37,10 @@ def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactor
         data={"validation_fraction": 0.2},
         tracking={"registered_model": "lidit-test"},
     )  # fmt: skip
-    return recipe, run_fit(recipe)
+    return recipe, train(recipe)
 
 
-def history(result: FitResult, metric: str) -> list[int]:
+def history(result: TrainResult, metric: str) -> list[int]:
     found = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, metric)
     return sorted(point.step for point in found)
 
@@ -63,7 +63,7 @@ def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Th
     return thread
 
 
-def test_the_model_folder_draws(undisturbed: tuple[Recipe, FitResult]) -> None:
+def test_the_model_folder_draws(undisturbed: tuple[Recipe, TrainResult]) -> None:
     recipe, result = undisturbed
     pipe = LIDiTPipeline.from_pretrained(result.model)
     images = pipe(["a red circle", "a blue square"], seed=[1, 2], output_type="np")
@@ -73,7 +73,20 @@ def test_the_model_folder_draws(undisturbed: tuple[Recipe, FitResult]) -> None:
         assert (recipe.run_folder / "samples" / f"step-{step:09}.png").stat().st_size > 500
 
 
-def test_one_run_holds_everything(undisturbed: tuple[Recipe, FitResult], small_world: SmallWorld) -> None:
+def test_sample_grids_and_the_published_pipeline_see_the_same_states(undisturbed: tuple[Recipe, TrainResult]) -> None:
+    """One of the encoders stores int8: both must round a prompt as the corpus rounds its captions."""
+    recipe, result = undisturbed
+    pipe = LIDiTPipeline.from_pretrained(result.model)
+    assert [encoder.storage for encoder in recipe.encoders] == ["bfloat16", "int8"]
+    for encoder in recipe.encoders:
+        (kept,) = (recipe.run_folder / "prompts").glob(f"{encoder.name}-*.safetensors")
+        sampled, published = load_file(kept), pipe.encoders[encoder.name].encode(recipe.train.sample_prompts)
+        assert len(sampled) == len(published) == 2
+        for number, states in enumerate(published):
+            assert torch.equal(sampled[str(number)], states), encoder.name
+
+
+def test_one_run_holds_everything(undisturbed: tuple[Recipe, TrainResult], small_world: SmallWorld) -> None:
     recipe, result = undisturbed
     client = MlflowClient(result.tracking_uri)
     run = client.get_run(result.run_id)
@@ -93,56 +106,56 @@ def test_one_run_holds_everything(undisturbed: tuple[Recipe, FitResult], small_w
     assert LIDiTPipeline.from_pretrained(folder).config.height == 32
 
 
-def test_the_same_command_again_does_nothing(undisturbed: tuple[Recipe, FitResult]) -> None:
+def test_the_same_command_again_does_nothing(undisturbed: tuple[Recipe, TrainResult]) -> None:
     recipe, result = undisturbed
     before = (result.model / FINAL).stat().st_mtime_ns
-    again = run_fit(recipe)
+    again = train(recipe)
     assert not again.trained
     assert (again.step, again.run_id) == (8, result.run_id)
     assert (result.model / FINAL).stat().st_mtime_ns == before
 
 
-def test_drift_is_refused_with_what_differs(undisturbed: tuple[Recipe, FitResult]) -> None:
+def test_drift_is_refused_with_what_differs(undisturbed: tuple[Recipe, TrainResult]) -> None:
     recipe, _ = undisturbed
     changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seed": 9})})
     with pytest.raises(InputError, match=r"config.data.seed: 0 -> 9(.|\n)*--allow-drift"):
-        run_fit(changed)
+        train(changed)
 
 
 def test_a_missing_family_and_other_settings_are_named(small_world: SmallWorld, tmp_path: Path) -> None:
     recipe = small_world.recipe(tmp_path)
     other = recipe.encoders[0].model_copy(update={"instruction": "Look:"})
     with pytest.raises(InputError, match=r"instruction: .* -> \"Look:\"(.|\n)*lidit embed"):
-        run_fit(recipe.model_copy(update={"encoders": (other, recipe.encoders[1])}))
+        train(recipe.model_copy(update={"encoders": (other, recipe.encoders[1])}))
     absent = recipe.encoders[0].model_copy(update={"name": "absent"})
     with pytest.raises(InputError, match=r"'absent'.*llama.*lidit embed"):
-        run_fit(recipe.model_copy(update={"encoders": (absent,)}))
+        train(recipe.model_copy(update={"encoders": (absent,)}))
     with pytest.raises(InputError, match="not a corpus"):
-        run_fit(recipe.model_copy(update={"corpus": str(tmp_path)}))
+        train(recipe.model_copy(update={"corpus": str(tmp_path)}))
 
 
 def test_what_this_machine_does_not_have_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
     for engine in ({"gpus_per_worker": 1}, {"resources": {"trainer": 1}}):
         with pytest.raises(InputError, match=r"engine: 2 workers ask for .* offers 0; lower engine\.workers"):
-            run_fit(small_world.recipe(tmp_path, engine=engine))
+            train(small_world.recipe(tmp_path, engine=engine))
 
 
 def test_too_few_held_out_samples_are_told_before_training(small_world: SmallWorld, tmp_path: Path) -> None:
     recipe = small_world.recipe(tmp_path, train={"validate_every": 4}, data={"validation_fraction": 0.01})
     with pytest.raises(InputError, match=r"only \d samples are held out, fewer than one batch of 12(.|\n)*batch_size"):
-        run_fit(recipe)
+        train(recipe)
     assert not recipe.run_folder.exists()
 
 
-def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
     recipe, result = undisturbed
-    train = recipe.train.model_copy(update={"async_upload": True})
-    again = recipe.model_copy(update={"output": str(tmp_path), "train": train})
+    settings = recipe.train.model_copy(update={"async_upload": True})
+    again = recipe.model_copy(update={"output": str(tmp_path), "train": settings})
     pids: list[int] = []
     left = Path(tempfile.gettempdir()) / f"{checkpoints.unsent_prefix(again.run_folder)}of-a-killed-worker"
     left.mkdir()
     hunter = kill_a_worker_after(again.run_folder, 4, pids)
-    killed = run_fit(again)
+    killed = train(again)
     hunter.join()
     assert pids, "nothing was killed"
     assert not list(left.parent.glob(f"{checkpoints.unsent_prefix(again.run_folder)}*")), "checkpoints fill the disk"
@@ -162,7 +175,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept(small_world: SmallWorld, t
         data={"validation_fraction": 0.2},
         engine={"workers": 1},
     )  # fmt: skip
-    result = run_fit(recipe)
+    result = train(recipe)
     points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "validation/loss")
     losses = {point.step: point.value for point in points}
     assert len(losses) == 9
@@ -174,7 +187,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept(small_world: SmallWorld, t
 
 @pytest.mark.slow
 def test_a_second_stage_starts_from_the_first_ones_weights(
-    undisturbed: tuple[Recipe, FitResult], small_world: SmallWorld, tmp_path: Path
+    undisturbed: tuple[Recipe, TrainResult], small_world: SmallWorld, tmp_path: Path
 ) -> None:
     """As the paper trains: then at twice the resolution, with latents of their own."""
     recipe, result = undisturbed
@@ -182,13 +195,19 @@ def test_a_second_stage_starts_from_the_first_ones_weights(
     shutil.copytree(small_world.corpus, corpus)
     larger = CodecSettings(name="larger", scale=2)
     run_latents(str(corpus), larger, PoolSettings())
-    train = recipe.train.model_copy(
+    settings = recipe.train.model_copy(
         update={"steps": 1, "init_from": str(result.model), "ema_decay": 0.0, "validate_every": 0,
                 "optimizer": recipe.train.optimizer.model_copy(update={"lr": 1e-12})}
     )  # fmt: skip
-    second = run_fit(
+    second = train(
         recipe.model_copy(
-            update={"name": "second", "output": str(tmp_path), "corpus": str(corpus), "codec": larger, "train": train}
+            update={
+                "name": "second",
+                "output": str(tmp_path),
+                "corpus": str(corpus),
+                "codec": larger,
+                "train": settings,
+            }
         )
     )
     first_weights, second_weights = (load_file(r.model / FINAL) for r in (result, second))
@@ -198,7 +217,7 @@ def test_a_second_stage_starts_from_the_first_ones_weights(
     assert pipe(["a red circle"], seed=[1], output_type="np").shape == (1, 64, 64, 3)
 
 
-def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, FitResult], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
     recipe, _ = undisturbed
     for step in (4, 8):
         shutil.copytree(
@@ -222,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(small_world: SmallW
         engine={"workers": 1},
     )
     with pytest.raises(JobError, match="the loss is"):
-        run_fit(recipe)
+        train(recipe)
     (written,) = recipe.run_folder.glob("not-finite-*.json")
     told = json.loads(written.read_text())
     newest = checkpoints.newest_complete(recipe.run_folder)

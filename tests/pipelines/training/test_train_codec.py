@@ -19,10 +19,9 @@ from lidit.errors import InputError
 from lidit.store import Corpus
 from pipelines.corpus.ingest import run_ingest
 from pipelines.corpus.latents import run_latents
-from pipelines.training.codec_worker import CodecJob
-from pipelines.training.driver import FitResult
-from pipelines.training.metrics import Watch
-from pipelines.training.train_codec import run_train_codec
+from pipelines.training.driver import TrainResult
+from pipelines.training.metrics import TrainingMetrics
+from pipelines.training.train_codec import CodecJob, train_codec
 
 WEIGHTS = "model/diffusion_pytorch_model.safetensors"
 
@@ -55,17 +54,17 @@ def corpus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CodecRecipe, FitResult]:
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CodecRecipe, TrainResult]:
     recipe = recipe_of(corpus, tmp_path_factory.mktemp("codec"))
-    return recipe, run_train_codec(recipe)
+    return recipe, train_codec(recipe)
 
 
-def history(result: FitResult, metric: str) -> list[float]:
+def history(result: TrainResult, metric: str) -> list[float]:
     found = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, metric)
     return [point.value for point in sorted(found, key=lambda point: point.step)]
 
 
-def test_it_learns_and_its_run_holds_the_evidence(trained: tuple[CodecRecipe, FitResult]) -> None:
+def test_it_learns_and_its_run_holds_the_evidence(trained: tuple[CodecRecipe, TrainResult]) -> None:
     recipe, result = trained
     loss = history(result, "loss")
     assert len(loss) == 6
@@ -78,7 +77,7 @@ def test_it_learns_and_its_run_holds_the_evidence(trained: tuple[CodecRecipe, Fi
     assert {"model", "reconstructions"} <= names
 
 
-def test_the_folder_is_a_codec_with_a_measured_scale(trained: tuple[CodecRecipe, FitResult], corpus: Path) -> None:
+def test_the_folder_is_a_codec_with_a_measured_scale(trained: tuple[CodecRecipe, TrainResult], corpus: Path) -> None:
     _, result = trained
     codec = load_codec(CodecSettings(name="mine", model=str(result.model)))
     assert (codec.factor, codec.channels) == (4, 4)
@@ -99,12 +98,13 @@ class LoneJob(CodecJob):
     """One of a training's workers, without the others and without an engine: it can measure."""
 
     def __init__(self, recipe: CodecRecipe, world_size: int) -> None:
-        self.recipe = self.run = recipe
+        self.recipe = recipe
         self.rank, self.world_size, self.step, self.device = 0, world_size, 0, torch.device("cpu")
         self.corpus = Corpus.open(recipe.corpus)
         pixels = run_latents(recipe.corpus, CodecSettings(name="pixels"), PoolSettings())
         self.pixels = self.corpus.latent_family(pixels.fingerprint)
-        self.watch = Watch(recipe, SimpleNamespace(rank=1), SimpleNamespace(waited=0.0), None, None)  # type: ignore[arg-type]
+        engine, feed = SimpleNamespace(rank=1), SimpleNamespace(waited=0.0)
+        self.metrics = TrainingMetrics(recipe, engine, feed, None, None)  # type: ignore[arg-type]
 
 
 def test_measuring_puts_no_more_images_on_a_device_than_training(corpus: Path, tmp_path: Path) -> None:
@@ -128,23 +128,23 @@ def test_measuring_puts_no_more_images_on_a_device_than_training(corpus: Path, t
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_bits(trained: tuple[CodecRecipe, FitResult], corpus: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_same_bits(trained: tuple[CodecRecipe, TrainResult], corpus: Path, tmp_path: Path) -> None:
     _, straight = trained
     first = recipe_of(corpus, tmp_path, train={"steps": 12})
-    run_train_codec(first)
+    train_codec(first)
     with pytest.raises(InputError, match=r"config.train.steps: 12 -> 24(.|\n)*--allow-drift"):
-        run_train_codec(recipe_of(corpus, tmp_path))
-    resumed = run_train_codec(recipe_of(corpus, tmp_path), allow_drift=True)
+        train_codec(recipe_of(corpus, tmp_path))
+    resumed = train_codec(recipe_of(corpus, tmp_path), allow_drift=True)
     expected, found = (load_file(result.model.parent / WEIGHTS) for result in (straight, resumed))
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
-    assert not run_train_codec(recipe_of(corpus, tmp_path)).trained
+    assert not train_codec(recipe_of(corpus, tmp_path)).trained
 
 
 def test_what_does_not_fit_is_refused_before_training(corpus: Path, tmp_path: Path) -> None:
     deep = {"block_out_channels": [4] * 5, "norm_groups": 4}
     with pytest.raises(InputError, match="multiples of 8, the codec needs multiples of 16"):
-        run_train_codec(recipe_of(corpus, tmp_path, model=deep))
+        train_codec(recipe_of(corpus, tmp_path, model=deep))
     with pytest.raises(InputError, match=r"validation_fraction: only \d+ samples are held out, fewer than one batch"):
-        run_train_codec(recipe_of(corpus, tmp_path, data={"validation_fraction": 0.02}))
+        train_codec(recipe_of(corpus, tmp_path, data={"validation_fraction": 0.02}))

@@ -1,0 +1,40 @@
+"""Validation loss: the held-out samples at fixed noise levels, so that two steps of a run can be compared."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from lidit.data.assembler import TrainingBatch
+from lidit.diffusion import timestep_losses
+from pipelines.training.engine import Engine
+
+SEED_STRIDE = 1_000_003  # between the noise seeds of two batches: more than a batch has samples
+
+
+@torch.no_grad()
+def validation_loss(
+    engine: Engine, batches: list[TrainingBatch], first: int, seed: int, levels: int = 8
+) -> dict[str, float]:
+    """Mean loss over the held-out batches of all workers, in all and per timestep. Collective.
+
+    first: place of this worker's first sample in a global batch; a sample's noise goes by its place.
+    """
+    total, count = torch.zeros(levels, device=engine.device), torch.zeros((), device=engine.device)
+    engine.deepspeed.eval()
+    for number, batch in enumerate(batches):
+        moved = batch.to(engine.device)
+        seeds = [seed + SEED_STRIDE * number + first + i for i in range(len(batch.keys))]
+        predict = lambda x_t, t, text=moved.text: engine.deepspeed(x_t.to(engine.compute_dtype), t, text)  # noqa: E731
+        losses = timestep_losses(predict, engine.objective, moved.latents, seeds, levels)  # [B, K]
+        total, count = total + losses.sum(0), count + len(losses)
+    engine.deepspeed.train()
+    # Sums, not means: workers may hold unequal shares of a batch.
+    dist.all_reduce(total)
+    dist.all_reduce(count)
+    means = (total / count).tolist()
+    return {"validation/loss": math.fsum(means) / levels} | {
+        f"validation/loss_t{(i + 0.5) / levels:.3f}": value for i, value in enumerate(means)
+    }
