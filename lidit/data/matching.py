@@ -1,4 +1,4 @@
-"""Which of a corpus's families a recipe means. Families are found by their settings, never by their name alone."""
+"""Which of a corpus's families a recipe means: the family with the recipe's settings, never by its name alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from lidit.store import Corpus, TextFamily, spec_differences
 
 
 def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
-    """The corpus's family with these settings. InputError prints the fields in which the ones there differ.
+    """The corpus's text family with the encoder's settings.
 
-    The model's files are not asked for: trainers need not have them. A name that stands for two models is refused.
+    The model's files are not read, because trainers need not have them. Raises InputError naming the fields in which
+    the corpus's families differ, and where two families fit.
     """
     wanted = encoder.model_dump(
         include={"kind", "system_prompt", "instruction", "chat_template", "max_tokens", "storage", "dtype"}
@@ -38,13 +39,13 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
         return corpus.text_family((complete or matches)[0].fingerprint)
     if differences:
         raise _no_match(corpus, "text", encoder.name, differences, "compute it with lidit embed", "encoder")
-    return corpus.text_family(encoder.name)  # raises, naming what there is
+    return corpus.text_family(encoder.name)  # raises InputError, listing the families
 
 
 def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:
-    """The fingerprint of the corpus's latents of this very codec, weights included, whichever dtype `auto` was there.
+    """The fingerprint of the corpus's latents of this codec, weights included; with dtype `auto`, of any dtype.
 
-    InputError prints the fields in which the ones there differ.
+    Raises InputError naming the fields in which the corpus's latents differ.
     """
     wanted = codec_spec(codec)
     free = {key: wanted[key] for key in {"dtype"} & set(wanted) if codec.dtype == "auto"}
@@ -60,9 +61,8 @@ def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:
         raise InputError(
             f"{corpus.folder.location}: latents of codec {codec.name!r} in several dtypes: {listed}; set codec.dtype"
         )
-    # Raises, naming what there is, where nothing is of this name or what matches is unfinished.
-    found = corpus.latent_family(next((handle.directory for handle in [*complete, *matches]), codec.name))
-    return found.fingerprint
+    # Raises InputError, listing the families, where none has this name or the one that matches is unfinished.
+    return corpus.latent_family(next((handle.directory for handle in [*complete, *matches]), codec.name)).fingerprint
 
 
 def _no_match(corpus: Corpus, kind: str, name: str, differences: list[str], remedy: str, section: str) -> InputError:

@@ -46,8 +46,8 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
-class EpochPlan:
-    """What one epoch looks like before any row is read."""
+class EpochSchedule:
+    """Units and windows of one epoch, known before any row is read."""
 
     units: Ints  # [U] permuted unit numbers
     before: Ints  # [W + 1, K] rows of each bucket before each window, within the epoch
@@ -66,7 +66,7 @@ class Order:
         self.batch_size, self.seed, self.window_units = batch_size, seed, window_units
         self.per_epoch = counts.sum(0, dtype=np.int64)  # [K]
         self.num_windows = -(-len(counts) // window_units)
-        self._plans: OrderedDict[int, EpochPlan] = OrderedDict()
+        self._schedules: OrderedDict[int, EpochSchedule] = OrderedDict()
         self._rows: OrderedDict[tuple[int, int], list[tuple[Ints, Ints]]] = OrderedDict()
 
     @property
@@ -90,11 +90,13 @@ class Order:
     def batch(self, step: int) -> GlobalBatch:
         """Global batch number `step`, counted from 0 over all epochs."""
         epoch = self.epoch_of(step)
-        plan = self._plan(epoch)
-        done = (self.per_epoch * epoch + plan.before) // self.batch_size  # [W + 1, K] batches of each bucket
+        schedule = self._schedule(epoch)
+        # Windows complete batches in order, so the window of a step is a search among running totals.
+        done = (self.per_epoch * epoch + schedule.before) // self.batch_size  # [W + 1, K] batches of each bucket
         totals = done.sum(1)  # [W + 1]
         window = int(np.searchsorted(totals, step, side="right")) - 1
         emitted = done[window + 1] - done[window]  # [K] batches each bucket completes in this window
+        # Within a window, batches of all buckets come in permuted order.
         shuffled = permutation(int(emitted.sum()), self.seed, Purpose.BATCHES, epoch, window)
         place = int(shuffled[step - totals[window]])
         bucket = int(np.searchsorted(np.cumsum(emitted), place, side="right"))
@@ -106,7 +108,7 @@ class Order:
         epochs, units, rows, wanted = [], [], [], self.batch_size
         while wanted:
             epoch, within = divmod(position, int(self.per_epoch[bucket]))
-            before = self._plan(epoch).before[:, bucket]
+            before = self._schedule(epoch).before[:, bucket]
             window = int(np.searchsorted(before, within, side="right")) - 1
             unit, row = self._window(epoch, window)[bucket]
             start = within - int(before[window])
@@ -117,22 +119,22 @@ class Order:
             position, wanted = position + taken, wanted - taken
         return GlobalBatch(step, bucket, np.concatenate(epochs), np.concatenate(units), np.concatenate(rows))
 
-    def _plan(self, epoch: int) -> EpochPlan:
-        if epoch not in self._plans:
+    def _schedule(self, epoch: int) -> EpochSchedule:
+        if epoch not in self._schedules:
             units = permutation(len(self.counts), self.seed, Purpose.UNITS, epoch)
             starts = np.arange(0, len(units), self.window_units)
             per_window = np.add.reduceat(self.counts[units], starts, axis=0, dtype=np.int64)  # [W, K]
             before = np.concatenate([np.zeros((1, per_window.shape[1]), np.int64), per_window.cumsum(0)])
-            self._plans[epoch] = EpochPlan(units, before)
-            while len(self._plans) > 2:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(epoch)
-        return self._plans[epoch]
+            self._schedules[epoch] = EpochSchedule(units, before)
+            while len(self._schedules) > 2:
+                self._schedules.popitem(last=False)
+        self._schedules.move_to_end(epoch)
+        return self._schedules[epoch]
 
     def _window(self, epoch: int, window: int) -> list[tuple[Ints, Ints]]:
         """Per bucket the (unit, row) pairs of a window, permuted."""
         if (epoch, window) not in self._rows:
-            members = self._plan(epoch).units[window * self.window_units : (window + 1) * self.window_units]
+            members = self._schedule(epoch).units[window * self.window_units : (window + 1) * self.window_units]
             buckets = [self.buckets_of(int(unit)) for unit in members]
             unit = np.repeat(members, [len(b) for b in buckets])
             row = np.concatenate([np.arange(len(b)) for b in buckets])

@@ -1,4 +1,4 @@
-"""An ablation: one corpus, many arms, one report. Nothing that has a result is done again.
+"""An ablation: one corpus, many arms, one report. An arm that has a result is not trained again.
 
 Arms with one worker train side by side as Ray tasks, as many as the cluster holds; arms with several go through the
 ordinary training, one after the other. Every arm is a run below the ablation's own in the tracker.
@@ -49,10 +49,10 @@ class AblationSummary:
 
 
 def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
-    """Everything from the scenes to the report. Call again after any interruption.
+    """Make the scenes, the corpus, every arm and the report. Call again after any interruption.
 
-    report: told of every finished arm. Raises InputError for settings that do not fit together, before anything is
-    computed; JobError where an arm fails, after the arms beside it are done.
+    report: called with a line for every finished arm. Raises InputError for settings that do not fit together, before
+    anything is computed; JobError where an arm fails, after the arms beside it are done.
     """
     folder = ablation.recipe.run_folder.resolve()
     ablation = _absolute(ablation, folder)
@@ -62,7 +62,7 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
     jobs = _jobs(ablation, eval_set, corpus)
     uri = tracking.store_uri(ablation.recipe.tracking.uri, folder.parent)
     judged = _judged_on(ablation, corpus, eval_set)
-    results = {job.name: found for job in jobs if (found := _finished(job)) is not None}
+    results = {job.name: result for job in jobs if (result := _finished(job)) is not None}
     pending = [job for job in jobs if job.name not in results]
     key = digest_of({"ablation": ablation.recipe.name, "output": str(folder)})[:32]
     params = flatten(ablation)
@@ -85,7 +85,7 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
 
 
 def _check_machine(ablation: Ablation) -> None:
-    """Tell what could never run here before the corpus is made; nothing is asked of Ray where all arms are finished."""
+    """Refuse an ablation that cannot run here before its corpus is made. Where all arms are finished, Ray stays off."""
     folders = (ablation.arm_recipe(arm, seed).run_folder for arm in ablation.arms for seed in ablation.seeds)
     if all((folder / RESULT_FILE).is_file() for folder in folders):
         return
@@ -127,17 +127,17 @@ def _jobs(ablation: Ablation, eval_set: EvalSet, corpus: Corpus) -> list[ArmJob]
 
 
 def _finished(job: ArmJob) -> ArmResult | None:
-    found = ArmResult.load(job.folder)
-    if found is not None and found.identity != job.identity:
+    result = ArmResult.load(job.folder)
+    if result is not None and result.identity != job.identity:
         raise InputError(
             f"{job.folder}: holds a result of other settings or data; give the ablation another recipe.name, or "
             "delete the folder"
         )
-    return found
+    return result
 
 
 def _encode_cases(pending: list[ArmJob], corpus: Corpus) -> None:
-    """The cases' states by every LLM a pending arm needs, once per LLM."""
+    """Encode the cases' captions by every LLM that a pending arm needs, once per LLM."""
     wanted = {job.texts[encoder.name]: (job, encoder) for job in pending for encoder in job.recipe.encoders}
     if not wanted:
         return
@@ -156,13 +156,13 @@ def _encode(eval_set: EvalSet, corpus: str, encoder: Any, fingerprint: str) -> N
 
 
 def _results(pending: list[ArmJob], ablation: Ablation, uri: str, parent: str) -> Iterator[tuple[ArmJob, ArmResult]]:
-    """Results as they come. Trainings of several workers are tracked at `uri` themselves, below the run `parent`."""
+    """Yield each arm's result as it is ready. Arms of several workers are tracked at `uri`, below the run `parent`."""
     if not pending:
         return
     engine = ablation.recipe.engine
     if engine.workers > 1:
         for job in pending:
-            yield job, _fit_arm(job, uri, parent)
+            yield job, _train_with_workers(job, uri, parent)
         return
     resources.connect()
     task = ray.remote(max_retries=engine.max_failures, **resources.demands(resources.worker_pool(engine)))(train_arm)
@@ -178,7 +178,7 @@ def _results(pending: list[ArmJob], ablation: Ablation, uri: str, parent: str) -
         job = running.pop(ready)
         try:
             (result,) = _get([ready])
-        except Exception as error:  # the arms beside it keep no checkpoint: they may finish
+        except Exception as error:  # arms keep no checkpoint, so those that are running may finish
             first = first or error
             continue
         yield job, result
@@ -199,16 +199,16 @@ def _get(tasks: list[Any]) -> list[Any]:
         return list(ray.get(tasks))
 
 
-def _fit_arm(job: ArmJob, uri: str, parent: str) -> ArmResult:
-    """An arm by the ordinary training, measured at its end. Its seconds are this call's."""
+def _train_with_workers(job: ArmJob, uri: str, parent: str) -> ArmResult:
+    """Train an arm of several workers by `train`, and measure it at its end. Its seconds are this call's."""
     started = time.monotonic()
     tracked = job.recipe.tracking.model_copy(update={"uri": uri})
     trained = train(job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {})
     task = _measure.options(**resources.demands(resources.worker_pool(job.recipe.engine)))
     ((point, parameters),) = _get([task.remote(job, trained.model, trained.step)])
-    found = ArmResult(job.identity, job.arm, job.seed, parameters, time.monotonic() - started, (), (point,))
-    found.save(job.folder)
-    return found
+    result = ArmResult(job.identity, job.arm, job.seed, parameters, time.monotonic() - started, (), (point,))
+    result.save(job.folder)
+    return result
 
 
 @ray.remote
@@ -252,7 +252,7 @@ def _write(
 
 
 def _judged_on(ablation: Ablation, corpus: Corpus, eval_set: EvalSet) -> str:
-    """In words. Reads every caption of the corpus: once, not for every page."""
+    """What the arms are judged on, for the report. Reads every caption of the corpus, so call it once."""
     measures = ablation.measures
     trained = {text for unit in range(corpus.num_units) for text in corpus.captions(unit)["text"].to_pylist()}
     judged = {case.caption for cases in eval_set.measures.values() for case in cases}

@@ -37,7 +37,7 @@ DAMAGE = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def unsent_prefix(run_folder: Path) -> str:
-    """How the folders begin in which a machine's workers of this run keep a checkpoint until it is uploaded."""
+    """Prefix of the temporary folders in which this run's workers keep a checkpoint until it is uploaded."""
     return f"lidit-checkpoint-{digest_of(str(run_folder))[:16]}-"
 
 
@@ -47,8 +47,11 @@ def checkpoint_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands. The data order needs nothing but the step; `ema_updates` are the steps that were taken,
-    fewer than `step` where some had no finite loss. `start` names the start of the workers that wrote it."""
+    """Where a run stands. The data order needs nothing but the step.
+
+    `ema_updates` counts the steps that were taken: fewer than `step` where some had no finite loss. `start` names the
+    start of the workers that wrote the checkpoint.
+    """
 
     step: int
     world_size: int
@@ -78,12 +81,12 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, rank: int, position: Positi
 
 
 def write_record(folder: Path, rank: int, position: Position) -> None:
-    """Say what this rank's part of a checkpoint is, once everything of it is there."""
+    """Write size and sha256 of this rank's files; last, so that a record vouches for files that are complete."""
     files = [folder / f"rank-{rank:05}.safetensors"]
     if rank == 0:
         files += [folder / POSITION, *(path for path in sorted((folder / MODEL).rglob("*")) if path.is_file())]
-    held = [{"file": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": _digest(p)} for p in files]
-    record = {"start": position.start, "files": held}
+    entries = [{"file": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": _digest(p)} for p in files]
+    record = {"start": position.start, "files": entries}
     (folder / f"rank-{rank:05}.json").write_text(json.dumps(record))
 
 
@@ -105,22 +108,24 @@ def problem(folder: Path) -> str | None:
                 return f"rank {rank}'s part is of another start of the workers than rank 0's"
             if record["files"][0]["file"] != f"rank-{rank:05}.safetensors":
                 return f"rank-{rank:05}.json is the record of another rank's part"
-            for held in record["files"]:
-                path = folder / held["file"]
-                if path.stat().st_size != held["bytes"] or _digest(path) != held["sha256"]:
-                    return f"{held['file']} does not match its record"
+            for entry in record["files"]:
+                path = folder / entry["file"]
+                if path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+                    return f"{entry['file']} does not match its record"
     except DAMAGE as error:
         return one_line(error)
     return None
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a file is missing or of another start: the checkpoint was being written when the run was stopped, and
-    never became one. (One that is too short may have been whole once.)"""
+    """Whether a file is missing or of another start: the run was stopped while it wrote this checkpoint.
+
+    A file that is too short does not count: it may have been whole once, which makes it damage.
+    """
     try:
         position = read_position(folder)
         for record in (_record(folder, rank) for rank in range(position.world_size)):
-            missing = [held for held in record["files"] if not (folder / held["file"]).exists()]
+            missing = [entry for entry in record["files"] if not (folder / entry["file"]).exists()]
             if record["start"] != position.start or missing:
                 return True
     except DAMAGE:
@@ -129,7 +134,7 @@ def unfinished(folder: Path) -> bool:
 
 
 def _record(folder: Path, rank: int) -> dict[str, Any]:
-    """What rank's part holds; checkpoints of earlier versions name one file and no start."""
+    """The record of a rank's files; checkpoints of earlier versions name one file and no start."""
     record = json.loads((folder / f"rank-{rank:05}.json").read_text())
     return record if "files" in record else {"start": "", "files": [record]}
 
@@ -146,23 +151,23 @@ def candidates(root: Path) -> list[Path]:
 
 
 def newest_complete(root: Path) -> Path | None:
-    """The newest checkpoint that passes every check; damaged ones are named and passed over.
+    """The newest checkpoint that passes every check; damaged checkpoints are logged and passed over.
 
-    InputError when there are checkpoints and none is whole: starting over silently would throw work away. Not so when
-    none of them was ever finished.
+    None where no checkpoint was ever finished. Raises InputError where finished checkpoints are all damaged: starting
+    over silently would throw work away.
     """
-    found = candidates(root)
-    for folder in found:
+    folders = candidates(root)
+    for folder in folders:
         if (reason := problem(folder)) is None:
             return folder
         log.warning("checkpoint %s is not usable (%s): falling back to the one before", folder.name, reason)
-    if not all(map(unfinished, found)):
+    if not all(map(unfinished, folders)):
         raise InputError(f"{root}: no checkpoint is whole; remove the step-* folders to start the run over")
     return None
 
 
 class CheckpointReader:
-    """Parts of parameters from the fragments of all ranks of one checkpoint; only what is asked for is read."""
+    """Reads parts of parameters from the fragments of all ranks of one checkpoint, whatever wrote them."""
 
     def __init__(self, folder: Path) -> None:
         self.position = read_position(folder)
@@ -175,7 +180,7 @@ class CheckpointReader:
                 self.places.setdefault((kind, name), []).append((int(start), int(start) + length, file, key))
 
     def read(self, kind: str, name: str, first: int, last: int) -> torch.Tensor:
-        """Elements [first, last) of a parameter's flat fp32 tensor; KeyError when the checkpoint has none such."""
+        """Elements [first, last) of a parameter's flat fp32 tensor; KeyError for a name it does not have."""
         pieces = []
         for start, stop, file, key in sorted(self.places[kind, name], key=lambda piece: piece[0]):
             low, high = max(first, start), min(last, stop)

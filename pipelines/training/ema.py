@@ -1,4 +1,4 @@
-"""The fp32 numbers of a DeepSpeed engine as named fragments: (parameter name, start, length), whatever the ZeRO stage.
+"""The moving average of the weights (EMA), over fp32 numbers named by (parameter, start, length) in any ZeRO stage.
 
 ZeRO keeps master weights and optimizer moments in flat buffers, cut at other places for every stage and world size.
 Named by parameter and offset, the same numbers can be averaged (EMA), saved and loaded without knowing stage or world
@@ -45,7 +45,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def live_fragments(engine: Any) -> list[Fragment]:
-    """Every fp32 number this rank holds; under stage 0 that is everything."""
+    """The fragments this rank holds; under stage 0 they cover the whole model."""
     stage = engine.zero_optimization_stage()
     named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     if stage == 0:
@@ -56,7 +56,7 @@ def live_fragments(engine: Any) -> list[Fragment]:
 
 
 def owned_fragments(engine: Any) -> list[Fragment]:
-    """This rank's share: over all ranks, every number exactly once."""
+    """This rank's share of the fragments: over all ranks, every number exactly once."""
     live = live_fragments(engine)
     if engine.zero_optimization_stage() > 0:
         return live

@@ -41,8 +41,11 @@ def set_up_device(engine: EngineSettings) -> torch.device:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the global batch. `finite` is False when the step was not taken: for this worker's loss, another's
-    (then `gradient_norm` is NaN), or for the gradient (then it is infinite)."""
+    """Means over the global batch.
+
+    `finite` is False when the step was not taken: because of a worker's loss (then `gradient_norm` is NaN) or of the
+    gradient (then it is infinite).
+    """
 
     loss: float
     gradient_norm: float
@@ -119,12 +122,12 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
     """Takes global steps of any model; `device` is this worker's."""
 
     def __init__(self, recipe: RunRecipe, model: nn.Module, device: torch.device) -> None:
-        # Not what the machine or an image says: a CPU training on a machine with a GPU would lie on both.
+        # DeepSpeed would take a GPU it finds, also for a CPU training: tensors would lie on both devices.
         os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else "cuda"
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 
-        if device.type == "cpu":  # it would be compiled for a minute and gains nothing at one process per core
+        if device.type == "cpu":  # compiling it takes a minute, and one process per core gains nothing from it
             __compatible_ops__["deepspeed_shm_comm"] = False
         self.recipe, self.device = recipe, device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
@@ -163,8 +166,7 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
     def train_step(self, batch: AnyBatch) -> StepResult:
         """One optimizer step on this worker's part of a global batch.
 
-        A loss that is not finite is noticed by all workers before anything is changed; the step is then not taken. Nor
-        is one whose gradient is not finite, on any worker.
+        Where a loss or a gradient is not finite on any worker, no worker takes the step and no weight changes.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.train, batch.step)

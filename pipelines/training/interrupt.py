@@ -1,4 +1,4 @@
-"""Leaving early with everything saved: SIGTERM at the driver, or a node that Ray says is about to be taken away."""
+"""Leaving early with everything saved: after SIGTERM at the driver, or before Ray loses a node to preemption."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def saved_on_sigterm(board: Any) -> Iterator[threading.Event]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Also where a library wrapped the system's error into its own."""
+    """Whether the disk is full or the quota used up, also where a library wrapped the system's error in its own."""
     return (isinstance(error, OSError) and error.errno in DISK_FULL) or any(
         text in str(error) for text in ("No space left on device", "StorageFull", "File too large")
     )

@@ -1,4 +1,4 @@
-"""Ray Train's list of a run's checkpoints, made to agree with the folders that are there.
+"""Ray Train's list of a run's checkpoints, made to agree with the folders on disk.
 
 Ray uses it to delete old checkpoints, and refuses to start where it names a folder that is gone. Which checkpoint a
 run goes on from is found on the disk (`checkpoints.newest_complete`), never here.
@@ -22,7 +22,7 @@ WORST = sys.float_info.max  # a loss nobody has measured yet: JSON has no infini
 
 
 def agree(folder: Path, newest: Path | None) -> None:
-    """Before a start that goes on from `newest`: what is newer is out of the way, and Ray's list names what is left.
+    """Make way for a start that goes on from `newest`: newer checkpoints go, and Ray's list names the rest.
 
     Checkpoints that were never finished are removed, damaged ones get another name: their steps are taken again, and
     two entries of one folder would have Ray delete the good one with the old one.
@@ -49,22 +49,22 @@ def agree(folder: Path, newest: Path | None) -> None:
 
 
 def _agreeing(tree: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """The list without what is gone or named twice; None where nothing is left of it, or another Ray wrote it."""
+    """Ray's list without missing or doubled checkpoints; None where none is left, or another Ray version wrote it."""
     if tree["ray_version"] != ray.__version__:
         return None
     entries = zip(tree["checkpoint_results"], tree["checkpoint_report_indices"], strict=True)
-    kept = {one["checkpoint_dir_name"]: (one, index) for one, index in entries}  # the later of two
+    kept = {entry["checkpoint_dir_name"]: (entry, index) for entry, index in entries}  # the later of two
     kept = {name: pair for name, pair in kept.items() if (folder / name).is_dir()}
     if not kept:
         return None
-    for one, _ in kept.values():
-        one["metrics"] = {key: WORST if value is None else value for key, value in one["metrics"].items()}
+    for entry, _ in kept.values():
+        entry["metrics"] = {key: WORST if value is None else value for key, value in entry["metrics"].items()}
     latest = tree["latest_checkpoint_result"]
     if latest is None or latest["checkpoint_dir_name"] not in kept:
         latest = max(kept.values(), key=lambda pair: pair[1])[0]
     named = [name for name in tree["validated_checkpoint_dir_names"] if name in kept]
     return tree | {
-        "checkpoint_results": [one for one, _ in kept.values()],
+        "checkpoint_results": [entry for entry, _ in kept.values()],
         "checkpoint_report_indices": [index for _, index in kept.values()],
         "latest_checkpoint_result": latest,
         "pending_training_results": [],
@@ -74,7 +74,7 @@ def _agreeing(tree: dict[str, Any], folder: Path) -> dict[str, Any] | None:
 
 
 def _free(path: Path) -> Path:
-    """`path`, or the same with a number where something of an earlier start has that name."""
+    """`path`, or the same with a number where an earlier start left a file or folder of that name."""
     number, free = 1, path
     while free.exists():
         free, number = path.with_name(f"{path.name}-{number}"), number + 1
