@@ -62,15 +62,19 @@ class Assembler:
         self.prefix = {name: family.shared().prefix for name, family in self.texts.items()}
 
     def assemble(self, batch: GlobalBatch) -> TrainingBatch:
+        """The tensors of these rows: for a worker's part the same numbers as for the whole batch."""
+        # Random numbers first, each by its purpose, epoch, unit and row: independent of the order of reading.
         seed, size = self.settings.seed, len(batch.row)
         pick = uniform(seed, Purpose.CAPTION, batch.epoch, batch.unit, batch.row)
         dropped = uniform(seed, Purpose.DROPOUT, batch.epoch, batch.unit, batch.row) < self.settings.caption_dropout
         u = uniform(seed, Purpose.TIMESTEP, batch.epoch, batch.unit, batch.row)
         posterior = draw(seed, Purpose.LATENT, batch.epoch, batch.unit, batch.row)
+
         keys: list[str] = [""] * size
         latents: list[torch.Tensor] = [torch.empty(0)] * size
         # A dropped caption is dropped for all LLMs: guidance compares with a prediction that has no text at all.
         states = {name: [self.empty[name]] * size for name in self.texts}
+
         # Unit by unit, because a unit is one file per family: all its rows are read together.
         by_unit = np.argsort(batch.unit, kind="stable")
         for places in np.split(by_unit, np.flatnonzero(np.diff(batch.unit[by_unit])) + 1):
@@ -85,6 +89,7 @@ class Assembler:
             for name, family in self.texts.items():
                 for place, row_states in zip(kept.tolist(), family.read(unit, captions)):
                     states[name][place] = row_states
+
         stacked = torch.stack(latents)
         noise = torch.empty_like(stacked)
         fill_gaussian(noise, draw(seed, Purpose.NOISE, batch.epoch, batch.unit, batch.row))

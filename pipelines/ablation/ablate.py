@@ -57,13 +57,19 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
     folder = ablation.recipe.run_folder.resolve()
     ablation = _absolute(ablation, folder)
     _check_machine(ablation)
+
+    # One corpus and one eval set for every arm and seed: arms differ by their settings alone.
     eval_set = EvalSet.of(ablation, folder / "cases")
     corpus = _prepare(ablation, folder)
     jobs = _jobs(ablation, eval_set, corpus)
     uri = tracking.store_uri(ablation.recipe.tracking.uri, folder.parent)
     judged = _judged_on(ablation, corpus, eval_set)
+
+    # An arm is finished by the file in its folder, whatever the tracker has of it.
     results = {job.name: result for job in jobs if (result := _finished(job)) is not None}
     pending = [job for job in jobs if job.name not in results]
+
+    # The report is written after every arm: an early look already compares what is trained.
     key = digest_of({"ablation": ablation.recipe.name, "output": str(folder)})[:32]
     params = flatten(ablation)
     name, experiment = ablation.recipe.name, ablation.recipe.tracking.experiment

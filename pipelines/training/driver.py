@@ -119,8 +119,11 @@ class Run(Generic[AnyRecipe]):
         config: what the worker gets besides recipe, tracking handle and board. Raises a worker's InputError or
         JobError, JobError where Ray gives up, KeyboardInterrupt after SIGTERM with everything saved.
         """
+        # Where the workers will go on; Ray refuses to start while its own list says otherwise.
         newest = checkpoints.newest_complete(self.folder)
         ray_checkpoints.agree(self.folder, newest)
+        start = checkpoints.read_position(newest).step if newest else 0
+
         board = _start_board()
         config = {
             **config,
@@ -129,7 +132,6 @@ class Run(Generic[AnyRecipe]):
             "board": board,
         }
         trainer, steps = _trainer(worker, config, self.recipe), self.recipe.train.steps
-        start = checkpoints.read_position(newest).step if newest else 0
         with (
             ProgressBar(f"train {self.recipe.name}", steps, "steps", start=start) as progress,
             _shown(board, progress),
@@ -142,8 +144,9 @@ class Run(Generic[AnyRecipe]):
             # Workers that restart after a recorded failure exit at once, and to Ray that is success.
             if (failure := ray.get(board.failure.remote())) is not None:
                 raise failure
-        last = checkpoints.candidates(self.folder)
-        if stopped.is_set() and checkpoints.read_position(last[0]).step < steps:
+
+        # The workers saved and left, which is no success unless it was the last step.
+        if stopped.is_set() and checkpoints.read_position(checkpoints.candidates(self.folder)[0]).step < steps:
             raise KeyboardInterrupt
 
     def publish_model(self) -> None:
@@ -210,6 +213,7 @@ def plot_curves(tracker: tracking.Tracker, folder: Path) -> None:
 
 
 def note_run(folder: Path, tracker: tracking.Tracker) -> None:
+    """Keep the tracker's run id in the run's folder."""
     (folder / "mlflow-run").write_text(tracker.handle.run_id)
 
 
@@ -222,6 +226,7 @@ def finished_step(folder: Path) -> int | None:
 
 
 def read_run_id(folder: Path) -> str:
+    """The tracker's run id; empty before the tracker gave one."""
     path = folder / "mlflow-run"
     return path.read_text() if path.exists() else ""
 

@@ -57,6 +57,7 @@ class TrainingMetrics:
         self.images += self.engine.recipe.train.batch_size
         self.tokens += batch.tokens * self.engine.world_size
         self.prometheus.step(seconds, data_wait, result.loss, self._mfu(1, seconds))
+
         done = batch.step + 1
         if done % self.recipe.train.log_every and done != self.recipe.train.steps:
             return
@@ -69,6 +70,7 @@ class TrainingMetrics:
             "data_wait_share": (self.feed.waited - self.waited) / elapsed,
             "memory_gigabytes": self._memory(),
         }
+        # Skipped steps have no loss, an unknown device no peak: their metrics are left out, not zero.
         if self.losses:
             values |= {"loss": float(np.mean(self.losses)), "gradient_norm": float(np.mean(self.norms))}
         if self.flops_per_step:
@@ -79,6 +81,7 @@ class TrainingMetrics:
         self._reset()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send values to the tracker and the driver's progress display; every rank keeps the validation loss."""
         self.validation_loss = values.get("validation/loss", self.validation_loss)
         if not self.is_rank_zero:
             return
