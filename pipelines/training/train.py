@@ -46,10 +46,24 @@ FREE_SETTINGS = {
 
 
 def train(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | None = None) -> TrainResult:
-    """Train `recipe` to its last step, from wherever the run of its name stands, and publish the model.
+    """Train a recipe's model to its last step and publish it, from wherever the run of the recipe's name stands.
 
-    tags: for the run in the tracker, besides its own. Raises InputError, before anything is started, for families that
-    are missing or made with other settings, and for a run started with other settings or data unless `allow_drift`.
+    The corpus, its text families and its latents must be there. After an interruption the same call goes on from the
+    last checkpoint; after the last step it does nothing.
+
+    Args:
+        recipe: What `load_recipe` returns. Results go to its `output` and `name`: OUTPUT/NAME.
+        allow_drift: Continue a run although settings or data are not those it was started with.
+        tags: Tags for the run in the tracker, besides its own.
+
+    Returns:
+        `model`, the folder that `LIDiTPipeline.from_pretrained` reads; `step`, the last step; `tracking_uri` and
+        `run_id` of the run in MLflow; `trained`, False where the run was finished before the call.
+
+    Raises:
+        InputError: Before anything is started: a family is missing or was made with other settings, the held-out
+            samples fill no batch, the machine lacks what the recipe asks for, or the run has drifted.
+        JobError: The training failed; its checkpoints are kept.
     """
     corpus = Corpus.open(recipe.corpus)
     facts = run_facts(recipe, corpus)
