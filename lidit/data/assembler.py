@@ -1,6 +1,7 @@
-"""From the rows of a global batch to the tensors of a training step: reading, random numbers, collation.
+"""From a global batch's rows to a training step's tensors: reading, random numbers, collation.
 
-Letters: B samples of this worker's part of a global batch; C, H, W channels, height, width of a latent; T tokens.
+Letters: B samples of this worker's part of a global batch; C, H, W channels, height, width of a
+latent; T tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class TrainingBatch:
 
 
 class Assembler:
-    """Makes the tensors of any part of a global batch; every number depends on (seed, epoch, sample) alone."""
+    """Makes the tensors of any part of a global batch, by (seed, epoch, sample) alone."""
 
     def __init__(self, families: Families, rows: Rows, settings: DataSettings) -> None:
         self.latents, self.texts = families.latents, families.texts
@@ -62,8 +63,9 @@ class Assembler:
         self.prefix = {name: family.shared().prefix for name, family in self.texts.items()}
 
     def assemble(self, batch: GlobalBatch) -> TrainingBatch:
-        """The tensors of these rows: for a worker's part the same numbers as for the whole batch."""
-        # Random numbers first, each by its purpose, epoch, unit and row: independent of the order of reading.
+        """The tensors of these rows, the same in a worker's part as in the whole batch."""
+        # Random numbers first, each by its purpose, epoch, unit and row: independent of the order
+        # of reading.
         seed, size = self.settings.seed, len(batch.row)
         pick = uniform(seed, Purpose.CAPTION, batch.epoch, batch.unit, batch.row)
         dropped = uniform(seed, Purpose.DROPOUT, batch.epoch, batch.unit, batch.row) < self.settings.caption_dropout
@@ -72,7 +74,8 @@ class Assembler:
 
         keys: list[str] = [""] * size
         latents: list[torch.Tensor] = [torch.empty(0)] * size
-        # A dropped caption is dropped for all LLMs: guidance compares with a prediction that has no text at all.
+        # A dropped caption is dropped for all LLMs: guidance compares with a prediction that has
+        # no text at all.
         states = {name: [self.empty[name]] * size for name in self.texts}
 
         # Unit by unit, because a unit is one file per family: all its rows are read together.
@@ -105,7 +108,7 @@ class Assembler:
         )
 
     def _verify(self, unit: int) -> None:
-        """Check every file of the unit against its record before a number of it is used, once per process."""
+        """Check the unit's files against their records, once per process, before they are used."""
         for family in (self.latents, *self.texts.values()):
             family.verify_unit(unit)
 
@@ -113,7 +116,8 @@ class Assembler:
 def collate(rows: list[torch.Tensor], prefix: torch.Tensor) -> TextStates:
     """`TextStates.collate` for rows of two dtypes, without copying a row twice.
 
-    The empty caption is kept at the compute dtype, captions at the storage dtype; a batch has the wider one.
+    The empty caption is kept at the compute dtype, captions at the storage dtype; a batch has the
+    wider one.
     """
     dtype = max({row.dtype for row in rows}, key=lambda dtype: torch.finfo(dtype).bits)
     lengths = torch.tensor([len(row) for row in rows])

@@ -1,4 +1,4 @@
-"""The families of a corpus that a model is trained on: one of latents, and one of text states per encoder."""
+"""What a model is trained on: a corpus's latents, and one family of text states per encoder."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Families:
         """Open families for reading in training order.
 
         latents: name, directory or fingerprint; default: the corpus's only family of latents.
-        texts: encoder name -> name, directory or fingerprint; default: every text family under its own name.
-        Raises InputError for a family that is missing, unfinished or ambiguous.
+        texts: encoder name -> name, directory or fingerprint; default: every text family under its
+        own name. Raises InputError for a family that is missing, unfinished or ambiguous.
         """
         if texts is None:
             texts = {handle.name: handle.name for handle in corpus.text_families()}

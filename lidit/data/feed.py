@@ -1,7 +1,7 @@
 """One worker's batches of a corpus, step by step, read ahead by threads; `open_feed` is the way in.
 
-The batch of a step is a pure function of corpus, settings and step: a resumed run, or one with another number of
-workers, sees the same global batches with the same noise.
+The batch of a step is a pure function of corpus, settings and step: a resumed run, or one with
+another number of workers, sees the same global batches with the same noise.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Feed(Generic[AnyBatch_co]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of the first epoch; later epochs have as many, or one more per bucket from carried leftovers."""
+        """Batches of the first epoch; later epochs may have one more per bucket, from leftovers."""
         return self.order.batches_before(1)
 
     def batches(self, start: int, stop: int) -> Iterator[AnyBatch_co]:

@@ -1,4 +1,4 @@
-"""Which of a corpus's families a recipe means: the family with the recipe's settings, never by its name alone."""
+"""Which of a corpus's families a recipe means: found by their settings, not by name alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lidit.store import Corpus, TextFamily, spec_differences
 def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
     """The corpus's text family with the encoder's settings.
 
-    The model's files are not read, because trainers need not have them. Raises InputError naming the fields in which
-    the corpus's families differ, and where two families fit.
+    The model's files are not read, because trainers need not have them. Raises InputError naming
+    the fields in which the corpus's families differ, and where two families fit.
     """
     wanted = encoder.model_dump(
         include={"kind", "system_prompt", "instruction", "chat_template", "max_tokens", "storage", "dtype"}
@@ -43,7 +43,7 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
 
 
 def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:
-    """The fingerprint of the corpus's latents of this codec, weights included; with dtype `auto`, of any dtype.
+    """The fingerprint of the corpus's latents of this codec and weights; of any dtype for `auto`.
 
     Raises InputError naming the fields in which the corpus's latents differ.
     """
@@ -61,7 +61,8 @@ def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:
         raise InputError(
             f"{corpus.folder.location}: latents of codec {codec.name!r} in several dtypes: {listed}; set codec.dtype"
         )
-    # Raises InputError, listing the families, where none has this name or the one that matches is unfinished.
+    # Raises InputError, listing the families, where none has this name or the one that matches is
+    # unfinished.
     return corpus.latent_family(next((handle.directory for handle in [*complete, *matches]), codec.name)).fingerprint
 
 

@@ -91,7 +91,8 @@ class Order:
         """Global batch number `step`, counted from 0 over all epochs."""
         epoch = self.epoch_of(step)
         schedule = self._schedule(epoch)
-        # Windows complete batches in order, so the window of a step is a search among running totals.
+        # Windows complete batches in order, so the window of a step is a search among running
+        # totals.
         done = (self.per_epoch * epoch + schedule.before) // self.batch_size  # [W + 1, K] batches of each bucket
         totals = done.sum(1)  # [W + 1]
         window = int(np.searchsorted(totals, step, side="right")) - 1

@@ -51,8 +51,9 @@ class AblationSummary:
 def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
     """Make the scenes, the corpus, every arm and the report. Call again after any interruption.
 
-    report: called with a line for every finished arm. Raises InputError for settings that do not fit together, before
-    anything is computed; JobError where an arm fails, after the arms beside it are done.
+    report: called with a line for every finished arm. Raises InputError for settings that do not
+    fit together, before anything is computed; JobError where an arm fails, after the arms beside
+    it are done.
     """
     folder = ablation.recipe.run_folder.resolve()
     ablation = _absolute(ablation, folder)
@@ -91,7 +92,7 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
 
 
 def _check_machine(ablation: Ablation) -> None:
-    """Refuse an ablation that cannot run here before its corpus is made. Where all arms are finished, Ray stays off."""
+    """Refuse, before the corpus is made, what cannot run here; without Ray if all is finished."""
     folders = (ablation.arm_recipe(arm, seed).run_folder for arm in ablation.arms for seed in ablation.seeds)
     if all((folder / RESULT_FILE).is_file() for folder in folders):
         return
@@ -162,7 +163,7 @@ def _encode(eval_set: EvalSet, corpus: str, encoder: Any, fingerprint: str) -> N
 
 
 def _results(pending: list[ArmJob], ablation: Ablation, uri: str, parent: str) -> Iterator[tuple[ArmJob, ArmResult]]:
-    """Yield each arm's result as it is ready. Arms of several workers are tracked at `uri`, below the run `parent`."""
+    """Yield each arm's result as it is ready; `uri` and `parent`: where several workers track."""
     if not pending:
         return
     engine = ablation.recipe.engine
@@ -206,7 +207,7 @@ def _get(tasks: list[Any]) -> list[Any]:
 
 
 def _train_with_workers(job: ArmJob, uri: str, parent: str) -> ArmResult:
-    """Train an arm of several workers by `train`, and measure it at its end. Its seconds are this call's."""
+    """Train an arm of several workers by `train` and measure its end; seconds are this call's."""
     started = time.monotonic()
     tracked = job.recipe.tracking.model_copy(update={"uri": uri})
     trained = train(job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {})
@@ -258,7 +259,7 @@ def _write(
 
 
 def _judged_on(ablation: Ablation, corpus: Corpus, eval_set: EvalSet) -> str:
-    """What the arms are judged on, for the report. Reads every caption of the corpus, so call it once."""
+    """What the arms are judged on, for the report. Call once: it reads all captions."""
     measures = ablation.measures
     trained = {text for unit in range(corpus.num_units) for text in corpus.captions(unit)["text"].to_pylist()}
     judged = {case.caption for cases in eval_set.measures.values() for case in cases}

@@ -86,7 +86,7 @@ def train_arm(job: ArmJob) -> ArmResult:
 
 
 def _process_group_of_one(device: torch.device) -> None:
-    """Start a process group for the engine's collective calls; the next arm uses it too, as DeepSpeed remembers it."""
+    """Start a process group for the engine; it stays, because DeepSpeed remembers its groups."""
     if not dist.is_initialized():
         os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed reads a launcher's variables
         backend = "nccl" if device.type == "cuda" else "gloo"

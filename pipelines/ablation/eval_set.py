@@ -1,4 +1,4 @@
-"""What every arm of an ablation is judged by: scenes that no arm trains on, true and wrong captions, their states."""
+"""What every arm is judged by: scenes no arm trains on, true and wrong captions, their states."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class EvalSet:
         publish_bytes(Folder.at(self.folder), path.name, content)
 
     def loss(self, model: LIDiT, objective: Objective, corpus: Corpus, fingerprints: dict[str, str]) -> CaptionLoss:
-        """The model's loss under any caption of the set. `fingerprints`: the model's encoders -> text family."""
+        """The model's loss under any caption of the set. `fingerprints`: encoder -> text family."""
         captions = self.captions
         rows, prefixes = {}, {}
         for name, fingerprint in fingerprints.items():

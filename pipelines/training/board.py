@@ -1,4 +1,4 @@
-"""The board: one small actor beside the driver, through which driver and workers hear of each other."""
+"""The board: one small actor through which driver and workers hear of each other."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from lidit.errors import InputError, JobError
 
 
 class Board:
-    """Messages of rank 0 for the driver's progress display, the first failure, and the request to stop.
+    """Progress of rank 0, the first failure, the request to stop, the tracker's credentials.
 
-    It lives on the driver's node as long as the driver does, and so outlives every restart of the workers.
+    It lives on the driver's node as long as the driver does, and so outlives every restart of the
+    workers.
     """
 
     def __init__(self) -> None:
@@ -19,7 +20,7 @@ class Board:
         self.stopping = False
         self.failed: InputError | JobError | None = None
 
-    # -- failures: an error that a restart of the workers would only meet again ---------------------------------------
+    # -- failures: an error that a restart of the workers would only meet again -------------------
 
     def fail(self, error: InputError | JobError) -> None:
         """Record a worker's error. The first one counts: later ones are often its consequences."""
@@ -28,7 +29,7 @@ class Board:
     def failure(self) -> InputError | JobError | None:
         return self.failed
 
-    # -- stopping early -----------------------------------------------------------------------------------------------
+    # -- stopping early ---------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Ask the workers to save and leave; rank 0 looks after every step."""
@@ -37,19 +38,20 @@ class Board:
     def is_stopping(self) -> bool:
         return self.stopping
 
-    # -- credentials of the tracker, from the driver to the workers ---------------------------------------------------
+    # -- credentials of the tracker, from the driver to the workers -------------------------------
 
     def keep(self, credentials: dict[str, str]) -> None:
         """Keep what a worker needs to log.
 
-        A call's arguments are in no log, no dashboard and no state export, unlike a worker's environment.
+        A call's arguments are in no log, no dashboard and no state export, unlike a worker's
+        environment.
         """
         self.kept = credentials
 
     def credentials(self) -> dict[str, str]:
         return self.kept
 
-    # -- progress -----------------------------------------------------------------------------------------------------
+    # -- progress ---------------------------------------------------------------------------------
 
     def post(self, message: dict[str, Any]) -> None:
         self.messages.append(message)

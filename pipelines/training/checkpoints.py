@@ -37,7 +37,7 @@ DAMAGE = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def unsent_prefix(run_folder: Path) -> str:
-    """Prefix of the temporary folders in which this run's workers keep a checkpoint until it is uploaded."""
+    """Prefix of the temporary folders that keep this run's checkpoints until they are uploaded."""
     return f"lidit-checkpoint-{digest_of(str(run_folder))[:16]}-"
 
 
@@ -49,8 +49,8 @@ def checkpoint_name(step: int) -> str:
 class Position:
     """Where a run stands. The data order needs nothing but the step.
 
-    `ema_updates` counts the steps that were taken: fewer than `step` where some had no finite loss. `start` names the
-    start of the workers that wrote the checkpoint.
+    `ema_updates` counts the steps that were taken: fewer than `step` where some had no finite
+    loss. `start` names the start of the workers that wrote the checkpoint.
     """
 
     step: int
@@ -81,7 +81,7 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, rank: int, position: Positi
 
 
 def write_record(folder: Path, rank: int, position: Position) -> None:
-    """Write size and sha256 of this rank's files; last, so that a record vouches for files that are complete."""
+    """Write size and sha256 of this rank's files; last, so a record means complete files."""
     files = [folder / f"rank-{rank:05}.safetensors"]
     if rank == 0:
         files += [folder / POSITION, *(path for path in sorted((folder / MODEL).rglob("*")) if path.is_file())]
@@ -118,7 +118,7 @@ def problem(folder: Path) -> str | None:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a file is missing or of another start: the run was stopped while it wrote this checkpoint.
+    """Whether the run was stopped while it wrote this: a file is missing, or of another start.
 
     A file that is too short does not count: it may have been whole once, which makes it damage.
     """
@@ -151,10 +151,10 @@ def candidates(root: Path) -> list[Path]:
 
 
 def newest_complete(root: Path) -> Path | None:
-    """The newest checkpoint that passes every check; damaged checkpoints are logged and passed over.
+    """The newest checkpoint that passes every check; damaged ones are logged and passed over.
 
-    None where no checkpoint was ever finished. Raises InputError where finished checkpoints are all damaged: starting
-    over silently would throw work away.
+    None where no checkpoint was ever finished. Raises InputError where finished checkpoints are
+    all damaged: starting over silently would throw work away.
     """
     folders = candidates(root)
     for folder in folders:
@@ -167,7 +167,7 @@ def newest_complete(root: Path) -> Path | None:
 
 
 class CheckpointReader:
-    """Reads parts of parameters from the fragments of all ranks of one checkpoint, whatever wrote them."""
+    """Reads parts of parameters out of one checkpoint, from the fragments of all its ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.position = read_position(folder)
@@ -180,7 +180,7 @@ class CheckpointReader:
                 self.places.setdefault((kind, name), []).append((int(start), int(start) + length, file, key))
 
     def read(self, kind: str, name: str, first: int, last: int) -> torch.Tensor:
-        """Elements [first, last) of a parameter's flat fp32 tensor; KeyError for a name it does not have."""
+        """Elements [first, last) of a parameter's flat fp32 tensor; KeyError for an unknown name."""
         pieces = []
         for start, stop, file, key in sorted(self.places[kind, name], key=lambda piece: piece[0]):
             low, high = max(first, start), min(last, stop)

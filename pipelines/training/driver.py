@@ -1,4 +1,4 @@
-"""A training run as its driver sees it, whatever it trains: resume or refuse, track, run on Ray Train, publish."""
+"""A training run as its driver sees it: resume or refuse, track, run on Ray Train, publish."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WORKER_ENVIRONMENT = ("HF_HUB_OFFLINE", "LIDIT_CACHE", "LIDIT_STORE_CACHE", "LID
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`model`: the folder people load. `trained`: False when the run was finished before the call."""
+    """`model`: the folder people load. `trained`: False if the run was finished before."""
 
     model: Path
     step: int
@@ -61,10 +61,11 @@ class TrainResult:
 def open_run(
     recipe: AnyRecipe, corpus: Corpus, facts: dict[str, Any], tags: dict[str, str], allow_drift: bool
 ) -> Iterator[Run[AnyRecipe]]:
-    """The run of the recipe's name, ready to go on: not drifted, connected to Ray, tracked while the block runs.
+    """The run of the recipe's name: not drifted, connected to Ray, tracked while the block runs.
 
-    facts: what the run is made of. Raises InputError where the run was started with other facts, unless `allow_drift`.
-    A finished run starts no Ray; it only delivers to the tracker what an outage or a kill left behind.
+    facts: what the run is made of. Raises InputError where the run was started with other facts,
+    unless `allow_drift`. A finished run starts no Ray; it only delivers to the tracker what an
+    outage or a kill left behind.
     """
     folder = recipe.run_folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def open_run(
 
 
 class Run(Generic[AnyRecipe]):
-    """One training run; open it with `open_run`. `recipe` has absolute paths, `folder` is the run's own."""
+    """One training run, opened by `open_run`. `recipe` has absolute paths."""
 
     tracker: tracking.Tracker  # of a run that was not finished when it was opened
 
@@ -116,8 +117,9 @@ class Run(Generic[AnyRecipe]):
     def launch(self, worker: TrainWorker, config: dict[str, Any]) -> None:
         """Run `worker` on the recipe's workers until the last step, with progress.
 
-        config: what the worker gets besides recipe, tracking handle and board. Raises a worker's InputError or
-        JobError, JobError where Ray gives up, KeyboardInterrupt after SIGTERM with everything saved.
+        config: what the worker gets besides recipe, tracking handle and board. Raises a worker's
+        InputError or JobError, JobError where Ray gives up, KeyboardInterrupt after SIGTERM with
+        everything saved.
         """
         # Where the workers will go on; Ray refuses to start while its own list says otherwise.
         newest = checkpoints.newest_complete(self.folder)
@@ -141,7 +143,8 @@ class Run(Generic[AnyRecipe]):
                 trainer.fit()
             except rt.TrainingFailedError as error:
                 raise ray.get(board.failure.remote()) or _job_error(error) from error
-            # Workers that restart after a recorded failure exit at once, and to Ray that is success.
+            # Workers that restart after a recorded failure exit at once, and to Ray that is
+            # success.
             if (failure := ray.get(board.failure.remote())) is not None:
                 raise failure
 
@@ -150,7 +153,7 @@ class Run(Generic[AnyRecipe]):
             raise KeyboardInterrupt
 
     def publish_model(self) -> None:
-        """Put the last checkpoint's model in its place and give it to the tracker; the run is finished then."""
+        """Put the last checkpoint's model in its place and track it: the run is finished."""
         (self.folder / UNTRACKED).touch()
         publish_model(self.folder)
         self.trained = True
@@ -161,7 +164,7 @@ class Run(Generic[AnyRecipe]):
 
 
 def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
-    """Raise InputError naming what differs where the run was started with other settings or data."""
+    """Raise InputError naming what differs if the run was started with other facts."""
     path = folder / FACTS
     if not path.exists():
         return
@@ -193,7 +196,7 @@ def _tracked(run: Run[Any], corpus: Corpus, tags: dict[str, str]) -> Iterator[tr
 
 
 def track_model(recipe: RunRecipe, tracker: tracking.Tracker, folder: Path) -> None:
-    """Give the tracker the published model and the run's curves; register the model where the recipe asks for it."""
+    """Track the published model and the run's curves; register the model if the recipe says so."""
     tracker.artifact(folder / "model", "model")
     plot_curves(tracker, folder / "plots")
     if recipe.tracking.registered_model:
@@ -201,7 +204,7 @@ def track_model(recipe: RunRecipe, tracker: tracking.Tracker, folder: Path) -> N
 
 
 def plot_curves(tracker: tracking.Tracker, folder: Path) -> None:
-    """Plot loss over steps and validation loss per noise level, from the tracker's numbers, as tracked PNG files."""
+    """Plot and track loss over steps and validation loss per noise level, as the tracker has them."""
     folder.mkdir(exist_ok=True)
     names = {name: name for name in ("loss", "validation/loss")}
     levels = {name: f"t = {name.rpartition('_t')[2]}" for name in tracker.known("validation/loss_t")}
@@ -232,7 +235,7 @@ def read_run_id(folder: Path) -> str:
 
 
 def publish_model(folder: Path) -> None:
-    """Copy the exported model out of the last checkpoint; the run is finished when its folder is in place."""
+    """Copy the last checkpoint's model; the run is finished when the folder is in place."""
     last = checkpoints.candidates(folder)[0]
     if not (last / "model").is_dir():
         raise JobError(f"{last}: the last checkpoint holds no exported model; delete it and run the same command again")
@@ -244,7 +247,7 @@ def publish_model(folder: Path) -> None:
     fresh.rename(target)
 
 
-# -- Ray Train --------------------------------------------------------------------------------------------------------
+# -- Ray Train ------------------------------------------------------------------------------------
 
 
 def _start_board() -> Any:

@@ -1,8 +1,9 @@
-"""The moving average of the weights (EMA), over fp32 numbers named by (parameter, start, length) in any ZeRO stage.
+"""The moving average of the weights (EMA), over fp32 fragments (parameter, start, length).
 
-ZeRO keeps master weights and optimizer moments in flat buffers, cut at other places for every stage and world size.
-Named by parameter and offset, the same numbers can be averaged (EMA), saved and loaded without knowing stage or world
-size, so a checkpoint moves from any (stage, workers) to any other.
+ZeRO keeps master weights and optimizer moments in flat buffers, cut at other places for every
+stage and world size. Named by parameter and offset, the same numbers can be averaged (EMA), saved
+and loaded without knowing stage or world size, so a checkpoint moves from any (stage, workers) to
+any other.
 """
 
 from __future__ import annotations
@@ -125,9 +126,10 @@ def gather_full(
 
 
 def averaged_model(engine: Any, ema: ShardedEMA, fresh: AnyModel | None, device: torch.device) -> AnyModel | None:
-    """The averaged weights put into `fresh`, on `device`, ready to sample. Collective; None on other ranks than 0.
+    """`fresh` with the averaged weights, on `device`. Collective; None on other ranks than 0.
 
-    fresh: rank 0's copy of the model, built once, because a sharded engine has no whole model to put weights into.
+    fresh: rank 0's copy of the model, built once, because a sharded engine has no whole model to
+    put weights into.
     """
     full = gather_full(full_shapes(engine), ema.fragments, ema.average, device)
     if full is None or fresh is None:

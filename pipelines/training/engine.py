@@ -24,7 +24,7 @@ from pipelines.training.schedule import learning_rate
 
 
 def set_up_device(engine: EngineSettings) -> torch.device:
-    """This worker's device: its GPU where the recipe gives workers GPUs, else the CPU, with one thread per core of it.
+    """This worker's device: its GPU if the recipe gives it one, else the CPU with its threads.
 
     Raises JobError where the recipe wants a GPU and torch sees none.
     """
@@ -43,8 +43,8 @@ def set_up_device(engine: EngineSettings) -> torch.device:
 class StepResult:
     """Means over the global batch.
 
-    `finite` is False when the step was not taken: because of a worker's loss (then `gradient_norm` is NaN) or of the
-    gradient (then it is infinite).
+    `finite` is False when the step was not taken: because of a worker's loss (then `gradient_norm`
+    is NaN) or of the gradient (then it is infinite).
     """
 
     loss: float
@@ -122,7 +122,8 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
     """Takes global steps of any model; `device` is this worker's."""
 
     def __init__(self, recipe: RunRecipe, model: nn.Module, device: torch.device) -> None:
-        # DeepSpeed would take a GPU it finds, also for a CPU training: tensors would lie on both devices.
+        # DeepSpeed would take a GPU it finds, also for a CPU training: tensors would lie on both
+        # devices.
         os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else "cuda"
         import deepspeed
         from deepspeed.ops import __compatible_ops__
@@ -166,7 +167,8 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
     def train_step(self, batch: AnyBatch) -> StepResult:
         """One optimizer step on this worker's part of a global batch.
 
-        Where a loss or a gradient is not finite on any worker, no worker takes the step and no weight changes.
+        Where a loss or a gradient is not finite on any worker, no worker takes the step and no
+        weight changes.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.train, batch.step)

@@ -1,4 +1,4 @@
-"""Leaving early with everything saved: after SIGTERM at the driver, or before Ray loses a node to preemption."""
+"""Leaving early with everything saved: after SIGTERM, or before a node is preempted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Action(IntEnum):
 
 
 class Listener:
-    """What all workers do after a step. Rank 0 asks the driver's board, without waiting for the answer."""
+    """What all workers do after a step. Rank 0 asks the driver's board, without waiting."""
 
     def __init__(self, board: Any, device: torch.device) -> None:
         self.board, self.device = board if dist.get_rank() == 0 else None, device
@@ -101,7 +101,7 @@ def saved_on_sigterm(board: Any) -> Iterator[threading.Event]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the disk is full or the quota used up, also where a library wrapped the system's error in its own."""
+    """Whether disk or quota is used up, also inside an error that a library made of it."""
     return (isinstance(error, OSError) and error.errno in DISK_FULL) or any(
         text in str(error) for text in ("No space left on device", "StorageFull", "File too large")
     )

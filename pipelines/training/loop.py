@@ -1,6 +1,7 @@
 """What every training worker does, whatever it trains: restore, step, save.
 
-A training (train.py, train_codec.py) builds model, engine and feed, and hands them to its `TrainingLoop`.
+A training (train.py, train_codec.py) builds model, engine and feed, and hands them to its
+`TrainingLoop`.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ TrainWorker = Callable[[dict[str, Any]], None]
 
 
 def reports_failure(worker: TrainWorker) -> TrainWorker:
-    """Run one worker. Ray restarts workers after any error; an InputError or JobError would only come again.
+    """Run one worker. Ray restarts workers after any error; some errors would only come again.
 
-    It is recorded on the driver's board (`config["board"]`), and restarts exit at once.
+    An InputError or JobError is recorded on the driver's board (`config["board"]`), so that
+    restarts exit at once.
     """
 
     @functools.wraps(worker)
@@ -72,7 +74,8 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         self.config, self.engine, self.feed, self.fresh = config, engine, feed, fresh
         self.recipe, self.device = engine.recipe, engine.device
         self.rank, self.world_size = engine.rank, engine.world_size
-        # Rank 0 logs to the tracker with the driver's credentials, which no worker's environment carries.
+        # Rank 0 logs to the tracker with the driver's credentials, which no worker's environment
+        # carries.
         os.environ.update(ray.get(config["board"].credentials.remote()))
         self.metrics = TrainingMetrics(self.recipe, engine, feed, config["tracking"], config["board"])
         # Before any worker can save: what a killed one was about to send would stay on this machine's disk for ever.
@@ -82,7 +85,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         self.saved, self.listener = self.step, Listener(config["board"], self.device)
 
     def batches(self) -> Iterator[AnyBatch]:
-        """This worker's part of every remaining batch; ends early, with everything saved, when the driver asks."""
+        """This worker's part of every remaining batch; ends early, all saved, if the driver asks."""
         for batch in self.feed.batches(self.step, self.recipe.train.steps):
             yield batch
             action = self.listener.ask()
@@ -116,7 +119,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         self.metrics.step(batch, result, time.perf_counter() - began + wait, wait)
 
     def _not_finite(self, batch: AnyBatch, result: StepResult) -> None:
-        """Record the batch on the worker whose loss is bad; unless such steps are skipped, save and stop on all."""
+        """Record a batch whose loss is bad; unless such steps are skipped, save and stop."""
         self.metrics.not_finite()
         path = self.recipe.run_folder / f"not-finite-{batch.step:09}-rank{self.rank}.json"
         loss, norm = result.loss, result.gradient_norm

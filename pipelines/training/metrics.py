@@ -21,7 +21,7 @@ from pipelines.training.schedule import learning_rate
 
 
 class TrainingMetrics:
-    """Losses and speed between two log lines, sent to the tracker, the progress board and Prometheus.
+    """Losses and speed between two log lines, for the tracker, the board and Prometheus.
 
     Every worker has one; those of other ranks than 0 send nothing.
     """
@@ -44,7 +44,7 @@ class TrainingMetrics:
         self.steps = self.images = self.tokens = 0
 
     def step(self, batch: Batch, result: StepResult, seconds: float, data_wait: float) -> None:
-        """Count a step that was taken or skipped; logs every `train.log_every` steps and at the last step.
+        """Count a step that was taken or skipped; log every `train.log_every` steps and the last.
 
         seconds: of the whole step, `data_wait` among them: the time the loop waited for the batch.
         """
@@ -70,7 +70,8 @@ class TrainingMetrics:
             "data_wait_share": (self.feed.waited - self.waited) / elapsed,
             "memory_gigabytes": self._memory(),
         }
-        # Skipped steps have no loss, an unknown device no peak: their metrics are left out, not zero.
+        # Skipped steps have no loss, an unknown device no peak: their metrics are left out, not
+        # zero.
         if self.losses:
             values |= {"loss": float(np.mean(self.losses)), "gradient_norm": float(np.mean(self.norms))}
         if self.flops_per_step:
@@ -81,7 +82,7 @@ class TrainingMetrics:
         self._reset()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Send values to the tracker and the driver's progress display; every rank keeps the validation loss."""
+        """Send values to tracker and board; every rank keeps the validation loss."""
         self.validation_loss = values.get("validation/loss", self.validation_loss)
         if not self.is_rank_zero:
             return
@@ -108,7 +109,7 @@ class TrainingMetrics:
         self.flops_per_step = step_flops(lambda: self.engine.forward(one), len(batch.keys))
 
     def not_finite(self) -> None:
-        """Count a step that was not taken because its loss or gradient is not finite on some worker."""
+        """Count a step that was not taken because a loss or gradient was not finite."""
         if self.is_rank_zero:
             self.prometheus.not_finite()
 

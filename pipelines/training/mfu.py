@@ -1,6 +1,7 @@
 """Model FLOPs utilisation (MFU): the arithmetic the model needs, as a share of what the device can do in that time.
 
-A multiply-add counts as two FLOPs, a step as three forward passes; what is computed twice to save memory counts once.
+A multiply-add counts as two FLOPs, a step as three forward passes; what is computed twice to save
+memory counts once.
 """
 
 from __future__ import annotations

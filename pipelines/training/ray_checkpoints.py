@@ -22,10 +22,11 @@ WORST = sys.float_info.max  # a loss nobody has measured yet: JSON has no infini
 
 
 def agree(folder: Path, newest: Path | None) -> None:
-    """Make way for a start that goes on from `newest`: newer checkpoints go, and Ray's list names the rest.
+    """Make way for a start from `newest`: newer checkpoints go, Ray's list names the rest.
 
-    Checkpoints that were never finished are removed, damaged ones get another name: their steps are taken again, and
-    two entries of one folder would have Ray delete the good one with the old one.
+    Checkpoints that were never finished are removed, damaged ones get another name: their steps
+    are taken again, and two entries of one folder would have Ray delete the good one with the old
+    one.
     """
     for path in checkpoints.candidates(folder):
         if newest is not None and path.name <= newest.name:
@@ -49,7 +50,7 @@ def agree(folder: Path, newest: Path | None) -> None:
 
 
 def _agreeing(tree: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """Ray's list without missing or doubled checkpoints; None where none is left, or another Ray version wrote it."""
+    """Ray's list without missing or doubled checkpoints; None if none is left or Ray differs."""
     if tree["ray_version"] != ray.__version__:
         return None
     entries = zip(tree["checkpoint_results"], tree["checkpoint_report_indices"], strict=True)
@@ -74,7 +75,7 @@ def _agreeing(tree: dict[str, Any], folder: Path) -> dict[str, Any] | None:
 
 
 def _free(path: Path) -> Path:
-    """`path`, or the same with a number where an earlier start left a file or folder of that name."""
+    """`path`, with a number behind it where an earlier start left that name."""
     number, free = 1, path
     while free.exists():
         free, number = path.with_name(f"{path.name}-{number}"), number + 1

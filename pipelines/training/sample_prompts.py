@@ -1,7 +1,8 @@
 """Sample grids: images of a run's fixed prompts, sampled as it trains.
 
-The driver has the prompts encoded once before training, so that no trainer ever loads an LLM; rank 0 samples from the
-kept states. They are encoded and rounded as the corpus stores states, so the grids show what the published model does.
+The driver has the prompts encoded once before training, so that no trainer ever loads an LLM; rank
+0 samples from the kept states. They are encoded and rounded as the corpus stores states, so the
+grids show what the published model does.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def prompt_states(
 
 
 def _encode_on_cluster(recipe: Recipe, encoder: EncoderSettings, corpus: str, fingerprint: str) -> list[torch.Tensor]:
-    """Where a trainer will be: the pools that embedded the corpus may be on another cluster, or gone."""
+    """Encode where a trainer will be: the pools that embedded the corpus may be gone."""
     resources.connect()
     task = _encode.options(**resources.demands(resources.worker_pool(recipe.engine)))
     with resources.plain_errors(f"the process that encodes the sample prompts with {encoder.name} died"):
@@ -70,7 +71,7 @@ def _encode(settings: EncoderSettings, corpus: str, fingerprint: str, prompts: l
 def sample_grid(
     model: LIDiT, objective: Objective, recipe: Recipe, prompts: PromptStates, families: Families, path: Path
 ) -> None:
-    """Images of the recipe's sample prompts by `model`, always from the same noise, as a labelled grid at `path`."""
+    """Write a labelled grid of the recipe's sample prompts, always from the same noise."""
     device = next(model.parameters()).device
     shared = {name: families.texts[name].shared() for name in prompts}
     text = {name: TextStates.collate(rows, shared[name].prefix).to(device) for name, rows in prompts.items()}

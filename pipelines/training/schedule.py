@@ -6,7 +6,8 @@ import math
 
 from lidit.config import LoopSettings
 
-# `constant_linear` keeps the full rate for this share of the steps, then falls in a line to this share of the rate.
+# `constant_linear` keeps the full rate for this share of the steps, then falls in a line to this
+# share of the rate.
 DECAY_START, DECAY_END = 0.6, 0.1
 
 

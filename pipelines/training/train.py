@@ -1,4 +1,4 @@
-"""Training LI-DiT: `train` is the driver, `train_worker` the loop that every worker runs, `TrainingJob` its parts."""
+"""Training LI-DiT: `train` is the driver, `train_worker` the loop, `TrainingJob` its parts."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
-# -- the driver -------------------------------------------------------------------------------------------------------
+# -- the driver -----------------------------------------------------------------------------------
 
 
 def train(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | None = None) -> TrainResult:
-    """Train a recipe's model to its last step and publish it, from wherever the run of the recipe's name stands.
+    """Train a recipe's model to its last step and publish it, from wherever its run stands.
 
     The corpus, its text families and its latents must be there. After an interruption the same call goes on from the
     last checkpoint; after the last step it does nothing.
@@ -108,12 +108,12 @@ def _warn_of_another_sampler(recipe: Recipe, model: Path) -> None:
         )  # fmt: skip
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
+# -- the loop -------------------------------------------------------------------------------------
 
 
 @reports_failure
 def train_worker(config: dict[str, Any]) -> None:
-    """What every worker runs. `config`: recipe, facts, prompt states, tracking handle, progress board."""
+    """What every worker runs. `config`: recipe, facts, prompt states, tracking handle, board."""
     job = TrainingJob(config)
     try:
         for batch in job.batches():
@@ -156,7 +156,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         )
 
     def sample_if_due(self) -> None:
-        """A grid of the sample prompts, by the averaged weights, written by rank 0; always after the last step."""
+        """A grid of the sample prompts by the averaged weights; always after the last step."""
         settings = self.recipe.train
         if not settings.sample_prompts or not (self.step == settings.steps or self.due(settings.sample_every)):
             return
@@ -176,7 +176,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
 
     @cached_property
     def _held_out(self) -> list[TrainingBatch]:
-        """This worker's part of the validation batches; read once, for they are the same every time."""
+        """This worker's part of the validation batches, read once."""
         feed, settings = self._feed(self.engine, "validation"), self.recipe.train
         count = max(1, settings.validation_samples // settings.batch_size)
         return list(feed.batches(0, min(count, feed.steps_per_epoch)))
@@ -203,7 +203,7 @@ def untrained_model(recipe: Recipe, families: Families) -> LIDiT:
 
 
 def initial_model(recipe: Recipe, families: Families) -> LIDiT:
-    """The model before the first step: the seed's weights, or those of `train.init_from`; the families' statistics."""
+    """The model before the first step: weights by seed or `train.init_from`, with statistics."""
     torch.manual_seed(recipe.data.seed)
     model = untrained_model(recipe, families)
     if recipe.train.init_from:

@@ -1,6 +1,7 @@
-"""Training a codec: `train_codec` is the driver, `codec_worker` the loop that every worker runs, `CodecJob` its parts.
+"""Training a codec: `train_codec` is the driver, `codec_worker` the loop, `CodecJob` its parts.
 
-The corpus's pixels are decoded once; LI-DiT's engine trains over them; the result is a folder as diffusers has it.
+The corpus's pixels are decoded once; LI-DiT's engine trains over them; the result is a folder as
+diffusers has it.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
-# -- the driver -------------------------------------------------------------------------------------------------------
+# -- the driver -----------------------------------------------------------------------------------
 
 
 def train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> TrainResult:
-    """Train `recipe` to its last step, from wherever the run of its name stands, and publish the codec.
+    """Train a codec to its last step and publish it, from wherever the run of its name stands.
 
-    Raises InputError for a corpus without images, whose buckets the codec does not divide, or of which less than a
-    batch is held out.
+    Raises InputError for a corpus without images, whose buckets the codec does not divide, or of
+    which less than a batch is held out.
     """
     corpus = Corpus.open(recipe.corpus)
     check_buckets(corpus, recipe.model.factor, recipe.data.scale)
@@ -78,7 +79,7 @@ def _rows_settings(recipe: CodecRecipe) -> DataSettings:
     return DataSettings(seed=data.seed, window_units=data.window_units, validation_fraction=data.validation_fraction)
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
+# -- the loop -------------------------------------------------------------------------------------
 
 
 @reports_failure
@@ -132,9 +133,10 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         return Feed(rows.order(recipe.train.batch_size), assembler, rank, world_size, data.prefetch_batches)
 
     def _images(self, part: Part, most: int) -> Iterator[torch.Tensor]:
-        """Images [B, 3, H, W] of whole global batches, at most `most` of the first epoch's, all on this worker.
+        """Images [B, 3, H, W] of at most `most` global batches of the first epoch, whole.
 
-        As many images at a time as a training step puts on a device, which has no room for a whole batch.
+        As many images at a time as a training step puts on a device, which has no room for a whole
+        batch.
         """
         feed = self._feed(self.recipe, part, rank=0, world_size=1)
         pieces = self.world_size * micro_steps(self.recipe, self.world_size)

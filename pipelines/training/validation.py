@@ -1,4 +1,4 @@
-"""Validation loss: the held-out samples at fixed noise levels, so that two steps of a run can be compared."""
+"""Validation loss: held-out samples at fixed noise levels, so steps can be compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def validation_loss(
 ) -> dict[str, float]:
     """Mean loss over the held-out batches of all workers, in all and per timestep. Collective.
 
-    first: place of this worker's first sample in a global batch; a sample's noise goes by its place.
+    first: place of this worker's first sample in a global batch; a sample's noise goes by its
+    place.
     """
     total, count = torch.zeros(levels, device=engine.device), torch.zeros((), device=engine.device)
     engine.deepspeed.eval()

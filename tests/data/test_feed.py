@@ -146,7 +146,7 @@ def test_a_torch_loader_yields_the_feeds_batches(small_world: SmallWorld) -> Non
 
 
 def test_a_loader_with_worker_processes_is_refused(small_world: SmallWorld) -> None:
-    """Every process would yield the same batches, so a training would see each sample several times."""
+    """Every process would yield the same batches: a training would see samples several times."""
     feed = make_feed(small_world.corpus, DataSettings(window_units=2))
     with pytest.raises(InputError, match="num_workers=0"):
         next(iter(DataLoader(FeedDataset(feed), batch_size=None, num_workers=1)))

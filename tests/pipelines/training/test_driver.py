@@ -1,4 +1,4 @@
-"""The driver: what it says when Ray gives up, and a run that is opened, refused or already finished."""
+"""The driver: what it says when Ray gives up, and runs that are opened, refused, finished."""
 
 import errno
 import json
