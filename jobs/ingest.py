@@ -9,6 +9,7 @@ import typer
 from jobs.support.start import run
 from lidit.config import IngestSettings
 from lidit.config.settings import apply_overrides, validate
+from lidit.sources.base import SECOND_DOT
 
 if TYPE_CHECKING:
     from lidit.sources.ingest import IngestSummary
@@ -45,12 +46,21 @@ def show(corpus: str, made: IngestSummary) -> None:
     """What came of an ingest."""
     state = "already there" if made.skipped else f"made in {made.seconds:.0f} s"
     state += f", sources are in {made.moved_to} now" if made.moved_to is not None else ""
-    print(f"{corpus}: {made.samples} samples, {made.captions} captions in {made.units} units, {state}")
+    with_images = "" if made.images is None else f" ({made.images} with images)"
+    print(f"{corpus}: {made.samples} samples{with_images}, {made.captions} captions in {made.units} units, {state}")
+    for line in made.told:
+        print(f"  {line}")
+    if made.joined:
+        print(f"  joined {made.joined} rows of one key and image: their captions are one sample's")
     for reason, count in made.reasons.items():
         print(f"  refused {count} x {reason} (see {corpus}/quarantine)")
     if made.ignored:
         listed = ", ".join(f"{count} x {kind}" for kind, count in made.ignored.items())
-        print(f"  left out {listed}: no image, caption or metadata of a sample")
+        print(f"  left out {listed}: no part of a sample")
+        if any(kind.endswith(SECOND_DOT) for kind in made.ignored):
+            print("  a key ends at the first dot of its name: call img.0001.jpg img_0001.jpg")
+        if any(" beside " in kind for kind in made.ignored):
+            print("  one kind of file is read of each folder: name the others as sources of their own to read them")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lidit.errors import one_line
+from lidit.images.metadata import load_pixels_alone, upright, without_texts
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
 DEFAULT_MAX_PIXELS = 64_000_000
 
 
@@ -37,22 +38,20 @@ def decode_image(content: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decode
     if not content:
         raise BadImageError("broken image: zero bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of large images and odd metadata; the checks here decide
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise BadImageError(f"image too large: {width}x{height} is more than max_pixels={max_pixels}")
-                notes = []
-                frames = getattr(image, "n_frames", 1)
-                if frames > 1:
-                    image.seek(0)
-                    notes.append(f"animated: first of {frames} frames")
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                if upright.size != image.size or image.getexif().get(0x0112, 1) not in (0, 1):
-                    notes.append("EXIF orientation applied")
-                rgb, note = _to_rgb(upright)
+        try:
+            return _decode(content, max_pixels)
+        except (BadImageError, Image.DecompressionBombError):
+            raise
+        except Exception:
+            # What was in the way may be a text, a profile or a tag: the pixels decide. None of it left, the same again.
+            bare = without_texts(content)
+            try:
+                return _decode(content if bare is None else bare, max_pixels, pixels_alone=True)
+            except BadImageError:
+                raise
+            except Exception:
+                pass
+            raise
     except BadImageError:
         raise
     except Image.DecompressionBombError:
@@ -63,7 +62,27 @@ def decode_image(content: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decode
         # Without object addresses: the same bytes must give the same reason in every process.
         reason = re.sub(r" at 0x[0-9a-f]+", "", one_line(error))
         raise BadImageError(f"broken image: {reason or type(error).__name__}") from None
-    return DecodedImage(rgb, tuple(notes + note))
+
+
+def _decode(content: bytes, max_pixels: int, pixels_alone: bool = False) -> DecodedImage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns of large images and odd metadata; the checks here decide
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadImageError(f"image too large: {width}x{height} is more than max_pixels={max_pixels}")
+            notes = []
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                image.seek(0)
+                notes.append(f"animated: first of {frames} frames")
+            if pixels_alone and image.format == "TIFF":
+                turned, note = load_pixels_alone(image)
+            else:
+                image.load()
+                turned, note = upright(image)
+            rgb, more = _to_rgb(turned)
+    return DecodedImage(rgb, tuple(notes + note + more))
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:

@@ -22,6 +22,8 @@ _READERS = {
 
 def read_source(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
     """Samples and refusals of one source file, in its order, one at a time."""
+    if opened.source.problem is not None:
+        return iter([Refusal("", opened.source.name, opened.source.problem, "file")])
     return _READERS[opened.source.kind](opened, fields)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lidit.config import IngestSettings
 from lidit.images import BadImageError, Buckets, decode_image
-from lidit.sources.base import ORIGINAL, RawSample
+from lidit.sources.base import ORIGINAL, RawSample, shown
 from lidit.store import ImageReference, Refusal, Sample, normalise
 from lidit.store.samples import printable
 from lidit.store.schema import canonical_json
@@ -17,6 +17,7 @@ _URL = re.compile(r"https?://|www\.\w", re.IGNORECASE)
 _AESTHETIC_FIELDS = ("aesthetic", "aesthetic_score", "aesthetics", "AESTHETIC_SCORE", "score_aesthetic")
 _TAGS_FROM = 5
 _WORDS_PER_TAG = 2.5
+_FOUND_SHOWN = 10
 
 
 class SampleChecker:
@@ -39,13 +40,13 @@ class SampleChecker:
             return refused(problem)
         kept, bad = self._captions(raw)
         if not kept:
-            return refused(bad[0] if bad else "no caption: no text member, caption field or class label")
+            return refused(bad[0] if bad else self._no_caption(raw))
         refusals = [Refusal(key, file, reason, "caption") for reason in bad]
         meta = dict(raw.meta)
         if not has_images:
             return Sample(key, tuple(kept), meta=_json(meta)), refusals
         if raw.image is None:
-            return refused("no image: no member or field holds one")
+            return refused(f"no image: no member or field holds one{_found(raw)}")
         try:
             decoded = decode_image(raw.image, self.settings.max_pixels)
         except BadImageError as error:
@@ -90,6 +91,15 @@ class SampleChecker:
                 kept.setdefault(normalise(stripped), printable(origin))
         return list(kept.items()), bad
 
+    def _no_caption(self, raw: RawSample) -> str:
+        others = [name for name in self.settings.caption_fields if raw.meta.get(name) not in (None, "")]
+        reason = f"no caption: no text member, caption field or class label{_found(raw)}"
+        if others:
+            return f"{reason}; {others[0]} is no text but {type(raw.meta[others[0]]).__name__}"
+        if raw.label is not None and self.settings.class_template is None:
+            return f"{reason}; class_template makes a caption of the class label {shown(raw.label)!r}"
+        return reason
+
     def _caption_problem(self, text: str) -> str | None:
         settings = self.settings
         if not _encodable(text):
@@ -105,6 +115,13 @@ class SampleChecker:
         if settings.refuse_tag_captions and is_tag_list(text):
             return "caption is a tag list: refuse_tag_captions is set"
         return None
+
+
+def _found(raw: RawSample) -> str:
+    """What was there instead of what was looked for."""
+    fields = [shown(name) for name in raw.meta][:_FOUND_SHOWN]
+    found = [*raw.found[:_FOUND_SHOWN], *([f"fields {', '.join(fields)}"] if fields else [])]
+    return f"; found {', '.join(found)}" if found else ""
 
 
 def is_tag_list(text: str) -> bool:

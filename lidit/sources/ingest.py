@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,9 @@ from lidit.config import IngestSettings
 from lidit.config.settings import PASSWORD, has_password
 from lidit.errors import InputError
 from lidit.progress import SILENT, Progress
-from lidit.sources import SourceFile, expand
+from lidit.sources import FieldNames, SourceFile, expand
 from lidit.sources.base import IGNORED_KINDS, OTHER_KINDS
+from lidit.sources.columns import EMPTY, MAX_COLUMNS, lines_about
 from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source
 from lidit.sources.units import SourceListing, WrittenSource, find_duplicates, number_units, write_units
 from lidit.store import Corpus, publish_corpus, publish_root
@@ -50,8 +51,13 @@ SOURCES = pa.schema(
 
 @dataclass(frozen=True)
 class IngestSummary:
-    """What an ingest came to. reasons: refused samples and files by category; skipped: it was finished before;
-    moved_to: where its sources are now, if they lay elsewhere before."""
+    """What an ingest came to.
+
+    reasons: refused samples and files by category; ignored: what was left out, by kind; skipped: it was finished
+    before; moved_to: where its sources are now, if they lay elsewhere before; images: samples with an image, None for a
+    corpus that does not say; joined: rows that gave captions to an earlier one of the same image; told: the columns
+    that were found, and the settings that would take more.
+    """
 
     corpus: str
     digest: str
@@ -65,6 +71,9 @@ class IngestSummary:
     skipped: bool = False
     moved_to: str | None = None
     seconds: float = 0.0
+    images: int | None = None
+    joined: int = 0
+    told: tuple[str, ...] = ()
 
 
 def ingest(sources: Sequence[str], corpus: str, settings: IngestSettings, progress: Progress = SILENT) -> IngestSummary:
@@ -101,7 +110,8 @@ class Ingest:
         if inside:
             raise InputError(f"{corpus}: lies inside the source {inside[0]}; name a folder outside it for --corpus")
         self.sources, self.corpus, self.settings = sources, corpus, settings
-        self.root, self.files = expand(list(sources))
+        self.fields = FieldNames(settings.caption_fields, settings.image_fields, settings.captions_only)
+        self.root, self.files, self.left_out, self.loose = expand(list(sources), self.fields)
         read_class_names(settings.class_names)
         # What the corpus is made from: an interrupted or finished one of anything else is refused.
         self.plan = {
@@ -148,9 +158,12 @@ class Ingest:
         if not any(entry.samples for entry in staged):
             reasons = sum((Counter(entry.refused) for entry in staged), Counter())
             counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+            left = ", ".join(f"{count} x {kind}" for kind, count in self._left_out(staged).items())
+            counts += f"{'; ' if counts else ''}left out {left}" if left else ""
+            found = lines_about(_columns(staged), self.fields, 0, 0)
             raise InputError(
                 f"{', '.join(self.sources)}: not one usable sample ({counts or 'every source is empty'}); "
-                f"{self.corpus} was not made"
+                f"{self.corpus} was not made{''.join(f'; {line}' for line in found)}"
             )
         _require_one_kind(staged)
         self._duplicates = find_duplicates(self.staging, staged)
@@ -160,16 +173,22 @@ class Ingest:
         """Write what counts over all sources and, last, corpus.json; remove the staged files."""
         staged = self._in_order()
         reasons = sum((Counter(entry.refused) for entry in staged), Counter())
-        if self._duplicates:
-            reasons[DUPLICATE] = sum(len(copies) for copies in self._duplicates.values())
+        joined = {source.index: source.joined for source in written}
+        copies = {index: len(rows) - joined[index] for index, rows in self._duplicates.items()}
+        if any(copies.values()):
+            reasons[DUPLICATE] = sum(copies.values())
+        images = sum(entry.images for entry in staged)
         totals = {
             "refused": sum(reasons.values()),
             "refused_captions": sum(entry.refused_captions for entry in staged),
             "reasons": dict(sorted(reasons.items())),
-            "ignored": _ignored(staged),
+            "ignored": self._left_out(staged),
+            "joined": sum(joined.values()),
+            "images": sum(row["samples"] for source in written for row in source.rows) if images else 0,
+            "columns": _columns(staged),
         }
         rows = [row for source in written for row in source.rows]
-        table = _sources_table(staged, self._duplicates, written)
+        table = _sources_table(staged, copies, written)
         digits = unit_digits(len(rows))
         made = publish_corpus(self.folder, rows, digits, self.root, table, self.plan["settings"], totals)
         self.staging.remove_tree()
@@ -204,6 +223,10 @@ class Ingest:
                 "folder or delete this one"
             )
 
+    def _left_out(self, staged: Sequence[StagedSource]) -> dict[str, int]:
+        unnamed = self.loose - sum(entry.named for entry in staged)  # too few, where two sources name one image
+        return _ignored(staged, self.left_out | ({"image that no row names": unnamed} if unnamed > 0 else {}))
+
     def _in_order(self) -> list[StagedSource]:
         return [self._read[index] for index in range(len(self.files))]
 
@@ -223,17 +246,17 @@ def _require_one_kind(staged: Sequence[StagedSource]) -> None:
 
 
 def _sources_table(
-    staged: Sequence[StagedSource], duplicates: dict[int, dict[int, str]], written: Sequence[WrittenSource]
+    staged: Sequence[StagedSource], duplicates: dict[int, int], written: Sequence[WrittenSource]
 ) -> pa.Table:
     quarantine_of = {source.index: source.quarantine for source in written}
     quarantines = [quarantine_of[entry.index] for entry in staged]
-    copies = [len(duplicates.get(entry.index, {})) for entry in staged]
+    samples = {source.index: sum(row["samples"] for row in source.rows) for source in written}
     columns = {
         "file": [entry.name for entry in staged],
         "bytes": [entry.bytes for entry in staged],
         "sha256": [entry.sha256 for entry in staged],
-        "samples": [entry.samples - n for entry, n in zip(staged, copies, strict=True)],
-        "refused": [sum(entry.refused.values()) + n for entry, n in zip(staged, copies, strict=True)],
+        "samples": [samples[entry.index] for entry in staged],
+        "refused": [sum(entry.refused.values()) + duplicates.get(entry.index, 0) for entry in staged],
         "quarantine": [file and file.name for file in quarantines],
         "quarantine_bytes": [file and file.bytes for file in quarantines],
         "quarantine_sha256": [file and file.sha256 for file in quarantines],
@@ -241,9 +264,19 @@ def _sources_table(
     return pa.table([pa.array(columns[f.name], f.type) for f in SOURCES], schema=SOURCES)
 
 
-def _ignored(staged: Sequence[StagedSource]) -> dict[str, int]:
-    """The most frequent kinds of members that were no part of a sample; the rest in one number."""
-    counts = sum((Counter(entry.ignored) for entry in staged), Counter())
+def _columns(staged: Sequence[StagedSource]) -> dict[str, str]:
+    """Columns of all sources -> type, that of the first source where a column is not empty."""
+    found: dict[str, str] = {}
+    for entry in staged:
+        for name, kind in entry.columns.items():
+            if found.get(name, EMPTY) == EMPTY and (name in found or len(found) < MAX_COLUMNS):
+                found[name] = kind
+    return found
+
+
+def _ignored(staged: Sequence[StagedSource], left_out: Mapping[str, int]) -> dict[str, int]:
+    """The most frequent kinds of files and members that were no part of a sample; the rest in one number."""
+    counts = sum((Counter(entry.ignored) for entry in staged), Counter(left_out))
     others = counts.pop(OTHER_KINDS, 0)
     kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
     others += sum(counts[kind] for kind in kinds[IGNORED_KINDS:])
@@ -251,7 +284,10 @@ def _ignored(staged: Sequence[StagedSource]) -> dict[str, int]:
 
 
 def _summary(corpus: Corpus, skipped: bool = False, seconds: float = 0.0, moved_to: str | None = None) -> IngestSummary:
-    totals = corpus.facts["totals"]
+    totals, settings = corpus.facts["totals"], corpus.facts["settings"]
+    fields = FieldNames(settings["caption_fields"], tuple(settings["image_fields"]), settings["captions_only"])
+    images = totals.get("images")  # the first release did not count them
+    told = () if images is None else lines_about(totals["columns"], fields, totals["samples"], images)
     return IngestSummary(
         corpus=corpus.folder.location,
         digest=corpus.digest,
@@ -265,4 +301,7 @@ def _summary(corpus: Corpus, skipped: bool = False, seconds: float = 0.0, moved_
         skipped=skipped,
         moved_to=moved_to,
         seconds=seconds,
+        images=images,
+        joined=totals.get("joined", 0),
+        told=tuple(told),
     )

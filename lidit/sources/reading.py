@@ -22,8 +22,9 @@ from lidit.errors import JobError
 from lidit.images.buckets import Bucket, fit
 from lidit.images.decode import BadImageError, decode_image
 from lidit.sources.base import BadRecordError, OpenedSource, SourceFile, open_binary
+from lidit.sources.kinds import kind_of
 from lidit.sources.tables import image_bytes
-from lidit.sources.webdataset_tar import is_compressed, read_members
+from lidit.sources.webdataset_tar import read_members
 from lidit.store import Corpus, Crop
 
 MOVED = "put the old file back; where all have moved, run the same lidit ingest with their new place"
@@ -133,10 +134,10 @@ def _members(corpus: Corpus, samples: Sequence[dict[str, Any]]) -> dict[str, byt
     references = [sample["image"] for sample in samples if sample["image"]["offset"] is None]
     path = corpus.image_path(references[0]["file"])
     names = [reference["member"] for reference in references]
-    if is_compressed(path):
+    if kind_of(path) == "tar":  # a gzipped one: the members of others have offsets
         opened = OpenedSource(SourceFile("tar", path, references[0]["file"], 0, ""))
         with opened.stream() as stream:
-            found = dict(read_members(stream, True, set(names)))
+            found = dict(read_members(stream, set(names)))
             opened.finish()
         if opened.sha256_read != _recorded(corpus, references[0], "sha256"):
             raise BadRecordError("the file's bytes are others: its sha256 differs")

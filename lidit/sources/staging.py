@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import pyarrow as pa
 from lidit.config import IngestSettings
 from lidit.errors import InputError, JobError, one_line
 from lidit.sources import FieldNames, OpenedSource, RawSample, SourceFile, read_source
+from lidit.sources.apart import ReaderDiedError, call_apart, serve
+from lidit.sources.base import shown
 from lidit.sources.filters import SampleChecker
 from lidit.store import Refusal, Sample
 from lidit.store.files.atomic import arrow_writer, publish_bytes, publish_written
@@ -29,10 +31,13 @@ from lidit.store.schema import IMAGE_REFERENCE, canonical_json
 
 STAGING = "ingest"
 _CHUNK_ROWS = 4096
+_ROWS = ("table", "jsonl", "csv")
+_IPC = (".arrow", ".feather", ".ipc")
 STAGED = pa.schema(
     [
         ("key", pa.large_string()),
         ("key_hash", pa.binary(16)),
+        ("image_hash", pa.binary(16)),  # of rows only, where it tells copies from further captions of one image
         ("captions", pa.list_(pa.struct([("text", pa.large_string()), ("origin", pa.string())]))),
         ("image", IMAGE_REFERENCE),
         ("width", pa.int32()),
@@ -45,7 +50,7 @@ STAGED = pa.schema(
 
 @dataclass(frozen=True)
 class StagedSource:
-    """What a staged source file came to."""
+    """What a staged source file came to. named: files of images that its rows name."""
 
     index: int
     name: str
@@ -57,6 +62,8 @@ class StagedSource:
     refused: dict[str, int]
     refused_captions: int
     ignored: dict[str, int]
+    columns: dict[str, str]
+    named: int
 
 
 def read_class_names(path: str | None) -> dict[str, str]:
@@ -99,10 +106,50 @@ def read_staged(folder: Folder, source: SourceFile, index: int) -> StagedSource 
 
 
 def stage_source(folder: Folder, source: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
-    """Read one source file to its end. Raises JobError where it cannot be read at all."""
+    """Read one source file to its end. Raises JobError where it cannot be read at all.
+
+    Arrow IPC files are read in a process of their own, which their offsets may end: then they are refused.
+    """
     standing = read_staged(folder, source, index)
     if standing is not None:
         return standing
+    if source.problem is None and source.path.lower().endswith(_IPC):
+        try:
+            call_apart(__name__, _arguments(folder, source, index, settings), source.path)
+        except ReaderDiedError as error:
+            return _read_and_stage(folder, refused_unread(source, str(error)), index, settings)
+        standing = read_staged(folder, source, index)
+        assert standing is not None
+        return standing
+    return _read_and_stage(folder, source, index, settings)
+
+
+def refused_unread(source: SourceFile, died_of: str) -> SourceFile:
+    """The source as one refusal, after its bytes have ended the process that read them."""
+    return replace(source, problem=f"reader died: {died_of} while reading {shown(source.name)}; write this file anew")
+
+
+def _arguments(folder: Folder, source: SourceFile, index: int, settings: IngestSettings) -> dict[str, Any]:
+    return {
+        "folder": folder.location,
+        "source": asdict(source),
+        "index": index,
+        "settings": settings.model_dump(mode="json"),
+    }
+
+
+def main() -> None:
+    """In a process of its own: what `stage_source` asks for."""
+
+    def stage(arguments: dict[str, Any]) -> None:
+        source = SourceFile(**arguments["source"])
+        settings = IngestSettings.model_validate(arguments["settings"])
+        _read_and_stage(Folder(arguments["folder"]), source, arguments["index"], settings)
+
+    serve(stage)
+
+
+def _read_and_stage(folder: Folder, source: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
     reader = _SourceReader(source, settings)
     name = staged_name(index)
 
@@ -134,6 +181,8 @@ def stage_source(folder: Folder, source: SourceFile, index: int, settings: Inges
         refused=dict(reader.refusals.samples),
         refused_captions=reader.refusals.captions,
         ignored=reader.opened.ignored,
+        columns=reader.opened.columns,
+        named=len(reader.opened.named),
     )
     publish_bytes(folder, f"{name}.json", canonical_json(asdict(staged)).encode())
     return staged
@@ -185,16 +234,16 @@ class _SourceReader:
         self.samples = self.images = 0
 
     def tables(self) -> Iterator[pa.Table]:
-        chunk: list[Sample] = []
-        for sample in self._checked():
-            chunk.append(sample)
+        chunk: list[tuple[Sample, bytes | None]] = []
+        for sample_and_hash in self._checked():
+            chunk.append(sample_and_hash)
             if len(chunk) == _CHUNK_ROWS:
                 yield _table(chunk)
                 chunk = []
         yield _table(chunk)
         self.opened.finish()
 
-    def _checked(self) -> Iterator[Sample]:
+    def _checked(self) -> Iterator[tuple[Sample, bytes | None]]:
         for raw in read_source(self.opened, self.fields):
             if isinstance(raw, Refusal):
                 self.refusals.add(raw)
@@ -205,7 +254,8 @@ class _SourceReader:
             if sample is not None:
                 self.samples += 1
                 self.images += sample.image is not None
-                yield self._keyed(sample)
+                rows = self.source.kind in _ROWS
+                yield self._keyed(sample), hashlib.sha256(raw.image or b"").digest()[:16] if rows else None
 
     def _has_image(self, raw: RawSample) -> bool:
         if self.settings.captions_only:
@@ -219,10 +269,12 @@ class _SourceReader:
         return Sample(**{**vars(sample), "key": f"{self.source.name}/{sample.key}"})
 
 
-def _table(samples: list[Sample]) -> pa.Table:
+def _table(chunk: list[tuple[Sample, bytes | None]]) -> pa.Table:
+    samples = [sample for sample, _ in chunk]
     columns: Mapping[str, list[Any]] = {
         "key": [s.key for s in samples],
         "key_hash": [hashlib.sha256(s.key.encode("utf-8")).digest()[:16] for s in samples],
+        "image_hash": [image_hash for _, image_hash in chunk],
         "captions": [[{"text": text, "origin": origin} for text, origin in s.captions] for s in samples],
         "image": [s.image and vars(s.image) for s in samples],
         "width": [s.width for s in samples],

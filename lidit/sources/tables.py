@@ -19,7 +19,8 @@ from lidit.sources.base import (
     label_in,
     open_binary,
 )
-from lidit.sources.text_files import beside
+from lidit.sources.columns import note
+from lidit.sources.text_files import beside, failed_download
 from lidit.store import ImageReference, Refusal
 
 _BATCH_ROWS = 256
@@ -36,6 +37,7 @@ def read_table(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample |
                 if isinstance(record, BadRecordError):
                     yield Refusal(f"{name}:{row}", name, f"{record} (row {row})")
                 else:
+                    note(opened.columns, record, batch.schema)
                     yield _sample(opened, record, row, image_field, fields)
                 row += 1
     except (pa.ArrowException, OSError) as error:
@@ -46,6 +48,18 @@ def read_table(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample |
     with open_binary(opened.source.path) as file:
         while block := file.read(1 << 20):
             opened.hash(block)
+
+
+def schema_of(path: str) -> pa.Schema:
+    """The columns of a Parquet or Arrow IPC table. Raises pa.ArrowException for what is none."""
+    with open_binary(path) as file:
+        if path.lower().endswith((".parquet", ".pq")):
+            return pq.read_schema(file)
+        try:
+            return pa.ipc.open_file(file).schema
+        except pa.ArrowInvalid:
+            file.seek(0)
+            return pa.ipc.open_stream(file).schema
 
 
 def batches(
@@ -95,10 +109,40 @@ def _ipc_whole(file: BinaryIO) -> Iterator[pa.RecordBatch]:
         reader = pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         file.seek(0)
-        yield from pa.ipc.open_stream(file)
+        for batch in pa.ipc.open_stream(file):
+            yield _sound(batch)
         return
     for index in range(reader.num_record_batches):
-        yield reader.get_batch(index)
+        yield _sound(reader.get_batch(index))
+
+
+def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, every offset in it checked. Raises pa.ArrowInvalid.
+
+    Arrow trusts them: one that points out of its buffer reads other memory of this process, or ends it.
+    """
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "Invalid UTF8" not in str(error):
+                raise
+            # A text that is none costs its row, later; here the offsets of the rest are to be checked all the same.
+            column.view(_as_bytes(column.type)).validate(full=True)
+    return batch
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type of the same layout that holds bytes where this one holds texts, at any depth."""
+    texts = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    if kind in texts:
+        return texts[kind]
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    for same, made in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if same(kind):
+            return made(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    return kind
 
 
 def image_bytes(path: str, column: str, rows: Set[int]) -> Iterator[tuple[int, bytes]]:
@@ -107,6 +151,7 @@ def image_bytes(path: str, column: str, rows: Set[int]) -> Iterator[tuple[int, b
     for first, batch in batches(path, [column], rows):
         for row in sorted(rows & set(range(first, first + batch.num_rows))):
             value = batch.column(column)[row - first].as_py()
+            value = _only(value)
             yield row, value["bytes"] if isinstance(value, dict) else value
         if first + batch.num_rows > last:
             return
@@ -138,25 +183,44 @@ def _image_column(schema: pa.Schema, fields: FieldNames) -> str | None:
     return next((name for name in fields.images if name in schema.names), None)
 
 
+def _only(value: Any) -> Any:
+    """The image of a list that holds one; every other value as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _without_bytes(value: Any) -> Any:
+    """A value for metadata: bytes, at any depth, are left out with the field that holds them."""
+    if isinstance(value, dict):
+        return {name: _without_bytes(inner) for name, inner in value.items() if not isinstance(inner, bytes)}
+    if isinstance(value, list):
+        return [_without_bytes(inner) for inner in value if not isinstance(inner, bytes)]
+    return value
+
+
 def _sample(
     opened: OpenedSource, record: dict[str, Any], row: int, image_field: str | None, fields: FieldNames
 ) -> RawSample | Refusal:
     name = opened.source.name
     key = key_in(record, f"{name}:{row}")
+    if not fields.captions_only and (problem := failed_download(record)):
+        return Refusal(key, name, problem)
     captions = tuple(captions_in(record, fields.captions))
-    value = record.get(image_field) if image_field else None
-    meta = {k: v for k, v in record.items() if k != image_field and not isinstance(v, bytes)}
+    meta = _without_bytes({name: value for name, value in record.items() if name != image_field})
     if image_field is None:
         return RawSample(key, captions, label=label_in(meta), meta=meta)
+    value = _only(record.get(image_field))
+    if isinstance(value, list) and value:
+        return Refusal(key, name, f"several images: row {row} of column {image_field!r} holds {len(value)}")
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
         reference = ImageReference(name, f"{image_field}#{row}")
         return RawSample(key, captions, value, reference, label_in(meta), meta)
     if not isinstance(value, str) or not value:
-        return Refusal(key, name, f"no image: row {row} of column {image_field!r} is empty")
+        found = "empty" if not value else f"{type(value).__name__}, no bytes and no path"
+        return Refusal(key, name, f"no image: row {row} of column {image_field!r} is {found}")
     try:
-        content, found = beside(opened.source.path, name, value)
+        content, reference = beside(opened, value)
     except BadRecordError as error:
         return Refusal(key, name, f"{error} (row {row})")
-    return RawSample(key, captions, content, found, label_in(meta), meta)
+    return RawSample(key, captions, content, reference, label_in(meta), meta)

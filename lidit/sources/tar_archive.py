@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
+
+from lidit.sources.base import packed_as
 
 _MAX_HEADER_BYTES = 1 << 20
 # Extended headers in front of one member; each is a call inside the last one's.
@@ -87,9 +90,17 @@ class Archive(tarfile.TarFile):
         return f"{zeros} zeros from byte {end} on, more than padding"
 
 
-def open_archive(stream: BinaryIO, compressed: bool) -> Archive:
+def is_gzipped(stream: io.BufferedReader) -> bool:
+    """Whether the archive at the start of `stream` is gzipped, by its bytes: names are often wrong about that."""
+    return packed_as(stream) == "gzip"
+
+
+def open_archive(stream: io.BufferedReader) -> Archive:
     """The archive in `stream`. Whatever is wrong with it raises tarfile.TarError, here and while it is read."""
-    return Archive.open(fileobj=cast(BinaryIO, _Content(stream, compressed)), mode="r|")
+    packed = packed_as(stream)
+    if packed not in (None, "gzip"):
+        raise tarfile.ReadError(f"this is a {packed} file; unpack it, and pack it again as a tar")
+    return Archive.open(fileobj=cast(BinaryIO, _Content(stream, packed == "gzip")), mode="r|")
 
 
 class _Content:

@@ -6,7 +6,7 @@ import csv
 import errno
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,9 +23,12 @@ from lidit.sources.base import (
     label_in,
     lines,
     open_binary,
+    packed_as,
     parse_json,
     shown,
 )
+from lidit.sources.columns import note
+from lidit.sources.walk import special
 from lidit.store import ImageReference, Refusal
 from lidit.store.files.folder import is_url
 
@@ -36,7 +39,11 @@ _OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errn
 def read_text(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
     """One caption per line; no images."""
     name = opened.source.name
-    for number, line in lines(opened.stream()):
+    stream = opened.stream()
+    if packed := packed_as(stream):
+        yield _packed(name, packed)
+        return
+    for number, line in lines(stream):
         key = f"{name}:{number}"
         if line is None:
             yield Refusal(key, name, f"line too long: line {number} has more than {MAX_TEXT_BYTES} bytes")
@@ -52,7 +59,11 @@ def read_jsonl(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample |
     name = opened.source.name
     image_field: str | None = None
     first = True
-    for number, line in lines(opened.stream()):
+    stream = opened.stream()
+    if packed := packed_as(stream):
+        yield _packed(name, packed)
+        return
+    for number, line in lines(stream):
         key = f"{name}:{number}"
         if line is not None and not line.strip():
             continue
@@ -75,9 +86,13 @@ def read_jsonl(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample |
 def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
     """Rows of a CSV or TSV file with a header line."""
     name = opened.source.name
+    stream = opened.stream()
+    if packed := packed_as(stream):
+        yield _packed(name, packed)
+        return
     csv.field_size_limit(MAX_TEXT_BYTES)
     # Invalid bytes become surrogates, which the caption check refuses row by row; strict decoding would lose the file.
-    text = io.TextIOWrapper(opened.stream(), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.DictReader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",")
     image_field = _image_field(dict.fromkeys(rows.fieldnames or [], ""), fields)
     while True:
@@ -98,6 +113,11 @@ def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
     text.detach()
 
 
+def _packed(name: str, packed: str) -> Refusal:
+    reason = f"not a text file: {shown(name)} is {packed} inside; unpack it, or give it the suffix of its kind"
+    return Refusal("", name, reason, "file")
+
+
 def _image_field(record: dict[str, Any], fields: FieldNames) -> str | None:
     if fields.captions_only:
         return None
@@ -109,6 +129,9 @@ def _row(
 ) -> RawSample | Refusal:
     name = opened.source.name
     key = key_in(record, otherwise)
+    note(opened.columns, record)
+    if not fields.captions_only and (problem := failed_download(record)):
+        return Refusal(key, name, problem)
     captions = tuple(captions_in(record, fields.captions))
     if image_field is None:
         return RawSample(key, captions, label=label_in(record), meta=record)
@@ -116,13 +139,20 @@ def _row(
     if not isinstance(path, str) or not path:
         return Refusal(key, name, f"no image: field {image_field!r} is empty")
     try:
-        content, reference = beside(opened.source.path, name, path)
+        content, reference = beside(opened, path)
     except BadRecordError as error:
         return Refusal(key, name, str(error))
     return RawSample(key, captions, content, reference, label_in(record), record)
 
 
-def beside(table_path: str, table_name: str, image: str) -> tuple[bytes, ImageReference]:
+def failed_download(record: Mapping[str, Any]) -> str | None:
+    """Why img2dataset could not fetch a row's picture; None where it did, and for rows that it did not write."""
+    if not {"url", "status", "error_message"} <= record.keys() or record["status"] == "success":
+        return None
+    return f"failed download: {shown(str(record['status']))}, {shown(str(record['error_message']))}"
+
+
+def beside(opened: OpenedSource, image: str) -> tuple[bytes, ImageReference]:
     """An image named by a row, relative to the folder of the table it stands in; never outside that folder.
 
     Raises BadRecordError with the reason.
@@ -130,9 +160,10 @@ def beside(table_path: str, table_name: str, image: str) -> tuple[bytes, ImageRe
     pure = PurePosixPath(image)
     if pure.is_absolute() or ".." in pure.parts or "\0" in image or "\\" in image or is_url(image):
         raise BadRecordError(f"unsafe name: {shown(image)!r} leaves the folder of its table")
-    parent, _, _ = table_path.rpartition("/")
-    folder_name, slash, _ = table_name.rpartition("/")
+    parent, _, _ = opened.source.path.rpartition("/")
+    folder_name, slash, _ = opened.source.name.rpartition("/")
     content = read_inside(parent, image)
+    opened.named.add(str(pure))
     return content, ImageReference(f"{folder_name}{slash}{image}", "", 0, len(content))
 
 
@@ -144,8 +175,10 @@ def read_inside(folder: str, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
             real = Path(os.path.realpath(f"{folder}/{name}"))
             if not real.is_relative_to(os.path.realpath(folder)):
                 raise BadRecordError(f"unsafe name: {shown(name)!r} is a link out of its folder")
-            if not real.is_file():
+            if not real.exists():
                 raise BadRecordError(f"no file: {shown(name)!r} does not exist")
+            if not real.is_file():
+                raise BadRecordError(f"not a file: {shown(name)!r} is {special(real.stat().st_mode)}")
         with open_binary(f"{folder}/{name}") as file:
             size = file.seek(0, os.SEEK_END)
             if size > limit:

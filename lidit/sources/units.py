@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,11 +95,13 @@ def number_units(
 
 @dataclass(frozen=True)
 class WrittenSource:
-    """rows: of the unit table; quarantine: the file of refusals, None where there are none."""
+    """rows: of the unit table; quarantine: the file of refusals, None where there are none; joined: rows whose captions
+    went to the first row of the same key and image."""
 
     index: int
     rows: list[dict[str, Any]]
     quarantine: FileDigest | None
+    joined: int
 
 
 def write_units(corpus: Folder, staging: Folder, listing: SourceListing) -> WrittenSource:
@@ -109,7 +111,12 @@ def write_units(corpus: Folder, staging: Folder, listing: SourceListing) -> Writ
     """
     rows, unit, refusals = [], listing.first_unit, []
     chunk: list[Sample] = []
+    further, joined = _further_captions(staging, listing)
     for position, sample in enumerate(_samples(staging, listing.index)):
+        if position in joined:
+            continue
+        if position in further:
+            sample = replace(sample, captions=sample.captions + further[position])
         if position in listing.duplicates:
             where = listing.duplicates[position]
             refusals.append(Refusal(sample.key, listing.name, f"duplicate key: the first sample with it is in {where}"))
@@ -127,7 +134,34 @@ def write_units(corpus: Folder, staging: Folder, listing: SourceListing) -> Writ
         folder = corpus.child(QUARANTINE)
         folder.create()
         quarantine = publish_table(folder, f"{staged_name(listing.index)}.arrow", table)
-    return WrittenSource(listing.index, rows, quarantine)
+    return WrittenSource(listing.index, rows, quarantine, len(joined))
+
+
+def _further_captions(
+    staging: Folder, listing: SourceListing
+) -> tuple[dict[int, tuple[tuple[str, str], ...]], set[int]]:
+    """Row -> captions of later rows of its key and image, as in tables of COCO; the rows that these are."""
+    copies = {row for row, where in listing.duplicates.items() if where == listing.name}
+    if not copies:
+        return {}, set()
+    table = staging.read_table(f"{staged_name(listing.index)}-samples.arrow")
+    hashes, keys = table["key_hash"].to_pylist(), {table["key_hash"][row].as_py() for row in copies}
+    first: dict[bytes, int] = {}
+    further: dict[int, dict[str, str]] = {}
+    joined: set[int] = set()
+    for row, key in enumerate(hashes):
+        if key not in keys:
+            continue
+        original = first.setdefault(key, row)
+        image = table["image_hash"][row].as_py()
+        if row == original or image is None or image != table["image_hash"][original].as_py():
+            continue
+        joined.add(row)
+        own = {caption["text"] for caption in table["captions"][original].as_py()}
+        for caption in table["captions"][row].as_py():
+            if caption["text"] not in own:
+                further.setdefault(original, {}).setdefault(caption["text"], caption["origin"])
+    return {row: tuple(captions.items()) for row, captions in further.items()}, joined
 
 
 def _samples(staging: Folder, index: int) -> Iterator[Sample]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 from lidit.errors import one_line
 from lidit.images.decode import SUFFIXES
@@ -13,19 +14,23 @@ from lidit.sources.base import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     ORIGINAL,
+    SECOND_DOT,
     BadRecordError,
     FieldNames,
     OpenedSource,
     RawSample,
     captions_in,
+    hidden_kind,
     label_in,
     parse_json,
     shown,
+    suffix_kind,
 )
-from lidit.sources.tar_archive import open_archive
+from lidit.sources.columns import note
+from lidit.sources.tar_archive import Archive, is_gzipped, open_archive
 from lidit.store import ImageReference, Refusal
 
-_TEXT_SUFFIXES = ("txt", "json", "cls")
+_TEXT_SUFFIXES = ("txt", "caption", "json", "cls")
 _SPECIAL = {
     tarfile.SYMTYPE: "a symlink",
     tarfile.LNKTYPE: "a hard link",
@@ -33,11 +38,13 @@ _SPECIAL = {
     tarfile.BLKTYPE: "a device",
     tarfile.FIFOTYPE: "a pipe",
 }
+# Samples that miss their image or their text, held back until the archive's end shows whether it came later.
+_MAX_HELD = 100_000
 
 
 @dataclass
 class _Group:
-    """The members of one sample, as far as they have been read."""
+    """The members of one sample, as far as they have been read. found: their suffixes, of what is ignored, too."""
 
     key: str
     image: bytes | None = None
@@ -46,6 +53,7 @@ class _Group:
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+    found: list[str] = field(default_factory=list)
     problem: str | None = None
     whole: bool = True
 
@@ -57,25 +65,69 @@ class _Group:
     def finish(self, file: str) -> RawSample | Refusal:
         if self.problem:
             return Refusal(self.key, file, self.problem)
-        return RawSample(self.key, tuple(self.captions), self.image, self.reference, self.label, self.meta)
+        found = tuple(self.found)
+        return RawSample(self.key, tuple(self.captions), self.image, self.reference, self.label, self.meta, found)
+
+
+class _Held:
+    """Samples that miss something: told apart at the archive's end are members that stand apart and those alone."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self._whole: set[str] = set()
+        self._halves: dict[str, list[RawSample | Refusal]] = {}
+        self._count = 0
+
+    def take(self, group: _Group, fields: FieldNames) -> Iterator[RawSample | Refusal]:
+        """The sample or refusal of a finished group; none yet where the rest of it may follow."""
+        if not group.seen:
+            return  # of ignored members only, which are counted
+        finished = group.finish(self.file)
+        if group.problem or group.usable(fields) or self._count >= _MAX_HELD:
+            if len(self._whole) < _MAX_HELD:
+                self._whole.add(group.key)
+            yield finished
+            return
+        self._count += 1
+        group.image = None  # not kept in memory: without a caption it is of no use
+        self._halves.setdefault(group.key, []).append(group.finish(self.file))
+
+    def rest(self, fields: FieldNames) -> Iterator[RawSample | Refusal]:
+        """What was held back, at the archive's end."""
+        for key, halves in self._halves.items():
+            if fields.captions_only and key in self._whole:
+                continue  # an image, which nobody wants, apart from its text
+            if len(halves) > 1 or key in self._whole:
+                reason = "not adjacent: members of this key stand apart in the archive; pack it with tar --sort=name"
+                yield Refusal(key, self.file, reason)
+            else:
+                yield halves[0]
 
 
 def read_tar(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
     """Every sample of the archive in order; refusals for what is broken, also for what a cut archive lost."""
     name = opened.source.name
-    compressed = is_compressed(name)
     group: _Group | None = None
+    held = _Held(name)
     place, reason = "at its start", None
+    stream = opened.stream()
+    compressed = is_gzipped(stream)
     try:
-        with open_archive(opened.stream(), compressed) as archive:
+        with open_archive(stream) as archive:
             for member in archive.each():
                 if member.isdir():
                     continue
+                if hidden := _hidden(member.name):
+                    opened.ignore(hidden)
+                    continue
                 key, suffix = split_name(member.name)
+                if not suffix:
+                    opened.ignore("no suffix")
+                    continue
                 if group is None or key != group.key:
                     if group is not None:
                         finished, group = group, None
-                        yield finished.finish(name)
+                        yield from held.take(finished, fields)
                     group = _Group(key)
                 place = f"inside member {shown(member.name)} at byte {member.offset}"
                 group.whole = False
@@ -87,16 +139,17 @@ def read_tar(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
         reason = one_line(error) or "unexpected end"
     if group is not None and group.seen:
         if reason and not group.usable(fields):
-            yield Refusal(group.key, name, f"archive cut off {place}: this sample is not whole")
+            yield Refusal(group.key, name, f"archive cut off: {place}: this sample is not whole")
         else:
-            yield group.finish(name)
+            yield from held.take(group, fields)
+    yield from held.rest(fields)
     if reason:
-        yield Refusal("", name, f"archive cut off {place} ({reason}): what may have followed is lost", "file")
+        yield Refusal("", name, f"archive cut off: {place} ({reason}): what may have followed is lost", "file")
 
 
 def _take(
     group: _Group,
-    archive: tarfile.TarFile,
+    archive: Archive,
     member: tarfile.TarInfo,
     suffix: str,
     fields: FieldNames,
@@ -105,10 +158,12 @@ def _take(
 ) -> None:
     """Add one member to its sample, or note why the sample cannot be used."""
     is_image = suffix in SUFFIXES
+    group.found.append(shown(f".{suffix}"))
     if not is_image and suffix not in _TEXT_SUFFIXES:
-        opened.ignore(suffix)
+        opened.ignore(_ignored_kind(suffix))
         return
     if is_image and fields.captions_only:
+        group.seen.add(suffix)
         return
     problem = None
     limit = MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES
@@ -139,17 +194,18 @@ def _take(
         )
         return
     try:
-        _take_text(group, suffix, content, fields)
+        _take_text(group, suffix, content, fields, opened)
     except BadRecordError as error:
         group.problem = group.problem or f"{error} in .{suffix}"
 
 
-def _take_text(group: _Group, suffix: str, content: bytes, fields: FieldNames) -> None:
+def _take_text(group: _Group, suffix: str, content: bytes, fields: FieldNames, opened: OpenedSource) -> None:
     if suffix == "json":
         record = parse_json(content)
         if not isinstance(record, dict):
             raise BadRecordError(f"invalid JSON: expected an object, found {type(record).__name__}")
         group.meta = record
+        note(opened.columns, {name: value for name, value in record.items() if name not in fields.images})
         group.label = group.label or label_in(record)
         group.captions += captions_in(record, fields.captions)
         return
@@ -160,7 +216,7 @@ def _take_text(group: _Group, suffix: str, content: bytes, fields: FieldNames) -
     if suffix == "cls":
         group.label = text.strip()
     else:
-        group.captions.insert(0, (text, ORIGINAL))
+        group.captions.insert(int(suffix == "caption" and "txt" in group.seen), (text, ORIGINAL))
 
 
 def split_name(member: str) -> tuple[str, str]:
@@ -170,14 +226,22 @@ def split_name(member: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def is_compressed(path: str) -> bool:
-    """Whether an archive of this name is gzipped."""
-    return path.lower().endswith((".gz", ".tgz"))
+def _hidden(member: str) -> str | None:
+    """What to call a member that some system put there; also one in a folder of a system."""
+    *folders, base = member.split("/")
+    found = next((kind for folder in folders if (kind := hidden_kind(folder))), None)
+    return f"{found}/" if found else hidden_kind(base)
 
 
-def read_members(stream: BinaryIO, compressed: bool, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+def _ignored_kind(suffix: str) -> str:
+    last = suffix_kind(f"x.{suffix}")
+    known = last.lstrip(".") in SUFFIXES or last.lstrip(".") in _TEXT_SUFFIXES
+    return f"{last} {SECOND_DOT}" if known and "." in suffix else last
+
+
+def read_members(stream: io.BufferedReader, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
     """The named members of an archive, in its order: for archives whose members have no offset."""
-    with open_archive(stream, compressed) as archive:
+    with open_archive(stream) as archive:
         for member in archive.each():
             if member.name in wanted and member.isreg() and member.size <= MAX_IMAGE_BYTES:
                 extracted = archive.extractfile(member)

@@ -9,9 +9,11 @@ import ray
 
 from lidit.config import IngestSettings
 from lidit.progress import SILENT, Progress
+from lidit.sources import SourceFile
 from lidit.sources.ingest import Ingest, IngestSummary
-from lidit.sources.staging import stage_source
+from lidit.sources.staging import StagedSource, refused_unread, stage_source
 from lidit.sources.units import write_units
+from lidit.store.files.folder import Folder
 from pipelines.runtime import resources
 from pipelines.runtime.prometheus import IngestMetrics
 
@@ -33,7 +35,7 @@ def run_ingest(
     # Read and check every source that no earlier call has read.
     metrics = IngestMetrics(job.folder.location.rpartition("/")[2])
     readings = ((file.path, (job.staging, file, index, settings)) for index, file in unread)
-    for staged in _in_tasks(stage_source, readings):
+    for staged in _in_tasks(stage_source, readings, _refuse_source):
         metrics.source_read(staged.samples, sum(staged.refused.values()))
         job.add_read(staged, progress)
 
@@ -42,21 +44,37 @@ def run_ingest(
     return job.publish(list(_in_tasks(write_units, writings)))
 
 
-def _in_tasks(function: Callable[..., Any], calls: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Any]:
-    """Results as they come, with a bounded number of tasks in flight. calls: (file the call is about, arguments)."""
+def _refuse_source(staging: Folder, file: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
+    """One refusal instead of the source that ended its worker each time: the other sources go on."""
+    return stage_source(staging, refused_unread(file, "each of three processes ended"), index, settings)
+
+
+def _in_tasks(
+    function: Callable[..., Any],
+    calls: Iterable[tuple[str, tuple[Any, ...]]],
+    instead: Callable[..., Any] | None = None,
+) -> Iterator[Any]:
+    """Results as they come, with a bounded number of tasks in flight. calls: (file the call is about, arguments).
+
+    instead: called here with the arguments of a task whose worker died each time.
+    """
     # A worker that dies is retried twice: bytes that kill a decoder do so every time and must not loop for ever.
     task = ray.remote(num_cpus=1, max_retries=2)(function)
     limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    running: dict[Any, str] = {}
+    running: dict[Any, tuple[str, tuple[Any, ...]]] = {}
     remaining = iter(calls)
     while True:
         while len(running) < limit and (call := next(remaining, None)) is not None:
-            file, arguments = call
-            running[task.remote(*arguments)] = file
+            running[task.remote(*call[1])] = call
         if not running:
             return
         (finished,), _ = ray.wait(list(running), num_returns=1)
-        file = running.pop(finished)
+        file, arguments = running.pop(finished)
         with resources.plain_errors(f"{file}: the process reading it died three times; take this file out"):
-            result = ray.get(finished)
+            try:
+                result = ray.get(finished)
+            except ray.exceptions.WorkerCrashedError:
+                if instead is None:
+                    raise
+                result = instead(*arguments)
         yield result

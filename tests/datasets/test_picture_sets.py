@@ -89,7 +89,7 @@ def emoji_packages(folder: Path) -> Path:
 
 def samples(folder: Path) -> dict[str, RawSample]:
     """What ingest reads from a part."""
-    _, files = expand([str(folder)])
+    _, files, *_ = expand([str(folder)])
     found = [one for file in files for one in read_source(OpenedSource(file), FIELDS)]
     assert all(isinstance(one, RawSample) for one in found), found
     return {one.key: one for one in found}

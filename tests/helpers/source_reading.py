@@ -16,7 +16,7 @@ DEFAULTS = IngestSettings()
 
 def read(path: Path | str, captions_only: bool = False) -> tuple[list[RawSample], list[Refusal]]:
     """Every sample and refusal of one source; the hash taken on the way is that of the file."""
-    _, files = expand([str(path)])
+    _, files, *_ = expand([str(path)])
     found = []
     for file in files:
         opened = OpenedSource(file)
@@ -31,7 +31,7 @@ def read(path: Path | str, captions_only: bool = False) -> tuple[list[RawSample]
 
 def stage(path: Path | str, **settings: object) -> tuple[list[StagedSource], list[dict], list[dict]]:
     """Every source file below `path` staged as an ingest does it: the records, the staged samples, the refusals."""
-    _, files = expand([str(path)])
+    _, files, *_ = expand([str(path)])
     folder = Folder.at(Path(files[0].path).parent / f"staged-{Path(files[0].path).name}")
     folder.create()
     records = [stage_source(folder, file, i, IngestSettings(**settings)) for i, file in enumerate(files)]

@@ -46,7 +46,7 @@ def test_zeros_are_the_end_only_where_nothing_but_padding_follows(
     samples, refused = read(path)
     assert 19 < len(samples) < 30
     assert [r.what for r in refused][-1] == "file"
-    assert "archive cut off after member s0" in refused[-1].reason
+    assert "archive cut off: after member s0" in refused[-1].reason
     assert "what may have followed is lost" in refused[-1].reason
 
 

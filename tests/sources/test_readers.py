@@ -53,7 +53,7 @@ def test_members_that_are_no_part_of_a_sample_are_counted_and_never_decoded(tmp_
 
     members = [*sample("a"), ("a.pyd", pickle.dumps(Bomb())), ("a.pth", b"x"), ("a.pth", b"y")]
     path = write_tar(tmp_path / "x.tar", members)
-    _, files = expand([str(path)])
+    _, files, *_ = expand([str(path)])
     opened = OpenedSource(files[0])
     found = list(read_source(opened, FieldNames({}, (), False)))
     assert [type(f) for f in found] == [RawSample]
@@ -301,7 +301,7 @@ def test_what_a_person_types_becomes_an_ordered_list(tmp_path: Path) -> None:
         [f"{tmp_path}/b/{{0..1}}.tar", f"{tmp_path}/a"],
         [f"{tmp_path}/b", f"{tmp_path}/a/2.tar", f"{tmp_path}/b/1.tar"],
     ):
-        root, files = expand(sources)
+        root, files, *_ = expand(sources)
         assert (root, [f.name for f in files]) == (str(tmp_path), expected), sources
     assert [f.name for f in expand([f"{tmp_path}/b/1.tar"])[1]] == ["1.tar"]
 

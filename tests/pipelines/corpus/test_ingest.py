@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from lidit.config import IngestSettings
-from lidit.errors import InputError
+from lidit.errors import InputError, JobError
 from lidit.sources import expand
 from lidit.sources.ingest import IngestSummary, ingest
 from lidit.sources.staging import stage_source
@@ -16,7 +17,7 @@ from lidit.sources.units import find_duplicates
 from lidit.store import Corpus
 from lidit.store.files.folder import Folder
 from lidit.store.verify import verify_corpus
-from pipelines.corpus.ingest import run_ingest
+from pipelines.corpus.ingest import _in_tasks, run_ingest
 from tests.helpers.command import lidit
 from tests.helpers.pictures import bomb, encoded, picture, sample, write_tar
 from tests.helpers.recorded_progress import RecordedProgress
@@ -343,7 +344,19 @@ def test_duplicates_are_found_in_any_number_of_passes(tmp_path: Path, at_once: i
         (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"key": k, "caption": "x"}) + "\n" for k in names))
     folder = Folder.at(tmp_path / "staging")
     folder.create()
-    _, files = expand([f"{tmp_path}/*.jsonl"])
+    _, files, *_ = expand([f"{tmp_path}/*.jsonl"])
     staged = [stage_source(folder, file, i, SETTINGS) for i, file in enumerate(files)]
     found = find_duplicates(folder, staged, at_once)
     assert found == {0: {3: "0.jsonl"}, 1: {1: "0.jsonl"}, 2: {0: "0.jsonl"}}
+
+
+def test_a_worker_that_dies_each_time_gives_its_refusal_and_the_others_go_on() -> None:
+    def square(number: int) -> int:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number * number
+
+    calls = [(str(number), (number,)) for number in range(5)]
+    assert sorted(_in_tasks(square, calls, lambda number: -number)) == [-3, 0, 1, 4, 16]
+    with pytest.raises(JobError, match=r"^3: the process reading it died three times"):
+        list(_in_tasks(square, calls[3:4]))
