@@ -26,6 +26,7 @@ from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics, spec
 from lidit.text import CaptionTokens, EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
 from lidit.text.embedding import encoded_tables, ensure_shared
 from pipelines.runtime import resources
+from pipelines.runtime.kernels import avoid_plan_building
 from pipelines.runtime.prometheus import EmbedMetrics
 
 log = logging.getLogger(__name__)
@@ -247,6 +248,7 @@ class EncodeJob:
         import torch
 
         torch.set_num_threads(max(1, int(self.pool.cpus)))
+        avoid_plan_building()
         return PromptEncoder.load(self.local_spec(), _device(self.pool))
 
     def writer(self) -> FamilyWriter:

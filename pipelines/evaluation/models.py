@@ -14,6 +14,7 @@ from lidit.config.settings import validate
 from lidit.errors import InputError
 from lidit.pipeline import INDEX, LIDiTPipeline
 from lidit.text.specs import default_device
+from pipelines.runtime.kernels import avoid_plan_building
 
 # what model_index.json says and scores depend on, apart from the weights
 DRAWN_BY = ("sampler", "objective", "codec", "height", "width")
@@ -30,6 +31,7 @@ def load_pipeline(model: Path, changes: SamplerChanges | None = None) -> LIDiTPi
     if changes is not None:
         pipe.change_sampler(changes)
     pipe.set_progress_bar_config(disable=True)  # jobs count images, not the steps of one batch
+    avoid_plan_building()  # prompts come in every length
     return pipe.to(default_device())
 
 

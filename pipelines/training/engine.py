@@ -19,6 +19,7 @@ from lidit.diffusion import Objective
 from lidit.errors import JobError
 from lidit.models import LIDiT
 from lidit.plan import REDUCE_BUCKET
+from pipelines.runtime.kernels import avoid_plan_building
 from pipelines.training.ema import ShardedEMA, owned_fragments
 from pipelines.training.schedule import learning_rate
 
@@ -36,6 +37,7 @@ def set_up_device(engine: EngineSettings) -> torch.device:
             f"engine.gpus_per_worker is {engine.gpus_per_worker:g}, but torch sees no GPU on this node: it needs a "
             "CUDA build of torch and a driver"
         )
+    avoid_plan_building()
     return torch.device("cuda", torch.cuda.current_device())
 
 
