@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo demo-pictures test test-all lint lock clean
+.PHONY: help setup demo demo-pictures test test-all lint api lock clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -34,6 +34,9 @@ lint: setup      ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+api: setup       ## write docs/api.md anew from the docstrings of what lidit exports
+	$(BIN)/python docs/generate_api.py
 
 lock: setup      ## write constraints.txt anew from the installed environment
 	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/^\(torch==[^+]*\)+.*/\1/' > constraints.txt

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 # name -> the module and the attribute it stands for
 _PLACES = {
     "Corpus": "lidit.store:Corpus",
+    "DataSettings": "lidit.config:DataSettings",
     "EncoderSettings": "lidit.config:EncoderSettings",
+    "FeedDataset": "lidit.data.feed:FeedDataset",
     "InputError": "lidit.errors:InputError",
     "JobError": "lidit.errors:JobError",
     "LIDiT": "lidit.models:LIDiT",
@@ -21,12 +23,15 @@ _PLACES = {
     "export_corpus": "lidit.store.export:export_corpus",
     "load_encoder": "lidit.text:load_encoder",
     "load_recipe": "lidit.config.shipped:load_recipe",
+    "open_feed": "lidit.data.feed:open_feed",
     "train": "pipelines.training.train:train",
     "verify_corpus": "lidit.store.verify:verify_corpus",
 }
 __all__ = [
     "Corpus",
+    "DataSettings",
     "EncoderSettings",
+    "FeedDataset",
     "InputError",
     "JobError",
     "LIDiT",
@@ -38,13 +43,15 @@ __all__ = [
     "export_corpus",
     "load_encoder",
     "load_recipe",
+    "open_feed",
     "train",
     "verify_corpus",
 ]
 
 if TYPE_CHECKING:  # what type checkers and editors see in place of the table
-    from lidit.config import EncoderSettings, Recipe
+    from lidit.config import DataSettings, EncoderSettings, Recipe
     from lidit.config.shipped import load_recipe
+    from lidit.data.feed import FeedDataset, open_feed
     from lidit.errors import InputError, JobError, StorageError
     from lidit.models import LIDiT, TextStates
     from lidit.pipeline import LIDiTPipeline
@@ -52,7 +59,7 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of the table
     from lidit.store.export import export_corpus
     from lidit.store.verify import verify_corpus
     from lidit.text import load_encoder
-    from pipelines.training.train import train as train
+    from pipelines.training.train import train
 
     __version__: str
 else:

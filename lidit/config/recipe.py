@@ -58,12 +58,12 @@ class EncoderSettings(Settings):
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="commit of a hub id")
     kind: Literal["causal", "unmasked", "encoder"] = "causal"
     layer: int = Field(-3, description="block whose output is stored; negative counts from the last block (-1)")
-    system_prompt: str = ""
+    system_prompt: str = Field("", description="put before the instruction")
     instruction: str | None = Field(None, description="None: the paper's for language models, none for kind encoder")
     chat_template: bool = Field(False, description="wrap system prompt and instruction in the model's chat template")
     max_tokens: int = Field(256, ge=1, description="caption tokens kept; longer captions are cut and counted")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
-    storage: Literal["compute", "float32", "bfloat16", "int8"] = "bfloat16"
+    storage: Literal["compute", "float32", "bfloat16", "int8"] = Field("bfloat16", description="dtype on disk")
 
 
 class PoolSettings(Settings):
@@ -140,6 +140,8 @@ class ObjectiveSettings(Settings):
 
 
 class SamplerSettings(Settings):
+    """How a trained model draws."""
+
     steps: int = Field(25, ge=1)
     guidance_scale: float = Field(3.0, ge=0)
     guidance_interval: tuple[Fraction, Fraction] = Field((0.0, 1.0), description="timesteps where guidance acts")
@@ -163,13 +165,15 @@ class SamplerSettings(Settings):
 
 
 class DataSettings(Settings):
-    seed: int = Field(0, ge=0)
+    """How a corpus becomes batches: their order, their captions, and what is held out."""
+
+    seed: int = Field(0, ge=0, description="of order, captions, noise and timesteps")
     window_units: int = Field(16, ge=1, description="units shuffled together")
-    caption_dropout: Fraction = 0.1
+    caption_dropout: Fraction = Field(0.1, description="share of samples with the empty caption, for guidance")
     origin_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="caption origin -> weight; empty: every caption alike"
     )
-    prefetch_batches: int = Field(4, ge=0)
+    prefetch_batches: int = Field(4, ge=0, description="batches read ahead")
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of samples kept out of training")
 
 
@@ -243,6 +247,8 @@ class SamplerChanges(Settings):
 
 
 class EvaluateSettings(Settings):
+    """What is scored after training."""
+
     sampler: SamplerChanges = SamplerChanges()
     per_tag: int = Field(24, ge=1, description="prompts per category")
     images_per_prompt: int = Field(1, ge=1)
@@ -306,7 +312,7 @@ class RunRecipe(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="run name: the same name resumes the run")
     output: str = Field("runs", description="folder of runs; the run's files are in OUTPUT/NAME")
-    corpus: str
+    corpus: str = Field(description="folder or URL")
     train: LoopSettings = LoopSettings()
     engine: EngineSettings = EngineSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -356,7 +362,7 @@ class Recipe(RunRecipe):
 
     sources: tuple[str, ...] = Field((), description="what `lidit run` ingests when the corpus does not exist")
     ingest: IngestSettings = IngestSettings()
-    encoders: tuple[EncoderSettings, ...] = Field(min_length=1)
+    encoders: tuple[EncoderSettings, ...] = Field(min_length=1, description="the LLMs that read the captions")
     pool: PoolSettings = PoolSettings()
     pools: dict[str, PoolSettings] = Field(default_factory=dict, description="encoder -> a pool of its own")
     codec: CodecSettings = CodecSettings()

@@ -21,7 +21,20 @@ KINDS = {
 
 
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
-    """A recipe with `key.path=value` overrides. `encoders` entries may be names of shipped encoder files."""
+    """Read a recipe, check it, and put overrides over it.
+
+    Args:
+        recipe: A YAML file with the keys of `Recipe`, or the name of a recipe that ships with the package, such as
+            `demo`. Its `encoders` may name encoder files: shipped, or relative to the recipe.
+        overrides: Changes such as `train.steps=200`, each a key path and a YAML value.
+
+    Returns:
+        The recipe. Every key is checked; nothing is opened or fetched.
+
+    Raises:
+        InputError: No such recipe, another kind of recipe, or a key or value that is not allowed; one line per
+            mistake.
+    """
     path = find(recipe, RECIPES, "recipe")
     tree = apply_overrides(_with_encoders(load_yaml(path), path), overrides or [])
     return validate(Recipe, _with_encoders(tree, path), str(recipe))

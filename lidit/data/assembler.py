@@ -22,7 +22,17 @@ from lidit.models.states import TextStates
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One worker's part of global batch number `step`."""
+    """One worker's part of global batch number `step`: B samples.
+
+    Args:
+        step: Number of the global batch.
+        keys: The samples' names.
+        latents: [B, C, H, W] float32, scaled as the model sees them.
+        noise: [B, C, H, W] float32, the samples' own.
+        u: [B] float32 in [0, 1), to be turned into timesteps by the objective.
+        text: Encoder name -> states [B, T, W], mask [B, T] and prefix [P, W].
+        tokens: Caption tokens of all encoders, without padding.
+    """
 
     step: int
     keys: tuple[str, ...]
@@ -33,12 +43,27 @@ class TrainingBatch:
     tokens: int  # caption tokens of all encoders, without padding
 
     def to(self, device: torch.device) -> TrainingBatch:
+        """Copy to a device.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The same batch on `device`.
+        """
         text = {name: states.to(device) for name, states in self.text.items()}
         latents, noise, u = (t.to(device, non_blocking=True) for t in (self.latents, self.noise, self.u))
         return replace(self, latents=latents, noise=noise, u=u, text=text)
 
     def split(self, parts: int) -> list[TrainingBatch]:
-        """Slices, in order, for gradient accumulation."""
+        """Cut into slices, in order, for gradient accumulation.
+
+        Args:
+            parts: Number of slices.
+
+        Returns:
+            The slices, as equal as they can be.
+        """
         return [
             TrainingBatch(
                 step=self.step,

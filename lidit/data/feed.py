@@ -33,7 +33,10 @@ class Assembles(Protocol[AnyBatch_co]):
 
 
 class Feed(Generic[AnyBatch_co]):
-    """This worker's part of the global batches, prefetched by `readers` threads."""
+    """One worker's part of the global batches, read ahead by threads. Made by `open_feed`.
+
+    `waited` are the seconds that `batches` has waited for data: zero where reading keeps up.
+    """
 
     def __init__(
         self,
@@ -61,7 +64,18 @@ class Feed(Generic[AnyBatch_co]):
         return self.order.batches_before(1)
 
     def batches(self, start: int, stop: int) -> Iterator[AnyBatch_co]:
-        """Batches `start`, `start + 1`, ... `stop - 1`, over as many epochs as that takes."""
+        """Read batches `start`, `start + 1`, ... `stop - 1`, over as many epochs as that takes.
+
+        Args:
+            start: The first step.
+            stop: The step to stop before.
+
+        Returns:
+            An iterator of batches, each [B, ...] for this worker's B samples.
+
+        Raises:
+            InputError: A file of the corpus is missing or damaged.
+        """
         with ThreadPoolExecutor(max_workers=self.readers, thread_name_prefix="feed") as pool:
             queue: deque[Future[AnyBatch_co]] = deque()
             upcoming = iter(range(start, stop))

@@ -36,7 +36,25 @@ from lidit.models.transformer import LIDiTTransformer
 
 
 class LIDiT(ModelMixin, ConfigMixin):
-    """Noisy latents + timestep + LLM states of the captions -> prediction. Arguments as in its two parts."""
+    """The network: noisy latents, timesteps and the captions' LLM states in, prediction out. A torch module.
+
+    Build it with `from_settings` or `load`; the arguments are what a saved model's config.json holds.
+
+    Args:
+        encoders: Encoder name -> width of its states.
+        channels: Channels of the latents.
+        width: Width of the transformer.
+        depth: Its blocks.
+        heads: Attention heads.
+        patch_size: Side of a patch, latent positions.
+        refiner_depth: Blocks of each encoder's token refiner; 0 leaves it out.
+        refiner_causal: Whether the refiner keeps the causal mask.
+        refiner_gated: Whether its gates depend on the timestep.
+        refiner_mixing: Whether its tokens see each other.
+        fusion_mode: How several encoders become one condition.
+        fusion_depth: Blocks of the collaborative refiner.
+        visible_tokens: Caption tokens the model may see; None shows all.
+    """
 
     _supports_gradient_checkpointing = True
     _keep_in_fp32_modules = PromptConditioner._keep_in_fp32_modules
@@ -80,7 +98,19 @@ class LIDiT(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_settings(cls, settings: ModelSettings, encoders: Mapping[str, int], channels: int) -> LIDiT:
-        """A new model for encoders (name -> width) and latents of `channels`; weights from torch's global seed."""
+        """Make a new model; its weights come from torch's global seed.
+
+        Args:
+            settings: A recipe's `model` section.
+            encoders: Encoder name -> width of its states.
+            channels: Channels of the latents.
+
+        Returns:
+            The model, on the CPU in float32. It predicts zero until it is trained.
+
+        Raises:
+            InputError: Sizes that do not fit each other.
+        """
         shape = resolve_shape(settings)
         model = cls(
             encoders=dict(encoders),
@@ -103,9 +133,17 @@ class LIDiT(ModelMixin, ConfigMixin):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype | None = None) -> Self:
-        """The model that `save_pretrained` wrote, in `dtype` or as saved.
+        """Load what `save_pretrained` wrote.
 
-        Raises InputError where its safetensors cannot be loaded, lack a tensor or hold one that the model has not.
+        Args:
+            folder: A folder with config.json and safetensors: `model` in a model folder.
+            dtype: Of the weights; None keeps them as saved.
+
+        Returns:
+            The model, on the CPU.
+
+        Raises:
+            InputError: No such folder, or its safetensors cannot be loaded, lack a tensor or hold an unknown tensor.
         """
         if not folder.is_dir():  # else it would be taken for the name of a model on the hub
             raise InputError(f"{folder}: no such folder; give the `model` folder of a run of lidit train")
@@ -133,13 +171,21 @@ class LIDiT(ModelMixin, ConfigMixin):
         text: Mapping[str, TextStates],
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`latents` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise), `text` per encoder -> [B, C, H, W].
+        """Predict what the objective asks for: clean data, noise or velocity.
 
-        `rows` long [B], each latent's caption, where several latents share one: `text` then holds R captions, and
-        every one is refined once. Latents of one caption must have the same timestep, because the refiners depend on
-        it: so it is in sampling, not in training.
-        Raises InputError naming the encoder whose states are missing or of a wrong width, and where every latent should
-        have a caption of its own and has not.
+        Args:
+            latents: [B, C, H, W], noisy; H and W multiples of the patch size.
+            timestep: [B] float in [0, 1]; 0 is data, 1 is noise.
+            text: Encoder name -> states of B captions, or of R captions with `rows`.
+            rows: [B] long, the caption of each latent, where several latents share captions: each of the R captions
+                is refined once. Latents of one caption must have the same timestep, because the refiners depend on
+                it: true in sampling, not in training.
+
+        Returns:
+            [B, C, H, W] in the dtype of the latents.
+
+        Raises:
+            InputError: An encoder's states are missing or of a wrong width, or captions and latents differ in number.
         """
         captions = len(next(iter(text.values())).states) if text else 0
         if rows is not None:

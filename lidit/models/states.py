@@ -16,8 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 class TextStates:
     """The states of one encoder for a batch of captions, as stored: neither normalised nor projected.
 
-    `states` [B, T, W] caption tokens, `mask` bool [B, T] True at real tokens (what stands elsewhere never matters),
-    `prefix` [P, W] states of the instruction, one copy for all rows (P may be 0).
+    Args:
+        states: [B, T, W], any floating dtype: B captions of up to T tokens, W the LLM's width.
+        mask: [B, T] bool, True at real tokens. Values elsewhere never matter.
+        prefix: [P, W], the states of the instruction, one copy for all captions; P may be 0.
     """
 
     states: torch.Tensor
@@ -26,7 +28,15 @@ class TextStates:
 
     @classmethod
     def collate(cls, captions: Sequence[torch.Tensor], prefix: torch.Tensor) -> TextStates:
-        """Captions of unequal lengths, each [T_i, W], padded on the right into one batch of one token or more."""
+        """Pad captions of unequal lengths on the right into one batch of at least one token.
+
+        Args:
+            captions: One [T_i, W] tensor per caption, all of one dtype; T_i may be 0.
+            prefix: [P, W].
+
+        Returns:
+            States of shape [B, max T_i, W] with their mask.
+        """
         lengths = torch.tensor([len(caption) for caption in captions])
         states = pad_sequence(list(captions), batch_first=True)  # [B, T, W]
         mask = torch.arange(states.shape[1])[None, :] < lengths[:, None]  # [B, T]
@@ -34,7 +44,14 @@ class TextStates:
         return batch if states.shape[1] else batch.pad_to(1)  # attention needs a place, be it a masked one
 
     def to(self, device: torch.device | str) -> TextStates:
-        """The same states on `device`; the dtype stays, because the conditioner normalises in float32."""
+        """Copy to a device; the dtype stays, because the conditioner normalises in float32.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The same states on `device`.
+        """
         return TextStates(
             self.states.to(device, non_blocking=True),
             self.mask.to(device, non_blocking=True),
@@ -42,7 +59,14 @@ class TextStates:
         )
 
     def stack(self, other: TextStates) -> TextStates:
-        """The rows of both, padded to the longer one: the two halves of a guided batch. The prefix is this one's."""
+        """Put two batches into one, such as the two halves of a guided batch.
+
+        Args:
+            other: Captions of the same encoder.
+
+        Returns:
+            The rows of both, padded to the longer of the two, with the prefix of this batch.
+        """
         tokens = max(self.states.shape[1], other.states.shape[1])
         first, second = self.pad_to(tokens), other.pad_to(tokens)
         return TextStates(
@@ -52,7 +76,14 @@ class TextStates:
         )
 
     def pad_to(self, tokens: int) -> TextStates:
-        """The same rows with padding behind them, `tokens` long in all."""
+        """Lengthen every row with padding.
+
+        Args:
+            tokens: Length afterwards, at least the present one.
+
+        Returns:
+            States of shape [B, tokens, W].
+        """
         missing = tokens - self.states.shape[1]
         pad = torch.nn.functional.pad
         return replace(self, states=pad(self.states, (0, 0, 0, missing)), mask=pad(self.mask, (0, missing)))

@@ -40,8 +40,12 @@ class LIDiTPipeline(DiffusionPipeline):
     """Draws images of prompts. Load with `from_pretrained`; call with prompts, or with states computed before.
 
     Args:
-        model: the network. objective, sampler, codec: their settings as plain values (they go into model_index.json).
-        height, width: the training size in pixels, the default size of an image.
+        model: The network.
+        objective: Settings as plain values, as model_index.json holds them.
+        sampler: The same.
+        codec: The same.
+        height: Of an image unless the call says otherwise, pixels: the training size.
+        width: The same.
     """
 
     model_cpu_offload_seq = "model"
@@ -73,12 +77,21 @@ class LIDiTPipeline(DiffusionPipeline):
         dtype: torch.dtype | None = None,
         encoders: Mapping[str, str | Path | PromptEncoder] | None = None,
     ) -> Self:
-        """Load a folder written by `save_pipeline`, or a hub id. No LLM is loaded before a prompt needs it.
+        """Load a model folder that `lidit train` wrote. No LLM is loaded before a prompt needs it.
 
-        dtype: of the weights, as saved if None. encoders: per name an encoder that is already loaded, to share it, or
-        the folder where its files are on this machine, or a hub id as `id@commit`.
+        Args:
+            folder: The model folder, or a hub id.
+            revision: Commit of a hub id.
+            dtype: Of the weights; None keeps them as saved.
+            encoders: Encoder name -> an encoder that is already loaded, to share it; or the folder where its files are
+                on this machine; or a hub id as `id@commit`.
 
-        Raises InputError where the folder is no model, a family is missing, or an encoder is another one.
+        Returns:
+            The pipeline, on the CPU; `to("cuda")` moves it.
+
+        Raises:
+            InputError: The folder is no model folder, an encoder's files are missing, or a shared encoder is not the
+                one of the training.
         """
         path = _local_folder(folder, revision)
         if not (path / INDEX).is_file():
@@ -107,7 +120,12 @@ class LIDiTPipeline(DiffusionPipeline):
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB") -> None:
-        """Write the folder `from_pretrained` reads, without the model card."""
+        """Write the folder that `from_pretrained` reads, without the model card.
+
+        Args:
+            save_directory: The folder; files of an earlier save are replaced.
+            max_shard_size: Largest safetensors file of the network.
+        """
         if self.codec_settings.model is not None:
             exact = load_codec(self.codec_settings.model_copy(update={"dtype": "float32"}))
             assert isinstance(exact, AutoencoderCodec)
@@ -130,7 +148,15 @@ class LIDiTPipeline(DiffusionPipeline):
         return self._codec
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As in diffusers; LLMs and codec that are loaded go along, in the dtypes they have."""
+        """Move as in diffusers; LLMs and codec that are loaded go along, in the dtypes they have.
+
+        Args:
+            args: A device, a dtype, or both.
+            kwargs: The same by name.
+
+        Returns:
+            This pipeline.
+        """
         super().to(*args, **kwargs)
         self._move_parts(self.model.device)
         return self
@@ -144,7 +170,17 @@ class LIDiTPipeline(DiffusionPipeline):
             self._codec.to(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, TextStates]:
-        """States of the prompts per encoder, the same values that a corpus would hold for these captions."""
+        """Encode prompts with all of the model's LLMs: the values that a corpus would hold for these captions.
+
+        Args:
+            prompts: B texts.
+
+        Returns:
+            Encoder name -> states [B, T, W], mask [B, T] and prefix [P, W], on the CPU.
+
+        Raises:
+            InputError: An LLM cannot be found, or is not the one of the training.
+        """
         device, found = str(self._execution_device), {}
         for name, entry in self.encoders.items():
             if self._offloads:
@@ -155,8 +191,13 @@ class LIDiTPipeline(DiffusionPipeline):
         return found
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """One part at a time on the GPU, the others in the machine's memory: each LLM while it reads the prompts, then
-        the network for all steps, then the codec. The images stay the same. Arguments as in diffusers."""
+        """Keep one part at a time on the GPU, the others in the machine's memory: each LLM while it reads the prompts,
+        then the network for all steps, then the codec. The images stay the same.
+
+        Args:
+            gpu_id: Number of the GPU.
+            device: The device, instead.
+        """
         super().enable_model_cpu_offload(gpu_id, device)
         self._move_parts("cpu")
 
@@ -165,7 +206,11 @@ class LIDiTPipeline(DiffusionPipeline):
         return bool(getattr(self, "_all_hooks", None))
 
     def change_sampler(self, changes: SamplerChanges) -> None:
-        """Sample with these changes to the pipeline's sampler from now on; a saved model keeps its own."""
+        """Sample with other settings from now on; a saved model keeps its own.
+
+        Args:
+            changes: The settings that change.
+        """
         self.sampler = changes.applied(self.sampler)
 
     def unload_encoders(self) -> None:
@@ -192,17 +237,26 @@ class LIDiTPipeline(DiffusionPipeline):
         """Images of the prompts, one each, in their order.
 
         Args:
-            prompt: one or several captions, each read once however often it is there; or `states` per encoder, as
-                `encode_prompts` or a corpus gives them.
-            height, width: pixels, default: the training size. Any multiple of codec factor x patch size.
-            num_inference_steps ... scheduler: see `SamplerSettings`; default: the model's own.
-            seed: one for all prompts, or one per prompt, so an image depends on its prompt and seed, not on the batch.
+            prompt: One or B captions, each encoded once however often it is given.
+            states: In place of prompts, encoder name -> states of B captions, from `encode_prompts` or a corpus.
+            height: Pixels, a multiple of codec factor x patch size. Default: the training size.
+            width: The same.
+            num_inference_steps: Sampling steps. Default, here and below: the model's own settings.
+            guidance_scale: Weight of the prompt against the empty caption; 1 is no guidance.
+            guidance_interval: Timesteps (low, high) in [0, 1] between which guidance acts.
+            guidance_rescale: Share in [0, 1] by which guided predictions get back their standard deviation.
+            scheduler: Name of the sampler's method, "auto" for the objective's first.
+            seed: One for all prompts, or one per prompt: an image depends on its prompt and seed, not on the batch.
                 None draws seeds at random.
-            output_type: "pil" a list of images; "np" uint8 [B, height, width, 3]; "pt" float [B, 3, height, width] in
-                [0, 1]; "latent" the undecoded latents.
+            output_type: "pil" gives a list of images; "np" uint8 [B, height, width, 3]; "pt" float32
+                [B, 3, height, width] in [0, 1]; "latent" the latents [B, C, H, W], not decoded.
+
+        Returns:
+            Images in the form that `output_type` names.
+
         Raises:
-            InputError: wrong size, missing encoder, states of another instruction, a scheduler that does not fit, not
-                one seed or as many as prompts.
+            InputError: A wrong size, a missing encoder, states of another instruction, a scheduler that does not fit,
+                or a number of seeds that is neither one nor that of the prompts.
         """
         if (prompt is None) == (states is None):
             raise InputError("give either prompt or states")

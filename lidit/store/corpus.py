@@ -24,7 +24,12 @@ INGEST_ANEW = "ingest the same sources into a new folder, then move text/ and la
 
 
 class Corpus:
-    """Read access to a corpus. Open with `Corpus.open`; `folder` says where it is, `facts` is corpus.json."""
+    """A corpus on disk, to read: units of samples and captions, and the families computed over them.
+
+    Open with `Corpus.open`. Row numbers are references: row r of a text family belongs to row r of the same unit's
+    captions, row r of a latents family to row r of its samples.
+    `folder` says where it is, `facts` is corpus.json, `digest` the identity of its contents.
+    """
 
     def __init__(self, folder: Folder, facts: dict[str, Any]) -> None:
         self.folder = folder
@@ -36,9 +41,17 @@ class Corpus:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] | Folder) -> Corpus:
-        """`path`: local folder or fsspec URL.
+        """Open a corpus that ingest finished.
 
-        Raises InputError where there is no finished corpus, or one of another format version.
+        Args:
+            path: A local folder, or a URL that fsspec reads, such as s3://bucket/corpus.
+
+        Returns:
+            The corpus. Tables and families are read when they are asked for.
+
+        Raises:
+            InputError: No finished corpus at `path`, a damaged corpus.json, or another format version.
+            StorageError: The object store cannot be used.
         """
         folder = Folder.at(path)
         try:
@@ -70,25 +83,60 @@ class Corpus:
 
     @property
     def num_units(self) -> int:
+        """Units, numbered from 0."""
         return int(self.facts["totals"]["units"])
 
     @property
     def num_samples(self) -> int:
+        """Samples of all units."""
         return int(self.facts["totals"]["samples"])
 
     def unit_name(self, unit: int) -> str:
+        """The unit's number as its files write it.
+
+        Args:
+            unit: Number of the unit, from 0.
+
+        Returns:
+            Such as "00000".
+        """
         return unit_name(unit, self.digits)
 
     def samples(self, unit: int) -> pa.Table:
-        """The unit's samples, columns of `schema.SAMPLES`."""
+        """Read the samples of one unit.
+
+        Args:
+            unit: Number of the unit, from 0.
+
+        Returns:
+            A table with key, captions (rows of the unit's captions, and their origin), image (file, member, offset,
+            size in bytes), width and height in pixels, bucket "WxH" and meta (JSON).
+
+        Raises:
+            InputError: No such unit, or its file is missing or damaged.
+        """
         return self._unit_table("samples", unit)
 
     def captions(self, unit: int) -> pa.Table:
-        """The unit's distinct captions: text, sha256."""
+        """Read the distinct captions of one unit.
+
+        Args:
+            unit: Number of the unit, from 0.
+
+        Returns:
+            A table with text and sha256.
+
+        Raises:
+            InputError: No such unit, or its file is missing or damaged.
+        """
         return self._unit_table("captions", unit)
 
     def quarantine(self) -> Iterator[pa.Table]:
-        """The refused samples, one table per source file that has any."""
+        """Read what ingest refused.
+
+        Returns:
+            One table per source file with refusals: key, file, reason, and what was refused (sample, caption, file).
+        """
         folder = self.folder.child("quarantine")
         for name in sorted(folder.sizes()):
             if name.endswith(".arrow"):
@@ -118,13 +166,27 @@ class Corpus:
         return digest
 
     def image_path(self, file: str) -> str:
-        """Absolute path or URL of a source file named in `image.file`."""
+        """Where a source file is.
+
+        Args:
+            file: A sample's `image.file`.
+
+        Returns:
+            Its absolute path or URL.
+        """
         if is_url(file) or Path(file).is_absolute():
             return file
         return f"{self.root}/{file}"
 
     def families(self, kind: str) -> list[FamilyHandle]:
-        """Every family directory of a kind ("text", "latents"), sorted by name; half-made ones too."""
+        """List the families of one kind, unfinished ones too.
+
+        Args:
+            kind: "text" or "latents".
+
+        Returns:
+            Handles sorted by directory: name, directory, fingerprint, spec, and whether the family is complete.
+        """
         parent = self.folder.child(kind)
         found = []
         for directory in parent.folders():
@@ -137,22 +199,48 @@ class Corpus:
         return found
 
     def text_families(self) -> list[FamilyHandle]:
+        """List the text families, as `families("text")` does.
+
+        Returns:
+            Handles sorted by directory.
+        """
         return self.families("text")
 
     def latent_families(self) -> list[FamilyHandle]:
+        """List the latents families, as `families("latents")` does.
+
+        Returns:
+            Handles sorted by directory.
+        """
         return self.families("latents")
 
     def text_family(self, wanted: str, keep_open: int = OPEN_FILES) -> TextFamily:
-        """A complete text family by name, fingerprint (at least 12 digits) or directory name.
+        """Open a finished text family.
 
-        keep_open: unit files kept open at once; at least as many as a reader moves among.
+        Args:
+            wanted: Its name, directory, or at least 12 digits of its fingerprint.
+            keep_open: Unit files kept open at once; at least as many as a reader moves among.
+
+        Returns:
+            The family, ready to read.
+
+        Raises:
+            InputError: No such family, an unfinished one, or several that fit.
         """
         return TextFamily(self.folder, self._find("text", wanted), self.digest, self.num_units, keep_open)
 
     def latent_family(self, wanted: str, keep_open: int = OPEN_FILES) -> LatentFamily:
-        """A complete latents family by name, fingerprint (at least 12 digits) or directory name.
+        """Open a finished latents family.
 
-        keep_open: unit files kept open at once; at least as many as a reader moves among.
+        Args:
+            wanted: Its name, directory, or at least 12 digits of its fingerprint.
+            keep_open: Unit files kept open at once; at least as many as a reader moves among.
+
+        Returns:
+            The family, ready to read.
+
+        Raises:
+            InputError: No such family, an unfinished one, or several that fit.
         """
         return LatentFamily(self.folder, self._find("latents", wanted), self.digest, self.num_units, keep_open)
 

@@ -36,13 +36,28 @@ def export_corpus(
     images: Callable[[Corpus, int], Iterable[bytes]] | None = None,
     progress: Progress = SILENT,
 ) -> list[str]:
-    """Write every unit to `out`; returns the file names. A file appears whole or not at all, and units that are there
-    are skipped: `out` belongs to one corpus, format, choice of families and of images, which its _export.json names.
+    """Write a corpus with its states for other loaders: one WebDataset tar or one Parquet file per unit.
 
-    families: text families to include. images: gives the image bytes of a unit's samples in order, to include them.
-    webdataset: UUUUU_RRRRRR.json (key, captions, metadata), .NAME.safetensors (one tensor [tokens, width] per caption,
-    "0", "1", ...) and .image. parquet: one row per sample and caption; states as float32, row-major, with their width
-    in the schema metadata. Raises InputError for an unknown format or family, and where `out` holds something else.
+    A file appears whole or not at all, and a second call skips the files of the first. `out` belongs to one corpus,
+    format, choice of families and of images, which its _export.json names.
+
+    A tar holds, per sample, UUUUU_RRRRRR.json (key, captions, metadata), .NAME.safetensors (one tensor [tokens, width]
+    per caption: "0", "1", ...) and .image. A Parquet file has one row per sample and caption; states are float32,
+    row-major, with their width in the schema metadata.
+
+    Args:
+        path: Folder or URL of the corpus.
+        out: Folder or URL to write to: a new one, or that of the same export.
+        to: "webdataset" or "parquet".
+        families: Text families to include, by name, directory or fingerprint.
+        images: Gives the image bytes of a unit's samples in order, to include them: (corpus, unit) -> bytes each.
+        progress: Counts units.
+
+    Returns:
+        The names of all units' files in `out`.
+
+    Raises:
+        InputError: An unknown format or family, or `out` holds something else.
     """
     if to not in FORMATS:
         raise InputError(f"export to {to!r}: choose one of {', '.join(FORMATS)}")

@@ -71,20 +71,38 @@ class Family:
 
     @cached_property
     def records(self) -> pa.Table:
-        """The table of all commit records, ordered by unit: unit, file, rows, tokens, bytes, sha256, ..."""
+        """The table of all commit records, ordered by unit: unit, file, rows, tokens, bytes, sha256 and more."""
         table = read_named_table(self.folder, self.manifest["records"])
         if table["unit"].to_pylist() != list(range(self.num_units)):
             raise InputError(f"{self.folder.location}: the manifest does not cover every unit; run lidit repair")
         return table
 
     def record(self, unit: int) -> dict[str, Any]:
+        """The commit record of one unit.
+
+        Args:
+            unit: Number of the unit, from 0.
+
+        Returns:
+            A row of `records` as a dictionary.
+
+        Raises:
+            InputError: No such unit.
+        """
         if not 0 <= unit < self.records.num_rows:
             raise InputError(f"{self.folder.location}: no unit {unit}; there are {self.records.num_rows}, from 0")
         row: dict[str, Any] = self.records.slice(unit, 1).to_pylist()[0]
         return row
 
     def verify_unit(self, unit: int) -> None:
-        """Check size and sha256 of a unit's file, once per unit and object. InputError names the file."""
+        """Check size and sha256 of a unit's file, once per unit and object.
+
+        Args:
+            unit: Number of the unit, from 0.
+
+        Raises:
+            InputError: The file is missing or damaged.
+        """
         if unit in self._verified:
             return
         record = self.record(unit)
@@ -139,16 +157,24 @@ class Family:
 
 
 class TextFamily(Family):
-    """States of one encoder, row-aligned with `captions/`."""
+    """States of one encoder, row-aligned with `captions/`. Opened by `Corpus.text_family`."""
 
     _file_type = TextFile
 
     @property
     def width(self) -> int:
+        """Width W of the states."""
         return self.shared().mean.shape[0]
 
     def shared(self) -> SharedStates:
-        """Prefix and empty states, mean and deviation; checked against the manifest's sha256."""
+        """Read what all captions have in common; checked against the manifest's sha256.
+
+        Returns:
+            The states of the instruction and of the empty caption, mean and deviation of each channel.
+
+        Raises:
+            InputError: The file is missing or damaged.
+        """
         return self._shared
 
     @cached_property
@@ -160,42 +186,85 @@ class TextFamily(Family):
         return read_shared(table, reference["sha256"], self.folder.where(reference["file"]))
 
     def read(self, unit: int, rows: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """States [tokens, width] of the given rows of `captions/`, or of all, in the family's logical dtype.
+        """Read the states of captions of one unit.
 
-        float32 and bfloat16 are views of a private memory map: nothing is copied, and writing to them never reaches
-        the file. Raises InputError for a missing or damaged file; `verify_unit` finds flipped bits.
+        float32 and bfloat16 states are views of a private memory map: nothing is copied, and writing to them never
+        reaches the file. `verify_unit` finds flipped bits.
+
+        Args:
+            unit: Number of the unit, from 0.
+            rows: Rows of the unit's captions; None reads all.
+
+        Returns:
+            One [T, W] tensor per row, without the instruction's states: bfloat16 where they are stored as such, else
+            float32.
+
+        Raises:
+            InputError: No such unit, or its file is missing or damaged.
         """
         shared = self.shared()
         states: list[torch.Tensor] = self._open(unit).states(rows, shared.mean, shared.deviation)
         return states
 
     def token_ids(self, unit: int, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """The token ids behind `read`, without the prefix."""
+        """Read the token ids behind `read`, without the instruction's.
+
+        Args:
+            unit: Number of the unit, from 0.
+            rows: Rows of the unit's captions; None reads all.
+
+        Returns:
+            One list of T ids per row.
+        """
         ids: list[list[int]] = self._open(unit).token_ids(rows)
         return ids
 
     def lengths(self, unit: int) -> list[int]:
-        """Tokens of each row of the unit."""
+        """Count the tokens of each caption of one unit.
+
+        Args:
+            unit: Number of the unit, from 0.
+
+        Returns:
+            T of each row.
+        """
         lengths: list[int] = self._open(unit).lengths.tolist()
         return lengths
 
 
 class LatentFamily(Family):
-    """Latents of one codec, row-aligned with `samples/`."""
+    """Latents of one codec, row-aligned with `samples/`. Opened by `Corpus.latent_family`."""
 
     _file_type = LatentFile
 
     def read(
         self, unit: int, rows: Sequence[int] | None = None, seeds: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """Latents [C, H, W] float32, scaled as the diffusion model sees them, of the given rows of `samples/` or all.
+        """Read the latents of samples of one unit, scaled as the diffusion model sees them.
 
-        For codecs with a posterior: the mean, or with `seeds` (one per row) mean + deviation x noise of that seed.
+        Args:
+            unit: Number of the unit, from 0.
+            rows: Rows of the unit's samples; None reads all.
+            seeds: For codecs with a posterior, one seed per row: mean + deviation x noise of that seed. None gives the
+                mean.
+
+        Returns:
+            One [C, H, W] float32 tensor per row.
+
+        Raises:
+            InputError: No such unit, or its file is missing or damaged.
         """
         latents: list[torch.Tensor] = self._open(unit).latents(rows, seeds)
         return latents
 
     def shapes(self, unit: int) -> list[tuple[int, int, int]]:
-        """(channels, height, width) of each row of the unit."""
+        """Read the shapes of one unit's latents.
+
+        Args:
+            unit: Number of the unit, from 0.
+
+        Returns:
+            (C, H, W) of each row.
+        """
         shapes: list[tuple[int, int, int]] = self._open(unit).shapes
         return shapes

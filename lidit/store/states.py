@@ -184,8 +184,14 @@ def channel_statistics(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, to
 class SharedStates:
     """What all captions of a text family have in common.
 
-    prefix [P, W] and empty [T, W] in the compute dtype with their token ids; mean, deviation [W] float32;
-    sha256 of the file they came from, which every unit's record repeats.
+    Args:
+        prefix: [P, W] in the compute dtype: states of the instruction.
+        empty: [T, W] in the compute dtype: states of the empty caption.
+        mean: [W] float32, of each channel over a sample of captions.
+        deviation: [W] float32, likewise.
+        prefix_ids: The P token ids of the instruction.
+        empty_ids: The T token ids of the empty caption.
+        sha256: Of the file they came from, which every unit's record repeats.
     """
 
     prefix: torch.Tensor

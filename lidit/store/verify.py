@@ -70,10 +70,22 @@ def verify_corpus(
     encode_rows: int = 16,
     progress: Progress = SILENT,
 ) -> VerifyReport:
-    """Check sizes, checksums, row counts and Arrow structure of every file; with `deep` also every value.
+    """Check sizes, checksums, row counts and Arrow structure of every file of a corpus.
 
-    encode: recomputes captions with a family's own encoder; `encode_rows` rows of each text family are compared.
-    progress: counts files; more of them turn up with every family. Raises InputError where there is no corpus at all.
+    Args:
+        path: Folder or URL of the corpus.
+        deep: Whether to check every value and alignment too.
+        encode: Computes captions again with a family's own encoder: (family, captions) -> one [T, W] tensor each.
+            None compares no states.
+        encode_rows: Captions of each text family that are computed again.
+        progress: Counts files; more of them turn up with every family.
+
+    Returns:
+        A report; `report.sound` says whether the corpus is what was written, `report.problems` names file, reason
+        and remedy of each fault, `report.notes` unfinished families.
+
+    Raises:
+        InputError: There is no corpus at `path`.
     """
     checker = _Checker(Corpus.open(path), deep, progress)
     if not checker.ingested():

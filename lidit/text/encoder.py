@@ -23,7 +23,13 @@ TOKEN_BUDGET = 8192
 
 @dataclass(frozen=True)
 class CaptionStates:
-    """One encoded caption: states [T, W] on the CPU in the compute dtype; truncated: cut to the spec's max_tokens."""
+    """One encoded caption.
+
+    Args:
+        token_ids: T ids, without the instruction's.
+        states: [T, W] on the CPU, in the dtype they were computed in.
+        truncated: Whether the caption was cut to the encoder's `max_tokens`.
+    """
 
     token_ids: tuple[int, ...]
     states: torch.Tensor
@@ -31,7 +37,11 @@ class CaptionStates:
 
 
 class PromptEncoder:
-    """One frozen LLM, ready to encode. A caption's states depend on no other caption, batch or padding, to rounding."""
+    """One frozen LLM, ready to encode. Made by `load_encoder`.
+
+    A caption's states depend on no other caption, batch or padding, but for rounding.
+    `spec` is what determines the states, `spec.fingerprint` their identity.
+    """
 
     def __init__(self, spec: EncoderSpec, tokenizer: PromptTokenizer, trunk: Trunk) -> None:
         self.spec, self.tokenizer, self.trunk = spec, tokenizer, trunk
@@ -42,32 +52,60 @@ class PromptEncoder:
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str | None = None) -> PromptEncoder:
-        """The blocks the spec needs, on `device` (default: a GPU where there is one), with the prefix run once.
+        """Load the blocks that a spec needs, and run the instruction once.
 
-        Raises InputError where the folder holds no complete model or tokenizer.
+        Args:
+            spec: From `lidit.text.resolve_encoder`.
+            device: "cpu", "cuda" or "cuda:N"; None takes a GPU where there is one.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            InputError: The spec's folder holds no complete model or tokenizer.
         """
         tokenizer = PromptTokenizer(spec)
         return cls(spec, tokenizer, Trunk.load(spec, device or default_device()))
 
     def to(self, device: str | torch.device) -> None:
-        """Moves the LLM; what it returns is on the CPU wherever it runs."""
+        """Move the LLM; the states it gives are on the CPU wherever it runs.
+
+        Args:
+            device: Where to.
+        """
         self.trunk.to(device)
 
     def prefix_states(self) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Token ids and states [P, W] of the prefix. P = 0 where the states behind it do not leave it constant:
-        with the causal mask removed the prefix sees the caption, and encoders have none."""
+        """The instruction's states, which are the same for every caption.
+
+        Returns:
+            Token ids and states [P, W]. P = 0 for the kinds `unmasked`, where the instruction sees the caption, and
+            `encoder`, which has no instruction.
+        """
         if self._prefix is None:
             return (), torch.zeros(0, self.spec.width, dtype=getattr(torch, self.spec.dtype))
         return self.tokenizer.prefix_ids, self._prefix
 
     def empty_states(self) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Token ids and states [T, W], T >= 1, of the empty caption, for guidance."""
+        """The states of the empty caption, for guidance.
+
+        Returns:
+            Token ids and states [T, W], T at least 1.
+        """
         ids = self.tokenizer.empty_ids
         _, states = next(self.encode_tokens([ids]))
         return ids, states
 
     def encode(self, captions: Sequence[str], token_budget: int = TOKEN_BUDGET) -> list[CaptionStates]:
-        """States of each caption, in the captions' order."""
+        """Encode captions.
+
+        Args:
+            captions: Any number of texts; text that looks like a special token is read as plain text.
+            token_budget: Most tokens of one forward pass, padding included.
+
+        Returns:
+            The states of each caption, in the captions' order.
+        """
         tokens = self.tokenizer.tokenize(captions)
         found: list[torch.Tensor | None] = [None] * len(tokens)
         ids = [row.token_ids for row in tokens]
@@ -79,9 +117,16 @@ class PromptEncoder:
     def encode_tokens(
         self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Batches as they are done: the rows in a batch and their states one after the other, [N, W] on the CPU.
+        """Encode captions that are tokens already, and give batches as they are done.
 
         On a GPU the copy of one batch overlaps the computation of the next.
+
+        Args:
+            token_ids: Ids of each caption, at least one.
+            token_budget: Most tokens of one forward pass, padding included.
+
+        Returns:
+            Pairs: the rows of a batch, and their states one after the other, [N, W] on the CPU.
         """
         lengths = [len(ids) for ids in token_ids]
         waiting: tuple[list[int], torch.Tensor, torch.cuda.Event | None] | None = None
@@ -100,7 +145,15 @@ class PromptEncoder:
             yield _arrived(*waiting)
 
     def padding(self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET) -> Padding:
-        """How much of the work for these captions is padding."""
+        """How much of the work for these captions is padding.
+
+        Args:
+            token_ids: Ids of each caption, at least one.
+            token_budget: Most tokens of one forward pass, padding included.
+
+        Returns:
+            Useful and computed tokens.
+        """
         lengths = [len(ids) for ids in token_ids]
         return padding_of(lengths, plan_batches(lengths, token_budget))
 
@@ -128,7 +181,7 @@ def load_encoder(encoder: str | Path | EncoderSettings, device: str | None = Non
     """A frozen LLM, ready to encode captions.
 
     Args:
-        encoder: the name of an encoder that ships with the package (`smollm2`, `gemma3`), a YAML file with the keys
+        encoder: The name of an encoder that ships with the package (`smollm2`, `gemma3`), a YAML file with the keys
             of `EncoderSettings`, or the settings themselves.
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU where there is one.
 
@@ -136,7 +189,7 @@ def load_encoder(encoder: str | Path | EncoderSettings, device: str | None = Non
         The encoder, with the LLM's weights in memory. Its `encode(captions)` gives the states.
 
     Raises:
-        InputError: no such encoder or file, settings that the model cannot serve, or a model that is neither here
+        InputError: No such encoder or file, settings that the model cannot serve, or a model that is neither here
             nor on the hub.
     """
     settings = encoder if isinstance(encoder, EncoderSettings) else load_encoder_settings(str(encoder))
