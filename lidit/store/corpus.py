@@ -161,7 +161,15 @@ class Corpus:
         return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
     def digest_of_unit(self, group: str, unit: int) -> str:
-        """sha256 of a unit's file in "samples" or "captions", as ingest wrote it."""
+        """The identity of one of a unit's files, as ingest wrote it.
+
+        Args:
+            group: "samples" or "captions".
+            unit: Number of the unit, from 0.
+
+        Returns:
+            sha256, hexadecimal.
+        """
         digest: str = self.units[f"{group}_sha256"][unit].as_py()
         return digest
 
