@@ -140,8 +140,6 @@ class ObjectiveSettings(Settings):
 
 
 class SamplerSettings(Settings):
-    """How a trained model draws."""
-
     steps: int = Field(25, ge=1)
     guidance_scale: float = Field(3.0, ge=0)
     guidance_interval: tuple[Fraction, Fraction] = Field((0.0, 1.0), description="timesteps where guidance acts")
@@ -247,8 +245,6 @@ class SamplerChanges(Settings):
 
 
 class EvaluateSettings(Settings):
-    """What is scored after training."""
-
     sampler: SamplerChanges = SamplerChanges()
     per_tag: int = Field(24, ge=1, description="prompts per category")
     images_per_prompt: int = Field(1, ge=1)
