@@ -43,7 +43,8 @@ def decode_image(content: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decode
         except (BadImageError, Image.DecompressionBombError):
             raise
         except Exception:
-            # What was in the way may be a text, a profile or a tag: the pixels decide. None of it left, the same again.
+            # What was in the way may be a text, a profile or a tag: the pixels decide. None of it
+            # left, the same again.
             bare = without_texts(content)
             try:
                 return _decode(content if bare is None else bare, max_pixels, pixels_alone=True)

@@ -1,4 +1,5 @@
-"""What stands in an image file beside its pixels: read for the orientation alone, taken away where it is in the way."""
+"""What stands in an image file beside its pixels: read for the orientation alone, taken away where
+it is in the way."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from PIL import Image
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-# PIL refuses an image whose text is longer (a workflow, a prompt of a model); all texts of one image together.
+# PIL refuses an image whose text is longer (a workflow, a prompt of a model); all texts of one
+# image together.
 _MAX_TEXT = 1 << 20
 _ORIENTATION = 0x0112
 _TRANSPOSED = {
@@ -25,7 +27,8 @@ _TRANSPOSED = {
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """A loaded image turned as its EXIF says, and what was done. Only the number of the orientation counts."""
+    """A loaded image turned as its EXIF says, and what was done. Only the number of the orientation
+    counts."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
         method = _TRANSPOSED.get(orientation)
@@ -37,7 +40,8 @@ def upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def load_pixels_alone(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """A TIFF loaded and turned by the number of its orientation; PIL writes its EXIF anew, which may be impossible."""
+    """A TIFF loaded and turned by the number of its orientation; PIL writes its EXIF anew, which
+    may be impossible."""
     orientation = getattr(image, "tag_v2", {}).get(_ORIENTATION, 1)
     image.load_end = lambda: None  # type: ignore[attr-defined]
     image.load()
@@ -46,7 +50,8 @@ def load_pixels_alone(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def without_texts(content: bytes) -> bytes | None:
-    """A PNG without long or damaged texts and profiles, a JPEG without segments that say nothing of its pixels.
+    """A PNG without long or damaged texts and profiles, a JPEG without segments that say nothing of
+    its pixels.
 
     None for other files, and where nothing was to be taken away.
     """
@@ -78,7 +83,8 @@ def _png_without_texts(content: bytes) -> bytes:
 
 
 def _text_size(kind: bytes, data: bytes) -> int | None:
-    """Bytes of a text chunk once unpacked; None above the limit and for one that cannot be unpacked."""
+    """Bytes of a text chunk once unpacked; None above the limit and for one that cannot be
+    unpacked."""
     _, _, rest = data.partition(b"\0")
     packed: bytes | None = rest[1:] if kind in (b"zTXt", b"iCCP") else None
     if kind == b"iTXt" and rest[:1] == b"\1":
@@ -93,7 +99,8 @@ def _text_size(kind: bytes, data: bytes) -> int | None:
 
 
 def _jpeg_without_segments(content: bytes) -> bytes:
-    """Without application segments but JFIF, EXIF and Adobe's (which names the colours), and without comments."""
+    """Without application segments but JFIF, EXIF and Adobe's (which names the colours), and
+    without comments."""
     kept, place = [_JPEG], len(_JPEG)
     while place + 4 <= len(content) and content[place] == 0xFF:
         marker = content[place + 1]

@@ -13,7 +13,8 @@ from typing import Any
 
 from lidit.errors import InputError, JobError
 
-# What bytes do to a decoder; any other signal, such as the kernel's SIGKILL for want of memory, says nothing of them.
+# What bytes do to a decoder; any other signal, such as the kernel's SIGKILL for want of memory,
+# says nothing of them.
 _OF_THE_BYTES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _ERRORS = {"InputError": InputError, "JobError": JobError}
 
@@ -25,7 +26,8 @@ class ReaderDiedError(Exception):
 def call_apart(module: str, arguments: dict[str, Any], subject: str) -> None:
     """Run `main()` of a module, which is to `serve` the arguments, and wait for its end.
 
-    Raises what it raised; ReaderDiedError where the bytes that it read ended it; JobError where anything else did.
+    Raises what it raised; ReaderDiedError where the bytes that it read ended it; JobError where
+    anything else did.
     """
     code = f"import {module} as module; module.main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -21,7 +21,8 @@ MAX_TEXT_BYTES = 16 * 1024 * 1024
 MAX_IMAGE_BYTES = 512 * 1024 * 1024
 ORIGINAL = "original"
 KEY_FIELDS = ("key", "__key__", "id", "image_id")
-# Kinds of ignored members told apart; a tar of a.x0001, b.x0002 must not make a list as long as itself.
+# Kinds of ignored members told apart; a tar of a.x0001, b.x0002 must not make a list as long as
+# itself.
 IGNORED_KINDS = 20
 OTHER_KINDS = "others"
 SECOND_DOT = "behind a second dot in its name"
@@ -64,8 +65,8 @@ class BadRecordError(Exception):
 class SourceFile:
     """One file (or folder of images) to read.
 
-    path: local path or URL; name: the same relative to the corpus's root; kind: which reader takes it; problem: why
-    it must not be opened, which is then its one refusal.
+    path: local path or URL; name: the same relative to the corpus's root; kind: which reader takes
+    it; problem: why it must not be opened, which is then its one refusal.
     """
 
     kind: str
@@ -89,8 +90,8 @@ class FieldNames:
 class RawSample:
     """A sample before any check.
 
-    captions: (text, origin); image: its bytes, or None where the source has no images; found: the members it was made
-    of, for a refusal that says what was there.
+    captions: (text, origin); image: its bytes, or None where the source has no images; found: the
+    members it was made of, for a refusal that says what was there.
     """
 
     key: str
@@ -105,8 +106,8 @@ class RawSample:
 class OpenedSource:
     """A source file being read and hashed on the way, so that a remote file is fetched once.
 
-    ignored: kind -> how many members were no part of a sample; columns: name -> type of a table's columns or rows'
-    fields; named: files of images that rows name.
+    ignored: kind -> how many members were no part of a sample; columns: name -> type of a table's
+    columns or rows' fields; named: files of images that rows name.
     """
 
     def __init__(self, source: SourceFile) -> None:
@@ -176,8 +177,8 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def shown(name: str) -> str:
-    """A name as a reason shows it: any bytes, none that a terminal obeys, and not the whole of an image that stands
-    where its path should."""
+    """A name as a reason shows it: any bytes, none that a terminal obeys, and not the whole of an
+    image that stands where its path should."""
     text = printable(name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}...")
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROL else c for c in text)
 
@@ -189,7 +190,8 @@ def suffix_kind(name: str) -> str:
 
 
 def hidden_kind(name: str) -> str | None:
-    """What to call a file or folder that no person put there, by its own name; None for every other."""
+    """What to call a file or folder that no person put there, by its own name; None for every
+    other."""
     if name.startswith("._"):
         return "hidden ._*"
     if name.startswith(".") and name not in (".", ".."):
@@ -198,7 +200,8 @@ def hidden_kind(name: str) -> str | None:
 
 
 def packed_as(stream: io.BufferedReader) -> str | None:
-    """The format of a compressed or binary file by its first bytes, which stay unread; None for all others."""
+    """The format of a compressed or binary file by its first bytes, which stay unread; None for all
+    others."""
     start = stream.peek(8)[:8]
     return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
 
@@ -220,8 +223,8 @@ def parse_json(content: bytes) -> Any:
 def captions_in(record: dict[str, Any], fields: dict[str, str]) -> list[tuple[str, str]]:
     """Captions of a JSON record or table row, as (text, origin).
 
-    Taken from the configured fields and from `captions`: a text, UTF-8 bytes, or a list of texts, of bytes or of
-    {"text": ..., "origin": ...}.
+    Taken from the configured fields and from `captions`: a text, UTF-8 bytes, or a list of texts,
+    of bytes or of {"text": ..., "origin": ...}.
     """
     found = [entry for name, origin in fields.items() for entry in _captions(record.get(name), origin)]
     return found if "captions" in fields else found + _captions(record.get("captions"), ORIGINAL)
@@ -238,7 +241,8 @@ def _captions(value: Any, origin: str) -> list[tuple[str, str]]:
 
 
 def text_of(value: Any) -> str | None:
-    """A text, or bytes as the text they hold (other bytes than UTF-8 as surrogates, for the caption check)."""
+    """A text, or bytes as the text they hold (other bytes than UTF-8 as surrogates, for the caption
+    check)."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     return value if isinstance(value, str) and not isinstance(value, _Constant) else None

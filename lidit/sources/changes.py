@@ -35,8 +35,8 @@ def compare_sources(corpus: Corpus) -> Iterator[tuple[str, str | None]]:
 
 
 def _unread(path: str, row: dict[str, Any]) -> bool:
-    """Whether an ingest refused to open a file (a pipe, a link that leads nowhere or out of its folder) and nothing has
-    become of it since."""
+    """Whether an ingest refused to open a file (a pipe, a link that leads nowhere or out of its
+    folder) and nothing has become of it since."""
     if row["sha256"] != _OF_NOTHING or row["samples"] or is_url(path):
         return False
     return row["bytes"] > 0 or not (Path(path).is_file() or Path(path).is_dir())

@@ -1,4 +1,5 @@
-"""Which columns of tables and fields of rows were found, and which setting takes those that nothing was taken from."""
+"""Which columns of tables and fields of rows were found, and which setting takes those that nothing
+was taken from."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ IMAGE_PATH, TEXT, WORD, URL, EMPTY = "image path", "text", "word", "URL", "empty
 
 
 def note(columns: dict[str, str], record: Mapping[str, Any], schema: pa.Schema | None = None) -> None:
-    """Add a row's fields to `columns`; a value replaces an empty one. With a schema, its types name all but texts."""
+    """Add a row's fields to `columns`; a value replaces an empty one. With a schema, its types name
+    all but texts."""
     for name, value in record.items():
         if columns.get(name, EMPTY) != EMPTY or (name not in columns and len(columns) >= MAX_COLUMNS):
             continue
@@ -52,7 +54,8 @@ def _kind(value: Any) -> str:
 
 
 def unused(columns: Mapping[str, str], fields: FieldNames) -> tuple[list[str], list[str]]:
-    """(columns that look like images, columns that look like captions) of those that the settings do not name."""
+    """(columns that look like images, columns that look like captions) of those that the settings
+    do not name."""
     captions = {*fields.captions, "captions"}
     image = next((name for name in fields.images if name in columns), None)
     rest = {name: kind for name, kind in columns.items() if name not in captions and name != image}
@@ -66,7 +69,8 @@ def _holds_bytes(kind: str) -> bool:
 
 
 def lines_about(columns: Mapping[str, str], fields: FieldNames, samples: int, images: int) -> list[str]:
-    """What a person should know of the columns: one line with all of them, and one for each setting that takes more."""
+    """What a person should know of the columns: one line with all of them, and one for each setting
+    that takes more."""
     told = []
     image = None if fields.captions_only else next((name for name in fields.images if name in columns), None)
     if columns:

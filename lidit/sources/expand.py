@@ -1,4 +1,5 @@
-"""From what a person types (files, folders, globs, URLs) to an ordered list of source files, and what was left out."""
+"""From what a person types (files, folders, globs, URLs) to an ordered list of source files, and
+what was left out."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from lidit.store.samples import printable
 
 
 class Expanded(NamedTuple):
-    """The common root, every source file below it in order of path, and how much was left out, by kind.
+    """The common root, every source file below it in order of path, and how much was left out, by
+    kind.
 
     loose: files of images in folders whose tables or rows are to name them.
     """
@@ -39,7 +41,8 @@ class Expanded(NamedTuple):
 
 @dataclass
 class _Found:
-    """path -> (kind of reader, bytes, version, problem); path -> kind of what is left out; images for rows to name."""
+    """path -> (kind of reader, bytes, version, problem); path -> kind of what is left out; images
+    for rows to name."""
 
     taken: dict[str, tuple[str, int, str, str | None]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -55,7 +58,8 @@ class _Found:
         self.taken[str(path)] = (kind, size, version, problem_of(path, top))
 
     def leave(self, paths: Iterable[str], chosen: str) -> None:
-        """Paths of other kinds than the chosen one; those that some kind of reader takes are named as such."""
+        """Paths of other kinds than the chosen one; those that some kind of reader takes are named
+        as such."""
         for path in paths:
             known = kind_of(path) is not None or _is_image(path)
             self.left[path] = f"{suffix_kind(path)} beside {chosen}" if known else suffix_kind(path)
@@ -64,8 +68,9 @@ class _Found:
 def expand(sources: Sequence[str], fields: FieldNames | None = None) -> Expanded:
     """Every source file that `sources` name; a file named twice counts once.
 
-    fields: which columns hold images, where a folder has tables beside its images. Raises InputError for a source that
-    does not exist, matches nothing, is of no known kind or has no name in UTF-8.
+    fields: which columns hold images, where a folder has tables beside its images. Raises
+    InputError for a source that does not exist, matches nothing, is of no known kind or has no name
+    in UTF-8.
     """
     if fields is None:
         settings = IngestSettings()
@@ -103,7 +108,8 @@ def _listed(found: _Found) -> str:
 
 
 def _patterns(source: str) -> list[str]:
-    """The source with its braces written out, but for those of folders and files that are there under such names."""
+    """The source with its braces written out, but for those of folders and files that are there
+    under such names."""
     if "{" not in source:
         return [source]
     if is_url(source):
@@ -190,7 +196,8 @@ def _local_folder(folder: Path, fields: FieldNames, found: _Found) -> None:
     kind, taken = _choose(names, fields)
     if kind != FOLDER:
         for name in taken:
-            # A link to a tar is followed wherever it leads: of a file that is none, nothing is taken.
+            # A link to a tar is followed wherever it leads: of a file that is none, nothing is
+            # taken.
             found.take(Path(name), kind, None if kind == "tar" else folder)
         _leave_others(found, names, kind, taken, fields)
         return
@@ -208,7 +215,8 @@ def _local_folder(folder: Path, fields: FieldNames, found: _Found) -> None:
 
 
 def _choose(names: Sequence[str], fields: FieldNames) -> tuple[str, list[str]]:
-    """(kind, paths of that kind). Images with captions beside them come before a table that names no image."""
+    """(kind, paths of that kind). Images with captions beside them come before a table that names
+    no image."""
     images = [name for name in names if _is_image(name)]
     by_kind = {kind: [name for name in names if kind_of(name) == kind] for kind in KINDS}
     kind = next((kind for kind, paths in by_kind.items() if paths), None)
@@ -228,7 +236,8 @@ def _captioned(images: Sequence[str], names: Sequence[str]) -> bool:
 
 
 def _leave_others(found: _Found, names: Sequence[str], kind: str, taken: Sequence[str], fields: FieldNames) -> None:
-    """Leave out all but the one kind of file that is taken, and the images whose paths its rows hold."""
+    """Leave out all but the one kind of file that is taken, and the images whose paths its rows
+    hold."""
     chosen = set(taken)
     others = [name for name in names if name not in chosen]
     images = {name for name in others if _is_image(name)} if kind not in ("tar", "text") else set()

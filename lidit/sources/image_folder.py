@@ -1,4 +1,5 @@
-"""A folder of images: captions from x.txt, x.caption or x.json beside x.png, or its name as a class label."""
+"""A folder of images: captions from x.txt, x.caption or x.json beside x.png, or its name as a class
+label."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from lidit.config import IngestSettings
 from lidit.config.settings import PASSWORD, has_password
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.progress import SILENT, Progress
 from lidit.sources import FieldNames, SourceFile, expand
 from lidit.sources.base import IGNORED_KINDS, OTHER_KINDS
 from lidit.sources.columns import EMPTY, MAX_COLUMNS, lines_about
-from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source
+from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source, staged_name
 from lidit.sources.units import SourceListing, WrittenSource, find_duplicates, number_units, write_units
 from lidit.store import Corpus, publish_corpus, publish_root
 from lidit.store.corpus import CORPUS_FILE
@@ -53,10 +53,11 @@ SOURCES = pa.schema(
 class IngestSummary:
     """What an ingest came to.
 
-    reasons: refused samples and files by category; ignored: what was left out, by kind; skipped: it was finished
-    before; moved_to: where its sources are now, if they lay elsewhere before; images: samples with an image, None for a
-    corpus that does not say; joined: rows that gave captions to an earlier one of the same image; told: the columns
-    that were found, and the settings that would take more.
+    reasons: refused samples and files by category; ignored: what was left out, by kind; skipped: it
+    was finished before; moved_to: where its sources are now, if they lay elsewhere before; images:
+    samples with an image, None for a corpus that does not say; joined: rows that gave captions to
+    an earlier one of the same image; told: the columns that were found, and the settings that would
+    take more.
     """
 
     corpus: str
@@ -160,7 +161,7 @@ class Ingest:
             counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
             left = ", ".join(f"{count} x {kind}" for kind, count in self._left_out(staged).items())
             counts += f"{'; ' if counts else ''}left out {left}" if left else ""
-            found = lines_about(_columns(staged), self.fields, 0, 0)
+            found = [*self._first_refusal(staged), *lines_about(_columns(staged), self.fields, 0, 0)]
             raise InputError(
                 f"{', '.join(self.sources)}: not one usable sample ({counts or 'every source is empty'}); "
                 f"{self.corpus} was not made{''.join(f'; {line}' for line in found)}"
@@ -227,6 +228,14 @@ class Ingest:
         unnamed = self.loose - sum(entry.named for entry in staged)  # too few, where two sources name one image
         return _ignored(staged, self.left_out | ({"image that no row names": unnamed} if unnamed > 0 else {}))
 
+    def _first_refusal(self, staged: Sequence[StagedSource]) -> list[str]:
+        """In full: a count says that captions are missing, the reason what was there instead."""
+        index = next((entry.index for entry in staged if entry.refused), None)
+        if index is None:
+            return []
+        reasons = self.staging.read_table(f"{staged_name(index)}-refused.arrow")["reason"]
+        return [f"the first refusal is {one_line(reasons[0].as_py(), 300)!r}"]
+
     def _in_order(self) -> list[StagedSource]:
         return [self._read[index] for index in range(len(self.files))]
 
@@ -275,7 +284,8 @@ def _columns(staged: Sequence[StagedSource]) -> dict[str, str]:
 
 
 def _ignored(staged: Sequence[StagedSource], left_out: Mapping[str, int]) -> dict[str, int]:
-    """The most frequent kinds of files and members that were no part of a sample; the rest in one number."""
+    """The most frequent kinds of files and members that were no part of a sample; the rest in one
+    number."""
     counts = sum((Counter(entry.ignored) for entry in staged), Counter(left_out))
     others = counts.pop(OTHER_KINDS, 0)
     kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))

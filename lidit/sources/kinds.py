@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# In a folder the first kind found is taken: a .parquet or .json beside tars describes them, as img2dataset does.
+# In a folder the first kind found is taken: a .parquet or .json beside tars describes them, as
+# img2dataset does.
 KINDS = {
     "tar": (".tar", ".tar.gz", ".tgz"),
     "table": (".parquet", ".pq", ".arrow", ".feather", ".ipc"),

@@ -108,7 +108,8 @@ def read_staged(folder: Folder, source: SourceFile, index: int) -> StagedSource 
 def stage_source(folder: Folder, source: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
     """Read one source file to its end. Raises JobError where it cannot be read at all.
 
-    Arrow IPC files are read in a process of their own, which their offsets may end: then they are refused.
+    Arrow IPC files are read in a process of their own, which their offsets may end: then they are
+    refused.
     """
     standing = read_staged(folder, source, index)
     if standing is not None:

@@ -119,7 +119,8 @@ def _ipc_whole(file: BinaryIO) -> Iterator[pa.RecordBatch]:
 def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The batch, every offset in it checked. Raises pa.ArrowInvalid.
 
-    Arrow trusts them: one that points out of its buffer reads other memory of this process, or ends it.
+    Arrow trusts them: one that points out of its buffer reads other memory of this process, or ends
+    it.
     """
     for column in batch.columns:
         try:
@@ -127,7 +128,8 @@ def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
         except pa.ArrowInvalid as error:
             if "Invalid UTF8" not in str(error):
                 raise
-            # A text that is none costs its row, later; here the offsets of the rest are to be checked all the same.
+            # A text that is none costs its row, later; here the offsets of the rest are to be
+            # checked all the same.
             column.view(_as_bytes(column.type)).validate(full=True)
     return batch
 

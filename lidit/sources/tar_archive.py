@@ -90,17 +90,10 @@ class Archive(tarfile.TarFile):
         return f"{zeros} zeros from byte {end} on, more than padding"
 
 
-def is_gzipped(stream: io.BufferedReader) -> bool:
-    """Whether the archive at the start of `stream` is gzipped, by its bytes: names are often wrong about that."""
-    return packed_as(stream) == "gzip"
-
-
 def open_archive(stream: io.BufferedReader) -> Archive:
     """The archive in `stream`. Whatever is wrong with it raises tarfile.TarError, here and while it is read."""
-    packed = packed_as(stream)
-    if packed not in (None, "gzip"):
-        raise tarfile.ReadError(f"this is a {packed} file; unpack it, and pack it again as a tar")
-    return Archive.open(fileobj=cast(BinaryIO, _Content(stream, packed == "gzip")), mode="r|")
+    gzipped = packed_as(stream) == "gzip"  # by its bytes: names are often wrong about that
+    return Archive.open(fileobj=cast(BinaryIO, _Content(stream, gzipped)), mode="r|")
 
 
 class _Content:

@@ -146,7 +146,8 @@ def _row(
 
 
 def failed_download(record: Mapping[str, Any]) -> str | None:
-    """Why img2dataset could not fetch a row's picture; None where it did, and for rows that it did not write."""
+    """Why img2dataset could not fetch a row's picture; None where it did, and for rows that it did
+    not write."""
     if not {"url", "status", "error_message"} <= record.keys() or record["status"] == "success":
         return None
     return f"failed download: {shown(str(record['status']))}, {shown(str(record['error_message']))}"

@@ -95,8 +95,8 @@ def number_units(
 
 @dataclass(frozen=True)
 class WrittenSource:
-    """rows: of the unit table; quarantine: the file of refusals, None where there are none; joined: rows whose captions
-    went to the first row of the same key and image."""
+    """rows: of the unit table; quarantine: the file of refusals, None where there are none; joined:
+    rows whose captions went to the first row of the same key and image."""
 
     index: int
     rows: list[dict[str, Any]]
@@ -140,7 +140,8 @@ def write_units(corpus: Folder, staging: Folder, listing: SourceListing) -> Writ
 def _further_captions(
     staging: Folder, listing: SourceListing
 ) -> tuple[dict[int, tuple[tuple[str, str], ...]], set[int]]:
-    """Row -> captions of later rows of its key and image, as in tables of COCO; the rows that these are."""
+    """Row -> captions of later rows of its key and image, as in tables of COCO; the rows that these
+    are."""
     copies = {row for row, where in listing.duplicates.items() if where == listing.name}
     if not copies:
         return {}, set()

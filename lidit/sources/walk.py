@@ -1,4 +1,5 @@
-"""A folder of unknown origin walked to its end: every file comes out, or a count says what was left out and why."""
+"""A folder of unknown origin walked to its end: every file comes out, or a count says what was left
+out and why."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ NO_ACCESS = "folder that may not be read"
 def walk(top: Path) -> tuple[list[Path], dict[str, str]]:
     """(files below `top`, path -> kind of what was left out), both in order.
 
-    Links to folders are followed, each folder once: one that leads to a folder read already, or to one that holds
-    `top`, is left out. What systems put there is left out with all that is in it.
+    Links to folders are followed, each folder once: one that leads to a folder read already, or to
+    one that holds `top`, is left out. What systems put there is left out with all that is in it.
     """
     files: list[Path] = []
     left: dict[str, str] = {}
@@ -68,9 +69,11 @@ def _walk_real(start: str, seen: set[str], left: dict[str, str]) -> tuple[list[s
 
 
 def problem_of(path: Path, top: Path | None = None) -> str | None:
-    """Why a file must not be opened; None where it may. Opening a pipe would wait for ever, a device read for ever.
+    """Why a file must not be opened; None where it may. Opening a pipe would wait for ever, a
+    device read for ever.
 
-    top: the folder whose walk found the file. What somebody put there may be a link to any file of this machine.
+    top: the folder whose walk found the file. What somebody put there may be a link to any file of
+    this machine.
     """
     name = shown(path.name)
     try:

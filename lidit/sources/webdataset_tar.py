@@ -22,12 +22,13 @@ from lidit.sources.base import (
     captions_in,
     hidden_kind,
     label_in,
+    packed_as,
     parse_json,
     shown,
     suffix_kind,
 )
 from lidit.sources.columns import note
-from lidit.sources.tar_archive import Archive, is_gzipped, open_archive
+from lidit.sources.tar_archive import Archive, open_archive
 from lidit.store import ImageReference, Refusal
 
 _TEXT_SUFFIXES = ("txt", "caption", "json", "cls")
@@ -38,13 +39,15 @@ _SPECIAL = {
     tarfile.BLKTYPE: "a device",
     tarfile.FIFOTYPE: "a pipe",
 }
-# Samples that miss their image or their text, held back until the archive's end shows whether it came later.
+# Samples that miss their image or their text, held back until the archive's end shows whether it
+# came later.
 _MAX_HELD = 100_000
 
 
 @dataclass
 class _Group:
-    """The members of one sample, as far as they have been read. found: their suffixes, of what is ignored, too."""
+    """The members of one sample, as far as they have been read. found: their suffixes, of what is
+    ignored, too."""
 
     key: str
     image: bytes | None = None
@@ -70,7 +73,8 @@ class _Group:
 
 
 class _Held:
-    """Samples that miss something: told apart at the archive's end are members that stand apart and those alone."""
+    """Samples that miss something: told apart at the archive's end are members that stand apart and
+    those alone."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -98,7 +102,7 @@ class _Held:
             if fields.captions_only and key in self._whole:
                 continue  # an image, which nobody wants, apart from its text
             if len(halves) > 1 or key in self._whole:
-                reason = "not adjacent: members of this key stand apart in the archive; pack it with tar --sort=name"
+                reason = "not adjacent, use tar --sort=name: members of this key stand apart in the archive"
                 yield Refusal(key, self.file, reason)
             else:
                 yield halves[0]
@@ -111,7 +115,10 @@ def read_tar(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
     held = _Held(name)
     place, reason = "at its start", None
     stream = opened.stream()
-    compressed = is_gzipped(stream)
+    if (packed := packed_as(stream)) not in (None, "gzip"):
+        yield Refusal("", name, f"not a tar but {packed}: unpack it, and pack it again as a tar", "file")
+        return
+    compressed = packed == "gzip"
     try:
         with open_archive(stream) as archive:
             for member in archive.each():

@@ -45,7 +45,8 @@ def run_ingest(
 
 
 def _refuse_source(staging: Folder, file: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
-    """One refusal instead of the source that ended its worker each time: the other sources go on."""
+    """One refusal instead of the source that ended its worker each time: the other sources go
+    on."""
     return stage_source(staging, refused_unread(file, "each of three processes ended"), index, settings)
 
 
@@ -54,7 +55,8 @@ def _in_tasks(
     calls: Iterable[tuple[str, tuple[Any, ...]]],
     instead: Callable[..., Any] | None = None,
 ) -> Iterator[Any]:
-    """Results as they come, with a bounded number of tasks in flight. calls: (file the call is about, arguments).
+    """Results as they come, with a bounded number of tasks in flight. calls: (file the call is
+    about, arguments).
 
     instead: called here with the arguments of a task whose worker died each time.
     """

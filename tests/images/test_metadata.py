@@ -1,4 +1,5 @@
-"""Metadata never decides about pixels: a whole picture is taken whatever stands beside it in its file."""
+"""Metadata never decides about pixels: a whole picture is taken whatever stands beside it in its
+file."""
 
 import struct
 import zlib
@@ -56,7 +57,8 @@ def test_the_orientation_survives_beside_a_long_text() -> None:
 
 
 def tiff_tags(order: str, *entries: tuple[int, int, int, bytes]) -> bytes:
-    """An EXIF block: (tag, type, count, value) with values of more than four bytes behind the table."""
+    """An EXIF block: (tag, type, count, value) with values of more than four bytes behind the
+    table."""
     mark, start = (b"MM", ">") if order == "MM" else (b"II", "<")
     place, body = 8 + 2 + 12 * len(entries) + 4, b""
     table = mark + struct.pack(f"{start}HI", 42, 8) + struct.pack(f"{start}H", len(entries))

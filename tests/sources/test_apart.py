@@ -1,4 +1,5 @@
-"""Arrow files whose offsets lie: refused before a value is touched, and where that fails nothing but a reader dies."""
+"""Arrow files whose offsets lie: refused before a value is touched, and where that fails nothing
+but a reader dies."""
 
 import json
 import os
@@ -71,7 +72,8 @@ def test_sources_beside_a_hostile_one_are_ingested(tmp_path: Path) -> None:
 
 
 def test_a_source_that_ends_its_reader_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reading process runs with a module beside our own that lets the file's first bytes end it."""
+    """The reading process runs with a module beside our own that lets the file's first bytes end
+    it."""
     data = tmp_path / "data"
     data.mkdir()
     ipc(data / "a.arrow", pa.table({"caption": TEXTS}))

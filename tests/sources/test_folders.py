@@ -1,4 +1,5 @@
-"""A folder is walked to its end: what it holds comes out or is counted by kind; nothing in it stops an ingest."""
+"""A folder is walked to its end: what it holds comes out or is counted by kind; nothing in it stops
+an ingest."""
 
 import json
 import os

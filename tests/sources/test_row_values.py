@@ -1,4 +1,5 @@
-"""Values of rows that were left behind or taken for something else: captions in lists, bytes in metadata, columns."""
+"""Values of rows that were left behind or taken for something else: captions in lists, bytes in
+metadata, columns."""
 
 import json
 from pathlib import Path
@@ -153,7 +154,8 @@ def test_images_named_by_another_column_are_told(tmp_path: Path, name: str) -> N
 
 def test_captions_that_nobody_takes_are_told(tmp_path: Path) -> None:
     table = parquet(tmp_path / "x.parquet", image=IMAGES[:1], prompt=["a long text"], id=[7])
-    with pytest.raises(InputError, match=r"1 x no caption.*prompt \(text\).*caption_fields=\{prompt: original\}"):
+    found = r"1 x no caption.*first refusal is.*; found fields prompt, id.*prompt \(text\).*"
+    with pytest.raises(InputError, match=found + r"caption_fields=\{prompt: original\}"):
         made(table, tmp_path)
     summary, _ = made(table, tmp_path, caption_fields={"prompt": "original"})
     assert (summary.samples, summary.images, summary.captions) == (1, 1, 1)
