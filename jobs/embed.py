@@ -56,6 +56,8 @@ def show(corpus: str, made: EmbedSummary) -> None:
     )
     if made.truncated:
         print(f"  {made.truncated} captions were cut to {made.max_tokens} tokens")
+    if made.control:
+        print(f"  {made.control} captions spell control words of the tokenizer; they were read as text")
     for directory, fields in made.relatives.items():
         print(f"  another family than {directory}: {'; '.join(fields)}")
 

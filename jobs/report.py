@@ -25,8 +25,10 @@ def command(
 
     **Example:** `lidit report runs/small runs/large --prompt "a red circle above a blue square"`
     """
+    from lidit.config.fields import check_prompts
     from pipelines.evaluation.compare import compare_runs
 
+    check_prompts(prompt or (), "--prompt")
     print(compare_runs(runs, prompt or [], range(seeds), out))
 
 

@@ -29,10 +29,13 @@ def command(
     """
     from PIL import Image
 
+    from lidit.config.fields import check_prompts, check_seeds
     from lidit.plots import labelled_grid
     from pipelines.evaluation.models import load_pipeline
     from pipelines.runtime.progress import ProgressBar
 
+    check_prompts(prompt, "--prompt")
+    check_seeds((seed, seed + count - 1), "--seed")
     pipe = load_pipeline(model)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = [], []

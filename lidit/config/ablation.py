@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from lidit.config import Recipe
+from lidit.config.fields import Seed
 from lidit.config.settings import Settings, explain
 
 
@@ -18,7 +19,7 @@ class AblationScenes(Settings):
 
     count: int = Field(2400, ge=1)
     size: int = Field(32, ge=16)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     layout: Literal["simple", "free"] = "simple"
     tags: tuple[str, ...] = Field(("list2", "list3", "list4"), min_length=1, description="listK has K segments")
     styles: tuple[str, ...] = Field(("clauses", "long"), min_length=1)
@@ -44,7 +45,7 @@ class Ablation(Settings):
 
     scenes: AblationScenes = AblationScenes()
     measures: AblationMeasures = AblationMeasures()
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     arms: dict[str, AblationArm] = Field(min_length=1)
     recipe: Recipe = Field(description="what all arms share; its encoders are all that any arm uses")
 

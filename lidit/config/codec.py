@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from lidit.config import LoopSettings, RunRecipe
+from lidit.config.fields import Place, Seed
 from lidit.config.settings import Settings
 
 
@@ -39,7 +40,7 @@ class CodecLossSettings(Settings):
 
     kl_weight: float = Field(1e-6, ge=0, description="per latent value, against L1 per pixel value")
     perceptual_weight: float = Field(0.0, ge=0)
-    perceptual_model: str | None = Field(None, description="hub id or folder of a vision network of transformers")
+    perceptual_model: Place | None = Field(None, description="hub id or folder of a vision network of transformers")
     perceptual_revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
 
     @model_validator(mode="after")
@@ -50,7 +51,7 @@ class CodecLossSettings(Settings):
 
 
 class CodecDataSettings(Settings):
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     window_units: int = Field(16, ge=1, description="units shuffled together")
     prefetch_batches: int = Field(4, ge=0)
     validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of images kept for PSNR and grids")

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from lidit.config.fields import Place, Prompt, Seed
 from lidit.config.settings import Settings, validate
 
 PAPER_INSTRUCTION = (
@@ -39,7 +40,7 @@ class IngestSettings(Settings):
     min_caption_chars: int = Field(1, ge=0)
     max_caption_chars: int = Field(100_000, ge=1)
     class_template: str | None = Field(None, description='for class names as captions: "a photo of {class}"')
-    class_names: str | None = Field(None, description="text file: one class name per line, or `label name` pairs")
+    class_names: Place | None = Field(None, description="text file: one class name per line, or `label name` pairs")
     caption_fields: dict[str, str] = Field(
         {"caption": "original", "text": "original", "synthetic_caption": "synthetic", "recaption": "synthetic"},
         description="field of a JSON member, row or table that holds a caption -> its origin",
@@ -54,7 +55,7 @@ class EncoderSettings(Settings):
     """Everything that determines the states of one LLM, except the digests of its files (paper 3.1)."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="name of the text family")
-    model: str = Field(description="hub id, folder, or package:NAME")
+    model: Place = Field(description="hub id, folder, or package:NAME")
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="commit of a hub id")
     kind: Literal["causal", "unmasked", "encoder"] = "causal"
     layer: int = Field(-3, description="block whose output is stored; negative counts from the last block (-1)")
@@ -81,7 +82,7 @@ class CodecSettings(Settings):
     """Image <-> latents. `pixels` is the identity on [-1, 1]; everything else is a diffusers autoencoder."""
 
     name: str = Field("pixels", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    model: str | None = Field(None, description="hub id or folder of a diffusers autoencoder; None for pixels")
+    model: Place | None = Field(None, description="hub id or folder of a diffusers autoencoder; None for pixels")
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     posterior: Literal["mean", "sample"] = Field(
@@ -165,7 +166,7 @@ class SamplerSettings(Settings):
 class DataSettings(Settings):
     """How a corpus becomes batches: their order, their captions, and what is held out."""
 
-    seed: int = Field(0, ge=0, description="of order, captions, noise and timesteps")
+    seed: Seed = Field(0, description="of order, captions, noise and timesteps")
     window_units: int = Field(16, ge=1, description="units shuffled together")
     caption_dropout: Fraction = Field(0.1, description="share of samples with the empty caption, for guidance")
     origin_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
@@ -199,7 +200,7 @@ class EngineSettings(Settings):
     # not nvme: DeepSpeed then takes the fp32 weights out of memory, where the average and the checkpoints read them
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
+    nvme_path: Place | None = None
     fused_optimizer: bool = Field(False, description="DeepSpeed's fused AdamW; compiles on first use")
     compile: bool = False
     max_failures: int = Field(3, ge=0, description="worker failures survived before the run fails")
@@ -226,8 +227,8 @@ class LoopSettings(Settings):
 
 class TrainSettings(LoopSettings):
     sample_every: int = Field(0, ge=0, description="0: sample only at the end")
-    sample_prompts: tuple[str, ...] = ()
-    init_from: str | None = Field(None, description="model folder whose weights start the run")
+    sample_prompts: tuple[Prompt, ...] = ()
+    init_from: Place | None = Field(None, description="model folder whose weights start the run")
 
 
 class SamplerChanges(Settings):
@@ -252,14 +253,14 @@ class EvaluateSettings(Settings):
     tags: tuple[str, ...] = ()
     binding_scenes: int = Field(256, ge=2, description="scenes per measure of binding accuracy")
     pictures: int = Field(256, ge=2, description="held-out pictures whose captions are compared")
-    seed: int = Field(1, ge=0)
+    seed: Seed = 1
     batch_size: int = Field(64, ge=1)
 
 
 class TrackingSettings(Settings):
     """Where MLflow's store is. None: a sqlite file, mlflow.db, in `output`."""
 
-    uri: str | None = None
+    uri: Place | None = None
     experiment: str = "lidit"
     registered_model: str | None = None
     alias: str = Field("newest", pattern=r"^[\w-]+$")
@@ -307,8 +308,8 @@ class RunRecipe(Settings):
     """What every training run is made of, of LI-DiT or of a codec."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="run name: the same name resumes the run")
-    output: str = Field("runs", description="folder of runs; the run's files are in OUTPUT/NAME")
-    corpus: str = Field(description="folder or URL")
+    output: Place = Field("runs", description="folder of runs; the run's files are in OUTPUT/NAME")
+    corpus: Place = Field(description="folder or URL")
     train: LoopSettings = LoopSettings()
     engine: EngineSettings = EngineSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -356,7 +357,7 @@ class RunRecipe(Settings):
 class Recipe(RunRecipe):
     """One training run of LI-DiT and everything it depends on."""
 
-    sources: tuple[str, ...] = Field((), description="what `lidit run` ingests when the corpus does not exist")
+    sources: tuple[Place, ...] = Field((), description="what `lidit run` ingests when the corpus does not exist")
     ingest: IngestSettings = IngestSettings()
     encoders: tuple[EncoderSettings, ...] = Field(min_length=1, description="the LLMs that read the captions")
     pool: PoolSettings = PoolSettings()

@@ -58,7 +58,7 @@ def load_encoder_settings(name: str, overrides: list[str] | None = None) -> Enco
 def find(name: str, shipped: Path, what: str) -> Path:
     """The YAML file meant by a path or a shipped name. InputError where there is none, or a recipe of another kind."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name)
+        path = Path(name).expanduser()
         if not path.is_file():
             raise InputError(f"{name}: no such {what} file")
     else:

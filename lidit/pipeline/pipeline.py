@@ -23,6 +23,7 @@ from PIL import Image
 
 from lidit.codecs import AutoencoderCodec, Codec, load_codec
 from lidit.config import CodecSettings, ObjectiveSettings, SamplerChanges, SamplerSettings
+from lidit.config.fields import check_prompts, check_seeds
 from lidit.config.settings import validate
 from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
 from lidit.errors import InputError, one_line
@@ -256,7 +257,8 @@ class LIDiTPipeline(DiffusionPipeline):
 
         Raises:
             InputError: A wrong size, a missing encoder, states of another instruction, a scheduler that does not fit,
-                or a number of seeds that is neither one nor that of the prompts.
+                a prompt that is no text, a seed of more than 64 bits, or a number of seeds that is neither one nor
+                that of the prompts.
         """
         if (prompt is None) == (states is None):
             raise InputError("give either prompt or states")
@@ -276,6 +278,7 @@ class LIDiTPipeline(DiffusionPipeline):
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             if not prompts:
                 raise InputError("give at least one prompt")
+            check_prompts(prompts, "the pipeline")
             seeds = _seeds(seed, len(prompts))
             row_of = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
             states, rows = self.encode_prompts(list(row_of)), [row_of[text] for text in prompts]
@@ -364,11 +367,11 @@ def _local_folder(folder: str | Path, revision: str | None) -> Path:
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         return [int(value) for value in torch.randint(0, 2**31, (count,))]
-    if isinstance(seed, (int, np.integer)):
-        return [int(seed)] * count
-    if len(seed) != count:
-        raise InputError(f"{len(seed)} seeds for {count} prompts: give one, or one per prompt")
-    return [int(value) for value in seed]
+    seeds = [seed] * count if isinstance(seed, (int, np.integer)) else list(seed)
+    if len(seeds) != count:
+        raise InputError(f"{len(seeds)} seeds for {count} prompts: give one, or one per prompt")
+    check_seeds(seeds, "the pipeline")
+    return [int(value) for value in seeds]
 
 
 def _as_images(images: torch.Tensor, output_type: str) -> Any:

@@ -103,6 +103,8 @@ def encoded_tables(
             "truncated": sum(tokens.truncated for tokens in piece),
             "computed_tokens": encoder.padding(ids, token_budget).computed,
         }
+        if control := sum(tokens.control for tokens in piece):  # absent otherwise: records stay the bytes they were
+            counts["control"] = control
         statistics.add(states, counts=counts)
         statistics.add(states[:ERROR_ROWS], table.slice(0, ERROR_ROWS), shared.mean, shared.deviation)
         yield table

@@ -7,10 +7,12 @@ tokenised separately and joined as ids. So the prefix is the same for every capt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lidit.errors import InputError, one_line
+from lidit.text.control import ControlWords, flagged, unflagged
 from lidit.text.specs import EncoderSpec
 
 CAPTION_MARK = "\N{LEFT WHITE LENTICULAR BRACKET}caption\N{RIGHT WHITE LENTICULAR BRACKET}"
@@ -18,10 +20,12 @@ CAPTION_MARK = "\N{LEFT WHITE LENTICULAR BRACKET}caption\N{RIGHT WHITE LENTICULA
 
 @dataclass(frozen=True)
 class CaptionTokens:
-    """token_ids: at least one, at most the spec's max_tokens; truncated: whether the caption was longer."""
+    """token_ids: at least one, at most the spec's max_tokens; truncated: whether the caption was longer; control:
+    whether it spells a control word, which was read as text."""
 
     token_ids: tuple[int, ...]
     truncated: bool
+    control: bool = False
 
 
 class PromptTokenizer:
@@ -43,6 +47,7 @@ class PromptTokenizer:
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = one_line(error, 200)
             raise InputError(f"{spec.folder}: no tokenizer could be loaded ({reason})") from None
+        self.control_words = self._flag_control_words()
         self.prefix_ids = self._prefix()
         self.context_ids: tuple[int, ...] = ()
         if spec.kind != "encoder":
@@ -54,13 +59,30 @@ class PromptTokenizer:
         """Stands behind the mask; any valid id would do."""
         return int(self.tokenizer.pad_token_id or 0)
 
+    def _flag_control_words(self) -> ControlWords:
+        """Marks what is special by function as special, so that captions cannot reach it; the prefix still does."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:  # tokenizers of Python alone read every added token of a caption as text
+            return ControlWords(token.content for token in self.tokenizer.added_tokens_decoder.values())
+        added = backend.get_added_tokens_decoder()
+        # A model may have several templates by name, or none.
+        template = str(self.tokenizer.chat_template or "")
+        more = unflagged(added, template, Path(self.spec.folder))
+        backend.add_special_tokens([flagged(token) for token in more])
+        return ControlWords(token.content for token in (*more, *(t for t in added.values() if t.special)))
+
     def tokenize(self, captions: Sequence[str]) -> list[CaptionTokens]:
-        """Token ids of each caption. Text that looks like a special token is read as plain text."""
+        """Token ids of each caption. What spells a control word is read as plain text, and told in `control`."""
         if not captions:
             return []
-        if self.spec.kind == "encoder":
-            return self._tokenize_whole(list(captions))
-        rows = self.tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        whole = self.spec.kind == "encoder"
+        rows = self._tokenize_whole(list(captions)) if whole else self._tokenize_bare(list(captions))
+        spelled = [self.control_words.spelled_in(caption) for caption in captions]
+        return [replace(row, control=True) if found else row for row, found in zip(rows, spelled, strict=True)]
+
+    def _tokenize_bare(self, captions: list[str]) -> list[CaptionTokens]:
+        """The captions' own tokens; what stands before them is the prefix."""
+        rows = self.tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         limit = self.spec.max_tokens
         return [CaptionTokens(tuple(ids[:limit]) or (self._nothing(),), len(ids) > limit) for ids in rows]
 

@@ -45,6 +45,7 @@ TOKENIZED = pa.schema(
         ("unit", pa.int32()),
         ("token_ids", pa.list_(pa.list_(pa.int32()))),
         ("truncated", pa.list_(pa.bool_())),
+        ("control", pa.list_(pa.bool_())),
         PROBLEM,
     ]
 )
@@ -72,6 +73,7 @@ class EmbedSummary:
     captions: int
     tokens: int
     truncated: int
+    control: int
     max_tokens: int
     bytes: int
     seconds: float
@@ -124,6 +126,7 @@ def run_embed(
         captions=manifest["rows"],
         tokens=manifest["tokens"],
         truncated=counts.get("truncated", 0),
+        control=counts.get("control", 0),
         max_tokens=spec.max_tokens,
         bytes=manifest["bytes"],
         seconds=time.monotonic() - started,
@@ -294,9 +297,8 @@ def tokenize_units(batch: pa.Table, job: EncodeJob) -> pa.Table:
         except (InputError, JobError) as error:
             rows.append(_problem(unit, error))
             continue
-        rows.append(
-            {"unit": unit, "token_ids": [t.token_ids for t in tokens], "truncated": [t.truncated for t in tokens]}
-        )
+        columns = {name: [getattr(t, name) for t in tokens] for name in ("token_ids", "truncated", "control")}
+        rows.append({"unit": unit, **columns})
     return pa.Table.from_pylist(rows, schema=TOKENIZED)
 
 
@@ -336,7 +338,8 @@ class EncodeUnits:
 
     def _encode(self, row: dict[str, Any]) -> CommitRecord:
         statistics = UnitStatistics()
-        captions = [CaptionTokens(tuple(i), cut) for i, cut in zip(row["token_ids"], row["truncated"], strict=True)]
+        columns = (row["token_ids"], row["truncated"], row["control"])
+        captions = [CaptionTokens(tuple(ids), cut, control) for ids, cut, control in zip(*columns, strict=True)]
         tables = encoded_tables(
             self.encoder, self.shared, captions, statistics, self.job.pool.token_budget, self.device
         )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lidit.config import EvaluateSettings
+from lidit.config.fields import LARGEST_SEED
 from lidit.errors import InputError
 from lidit.evals.suites.geneval import write_metadata
 from lidit.evals.suites.targets import ImageTarget, missing, save_target
@@ -38,7 +39,7 @@ def scene_targets(items: Sequence[Mapping[str, Any]], settings: EvaluateSettings
         ImageTarget(
             Path(f"{prompt:05d}/samples/{image:04d}.png"),
             item["prompt"],
-            (settings.seed * 1_000_003 + prompt * count + image,),
+            ((settings.seed * 1_000_003 + prompt * count + image) & LARGEST_SEED,),
         )
         for prompt, item in enumerate(items)
         for image in range(count)

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from lidit.config.fields import LARGEST_SEED
 from lidit.data.assembler import TrainingBatch
 from lidit.diffusion import timestep_losses
 from pipelines.training.engine import Engine
@@ -27,7 +28,7 @@ def validation_loss(
     engine.deepspeed.eval()
     for number, batch in enumerate(batches):
         moved = batch.to(engine.device)
-        seeds = [seed + SEED_STRIDE * number + first + i for i in range(len(batch.keys))]
+        seeds = [(seed + SEED_STRIDE * number + first + i) & LARGEST_SEED for i in range(len(batch.keys))]
         predict = lambda x_t, t, text=moved.text: engine.deepspeed(x_t.to(engine.compute_dtype), t, text)  # noqa: E731
         losses = timestep_losses(predict, engine.objective, moved.latents, seeds, levels)  # [B, K]
         total, count = total + losses.sum(0), count + len(losses)

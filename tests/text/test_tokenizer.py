@@ -1,5 +1,6 @@
 """Token ids: prefix and caption apart, at least one token for every caption, nothing cut silently."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from lidit.config import PAPER_INSTRUCTION, EncoderSettings
 from lidit.errors import InputError
 from lidit.text import PromptTokenizer, resolve_encoder
-from tests.helpers.tiny_models import CAUSAL_FAMILIES, ENCODER_FAMILIES, PREPENDS_BOS
+from tests.helpers.tiny_models import CAUSAL_FAMILIES, CHATML, ENCODER_FAMILIES, PREPENDS_BOS, edit_config
 
 Make = Callable[..., EncoderSettings]
 
@@ -53,8 +56,6 @@ def test_chat_template_opens_the_users_turn_and_stops_before_the_caption(
 def test_a_template_that_refuses_the_system_role_is_explained(
     tmp_path: Path, model_of: Callable[[str], Path], settings: Make
 ) -> None:
-    import shutil
-
     folder = tmp_path / "strict"
     shutil.copytree(model_of("llama"), folder)
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
@@ -125,3 +126,45 @@ def _once(make: Callable[[EncoderSettings], PromptTokenizer], settings: EncoderS
     if 0 not in _made:
         _made[0] = make(settings)
     return _made[0]
+
+
+def with_tokens_of_a_table(folder: Path, source: Path) -> Path:
+    """A copy of a tiny model whose tokenizer has more added tokens, none of them flagged as special."""
+    shutil.copytree(source, folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    words = ("<look>", "[audio]", "<b>", "</b>", "\n\n", "\t\t", "**turn**", "@@image@@", "red", "~~")
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    tokenizer.chat_template = CHATML.replace("assistant\n", "**turn**red\n\n")
+    tokenizer.save_pretrained(folder)
+    edit_config(folder, image_token_index=tokenizer.convert_tokens_to_ids("@@image@@"), num_image_tokens=5)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_tokens_special_by_function_are_plain_text_and_counted(
+    kind: str, tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+) -> None:
+    folder = with_tokens_of_a_table(tmp_path / "m", model_of("bert" if kind == "encoder" else "qwen2"))
+    made = tokenizer_of(settings(folder, kind=kind))
+    ids = {word: made.tokenizer.convert_tokens_to_ids(word) for word in made.tokenizer.get_added_vocab()}
+    assert made.tokenizer.get_vocab()["<look>"] == ids["<look>"]
+    control = ["<look>", "[audio]", "**turn**", "@@image@@", "<|im_end|>"]  # by brackets, template, config and flag
+    for word in control:
+        row = made.tokenize([f"a {word} b"])[0]
+        assert ids[word] not in row.token_ids
+        assert word in made.tokenizer.decode(row.token_ids, clean_up_tokenization_spaces=False)
+        assert row.control
+    ordinary = ["<b>", "</b>", "\n\n", "\t\t", "red", "~~"]
+    for word in ordinary:
+        row = made.tokenize([f"a {word} b"])[0]
+        assert ids[word] in row.token_ids
+        assert not row.control
+    assert [row.control for row in made.tokenize(["plain", "[x<look>]", "< look >", ""])] == [False, True, False, False]
+
+
+def test_the_prefix_still_reaches_control_tokens(
+    tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+) -> None:
+    folder = with_tokens_of_a_table(tmp_path / "m", model_of("qwen2"))
+    made = tokenizer_of(settings(folder, system_prompt="<look>"))
+    assert made.tokenizer.convert_tokens_to_ids("<look>") in made.prefix_ids

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lidit.config.fields import LARGEST_SEED
 from lidit.datasets.scenes.captions import write_caption
 from lidit.datasets.scenes.generator import generate_scene
 from lidit.datasets.scenes.layouts import OPPOSITE
@@ -223,7 +224,7 @@ def loss_table(
         raise InputError(f"{len(images)} images and {len(captions)} captions: one caption is needed per image")
     table = np.empty((len(images), len(timesteps)))
     for column, t in enumerate(timesteps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + column)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + column) & LARGEST_SEED)
         noise = torch.randn(images.shape, generator=generator).to(images.device)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)

@@ -6,7 +6,6 @@ by a VQA model outside, whose answers come back through `read_segment_scores`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lidit.datasets.scenes.scene import list_length
 from lidit.errors import InputError
+from lidit.evals.records import read_record
 from lidit.evals.scenes.evaluation import Evaluation, with_bounds
 from lidit.evals.statistics import Interval, bootstrap_columns
 from lidit.plots import plot_intervals
@@ -111,10 +111,10 @@ def read_segment_scores(path: Path) -> tuple[NDArray[np.float64], list[int]]:
         raise InputError(f"{path}: cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = read_record(line)
             row = [float(score) for score in record["scores"]]
             prompts.append(int(record["prompt"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise InputError(f'{path}:{number}: expected {{"prompt": number, "scores": [number, ...]}}') from None
         if rows and len(row) != len(rows[0]):
             raise InputError(f"{path}:{number}: {len(row)} scores, {len(rows[0])} in the lines before")

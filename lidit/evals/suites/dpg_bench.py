@@ -12,7 +12,6 @@ scores use the last crop's answers before the zeroing by parents (ELLA#60). Publ
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lidit.errors import InputError
+from lidit.evals.records import read_record
 from lidit.evals.suites.targets import FIRST_SEED, ImageTarget, read_lines
 
 IMAGES_PER_PROMPT = 4
@@ -44,7 +44,7 @@ def read_prompts(path: Path) -> dict[str, str]:
     else:
         for number, line in enumerate(read_lines(path), start=1):
             try:
-                record = json.loads(line)
+                record = read_record(line)
                 item, prompt = str(record["item_id"]), str(record["prompt"])
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{path}:{number}: expected a JSON object with item_id and prompt") from None

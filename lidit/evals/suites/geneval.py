@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lidit.errors import InputError
+from lidit.evals.records import read_record
 from lidit.evals.statistics import Interval, bootstrap_mean
 from lidit.evals.suites.targets import FIRST_SEED, ImageTarget, read_lines, write_whole
 
@@ -27,7 +28,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     items = []
     for number, line in enumerate(read_lines(path), start=1):
         try:
-            item = json.loads(line)
+            item = read_record(line)
             good = (
                 isinstance(item["prompt"], str) and isinstance(item["tag"], str) and isinstance(item["include"], list)
             )
@@ -87,7 +88,7 @@ def read_results(path: Path) -> GenEvalSummary:
     names: dict[str, str] = {}
     for number, line in enumerate(read_lines(path), start=1):
         try:
-            record = json.loads(line)
+            record = read_record(line)
             tag, correct, metadata = record["tag"], record["correct"], record["metadata"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}:{number}: expected a result with tag, correct and metadata") from None

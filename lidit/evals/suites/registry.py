@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lidit.config.fields import check_prompts
 from lidit.errors import InputError
 from lidit.evals.scenes.positional import PositionalCurve, positional_curve, read_segment_scores
 from lidit.evals.suites import dpg_bench, geneval, t2i_compbench
@@ -71,8 +72,11 @@ def suite_parts(suite: str, prompts: Sequence[Path]) -> list[SuitePart]:
         raise InputError(f"{suite} has one prompt file, {len(prompts)} were given")
     (path,) = prompts
     if suite == "geneval":
-        return [_geneval_part(geneval.read_prompts(path))]
+        records = geneval.read_prompts(path)
+        check_prompts((record["prompt"] for record in records), str(path))
+        return [_geneval_part(records)]
     items = dpg_bench.read_prompts(path)
+    check_prompts(items.values(), str(path))
     return [SuitePart(Path(), digest_of({"prompts": items}), tuple(dpg_bench.image_targets(items)))]
 
 

@@ -8,7 +8,6 @@ show that images were missing: how many there should be is what the drawing reco
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lidit.errors import InputError
+from lidit.evals.records import read_record
 from lidit.evals.statistics import Interval, bootstrap_mean
 from lidit.evals.suites.targets import FIRST_SEED, ImageTarget, read_lines, recorded_images
 
@@ -119,9 +119,9 @@ def _check_complete(samples: Path, results: Path, scores: int, recorded: int | N
 def read_answers(path: Path) -> list[float]:
     """The scores of a `vqa_result.json` in the order of its question ids, which must be 0, 1, 2, ... without gaps."""
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = read_record(path.read_text(encoding="utf-8"))
         answers = {int(record["question_id"]): float(record["answer"]) for record in records}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: not a list of question_id and answer ({error})") from None
     if len(answers) != len(records) or sorted(answers) != list(range(len(records))) or not records:
         raise InputError(f"{path}: question ids are not 0 to {len(records) - 1}; images must be numbered without gaps")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lidit.errors import InputError
+from lidit.evals.records import read_record
 from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes
 from lidit.store.files.folder import Folder
 
@@ -121,7 +122,7 @@ def _identity(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_record(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
