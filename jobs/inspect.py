@@ -21,14 +21,16 @@ def command(
     **Example:** `lidit inspect corpus --plots pictures`
     """
     from rich.console import Console
+    from rich.text import Text
 
+    from lidit.errors import plain
     from lidit.store import Corpus
     from lidit.store.summary import plot_corpus, summarise
 
     opened = Corpus.open(corpus)
     found = summarise(opened)
     console = Console()
-    console.print(f"[bold]{corpus}[/bold]  digest {found.digest[:12]}")
+    console.print(Text.assemble((plain(corpus), "bold"), f"  digest {found.digest[:12]}"))
     distinct = "" if found.distinct_captions is None else f"{found.distinct_captions:,} of them distinct"
     for name, number, note in (
         ("units", found.units, ""),
@@ -38,7 +40,8 @@ def command(
     ):
         console.print(f"  {name:<10} {number:>12,}  {note}".rstrip())
     for reason, count in found.reasons.items():
-        console.print(f"    refused {count:,} x {reason}")
+        # A reason may quote a name of an archive: no markup of it is obeyed.
+        console.print(f"    refused {count:,} x {plain(reason)}", markup=False, soft_wrap=True)
     if found.buckets:
         listed = sorted(found.buckets.items(), key=lambda bucket: -bucket[1])
         shown = ", ".join(f"{name} {count:,}" for name, count in listed[:8])
@@ -49,10 +52,11 @@ def command(
         console.print(
             f"  {one.kind}/{one.directory}  {state}: {one.rows:,} rows, {one.tokens:,} tokens, {one.bytes:,} bytes as "
             f"{one.storage}{error}",
+            markup=False,
             soft_wrap=True,  # a table of eight columns would be cut at eighty characters
         )
     for path in plot_corpus(opened, plots) if plots else ():
-        console.print(f"plot {path}")
+        console.print(f"plot {plain(str(path))}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import lidit
 from jobs import (
     ablate,
     demo,
@@ -27,7 +30,7 @@ from jobs import (
     train_codec,
     verify,
 )
-from jobs.support.start import environment, guarded
+from jobs.support.start import HELP_OPTIONS, environment, guarded
 
 app = typer.Typer(
     help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on them, track every run.",
@@ -35,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings=HELP_OPTIONS,
 )
 for name, job in (
     ("demo", demo),
@@ -60,6 +64,39 @@ for name, job in (
 ):
     app.command(name)(job.command)
 app.command("submit", context_settings=submit.OPEN)(submit.command)
+
+
+@app.command("help")
+def show_help(
+    command: Annotated[str | None, typer.Argument(help="A command; all are listed without it.")] = None,
+) -> None:
+    """Show what a command does, reads and writes, as its option --help does.
+
+    **Reads** and **Writes** nothing.
+
+    **Example:** `lidit help train`
+    """
+    app([*([command] if command else []), "--help"], prog_name="lidit", standalone_mode=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from pipelines.tracking import git_state
+
+    state = git_state()
+    changed = " with changes" if state.get("git.dirty") == "true" else ""
+    print(f"lidit {lidit.__version__}, commit {state.get('git.commit', 'unknown')}{changed}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version and commit, and exit.")
+    ] = False,
+) -> None:
+    """What stands before the command."""
 
 
 def main() -> None:

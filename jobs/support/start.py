@@ -11,10 +11,12 @@ from collections.abc import Callable
 
 import typer
 
+from jobs.support.terminal import PlainFormatter, plain_streams
 from lidit.errors import InputError, JobError, StorageError, one_line
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 WRONG_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -34,11 +36,18 @@ def environment() -> None:
     for chatty in ("mlflow", "alembic", "DeepSpeed", "ray.train", "ray.data"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # its errors are ours to tell, without a traceback
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def guarded(app: typer.Typer) -> None:
     """Run a job; a mistake or a failure becomes one or two lines and the right exit code."""
+    with plain_streams():
+        _run(app)
+
+
+def _run(app: typer.Typer) -> None:
     try:
         code = app(standalone_mode=False)  # returns the code of typer.Exit, and 130 after Ctrl-C
         if isinstance(code, int) and code not in (0, EXIT_INTERRUPTED):
@@ -99,6 +108,8 @@ def _end(line: str, code: int) -> None:
 def run(command: Callable[..., None]) -> None:
     """`python -m jobs.NAME ...`: the same job, the same arguments, as `lidit NAME ...`."""
     environment()
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown", context_settings=HELP_OPTIONS
+    )
     app.command()(command)
     guarded(app)

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from lidit.config import IngestSettings
-from lidit.config.settings import PASSWORD, has_password
+from lidit.config.passwords import has_password
+from lidit.config.settings import PASSWORD
 from lidit.errors import InputError, one_line
 from lidit.progress import SILENT, Progress
 from lidit.sources import FieldNames, SourceFile, expand

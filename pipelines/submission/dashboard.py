@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -11,10 +13,12 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from lidit.errors import InputError
+from lidit.errors import InputError, JobError, one_line
 
 ADDRESS_OVERRIDE = "RAY_API_SERVER_ADDRESS"
 # What a cluster that is away, restarting or behind a dropped tunnel looks like from here.
+# What Ray's client raises of a reply that is JSON and not what a dashboard says: null, a list, an unknown status.
+REPLY_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 CONNECTION_ERRORS = (aiohttp.ClientError, requests.exceptions.RequestException, ConnectionError, TimeoutError)
 
 
@@ -38,11 +42,30 @@ def connect(address: str) -> JobSubmissionClient:
             f"{address}: no Ray dashboard answers ({type(error).__name__}); "
             "check the address, or the tunnel or port-forward to it"
         ) from None
+    except (RuntimeError, *REPLY_ERRORS) as error:
+        raise InputError(
+            f"{address}: what answers here is no Ray dashboard that this Ray can talk to ({one_line(error, 200)}); "
+            "check the address and the cluster's version"
+        ) from None
     finally:
         if before is None:
             del os.environ[ADDRESS_OVERRIDE]
         else:
             os.environ[ADDRESS_OVERRIDE] = before
+
+
+@contextlib.contextmanager
+def understood(name: str) -> Iterator[None]:
+    """Raises JobError for a reply about job `name` that cannot be understood; broken connections pass as they are."""
+    try:
+        yield
+    except CONNECTION_ERRORS:
+        raise
+    except REPLY_ERRORS as error:
+        raise JobError(
+            f"{name}: the cluster's reply cannot be understood ({one_line(error, 200)}); check the address, and that "
+            "Ray is the same version here and there"
+        ) from None
 
 
 def _has_text(path: Path) -> bool:

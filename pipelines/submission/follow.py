@@ -10,8 +10,8 @@ from collections.abc import Callable
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from lidit.errors import JobError
-from pipelines.submission.dashboard import CONNECTION_ERRORS, token_error
+from lidit.errors import JobError, plain
+from pipelines.submission.dashboard import CONNECTION_ERRORS, token_error, understood
 
 LOST_CONTACT_SECONDS = 600.0
 RETRY_SECONDS = 2.0
@@ -40,7 +40,7 @@ def follow(
             fresh = text[skip:]
             skip = max(0, skip - len(text))
             if fresh:
-                write(fresh)
+                write(plain(fresh))
                 written += len(fresh)
 
     pause = 0.0
@@ -49,13 +49,14 @@ def follow(
             # Within the try, because Ctrl-C is answered while waiting, too.
             time.sleep(pause)  # zero but after a broken connection: a cluster that restarts is not to be hammered
             pause = RETRY_SECONDS
-            if client.get_job_status(name).is_terminal():
-                rest = client.get_job_logs(name)[written:]
-                write(rest)
-                written += len(rest)
-                return _exit_code(client, name)
-            contact = time.monotonic()
-            asyncio.run(tail())
+            with understood(name):
+                if client.get_job_status(name).is_terminal():
+                    rest = client.get_job_logs(name)[written:]
+                    write(plain(rest))
+                    written += len(rest)
+                    return _exit_code(client, name)
+                contact = time.monotonic()
+                asyncio.run(tail())
             pause = 0.0
         except KeyboardInterrupt:
             if not (on_interrupt or ask_on_terminal)():
@@ -77,7 +78,8 @@ def _exit_code(client: JobSubmissionClient, name: str) -> int:
     details = client.get_job_info(name)
     if details.status == JobStatus.SUCCEEDED:
         return 0
-    return details.driver_exit_code or 1
+    code = details.driver_exit_code
+    return code if code in range(1, 256) else 1  # the shell would read 256 as success
 
 
 def ask_on_terminal() -> bool:

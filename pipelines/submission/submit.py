@@ -17,15 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from lidit.config.settings import has_password, load_yaml
-from lidit.errors import InputError, JobError, one_line
-from pipelines.submission.dashboard import CONNECTION_ERRORS, connect
+from lidit.config.passwords import has_password
+from lidit.config.settings import load_yaml
+from lidit.errors import InputError, JobError, one_line, plain
+from pipelines.submission.dashboard import CONNECTION_ERRORS, connect, token_error, understood
 from pipelines.submission.follow import INTERRUPTED, follow
 
 JOB_NAME = re.compile(r"[a-z][a-z0-9_]*")
 CODE_FOLDERS = ("lidit", "pipelines", "jobs")
+MOST_ATTEMPTS = 1000
 DRIVER = "lidit.driver"
 TOO_LARGE = re.compile(r"exceeds the maximum size of|Maximum request body size")  # of the GCS, of the dashboard
 
@@ -155,12 +158,10 @@ def _git(folder: Path, *words: str) -> str:
 def start(client: JobSubmissionClient, submission: Submission) -> tuple[str, bool]:
     """(submission id, True when this call started it). A pending, running or succeeded one is not started again."""
     base = submission.submission_id
-    attempt = 1
-    while True:
+    for attempt in range(1, MOST_ATTEMPTS + 1):
         name = base if attempt == 1 else f"{base}-{attempt}"
         status = _status(client, name)
         if status in (JobStatus.FAILED, JobStatus.STOPPED):
-            attempt += 1
             continue
         if status is not None:
             return name, False
@@ -177,7 +178,7 @@ def start(client: JobSubmissionClient, submission: Submission) -> tuple[str, boo
                 **submission.driver.options,
             )
             return name, True
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
             if TOO_LARGE.search(str(error)):
                 raise InputError(
                     f"{submission.working_dir.resolve()}: too large to be sent to the cluster (zipped, Ray takes 100 "
@@ -191,11 +192,13 @@ def start(client: JobSubmissionClient, submission: Submission) -> tuple[str, boo
                 f"{name}: the connection broke while the folder was sent ({type(error).__name__}); check the tunnel, "
                 "and that the folder is below 100 MiB, then submit again"
             ) from None
+    raise JobError(f"{base}: the cluster says that {MOST_ATTEMPTS:,} attempts have failed; check the address")
 
 
 def _status(client: JobSubmissionClient, name: str) -> JobStatus | None:
     try:
-        return JobStatus(client.get_job_status(name))
+        with understood(name):
+            return JobStatus(client.get_job_status(name))
     except RuntimeError as error:
         if "status code 404" in str(error):
             return None
@@ -204,28 +207,44 @@ def _status(client: JobSubmissionClient, name: str) -> JobStatus | None:
 
 def _driver(client: JobSubmissionClient, name: str) -> str | None:
     """What the driver of a job asked for; None where that does not matter any more."""
-    details = client.get_job_info(name)
-    return None if details.status.is_terminal() else (details.metadata or {}).get(DRIVER, "")
+    with understood(name):
+        details = client.get_job_info(name)
+        return None if details.status.is_terminal() else (details.metadata or {}).get(DRIVER, "")
 
 
 def submit(submission: Submission, address: str) -> int:
     """Start (or find) the job, follow it, return its exit code; what happened is said on stderr."""
     client = connect(address)
+    try:
+        return _submit(client, submission, address)
+    except AuthenticationError as error:
+        raise token_error(address, error) from None
+    except (RuntimeError, *CONNECTION_ERRORS) as error:
+        raise JobError(
+            f"{address}: the cluster does not answer as it should ({one_line(error, 200) or type(error).__name__}); "
+            "submit the same thing again to follow it"
+        ) from None
+
+
+def _submit(client: JobSubmissionClient, submission: Submission, address: str) -> int:
     name, started = start(client, submission)
-    done = "submitted" if started else f"already {JobStatus(client.get_job_status(name)).value.lower()}, following"
+    status = None if started else _status(client, name)
+    done = f"already {status.value.lower()}, following" if status else "submitted"
     print(f"{name}: {done} at {address}", file=sys.stderr, flush=True)
     if not started and (had := _driver(client, name)) not in (None, str(submission.driver)):
         print(
-            f"{name}: its driver asked for {had or 'nothing'}; to ask for {submission.driver or 'nothing'}, stop it "
-            "and submit again (one that waits in vain is given up by Ray after 15 minutes)",
+            f"{name}: its driver asked for {plain(str(had or 'nothing'))}; to ask for "
+            f"{submission.driver or 'nothing'}, stop it and submit again "
+            "(one that waits in vain is given up by Ray after 15 minutes)",
             file=sys.stderr,
         )
     code = follow(client, name)
     if code == INTERRUPTED:
         print(f"{name}: detached, the job goes on; submit the same thing again to follow it", file=sys.stderr)
     else:
-        details = client.get_job_info(name)
-        # Without an exit code it never ran, or did not end by itself: only Ray knows why.
-        why = f" ({details.message})" if details.driver_exit_code is None and details.message else ""
-        print(f"{name}: {details.status.value.lower()}{why}", file=sys.stderr)
+        with understood(name):
+            details = client.get_job_info(name)
+            # Without an exit code it never ran, or did not end by itself: only Ray knows why.
+            why = f" ({plain(details.message)})" if details.driver_exit_code is None and details.message else ""
+            print(f"{name}: {details.status.value.lower()}{why}", file=sys.stderr)
     return code

@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from ray.exceptions import RayTaskError
 
 from jobs.main import app
 from jobs.support.start import guarded
+from lidit import __version__
 from lidit.errors import StorageError
 from tests.helpers.command import lidit
 
@@ -181,10 +184,38 @@ def _members(tar: tarfile.TarFile) -> list[str]:
 
 
 def test_it_runs_outside_the_repository(tmp_path: Path) -> None:
-    import subprocess
 
     command = shutil.which("lidit", path=str(Path(sys.executable).parent))
     assert command
     done = subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "evaluate" in done.stdout
+
+
+def test_the_version_names_its_commit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lidit("--version") == 0
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = head.stdout.strip() or "unknown"
+    assert re.fullmatch(
+        rf"lidit {re.escape(str(__version__))}, commit {commit}( with changes)?\n", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_way_to_ask_for_help_gives_the_same(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in ((job, "--help"), (job, "-h"), ("help", job)):
+        assert lidit(*words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    assert f"lidit {job}" in texts[0]
+
+
+def test_help_without_a_command_lists_them_and_an_unknown_one_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in (("--help",), ("-h",), ("help",)):
+        assert lidit(*words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    assert "│ submit " in texts[0]
+    assert "did you mean 'train'" in fails(capsys, "help", "trian").lower()

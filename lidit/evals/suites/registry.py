@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lidit.config.fields import check_prompts
-from lidit.errors import InputError
+from lidit.errors import InputError, plain
 from lidit.evals.scenes.positional import PositionalCurve, positional_curve, read_segment_scores
 from lidit.evals.suites import dpg_bench, geneval, t2i_compbench
 from lidit.evals.suites.segments import read_word_pool, segment_prompts
@@ -176,7 +176,8 @@ def _uneven(images: Mapping[str, int]) -> list[str]:
 def _geneval(path: Path, drawn: Path | None) -> SuiteScores:
     summary = geneval.read_results(path)
     paper = PAPER["geneval"]
-    rows = [(tag, str(interval), paper.get(tag)) for tag, interval in summary.tags.items()]
+    # A tag is whatever stands in the file: it must not end a cell of the table, nor steer a terminal.
+    rows = [(plain(tag).replace("|", "\\|"), str(mean), paper.get(tag)) for tag, mean in summary.tags.items()]
     rows.append(("overall", f"{summary.overall:.3f}", paper["overall"]))
     notes = [
         f"{summary.images} images of {summary.prompts} prompts; correct images {summary.correct_images:.3f}, "
