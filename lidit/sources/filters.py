@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lidit.config import IngestSettings
+from lidit.config.fields import text_problem
 from lidit.images import BadImageError, Buckets, decode_image
 from lidit.sources.base import ORIGINAL, RawSample, shown
 from lidit.store import ImageReference, Refusal, Sample, normalise
@@ -102,10 +103,8 @@ class SampleChecker:
 
     def _caption_problem(self, text: str) -> str | None:
         settings = self.settings
-        if not _encodable(text):
-            return "invalid UTF-8: the caption holds bytes that are no text"
-        if "\0" in text:
-            return "invalid caption: holds a NUL byte"
+        if problem := text_problem(text, "caption"):
+            return problem
         if len(text) < settings.min_caption_chars:
             return f"caption too short: {len(text)} characters, min_caption_chars={settings.min_caption_chars}"
         if len(text) > settings.max_caption_chars:
