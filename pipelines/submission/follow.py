@@ -21,7 +21,7 @@ INTERRUPTED = 130
 def follow(
     client: JobSubmissionClient,
     name: str,
-    write: Callable[[str], object] = sys.stdout.write,
+    write: Callable[[str], object] | None = None,
     on_interrupt: Callable[[], bool] | None = None,
 ) -> int:
     """Print the job's log until it ends; the job's own exit code, or 1 when it has none.
@@ -31,6 +31,7 @@ def follow(
     """
     written = 0
     contact = time.monotonic()
+    write = write or sys.stdout.write
 
     async def tail() -> None:
         nonlocal written, contact

@@ -219,3 +219,21 @@ def test_help_without_a_command_lists_them_and_an_unknown_one_is_a_line(capsys: 
     assert texts[0] == texts[1] == texts[2]
     assert "│ submit " in texts[0]
     assert "did you mean 'train'" in fails(capsys, "help", "trian").lower()
+
+
+@pytest.mark.parametrize("prompt", ["caf\udce9", "a\0b", "x" * 100_001], ids=["bytes", "NUL", "long"])
+def test_a_prompt_that_is_no_text_is_told_before_a_model_is_loaded(
+    prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = fails(capsys, "sample", tmp_path / "absent", "--prompt", "ein Würfel", "--prompt", prompt)
+    assert told.startswith("error: --prompt: prompt 2: ")
+    assert "--prompt: prompt 1: " in fails(capsys, "report", tmp_path, tmp_path / "b", "--prompt", prompt)
+
+
+@pytest.mark.parametrize(("seed", "count"), [(2**64, 1), (10**30, 1), (2**64 - 1, 2)])
+def test_seeds_of_more_than_64_bits_are_refused(
+    seed: int, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("sample", tmp_path / "absent", "--prompt", "x", "--count")
+    assert "(64 bits)" in fails(capsys, *words, str(count), "--seed", str(seed))
+    assert "no such model folder" in fails(capsys, *words, "1", "--seed", str(2**64 - 1))

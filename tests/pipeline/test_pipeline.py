@@ -364,6 +364,10 @@ def test_what_is_missing_or_altered_is_named(saved, pipe, tmp_path):
 def test_calls_that_cannot_work_are_refused(saved, pipe):
     with pytest.raises(InputError, match="18 x 16 pixels: height and width must be multiples of 4"):
         pipe(PROMPTS[0], height=18, width=16)
+    with pytest.raises(InputError, match="prompt 2: invalid UTF-8"):
+        pipe(["a cat", "caf\udce9"])
+    with pytest.raises(InputError, match=r"seed 18446744073709551616: .* \(64 bits\)"):
+        pipe(PROMPTS[0], seed=2**64)
     with pytest.raises(InputError, match="2 seeds for 3 prompts"):
         pipe(PROMPTS, seed=[1, 2])
     with pytest.raises(InputError, match="either prompt or states"):

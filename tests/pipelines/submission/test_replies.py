@@ -60,6 +60,7 @@ def dashboard(job: object, version: object = None, logs: object = None) -> Itera
 
 @pytest.fixture(autouse=True)
 def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
 
 
