@@ -68,6 +68,7 @@ app.command("submit", context_settings=submit.OPEN)(submit.command)
 
 @app.command("help")
 def show_help(
+    context: typer.Context,
     command: Annotated[str | None, typer.Argument(help="A command; all are listed without it.")] = None,
 ) -> None:
     """Show what a command does, reads and writes, as its option --help does.
@@ -76,7 +77,7 @@ def show_help(
 
     **Example:** `lidit help train`
     """
-    app([*([command] if command else []), "--help"], prog_name="lidit", standalone_mode=False)
+    app([*([command] if command else []), "--help"], prog_name=context.find_root().info_name, standalone_mode=False)
 
 
 def _show_version(wanted: bool) -> None:
