@@ -62,7 +62,8 @@ def actor(folder: Path, captions: int, tokens: int) -> None:
     FamilyWriter.open_or_create(str(corpus), "text", spec.name, spec.to_dict())
     works = EncodeUnits(EncodeJob(str(corpus), settings, spec, PoolSettings()))
     assert works.problem is None, works.problem
-    row = {"token_ids": [[5 + i % 200 for i in range(tokens)]] * captions, "truncated": [False] * captions}
+    flags = [False] * captions
+    row = {"token_ids": [[5 + i % 200 for i in range(tokens)]] * captions, "truncated": flags, "control": flags}
     tables = [pa.Table.from_pylist([{"unit": unit, **row}], schema=TOKENIZED) for unit in range(units)]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = mebibytes("VmRSS")

@@ -77,7 +77,7 @@ def test_inspect_shows_reasons_that_look_like_markup(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "s[/red]"
-    folder.mkdir()
+    folder.mkdir(parents=True)  # "s[" and "red]", which look like markup together
     with tarfile.open(folder / "a.tar", "w") as tar:
         for name, content in (("ok.txt", b"a cat"), ("z[/i][bold]\x1b[2J.txt", b"x" * 4000)):
             info = tarfile.TarInfo(name)
