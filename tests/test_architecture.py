@@ -10,7 +10,7 @@ PACKAGES = ("lidit", "pipelines", "jobs")
 # A room imports rooms of lower floors only, and itself.
 LIBRARY = (
     {"errors", "progress"},
-    {"plots", "hub"},
+    {"pixels", "plots", "hub"},
     {"config", "store", "datasets"},
     {"images", "text", "models"},
     {"sources", "codecs", "diffusion"},
@@ -20,7 +20,7 @@ LIBRARY = (
 CLUSTER = ({"runtime", "tracking"}, {"corpus", "evaluation"}, {"training"}, {"chain"}, {"ablation"})
 APART = {"submission"}  # beside the floors: it needs no other wing, and none needs it
 # Rooms that keep to fewer than their floor allows.
-NARROW = {"store": {"errors", "progress", "plots"}, "models": {"config", "errors"}, "config": {"errors"}}
+NARROW = {"store": {"errors", "pixels", "progress", "plots"}, "models": {"config", "errors"}, "config": {"errors"}}
 ONLY_IN = {
     "ray": ("pipelines/",),
     "deepspeed": ("pipelines/training/engine.py", "pipelines/training/ema.py"),

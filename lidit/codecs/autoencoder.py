@@ -14,6 +14,7 @@ from torch import nn
 
 from lidit.config.codec import CodecLossSettings, CodecModelSettings
 from lidit.errors import InputError, one_line
+from lidit.pixels import to_levels
 
 LOG_VARIANCE = (-30.0, 20.0)  # as diffusers clamps it
 # What vision networks were trained on: ImageNet's mean and deviation of each channel.
@@ -128,6 +129,6 @@ def reconstruct(model: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 def psnr(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of each image in decibels, [B]; both [B, 3, H, W] on [-1, 1], seen as 8 bits."""
-    bits = [((image + 1) * 127.5).round() for image in (one, other)]
+    bits = [to_levels(image) for image in (one, other)]
     error = (bits[0] - bits[1]).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255.0**2 / error.clamp_min(1e-2))

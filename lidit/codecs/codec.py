@@ -16,6 +16,7 @@ import torch
 from lidit.config import CodecSettings
 from lidit.errors import InputError, one_line
 from lidit.hub import fetch_snapshot, is_hub_id
+from lidit.pixels import to_unit
 from lidit.store import digest_of
 
 CODEC_VERSION = 1  # raise when the same settings and files begin to give other latents
@@ -59,7 +60,7 @@ class PixelCodec:
         return Encoded(pixels.float())
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return ((latents.float() + 1) / 2).clamp(0, 1)
+        return to_unit(latents)
 
     def to(self, device: str | torch.device) -> None:
         pass
@@ -88,7 +89,7 @@ class AutoencoderCodec:
             self.to(latents.device)
         unscaled = latents.float() / self.scaling + self.shift
         images = self.model.decode(unscaled.to(self._dtype)).sample
-        return ((images.float() + 1) / 2).clamp(0, 1)
+        return to_unit(images)
 
     def to(self, device: str | torch.device) -> None:
         self.model.to(device)

@@ -16,6 +16,7 @@ import torch
 from lidit.codecs.codec import Codec
 from lidit.errors import InputError
 from lidit.images.buckets import Bucket
+from lidit.pixels import from_bytes
 from lidit.store import Corpus, Crop, UnitStatistics, latents_table
 
 CHUNK_PIXELS = 64 * 512 * 512  # decoded at once: 48 MiB of pixels
@@ -89,7 +90,7 @@ class LatentEncoder:
     def _encode_batch(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """pixels: [B, H, W, 3] uint8; means and deviations: [B, C, h, w] on the CPU."""
         began = time.monotonic()
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
+        images = from_bytes(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2))  # [B, 3, H, W]
         encoded = self.codec.encode(images)
         mean = encoded.mean.cpu()
         deviation = None if encoded.deviation is None else encoded.deviation.cpu()

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from lidit.errors import InputError, JobError
+from lidit.pixels import from_bytes, to_bytes
 from lidit.store.schema import read_metadata, with_metadata
 from lidit.store.text_file import list_values, record_batches
 
@@ -76,7 +77,7 @@ def _values(tensors: Sequence[torch.Tensor], storage: str) -> pa.LargeListArray:
     flat = torch.cat([t.detach().cpu().reshape(-1) for t in tensors]) if tensors else torch.zeros(0)
     offsets = np.cumsum([0, *(t.numel() for t in tensors)], dtype=np.int64)
     if storage == "uint8":
-        stored = ((flat.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        stored = to_bytes(flat)
     elif storage == "bfloat16":
         stored = flat.to(torch.bfloat16).view(torch.uint16)
     else:
@@ -126,5 +127,5 @@ class LatentFile:
 
     def _decode(self, stored: torch.Tensor) -> torch.Tensor:
         if self.storage == "uint8":
-            return stored.float().div_(127.5).sub_(1)
+            return from_bytes(stored)
         return stored.float()

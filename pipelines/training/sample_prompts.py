@@ -20,6 +20,7 @@ from lidit.data.families import Families
 from lidit.diffusion import GuidedPredictor, Objective, initial_noise, sample, seeded_generators
 from lidit.models import LIDiT, TextStates
 from lidit.pipeline.model_encoder import ModelEncoder
+from lidit.pixels import unit_to_bytes
 from lidit.plots import labelled_grid
 from lidit.store import Corpus, digest_of
 from lidit.store.files.atomic import publish_bytes
@@ -82,6 +83,6 @@ def sample_grid(
     noise = initial_noise(seeded_generators(range(len(labels))), families.latent_shape, device)
     latents = sample(GuidedPredictor(model, text, empty, recipe.sampler), objective, noise, recipe.sampler)
 
-    pixels = load_codec(recipe.codec).decode(latents).clamp(0, 1).mul(255).round().to(torch.uint8)
+    pixels = unit_to_bytes(load_codec(recipe.codec).decode(latents))
     path.parent.mkdir(exist_ok=True)
     labelled_grid(list(pixels.permute(0, 2, 3, 1).cpu().numpy()), labels).save(path)

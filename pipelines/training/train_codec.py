@@ -22,6 +22,7 @@ from lidit.config.codec import CodecRecipe
 from lidit.data.feed import Feed
 from lidit.data.pixels import PixelAssembler, PixelBatch
 from lidit.data.rows import Part, Rows, require_held_out
+from lidit.pixels import to_bytes
 from lidit.plots import labelled_grid
 from lidit.store import Corpus
 from pipelines.corpus.latents import run_latents
@@ -181,4 +182,4 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
 
 def _as_bytes(image: torch.Tensor) -> np.ndarray:
     """[3, H, W] on [-1, 1] -> [H, W, 3] uint8."""
-    return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    return to_bytes(image).permute(1, 2, 0).numpy()
