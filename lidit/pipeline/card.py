@@ -6,28 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lidit.config import CodecSettings, ObjectiveSettings, SamplerSettings
 from lidit.models import LIDiT
 from lidit.pipeline.model_encoder import ModelEncoder
+from lidit.pipeline.settings import PipelineSettings
 
 SCORE_HEAD = "| measure | value |\n|---|---|\n"
 FENCE = "```json\n{}\n```"
 
 
 def model_card(
-    model: LIDiT,
-    encoders: Sequence[ModelEncoder],
-    objective: ObjectiveSettings,
-    sampler: SamplerSettings,
-    codec: CodecSettings,
-    size: tuple[int, int],
-    facts: Mapping[str, Any],
+    model: LIDiT, encoders: Sequence[ModelEncoder], settings: PipelineSettings, facts: Mapping[str, Any]
 ) -> str:
-    """Markdown with the front matter model hubs read.
-
-    `size` is the training size in pixels (height, width). `facts` are the run's own (corpus digest, recipe, scores).
-    """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    """Markdown with the front matter model hubs read. `facts` are the run's own (corpus digest, recipe, scores)."""
+    objective, sampler, codec = settings.objective, settings.sampler, settings.codec
     rows = "\n".join(
         f"| {e.name} | {e.settings.model} | {e.spec['blocks']} of {e.spec['total_blocks']} | "
         f"{e.spec['instruction'] or '(none)'} | {e.spec['storage']} | `{e.fingerprint}` |"
@@ -42,7 +33,7 @@ library_name: diffusers
 pipeline_tag: text-to-image
 tags: [text-to-image, lidit]
 ---
-# LI-DiT, {parameters / 1e6:.1f}M parameters
+# LI-DiT, {model.num_parameters() / 1e6:.1f}M parameters
 
 A text-to-image diffusion transformer whose prompts are encoded by {len(encoders)} frozen LLM{"s"[: len(encoders) != 1]}
 (LI-DiT, arXiv 2406.11831). Depth {shape.depth}, width {shape.width}, {shape.heads} heads, patch {shape.patch_size};
@@ -52,7 +43,7 @@ token refiner of {shape.refiner_depth} blocks, fusion "{shape.fusion_mode}".
 from lidit.pipeline import LIDiTPipeline
 
 pipe = LIDiTPipeline.from_pretrained("this/folder")
-image = pipe("a red cube on a blue sphere", height={size[0]}, width={size[1]}, seed=0)[0]
+image = pipe("a red cube on a blue sphere", height={settings.height}, width={settings.width}, seed=0)[0]
 ```
 
 ## Encoders
@@ -63,7 +54,7 @@ The states a prompt is turned into must be the ones of the training; an LLM with
 {rows}
 
 ## Training
-Objective `{objective.kind}`; codec `{codec.name}`; {size[0]} x {size[1]} pixels.
+Objective `{objective.kind}`; codec `{codec.name}`; {settings.height} x {settings.width} pixels.
 Sampling by default: {sampler.steps} steps, scheduler {sampler.scheduler}, guidance {sampler.guidance_scale}.
 {_section("Scores", SCORE_HEAD + scores if scores else "")}
 {_section("Run", FENCE.format(run) if other else "")}"""

@@ -23,14 +23,14 @@ from PIL import Image
 
 from lidit.codecs import AutoencoderCodec, Codec, load_codec
 from lidit.config import CodecSettings, ObjectiveSettings, SamplerChanges, SamplerSettings
-from lidit.config.fields import check_prompts, check_seeds
 from lidit.config.settings import validate
 from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
 from lidit.errors import InputError, one_line
 from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.models import LIDiT, TextStates
-from lidit.pipeline.card import model_card
+from lidit.pipeline.inputs import image_count, listed_prompts, seed_per_image
 from lidit.pipeline.model_encoder import ModelEncoder
+from lidit.pixels import unit_to_bytes
 from lidit.text import PromptEncoder
 
 ENCODERS, VAE = "encoders", "vae"
@@ -38,7 +38,7 @@ INDEX = "model_index.json"
 
 
 class LIDiTPipeline(DiffusionPipeline):
-    """Draws images of prompts. Load with `from_pretrained`; call with prompts, or with states computed before.
+    """Samples images of prompts. Load with `from_pretrained`; call with prompts, or with states computed before.
 
     Args:
         model: The network.
@@ -102,7 +102,7 @@ class LIDiTPipeline(DiffusionPipeline):
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
             pipeline = super().from_pretrained(str(path), model=model, torch_dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
-            reason = one_line(error, 300)
+            reason = one_line(error)[:300]
             raise InputError(f"{path}: the model cannot be loaded ({reason}); fetch or train it again") from None
         pipeline.model.eval()
         if pipeline.codec_settings.model == VAE:
@@ -112,12 +112,7 @@ class LIDiTPipeline(DiffusionPipeline):
         for name, replacement in (encoders or {}).items():
             if name not in pipeline.encoders:
                 raise InputError(f"the model has no encoder {name!r}; it was trained with {', '.join(names)}")
-            entry = pipeline.encoders[name]
-            if isinstance(replacement, PromptEncoder):
-                entry.share(replacement)
-            else:
-                place, _, commit = str(replacement).partition("@")
-                entry.settings = entry.settings.model_copy(update={"model": place, "revision": commit or None})
+            _replace_encoder(pipeline.encoders[name], replacement)
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB") -> None:
@@ -163,7 +158,7 @@ class LIDiTPipeline(DiffusionPipeline):
         return self
 
     def _move_parts(self, device: torch.device | str) -> None:
-        """What diffusers does not know of: LLMs and codec, where they are loaded."""
+        """Move the loaded LLMs and codec, which diffusers does not know of."""
         for entry in self.encoders.values():
             if entry.loaded is not None:
                 entry.loaded.to(str(device))
@@ -182,14 +177,14 @@ class LIDiTPipeline(DiffusionPipeline):
         Raises:
             InputError: An LLM cannot be found, or is not the one of the training.
         """
-        device, found = str(self._execution_device), {}
+        device, states = str(self._execution_device), {}
         for name, entry in self.encoders.items():
             if self._offloads:
                 entry.encoder(device).to(device)
-            found[name] = entry.collate(entry.encode(prompts, device))
+            states[name] = entry.collate(entry.encode(prompts, device))
             if self._offloads:
                 entry.encoder().to("cpu")
-        return found
+        return states
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep one part at a time on the GPU, the others in the machine's memory: each LLM while it reads the prompts,
@@ -219,6 +214,7 @@ class LIDiTPipeline(DiffusionPipeline):
         for entry in self.encoders.values():
             entry.loaded = None
 
+    # Eleven parameters: the names and the flat, keyword-only form that callers of diffusers pipelines expect.
     @torch.no_grad()
     def __call__(
         self,
@@ -235,7 +231,7 @@ class LIDiTPipeline(DiffusionPipeline):
         seed: int | Sequence[int] | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
     ) -> Any:
-        """Images of the prompts, one each, in their order.
+        """Sample images of the prompts, one each, in their order.
 
         Args:
             prompt: One or B captions, each encoded once however often it is given.
@@ -260,99 +256,88 @@ class LIDiTPipeline(DiffusionPipeline):
                 a prompt that is no text, a seed of more than 64 bits, or a number of seeds that is neither one nor
                 that of the prompts.
         """
-        if (prompt is None) == (states is None):
-            raise InputError("give either prompt or states")
-        # What can be wrong is looked at before the LLMs are loaded.
-        height = self.config.height if height is None else height
-        shape = self._latent_shape(height, self.config.width if width is None else width)
-        given = {
+        # 1. Refuse what cannot work before the LLMs are loaded.
+        prompts = listed_prompts(prompt, states)
+        shape = self._latent_shape(height, width)
+        changes = {
             "steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
             "scheduler": scheduler,
         }
-        sampler = validate(SamplerChanges, given, "sampling").applied(self.sampler)
-        self.objective.scheduler(sampler)
-        if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            if not prompts:
-                raise InputError("give at least one prompt")
-            check_prompts(prompts, "the pipeline")
-            seeds = _seeds(seed, len(prompts))
-            row_of = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
-            states, rows = self.encode_prompts(list(row_of)), [row_of[text] for text in prompts]
-        else:
-            assert states is not None
-            rows = list(range(len(next(iter(states.values())).states)))
-            seeds = _seeds(seed, len(rows))
-        device = self._execution_device
-        text = {name: entry.to(device) for name, entry in states.items()}
-        self.model.conditioner.check(text)
-        for name, entry in self.encoders.items():
-            entry.require_instruction(text[name].prefix)
-        empty = {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}
-        generators = seeded_generators(seeds)
+        sampler = self._sampler_with(changes)
+        seeds = seed_per_image(seed, image_count(prompts, states))
+        # 2. States of the prompts, each distinct prompt once; `rows` says which states each image has.
+        states, rows = self._states_of(prompts, states)
+        # 3. The prompts' and the empty prompt's states, which guidance contrasts, on the network's device.
+        text, empty = self._conditions(states)
+        # 4. Walk from seeded noise to latents.
         predict = GuidedPredictor(self.model, text, empty, sampler, rows)
-        with self.progress_bar(total=sampler.steps) as bar:
-            latents = sample(
-                predict,
-                self.objective,
-                initial_noise(generators, shape, device),
-                sampler,
-                generators,
-                lambda _step, _latents: bar.update(),
-            )
-        self.maybe_free_model_hooks()
-        if output_type == "latent":
-            return latents
-        images = self.codec.decode(latents)
-        if self._offloads:
-            self.codec.to("cpu")
-        return _as_images(images, output_type)
+        latents = self._denoise(predict, sampler, seeds, shape)
+        # 5. Decode.
+        return latents if output_type == "latent" else self._decode(latents, output_type)
 
-    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """[C, H, W] of an image of this size in pixels, None is the training size; raises InputError."""
+        height = self.config.height if height is None else height
+        width = self.config.width if width is None else width
         step = self.codec.factor * self.model.config.patch_size
         if height < 1 or width < 1 or height % step or width % step:
             raise InputError(f"{height} x {width} pixels: height and width must be multiples of {step} for this model")
         return self.model.config.channels, height // self.codec.factor, width // self.codec.factor
 
+    def _sampler_with(self, changes: dict[str, Any]) -> SamplerSettings:
+        """The model's sampler with these `SamplerChanges`; raises InputError where they do not fit the objective."""
+        sampler = validate(SamplerChanges, changes, "sampling").applied(self.sampler)
+        self.objective.scheduler(sampler)
+        return sampler
 
-def save_pipeline(
-    folder: str | Path,
-    model: LIDiT,
-    encoders: Sequence[ModelEncoder],
-    objective: ObjectiveSettings,
-    sampler: SamplerSettings,
-    codec: CodecSettings,
-    size: tuple[int, int],
-    facts: Mapping[str, Any],
-) -> LIDiTPipeline:
-    """Write the folder that `LIDiTPipeline.from_pretrained` reads, with a model card.
+    def _states_of(
+        self, prompts: list[str] | None, states: Mapping[str, TextStates] | None
+    ) -> tuple[Mapping[str, TextStates], list[int]]:
+        """States of R captions per encoder, and each image's caption among them: as given, or of the prompts."""
+        if prompts is None:
+            assert states is not None
+            return states, list(range(image_count(None, states)))
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
+        return self.encode_prompts(list(row_of)), [row_of[text] for text in prompts]
 
-    Args:
-        encoders: one for each of the model's, see `ModelEncoder.of_family`.
-        size: training size in pixels (height, width). facts: what the card says of the run ("scores" as a table).
-    Raises:
-        InputError: one of the model's encoders is missing.
-    """
-    named = {encoder.name: encoder for encoder in encoders}
-    missing = [name for name in model.conditioner.names if name not in named]
-    if missing:
-        raise InputError(f"{folder}: no text family for the model's encoder {', '.join(missing)}")
-    pipeline = LIDiTPipeline(
-        model,
-        objective=objective.model_dump(mode="json"),
-        sampler=sampler.model_dump(mode="json"),
-        codec=codec.model_dump(mode="json"),
-        height=size[0],
-        width=size[1],
-    )
-    pipeline.encoders = {name: named[name] for name in model.conditioner.names}
-    pipeline.save_pretrained(folder)
-    card = model_card(model, list(pipeline.encoders.values()), objective, sampler, codec, size, facts)
-    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-    return pipeline
+    def _conditions(self, states: Mapping[str, TextStates]) -> tuple[dict[str, TextStates], dict[str, TextStates]]:
+        """The captions' states and one empty caption's; raises InputError for states that are not this model's."""
+        device = self._execution_device
+        text = {name: entry.to(device) for name, entry in states.items()}
+        self.model.conditioner.check(text)
+        for name, entry in self.encoders.items():
+            entry.require_instruction(text[name].prefix)
+        return text, {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}
+
+    def _denoise(
+        self, predict: GuidedPredictor, sampler: SamplerSettings, seeds: Sequence[int], shape: tuple[int, int, int]
+    ) -> torch.Tensor:
+        """Latents [B, C, H, W] of one image per seed."""
+        generators = seeded_generators(seeds)
+        noise = initial_noise(generators, shape, self._execution_device)
+        with self.progress_bar(total=sampler.steps) as bar:
+            latents = sample(predict, self.objective, noise, sampler, generators, lambda _step, _latents: bar.update())
+        self.maybe_free_model_hooks()
+        return latents
+
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Images in the form that was asked for; the codec leaves the GPU again where parts are offloaded."""
+        images = self.codec.decode(latents)
+        if self._offloads:
+            self.codec.to("cpu")
+        return _as_images(images, output_type)
+
+
+def _replace_encoder(entry: ModelEncoder, replacement: str | Path | PromptEncoder) -> None:
+    """Share a loaded LLM, or say where else the LLM's files are: a folder, or a hub id as `id@commit`."""
+    if isinstance(replacement, PromptEncoder):
+        entry.share(replacement)
+    else:
+        place, _, commit = str(replacement).partition("@")
+        entry.settings = entry.settings.model_copy(update={"model": place, "revision": commit or None})
 
 
 def _local_folder(folder: str | Path, revision: str | None) -> Path:
@@ -364,20 +349,10 @@ def _local_folder(folder: str | Path, revision: str | None) -> Path:
     return fetch_snapshot(str(folder), revision, ["*.json", "*.safetensors", "README.md"])
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    if seed is None:
-        return [int(value) for value in torch.randint(0, 2**31, (count,))]
-    seeds = [seed] * count if isinstance(seed, (int, np.integer)) else list(seed)
-    if len(seeds) != count:
-        raise InputError(f"{len(seeds)} seeds for {count} prompts: give one, or one per prompt")
-    check_seeds(seeds, "the pipeline")
-    return [int(value) for value in seeds]
-
-
 def _as_images(images: torch.Tensor, output_type: str) -> Any:
     """Images [B, 3, height, width] in [0, 1] in the form that was asked for."""
     images = images.float().clamp(0, 1).cpu()
     if output_type == "pt":
         return images
-    array = images.permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).numpy()  # [B, height, width, 3]
+    array = unit_to_bytes(images.permute(0, 2, 3, 1)).numpy()  # [B, height, width, 3]
     return array if output_type == "np" else [Image.fromarray(np.ascontiguousarray(image)) for image in array]

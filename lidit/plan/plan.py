@@ -57,10 +57,6 @@ def build_on_meta(settings: ModelSettings, facts: Facts) -> LIDiT:
         return LIDiT.from_settings(settings, widths, facts.latent[0])
 
 
-def parameters(model: LIDiT) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +237,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     setting, batch = recipe.plan, recipe.train.batch_size
     gpus = setting.gpus or recipe.engine.workers
     model = build_on_meta(recipe.model, facts)
-    count = parameters(model)
+    count = model.num_parameters()
     activations = activation_bytes(recipe, facts, max(1, batch // (gpus * recipe.engine.accumulation)))
     memory = {
         stage: Memory(

@@ -225,8 +225,7 @@ def _measure(job: ArmJob, model: Path, step: int) -> tuple[Point, int]:
     loss = job.eval_set.loss(
         pipe.model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts
     )
-    parameters = sum(parameter.numel() for parameter in pipe.model.parameters())
-    return job.eval_set.measure(loss, job.eval_set.images(), step), parameters
+    return job.eval_set.measure(loss, job.eval_set.images(), step), pipe.model.num_parameters()
 
 
 def _track(job: ArmJob, result: ArmResult, uri: str, experiment: str, parent: str) -> None:

@@ -61,7 +61,7 @@ def train_arm(job: ArmJob) -> ArmResult:
     objective, images = build_objective(recipe.objective), job.eval_set.images()
 
     model, fresh = initial_model(recipe, families), untrained_model(recipe, families)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = model.num_parameters()
     _process_group_of_one(device)
     engine = Engine(recipe, model, objective, device)
 

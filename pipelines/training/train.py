@@ -19,7 +19,7 @@ from lidit.data.matching import matching_family, matching_latents
 from lidit.data.rows import Part, require_held_out
 from lidit.diffusion import build_objective
 from lidit.models import LIDiT
-from lidit.pipeline import save_pipeline
+from lidit.pipeline import PipelineSettings, save_pipeline
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.store import Corpus
 from pipelines.evaluation.models import read_index
@@ -189,10 +189,13 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
             folder,
             model,
             encoders=[ModelEncoder.of_family(encoder, texts[encoder.name]) for encoder in self.recipe.encoders],
-            objective=self.recipe.objective,
-            sampler=self.recipe.sampler,
-            codec=self.recipe.codec,
-            size=(height * factor, width * factor),
+            settings=PipelineSettings(
+                self.recipe.objective,
+                self.recipe.sampler,
+                self.recipe.codec,
+                height=height * factor,
+                width=width * factor,
+            ),
             facts=self.config["facts"],
         )
 

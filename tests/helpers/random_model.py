@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lidit.models import LIDiT
-from lidit.pipeline import save_pipeline
+from lidit.pipeline import PipelineSettings, save_pipeline
 from lidit.pipeline.model_encoder import ModelEncoder
 from tests.helpers.trained import SmallWorld
 
@@ -25,5 +25,6 @@ def write_model(world: SmallWorld, folder: Path, seed: int) -> Path:
     for name, family in families.items():
         model.conditioner.set_statistics(name, family.shared().mean, family.shared().deviation)
     encoders = [ModelEncoder.of_family(encoder, families[encoder.name]) for encoder in world.encoders]
-    save_pipeline(folder / "model", model, encoders, recipe.objective, recipe.sampler, recipe.codec, (32, 32), {})
+    settings = PipelineSettings(recipe.objective, recipe.sampler, recipe.codec, height=32, width=32)
+    save_pipeline(folder / "model", model, encoders, settings, {})
     return folder / "model"

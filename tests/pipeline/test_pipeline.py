@@ -17,11 +17,12 @@ from lidit.config import (
     EncoderSettings,
     ModelSettings,
     ObjectiveSettings,
+    SamplerChanges,
     SamplerSettings,
 )
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
-from lidit.pipeline import LIDiTPipeline, save_pipeline
+from lidit.pipeline import LIDiTPipeline, PipelineSettings, save_pipeline
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.store import channel_statistics
 from lidit.text import PromptEncoder, resolve_encoder
@@ -70,10 +71,13 @@ def saved(llms, tmp_path_factory):
         folder,
         model,
         encoders,
-        ObjectiveSettings(kind="clean"),
-        SamplerSettings(steps=3, guidance_scale=2.0),
-        CodecSettings(),
-        (16, 24),
+        PipelineSettings(
+            ObjectiveSettings(kind="clean"),
+            SamplerSettings(steps=3, guidance_scale=2.0),
+            CodecSettings(),
+            height=16,
+            width=24,
+        ),
         {"corpus": "0123abcd", "scores": {"single": 0.75}},
     )
     return folder
@@ -93,6 +97,16 @@ def test_prompt_to_image(pipe):
     assert images[0].size == (24, 16)
     (other,) = pipe(PROMPTS[0], height=32, width=8, num_inference_steps=2, guidance_scale=1, seed=1)
     assert other.size == (8, 32)
+
+
+def test_a_changed_sampler_is_used_from_then_on_and_not_saved(saved, pipe, tmp_path):
+    expected = pipe(PROMPTS[0], num_inference_steps=2, guidance_scale=1, seed=1, output_type="np")
+    pipe.change_sampler(SamplerChanges(steps=2, guidance_scale=1))
+    np.testing.assert_array_equal(pipe(PROMPTS[0], seed=1, output_type="np"), expected)
+    pipe.save_pretrained(tmp_path)
+    assert LIDiTPipeline.from_pretrained(tmp_path).sampler.steps == 3
+    with pytest.raises(InputError, match="sampling"):
+        pipe.change_sampler(SamplerChanges.model_construct(steps=0))
 
 
 def test_the_same_seed_gives_the_same_image_and_another_seed_another(pipe):
