@@ -14,7 +14,7 @@ from lidit.config import CodecSettings, EncoderSettings, Recipe
 from lidit.config.ablation import Ablation
 from lidit.diffusion import Objective
 from lidit.evals.ablation.results import Measured, Point
-from lidit.evals.classifier.binding import Case, generate_cases, measure_binding, pixels
+from lidit.evals.classifier.binding import Case, Measure, generate_cases, measure_binding, pixels
 from lidit.evals.classifier.caption_loss import CaptionLoss
 from lidit.models import LIDiT
 from lidit.pipeline.model_encoder import ModelEncoder
@@ -42,7 +42,7 @@ class EvalSet:
         scenes, settings = ablation.scenes, ablation.measures
         measures = {
             f"{kind}, {style}": generate_cases(
-                kind, settings.tag, settings.scenes, scenes.size, scenes.layout, style, CASE_SEED
+                Measure(kind, settings.tag, style), settings.scenes, scenes.size, scenes.layout, CASE_SEED
             )
             for kind in settings.kinds
             for style in scenes.styles

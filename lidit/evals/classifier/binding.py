@@ -25,12 +25,31 @@ from lidit.datasets.scenes.scene import Scene, names_colours
 from lidit.datasets.scenes.shapes import vocabulary_for
 from lidit.errors import InputError
 from lidit.evals.statistics import Interval, bootstrap_mean
+from lidit.pixels import from_bytes
 
 Kind = Literal["binding", "attribute", "relation"]
 TIMESTEPS = (0.95, 0.85, 0.7, 0.5)
 
 # (images or latents [B, ...], captions, timesteps [B], noise like the images) -> loss per sample [B]
 LossFunction = Callable[[Tensor, list[str], Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One question: which error, in captions of which category and style, on seen or held-out colour-shape pairs.
+
+    kind: "binding" swaps the colours (or sizes) of two segments, "attribute" gives one segment a colour that neither it
+    nor, where there are colours enough, any other has, "relation" names the opposite relation.
+    """
+
+    kind: Kind
+    tag: str
+    style: str = "bare"
+    split: Literal["train", "unseen"] = "train"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}_{self.tag}_{self.style}" + ("_held_out" if self.split == "unseen" else "")
 
 
 @dataclass(frozen=True)
@@ -69,24 +88,14 @@ class BindingResult:
         return flat | {f"accuracy_t_{t:g}": value for t, value in self.by_timestep.items()}
 
 
-def generate_cases(
-    kind: Kind,
-    tag: str,
-    count: int,
-    size: int,
-    layout: str,
-    style: str = "bare",
-    seed: int = 0,
-    split: Literal["train", "unseen"] = "train",
-) -> list[Case]:
-    """`count` scenes of a category with a true and a wrong caption in one style, the same words but for the error.
+def generate_cases(measure: Measure, count: int, size: int, layout: str, seed: int = 0) -> list[Case]:
+    """`count` scenes of the measure's category with a true and a wrong caption, the same words but for the error.
 
-    kind: "binding" swaps the colours (or sizes) of two segments, "attribute" gives one segment a colour that neither it
-    nor, where there are colours enough, any other has, "relation" names the opposite relation. The segment in question
-    goes round, so every position is met equally often.
-    With split="train" neither caption names a held-out pair, so novelty cannot give the wrong one away. Scenes are
-    drawn with seeds no training set uses. Raises InputError where kind, category or style do not go together.
+    With split="train" neither caption names a held-out pair, so novelty cannot give the wrong caption away. Scenes are
+    generated with seeds no training set uses, and the segment in question goes round, so every position is met equally
+    often. Raises InputError where kind, category or style do not go together.
     """
+    kind, tag, style, split = measure.kind, measure.tag, measure.style, measure.split
     _check(kind, tag, count)
     vocabulary = vocabulary_for(size, layout)
     held_out = vocabulary.held_out_pairs()
@@ -158,7 +167,7 @@ def _alter(
 def pixels(cases: Sequence[Case]) -> Tensor:
     """The cases' images as float32 [N, 3, S, S] in [-1, 1]."""
     images = np.stack([case.image for case in cases])  # [N, S, S, 3]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_bytes(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 @torch.no_grad()

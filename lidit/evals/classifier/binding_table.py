@@ -5,28 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from lidit.evals.classifier.binding import Case, Kind, generate_cases, measure_binding, pixels
+from lidit.evals.classifier.binding import Case, Measure, generate_cases, measure_binding, pixels
 from lidit.evals.classifier.caption_loss import pipeline_latents, pipeline_loss
 from lidit.evals.statistics import Interval
 from lidit.pipeline import LIDiTPipeline
 from lidit.plots import plot_intervals
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One question: which error, in captions of which category and style, on seen or held-out colour-shape pairs."""
-
-    kind: Kind
-    tag: str
-    style: str = "bare"
-    split: Literal["train", "unseen"] = "train"
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}_{self.tag}_{self.style}" + ("_held_out" if self.split == "unseen" else "")
-
 
 SIMPLE = (
     Measure("attribute", "colors"),
@@ -49,20 +33,18 @@ class BindingScores:
 def measure_model(pipe: LIDiTPipeline, layout: str, count: int, batch_size: int = 64, seed: int = 0) -> BindingScores:
     """Binding, attribute and relation accuracy of a loaded model on `count` fresh scenes per measure, no sampling.
 
-    Scenes are drawn at the model's training size, with seeds no training set uses. Raises InputError where the layout
-    does not exist or the size is too small for it.
+    Scenes are generated at the model's training size, with seeds no training set uses. Raises InputError where the
+    layout does not exist or the size is too small for it.
     """
     measures = SIMPLE if layout == "simple" else FREE
     size = int(pipe.config.height)
-    drawn: dict[Measure, list[Case]] = {
-        m: generate_cases(m.kind, m.tag, count, size, layout, m.style, seed, m.split) for m in measures
-    }
-    captions = [text for cases in drawn.values() for case in cases for text in (case.caption, case.wrong)]
+    generated: dict[Measure, list[Case]] = {m: generate_cases(m, count, size, layout, seed) for m in measures}
+    captions = [text for cases in generated.values() for case in cases for text in (case.caption, case.wrong)]
     loss = pipeline_loss(pipe, captions)
     metrics: dict[str, float] = {}
     by_position: dict[str, tuple[Interval, ...]] = {}
     lines = ["| error | captions | accuracy (chance .5) | loss gap | scenes |", "|---|---|---|---|---|"]
-    for measure, cases in drawn.items():
+    for measure, cases in generated.items():
         latents = pipeline_latents(pipe, pixels(cases))
         result = measure_binding(loss, cases, latents, batch_size=batch_size, seed=seed)
         metrics |= {f"{measure.name}/{key}": value for key, value in result.metrics().items()}

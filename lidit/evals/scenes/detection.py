@@ -115,74 +115,79 @@ def _objects(alpha: Floats, nearest: NDArray[np.int64], vocabulary: Vocabulary, 
     distance, (rows, columns) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
     owner = np.where(distance <= MARGIN, labels[rows, columns], 0)
     objects, clutter = [], 0.0
-    for label, region in enumerate(ndimage.find_objects(owner), start=1):
+    canvas = _Canvas(vocabulary, passes, size)
+    for label, window in enumerate(ndimage.find_objects(owner), start=1):
         colour = colour_of[label - 1]
-        soft = np.where(owner[region] == label, alpha[colour][region], 0.0)
-        hard = labels[region] == label
-        item = _recognise(soft, hard, owner[region] == label, region, vocabulary, colour, passes, size)
+        region = owner[window] == label
+        blob = _Blob(window, region, labels[window] == label, np.where(region, alpha[colour][window], 0.0))
+        item = _recognise(blob, vocabulary.colours[colour], canvas)
         if item is None:
-            clutter += float(hard.sum())
+            clutter += float(blob.hard.sum())
         else:
             objects.append(item)
     return Analysis(tuple(sorted(objects, key=lambda item: -item.iou)), clutter)
 
 
-def _recognise(
-    soft: Floats,
-    hard: NDArray[np.bool_],
-    region: NDArray[np.bool_],
-    window: tuple[slice, slice],
-    vocabulary: Vocabulary,
-    colour: int,
-    passes: int,
-    size: int,
-) -> Found | None:
-    """The shape of one blob, None where it is too small, too faint or like no shape. Arrays are [h, w] of `window`."""
-    plateau = float(np.percentile(soft[hard], PLATEAU_PERCENTILE))
+@dataclass(frozen=True)
+class _Canvas:
+    """What all blobs of an image share: the shapes and colours it may show, its blur, its side."""
+
+    vocabulary: Vocabulary
+    passes: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Blob:
+    """Arrays [h, w] of `window`: the pixels nearest to the blob, its own pixels, and its colour's coverage of them."""
+
+    window: tuple[slice, slice]
+    region: NDArray[np.bool_]
+    hard: NDArray[np.bool_]
+    soft: Floats
+
+
+def _recognise(blob: _Blob, colour: str, canvas: _Canvas) -> Found | None:
+    """The shape of one blob, None where it is too small, too faint or like no shape."""
+    plateau = float(np.percentile(blob.soft[blob.hard], PLATEAU_PERCENTILE))
     # a pale blob is a faint object, or a small one whose peak the blur took away: both are tried
     contrasts = [1.0] + ([plateau] if LEAST_PLATEAU <= plateau < FULL_PLATEAU else [])
-    fits = [_fit(np.minimum(soft / contrast, 1.0), region, window, vocabulary, passes, size) for contrast in contrasts]
+    fits = [_fit(np.minimum(blob.soft / contrast, 1.0), blob, canvas) for contrast in contrasts]
     iou, shape, area, x, y = max(fits)
     if iou < ACCEPT_IOU:
         return None
-    top, left = window[0].start, window[1].start
-    rows, columns = np.nonzero(hard)
+    top, left = blob.window[0].start, blob.window[1].start
+    rows, columns = np.nonzero(blob.hard)
     box = (
         left + int(columns.min()),
         top + int(rows.min()),
         left + int(columns.max()) + 1,
         top + int(rows.max()) + 1,
     )
-    label = "small" if math.sqrt(area / math.pi) < math.sqrt(SMALL * LARGE) * size else "large"
-    return Found(shape, vocabulary.colours[colour], iou, x, y, area, box, label)
+    label = "small" if math.sqrt(area / math.pi) < math.sqrt(SMALL * LARGE) * canvas.size else "large"
+    return Found(shape, colour, iou, x, y, area, box, label)
 
 
-def _fit(
-    soft: Floats,
-    region: NDArray[np.bool_],
-    window: tuple[slice, slice],
-    vocabulary: Vocabulary,
-    passes: int,
-    size: int,
-) -> tuple[float, str, float, float, float]:
-    """(soft IoU, shape, area, x, y) of the best template for a blob's coverage [h, w]; IoU 0 where it is too small."""
+def _fit(soft: Floats, blob: _Blob, canvas: _Canvas) -> tuple[float, str, float, float, float]:
+    """(soft IoU, shape, area, x, y) of the best template for the coverage `soft`; IoU 0 where it is too small."""
+    vocabulary = canvas.vocabulary
     area = float(soft.sum())
-    if area < LEAST_AREA * disc_area(SMALL, size):
+    if area < LEAST_AREA * disc_area(SMALL, canvas.size):
         return 0.0, "", area, 0.0, 0.0
-    top, left = window[0].start, window[1].start
+    top, left = blob.window[0].start, blob.window[1].start
     height, width = soft.shape
     y = top + float(soft.sum(axis=1) @ (np.arange(height) + 0.5)) / area
     x = left + float(soft.sum(axis=0) @ (np.arange(width) + 0.5)) / area
     templates = np.stack(
         [coverage(shape, x, y, area, (top, left, height, width)) for shape in vocabulary.shapes], axis=-1
     )
-    templates = binomial_blur(templates, passes)
+    templates = binomial_blur(templates, canvas.passes)
     best, best_shape = 0.0, ""
     for extra in range(EXTRA_PASSES + 1):
         if extra:
             templates = binomial_blur(templates, 1)
-        overlap = np.minimum(templates, soft[:, :, None])[region].sum(axis=0)
-        union = np.maximum(templates, soft[:, :, None])[region].sum(axis=0)
+        overlap = np.minimum(templates, soft[:, :, None])[blob.region].sum(axis=0)
+        union = np.maximum(templates, soft[:, :, None])[blob.region].sum(axis=0)
         iou = overlap / union
         if iou.max() > best:
             best, best_shape = float(iou.max()), vocabulary.shapes[int(iou.argmax())]

@@ -10,7 +10,7 @@ from torch import Tensor
 from lidit.datasets.scenes.scene import names_colours
 from lidit.datasets.scenes.shapes import COLOURS, vocabulary_for
 from lidit.errors import InputError
-from lidit.evals.classifier.binding import Case, generate_cases, loss_by_timestep, measure_binding, pixels
+from lidit.evals.classifier.binding import Case, Measure, generate_cases, loss_by_timestep, measure_binding, pixels
 from lidit.evals.statistics import bootstrap_columns, bootstrap_mean, bootstrap_overall, mean_over_seeds
 
 
@@ -38,7 +38,7 @@ class Drawer:
 
 @pytest.mark.parametrize("kind", ["binding", "attribute"])
 def test_a_network_that_reads_is_always_right(kind: str) -> None:
-    cases = generate_cases(kind, "list4", 24, 32, "free")
+    cases = generate_cases(Measure(kind, "list4"), 24, 32, "free")
     result = measure_binding(Drawer(cases), cases)
     assert (result.accuracy.value, result.accuracy.low) == (1.0, 1.0)
     assert result.gap.low > 0
@@ -48,27 +48,27 @@ def test_a_network_that_reads_is_always_right(kind: str) -> None:
 
 
 def test_a_network_that_reads_the_words_the_wrong_way_round_is_always_wrong() -> None:
-    cases = generate_cases("binding", "color_attr", 12, 32, "simple")
+    cases = generate_cases(Measure("binding", "color_attr"), 12, 32, "simple")
     reader = Drawer(cases)
     result = measure_binding(lambda *inputs: -reader(*inputs), cases)
     assert result.accuracy.value == 0
 
 
 def test_a_network_that_does_not_read_has_no_gap_at_all() -> None:
-    cases = generate_cases("binding", "list4", 16, 32, "free")
+    cases = generate_cases(Measure("binding", "list4"), 16, 32, "free")
     result = measure_binding(Drawer(cases, ignored=(0, 1, 2, 3)), cases)
     assert not result.gaps.any()
     assert (result.accuracy.value, result.accuracy.low, result.accuracy.high) == (0.5, 0.5, 0.5)
 
 
 def test_positions_are_told_apart() -> None:
-    cases = generate_cases("attribute", "list4", 32, 32, "free")
+    cases = generate_cases(Measure("attribute", "list4"), 32, 32, "free")
     result = measure_binding(Drawer(cases, ignored=(2, 3)), cases)
     assert [result.by_position[position].value for position in range(4)] == [1.0, 1.0, 0.5, 0.5]
 
 
 def test_both_captions_meet_the_same_noise_whatever_the_batch() -> None:
-    cases = generate_cases("binding", "color_attr", 10, 32, "simple")
+    cases = generate_cases(Measure("binding", "color_attr"), 10, 32, "simple")
     network = Drawer(cases)
     whole = measure_binding(network, cases, batch_size=10, timesteps=(0.9, 0.4))
     calls = network.seen
@@ -82,7 +82,7 @@ def test_both_captions_meet_the_same_noise_whatever_the_batch() -> None:
 
 @pytest.mark.parametrize("style", ["bare", "clauses", "ordinals", "sentences", "long", "long_before"])
 def test_wrong_captions_keep_the_words_and_move_the_colours(style: str) -> None:
-    for case in generate_cases("binding", "list4", 20, 32, "free", style):
+    for case in generate_cases(Measure("binding", "list4", style), 20, 32, "free"):
         true, wrong = case.caption.split(), case.wrong.split()
         assert sorted(re.findall(r"\w+", case.caption.replace("an ", "a "))) == sorted(
             re.findall(r"\w+", case.wrong.replace("an ", "a "))
@@ -94,17 +94,17 @@ def test_wrong_captions_keep_the_words_and_move_the_colours(style: str) -> None:
 
 
 def test_wrong_captions_of_other_kinds() -> None:
-    for case in generate_cases("relation", "position", 8, 32, "simple"):
+    for case in generate_cases(Measure("relation", "position"), 8, 32, "simple"):
         assert {case.caption.split()[2], case.wrong.split()[2]} in ({"left", "right"}, {"above", "below"})
-    for case in generate_cases("binding", "size_attr", 8, 32, "free"):
+    for case in generate_cases(Measure("binding", "size_attr"), 8, 32, "free"):
         assert case.caption.replace("small", "?").replace("large", "small").replace("?", "large") == case.wrong
-    for index, case in enumerate(generate_cases("attribute", "list4", 8, 32, "free")):
+    for index, case in enumerate(generate_cases(Measure("attribute", "list4"), 8, 32, "free")):
         assert case.positions == (index % 4,)
 
 
 @pytest.mark.parametrize("kind", ["binding", "attribute"])
 def test_wrong_captions_describe_another_scene_even_where_shapes_repeat(kind: str) -> None:
-    for case in generate_cases(kind, "list8", 30, 32, "free"):
+    for case in generate_cases(Measure(kind, "list8"), 30, 32, "free"):
         assert set(case.caption.replace(" and ", ", ").split(", ")) != set(
             case.wrong.replace(" and ", ", ").split(", ")
         )
@@ -115,9 +115,9 @@ def test_neither_caption_names_a_held_out_pair() -> None:
     held_out = vocabulary_for(32).held_out_pairs()
     named = [f"{colour} {shape}" for colour, shape in held_out]
     for kind in ("binding", "attribute"):
-        for case in generate_cases(kind, "color_attr", 60, 32, "simple"):
+        for case in generate_cases(Measure(kind, "color_attr"), 60, 32, "simple"):
             assert not any(pair in text for pair in named for text in (case.caption, case.wrong))
-    unseen = generate_cases("binding", "color_attr", 20, 32, "simple", split="unseen")
+    unseen = generate_cases(Measure("binding", "color_attr", split="unseen"), 20, 32, "simple")
     assert all(any(pair in case.caption for pair in named) for case in unseen)
 
 
@@ -134,11 +134,11 @@ def test_neither_caption_names_a_held_out_pair() -> None:
 def test_what_does_not_go_together_is_refused(kind: str, tag: str, style: str, message: str) -> None:
     assert names_colours("colors")
     with pytest.raises(InputError, match=message):
-        generate_cases(kind, tag, 4, 32, "free", style)
+        generate_cases(Measure(kind, tag, style), 4, 32, "free")
 
 
 def test_a_loss_of_the_wrong_shape_or_not_finite_is_refused() -> None:
-    cases = generate_cases("binding", "color_attr", 4, 32, "simple")
+    cases = generate_cases(Measure("binding", "color_attr"), 4, 32, "simple")
     for loss in (lambda x, c, t, n: x.mean(), lambda x, c, t, n: x.flatten(1).sum(1) * float("nan")):
         with pytest.raises(InputError, match="expected 4 finite values"):
             measure_binding(loss, cases)
@@ -147,7 +147,7 @@ def test_a_loss_of_the_wrong_shape_or_not_finite_is_refused() -> None:
 
 
 def test_validation_loss_by_timestep() -> None:
-    cases = generate_cases("attribute", "colors", 20, 32, "simple")
+    cases = generate_cases(Measure("attribute", "colors"), 20, 32, "simple")
     images = pixels(cases)
     assert images.shape == (20, 3, 32, 32)
     assert -1 <= images.min() < images.max() <= 1
@@ -177,7 +177,7 @@ def test_correlated_values_widen_the_interval_by_their_clusters() -> None:
 
 
 def test_cases_of_one_caption_do_not_narrow_the_interval() -> None:
-    cases = generate_cases("attribute", "colors", 16, 32, "simple")
+    cases = generate_cases(Measure("attribute", "colors"), 16, 32, "simple")
     repeated = [case for case in cases for _ in range(8)]
 
     def loss(images: torch.Tensor, captions: list[str], t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
