@@ -41,9 +41,16 @@ def command(
     images, labels = [], []
     with ProgressBar("sample", len(prompt) * count, "images") as progress:
         for number, text in enumerate(prompt):
-            drawn = pipe([text] * count, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
-                         seed=[seed + i for i in range(count)], output_type="np")  # fmt: skip
-            for offset, image in enumerate(drawn):
+            sampled = pipe(
+                [text] * count,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                seed=[seed + i for i in range(count)],
+                output_type="np",
+            )
+            for offset, image in enumerate(sampled):
                 Image.fromarray(image).save(out / f"{number:03}-{seed + offset:04}.png")
                 images.append(image)
                 labels.append(text)

@@ -22,7 +22,6 @@ from lidit.store import Corpus
 from tests.helpers.corpus_factory import make_corpus
 from tests.helpers.embed_job import captions, embed_here, encoder
 from tests.helpers.tiny_models import tiny_llm
-from tests.test_architecture import CLUSTER, LIBRARY
 
 ROOT = Path(__file__).parents[1]
 USAGE_ERROR = typer.BadParameter.__mro__[1]
@@ -195,11 +194,6 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     assert all((ROOT / top / name).exists() for top, names in named.items() for name in names)
     for package in ("lidit", "pipelines"):
         assert {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} <= named[package]
-
-
-def test_the_floors_of_the_contributing_page_are_those_the_rule_holds() -> None:
-    drawn = [[set(line.split()) for line in body.splitlines()] for body in blocks(ROOT / "CONTRIBUTING.md", "text")]
-    assert drawn == [list(LIBRARY), list(CLUSTER)]
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

@@ -22,7 +22,7 @@ from lidit.plots import plot_lines
 
 Curve = Sequence[tuple[int, float]]
 SMALLEST_SIDE = 96
-NOT_BETTER_HIGHER = ("floor", "drop", "gap")  # parts of the names of numbers that say something else than how good
+NOT_BETTER_HIGHER = ("floor", "drop", "gap")  # parts of the names of scores of which higher is not better
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; }
 table { border-collapse: collapse; margin: .8rem 0; }
@@ -39,10 +39,10 @@ p { margin: 0 0 .4em; color: #555; }
 @dataclass(frozen=True)
 class RunPage:
     """One run. `facts`: setting -> value; `scores`: metric -> value; `curves`: metric -> (step, value);
-    `images`: prompt -> its images, uint8 [H, W, 3], drawn with the same seeds in every run.
+    `images`: prompt -> its images, uint8 [H, W, 3], sampled with the same seeds in every run.
 
-    `measured`: metric -> how; values measured in different ways are not compared. `notes`: what must be known of the
-    scores.
+    `measured`: metric -> the settings it was measured with; values of different settings are not compared. `notes`:
+    what a reader must know of the scores.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Held-out pictures of a set with captions: does a model prefer their own captions, and what does it draw for them?"""
+"""Held-out pictures with captions: does a model prefer each picture's own caption?"""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from lidit.sources.base import OpenedSource
 
 @dataclass(frozen=True)
 class HeldOutPicture:
-    """image: uint8 [height, width, 3], fitted as for training. `group` is shared with others, such as a style; `motif`
-    with near copies: what is true of one is likely true of all."""
+    """image: uint8 [height, width, 3], fitted as for training.
+
+    group: shared by pictures of a kind, such as a style. motif: shared by near copies, whose results are alike.
+    """
 
     key: str
     caption: str
@@ -33,12 +35,12 @@ class HeldOutPicture:
 def read_pictures(sources: Sequence[str], width: int, height: int, count: int) -> list[HeldOutPicture]:
     """The first `count` pictures of the sources, each with its first caption.
 
-    Their metadata may name a `style` (their group; without one all are of one) and a `motif` (without one each picture
-    is its own). Raises InputError for a source without pictures and captions, and for a picture that cannot be read.
+    Metadata may name a `style` (the group; without it all pictures share a group) and a `motif` (without it each
+    picture has its own). Raises InputError for a source without pictures and captions, and for an unreadable picture.
     """
     settings = IngestSettings()
     fields = FieldNames(settings.caption_fields, settings.image_fields, captions_only=False)
-    found: list[HeldOutPicture] = []
+    pictures: list[HeldOutPicture] = []
     for file in expand(sources)[1]:
         opened = OpenedSource(file)
         try:
@@ -50,16 +52,19 @@ def read_pictures(sources: Sequence[str], width: int, height: int, count: int) -
                 except BadImageError as error:
                     raise InputError(f"{file.path}: {raw.key}: {error}") from None
                 style, motif = str(raw.meta.get("style", "")), str(raw.meta.get("motif", raw.key))
-                found.append(HeldOutPicture(raw.key, raw.captions[0][0], np.asarray(image), style, motif))
-                if len(found) == count:
-                    return found
+                pictures.append(HeldOutPicture(raw.key, raw.captions[0][0], np.asarray(image), style, motif))
+                if len(pictures) == count:
+                    return pictures
         finally:
             opened.close()
-    return found
+    return pictures
 
 
 def wrong_captions(pictures: Sequence[HeldOutPicture]) -> list[str]:
-    """For each picture the next other caption of its group, going round. InputError where a group has just one."""
+    """For each picture the next other caption of its group, going round.
+
+    Raises InputError for a group with a single caption.
+    """
     wrong = []
     for place, picture in enumerate(pictures):
         order = [*pictures[place + 1 :], *pictures[:place]]

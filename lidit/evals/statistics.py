@@ -29,8 +29,8 @@ class Interval:
 def bootstrap_mean(values: ArrayLike, clusters: Sequence[object] | None = None, seed: int = 0) -> Interval:
     """The mean of `values` [N] with a percentile bootstrap interval.
 
-    `clusters` [N] says what belongs together (images of one prompt): whole clusters are drawn, so correlated values do
-    not narrow the interval. Raises InputError for no values or values that are not finite.
+    `clusters` [N] says which values belong together (images of one prompt): whole clusters are resampled, so correlated
+    values do not narrow the interval. Raises InputError for no values or values that are not finite.
     """
     table = np.asarray(values, dtype=float).reshape(-1, 1)
     return bootstrap_columns(table, clusters, seed)[0]
@@ -55,6 +55,23 @@ def bootstrap_columns(table: ArrayLike, clusters: Sequence[object] | None = None
     return [Interval(float(c), float(a), float(b)) for c, a, b in zip(centre, low, high)]
 
 
+def bootstrap_overall(values: ArrayLike, groups: Sequence[object], clusters: Sequence[object]) -> Interval:
+    """The unweighted mean over `groups` [N] of their means of `values` [N], clusters resampled within each group."""
+    flat, group = np.asarray(values, dtype=float), np.array([str(one) for one in groups])
+    names = list(dict.fromkeys(group.tolist()))
+    centre, resampled = 0.0, np.zeros(RESAMPLES)
+    for seed, name in enumerate(names):
+        chosen = group == name
+        _, cluster = np.unique([str(c) for c, kept in zip(clusters, chosen) if kept], return_inverse=True)
+        table = np.zeros((cluster.max() + 1, 2))
+        np.add.at(table, cluster, np.column_stack([flat[chosen], np.ones(chosen.sum())]))
+        sums = _resampled(table, seed)
+        resampled += sums[:, 0] / sums[:, 1] / len(names)
+        centre += float(flat[chosen].mean()) / len(names)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Interval(centre, float(low), float(high))
+
+
 def _resampled(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     """Sums [RESAMPLES, K] over clusters [C, K] drawn with replacement; the same draws for the same seed."""
     rng = np.random.default_rng(seed)
@@ -62,27 +79,10 @@ def _resampled(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     return weights @ sums
 
 
-def bootstrap_overall(values: ArrayLike, groups: Sequence[object], clusters: Sequence[object]) -> Interval:
-    """The unweighted mean over `groups` [N] of their means of `values` [N], clusters resampled within each group."""
-    flat, group = np.asarray(values, dtype=float), np.array([str(one) for one in groups])
-    names = list(dict.fromkeys(group.tolist()))
-    centre, drawn = 0.0, np.zeros(RESAMPLES)
-    for seed, name in enumerate(names):
-        chosen = group == name
-        _, cluster = np.unique([str(c) for c, kept in zip(clusters, chosen) if kept], return_inverse=True)
-        table = np.zeros((cluster.max() + 1, 2))
-        np.add.at(table, cluster, np.column_stack([flat[chosen], np.ones(chosen.sum())]))
-        sums = _resampled(table, seed)
-        drawn += sums[:, 0] / sums[:, 1] / len(names)
-        centre += float(flat[chosen].mean()) / len(names)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(centre, float(low), float(high))
-
-
 def mean_over_seeds(values: Sequence[float], least: float = -np.inf, most: float = np.inf) -> Interval:
     """Mean over independent runs with Student's t interval. One run has no interval: low and high are then infinite.
 
-    least, most: what the mean cannot leave (an accuracy is between 0 and 1), so neither does its interval.
+    least, most: bounds of the mean and so of its interval (an accuracy is between 0 and 1).
     """
     if not len(values):
         raise InputError("no runs to average")

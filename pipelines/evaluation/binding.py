@@ -26,14 +26,14 @@ def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingS
         return Scores(known["metrics"], known["table"], out, computed=False)
     # Measure.
     pipe = load_pipeline(model)
-    found = measure_model(pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed)
+    measured = measure_model(pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed)
     # Write the results.
     card.begin()
-    (out / TABLE).write_text(found.table + "\n")
+    (out / TABLE).write_text(measured.table + "\n")
     files = [TABLE]
-    if found.by_position:
-        plot_binding(out / POSITIONS, found.by_position)
+    if measured.by_position:
+        plot_binding(out / POSITIONS, measured.by_position)
         files.append(POSITIONS)
-    record = {"identity": card.identity, "made_with": made_with, "metrics": found.metrics, "table": found.table}
-    card.publish(found.metrics, files, record)
-    return Scores(found.metrics, found.table, out, computed=True)
+    record = {"identity": card.identity, "made_with": made_with, "metrics": measured.metrics, "table": measured.table}
+    card.publish(measured.metrics, files, record)
+    return Scores(measured.metrics, measured.table, out, computed=True)

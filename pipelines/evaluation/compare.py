@@ -17,7 +17,7 @@ from pipelines.evaluation.models import load_pipeline, model_identity, run_recip
 from pipelines.runtime.progress import ProgressBar
 
 SHOWN_CURVES = ("loss", "validation/loss", "images_per_second")
-# file -> what its scores are called on the page, and what makes them again
+# Score file -> prefix of its scores on the page, and the command that makes it again.
 SCORE_FILES = {
     "evaluation/scores.json": ("", "lidit evaluate {model}"),
     "evaluation/binding.json": ("binding/", "lidit evaluate {model} --binding"),
@@ -58,7 +58,7 @@ def compare_runs(folders: Sequence[Path], prompts: Sequence[str], seeds: Sequenc
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Folder names; with the folder above where two are alike."""
+    """Folder names; with the name of the folder above where two are alike."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) == len(names):
         return names
@@ -76,7 +76,7 @@ class _Scores:
 
 
 def _scores(name: str, folder: Path) -> _Scores:
-    """The run's scores; those of other weights or another sampler than the model's now are left out, and that is said.
+    """The run's scores. Scores of other weights or another sampler than the model's now are left out, with a note.
 
     Raises InputError for a score file that cannot be read.
     """
@@ -104,7 +104,7 @@ def _scores(name: str, folder: Path) -> _Scores:
 
 
 def _read_scores(path: Path, again: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics, and what they were made with (nothing where an earlier version wrote the file)."""
+    """Metrics, and what they were made with (empty in files of earlier versions)."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         metrics = {key: float(value) for key, value in record["metrics"].items()}

@@ -17,6 +17,7 @@ from lidit.evals.preference import HeldOutPicture, caption_preference, read_pict
 from lidit.evals.scenes.evaluation import with_bounds
 from lidit.evals.statistics import Interval
 from lidit.pipeline import LIDiTPipeline
+from lidit.pixels import from_bytes
 from lidit.plots import labelled_grid
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scorecard import Job, Scorecard
@@ -80,7 +81,7 @@ def evaluate_held_out(
 def _measure(pipe: LIDiTPipeline, pictures: Sequence[HeldOutPicture]) -> Interval:
     captions, wrong = [picture.caption for picture in pictures], wrong_captions(pictures)
     images = torch.from_numpy(np.stack([picture.image for picture in pictures]))  # [N, H, W, 3]
-    latents = pipeline_latents(pipe, images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    latents = pipeline_latents(pipe, from_bytes(images.permute(0, 3, 1, 2)))
     motifs = [picture.motif for picture in pictures]
     return caption_preference(pipeline_loss(pipe, captions), latents, captions, wrong, motifs)
 

@@ -1,4 +1,4 @@
-"""Trained models as the jobs on them need them: loaded for this machine, and identified by their weights."""
+"""Trained models for the jobs that measure them: loaded onto this machine, identified by their weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lidit.pipeline import INDEX, LIDiTPipeline
 from lidit.text.specs import default_device
 from pipelines.runtime.kernels import avoid_plan_building
 
-# what model_index.json says and scores depend on, apart from the weights
-DRAWN_BY = ("sampler", "objective", "codec", "height", "width")
+# The keys of model_index.json that scores depend on, apart from the weights.
+SAMPLED_BY = ("sampler", "objective", "codec", "height", "width")
 
 
 def load_pipeline(model: Path, changes: SamplerChanges | None = None) -> LIDiTPipeline:
@@ -35,6 +35,12 @@ def load_pipeline(model: Path, changes: SamplerChanges | None = None) -> LIDiTPi
     return pipe.to(default_device())
 
 
+def tracking_of(model: Path) -> TrackingSettings:
+    """The tracking settings of the run that made the model: its scores are tracked beside it."""
+    recipe = run_recipe(model.resolve().parent)
+    return recipe.tracking if recipe else TrackingSettings()
+
+
 def run_recipe(folder: Path) -> Recipe | None:
     """The recipe of the run in this folder, OUTPUT/NAME; None for a model that came without one."""
     try:
@@ -43,37 +49,23 @@ def run_recipe(folder: Path) -> Recipe | None:
         return None
 
 
-def tracking_of(model: Path) -> TrackingSettings:
-    """Where the run that made the model is tracked: what is found out about the model belongs beside it."""
-    recipe = run_recipe(model.resolve().parent)
-    return recipe.tracking if recipe else TrackingSettings()
-
-
-def read_index(model: Path) -> dict[str, Any]:
-    """What model_index.json says of how the model draws. Raises InputError where `model` is no model folder."""
-    path = model / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        return {name: index.get(name) for name in DRAWN_BY}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not readable ({error}); give a model folder written by lidit train") from None
-
-
 def model_identity(model: Path, changes: SamplerChanges | None = None) -> dict[str, Any]:
-    """What scores are of: the weights and how they draw, with `changes` to the model's own sampler.
+    """The weights and the settings they sample with, with `changes` to the model's own sampler: scores are of these.
 
     Raises InputError where `model` is no model folder, or its sampler cannot be changed so.
     """
-    weights, drawn_by = weights_digest(model), read_index(model)
+    weights, sampled_by = weights_digest(model), read_index(model)
     if changes is not None and changes.model_dump(exclude_none=True):
-        own = validate(SamplerSettings, drawn_by["sampler"] or {}, f"{model / INDEX}: sampler")
-        drawn_by["sampler"] = changes.applied(own).model_dump(mode="json")
-    return {"weights": weights, **drawn_by}
+        own = validate(SamplerSettings, sampled_by["sampler"] or {}, f"{model / INDEX}: sampler")
+        sampled_by["sampler"] = changes.applied(own).model_dump(mode="json")
+    return {"weights": weights, **sampled_by}
 
 
 def weights_digest(model: Path) -> str:
-    """sha256 over the model folder's weight files. InputError where the folder is not a model's: no file has a digest
-    too, and scores would be filed under it."""
+    """sha256 over the model folder's weight files.
+
+    Raises InputError for a folder without weights: no files have a digest too, and scores would be filed under it.
+    """
     if not (model / INDEX).is_file():
         raise InputError(f"{model}: no {INDEX}, so this is not a model folder written by lidit train")
     weights = sorted(model.rglob("*.safetensors"))
@@ -84,3 +76,13 @@ def weights_digest(model: Path) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+def read_index(model: Path) -> dict[str, Any]:
+    """The settings in model_index.json that the model samples with. Raises InputError for a folder of no model."""
+    path = model / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return {name: index.get(name) for name in SAMPLED_BY}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not readable ({error}); give a model folder written by lidit train") from None

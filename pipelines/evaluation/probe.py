@@ -1,4 +1,4 @@
-"""The study of LLM states: encoders found, probed one after the other, written up and tracked."""
+"""The study of LLM states: every encoder is probed, the report is written and tracked."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def corpus_encoders(corpus: Corpus) -> list[EncoderSettings]:
 
     Raises InputError for a corpus without a finished family.
     """
-    found: dict[str, EncoderSettings] = {}
+    encoders: dict[str, EncoderSettings] = {}
     for handle in corpus.text_families():
         if handle.complete:
             manifest = corpus.text_family(handle.directory).manifest
             settings = EncoderSettings.model_validate(manifest["extra"]["encoder"])
-            if settings.model not in found or found[settings.model].instruction == "":
-                found[settings.model] = settings
-    if not found:
+            if settings.model not in encoders or encoders[settings.model].instruction == "":
+                encoders[settings.model] = settings
+    if not encoders:
         raise InputError(f"{corpus.folder.location}: no finished text family to take LLMs from; run lidit embed first")
-    return list(found.values())
+    return list(encoders.values())
 
 
 def run_probe(

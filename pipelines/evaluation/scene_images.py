@@ -1,6 +1,6 @@
 """The scene benchmark's images: sampled once, kept in GenEval's layout, read back one by one.
 
-The folder's name is the digest of everything its images depend on, so an image that is there is the right one.
+The folder's name is the digest of everything its images depend on, so an image in it is never of other settings.
 """
 
 from __future__ import annotations

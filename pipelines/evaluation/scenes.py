@@ -54,7 +54,7 @@ def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSe
     # Judge the images.
     with ProgressBar("score", len(targets), "images") as progress:
         sampled = read_scenes(out / images, targets, settings.images_per_prompt)
-        evaluation = evaluate_images(items, sampled, progress=lambda done: progress.update(done))
+        evaluation = evaluate_images(items, sampled, progress=progress)
     # Write the results; images of earlier evaluations go when the new scores stand.
     card.begin()
     metrics, table, files = _write(out, evaluation, images)

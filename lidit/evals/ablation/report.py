@@ -75,7 +75,7 @@ def words(comparisons: Sequence[Comparison]) -> str:
         )
     single = [c for c in comparisons if math.isinf(c.learning.low)]
     if single:
-        lines.append("- An ordering of one seed has no interval and cannot be judged: train two seeds or more.")
+        lines.append("- One seed has no interval: nothing can be told before there are two.")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from random import Random
@@ -18,6 +18,7 @@ from lidit.evals.scenes.detection import Analysis, analyse
 from lidit.evals.scenes.generalisation import SEEN, HeldOutComparison, compare_held_out, held_out_table
 from lidit.evals.scenes.scorer import Item, SceneScore, judge, score_image
 from lidit.evals.statistics import Interval, bootstrap_mean, bootstrap_overall
+from lidit.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ class Evaluation:
             flat |= with_bounds(f"{tag.tag}/lax", tag.lax) | with_bounds(f"{tag.tag}/strict", tag.strict)
             flat |= {f"{tag.tag}/floor_lax": tag.floor_lax, f"{tag.tag}/floor_strict": tag.floor_strict}
         for name, comparison in self.by_held_out.items():
-            for rule, found in (("lax", comparison.mean.lax), ("strict", comparison.mean.strict)):
-                flat |= with_bounds(f"held_out_{name}/{rule}_seen", found.seen)
-                flat |= with_bounds(f"held_out_{name}/{rule}", found.held_out)
-                flat |= with_bounds(f"held_out_{name}/{rule}_gap", found.gap)
+            for rule, contrast in (("lax", comparison.mean.lax), ("strict", comparison.mean.strict)):
+                flat |= with_bounds(f"held_out_{name}/{rule}_seen", contrast.seen)
+                flat |= with_bounds(f"held_out_{name}/{rule}", contrast.held_out)
+                flat |= with_bounds(f"held_out_{name}/{rule}_gap", contrast.gap)
         return flat
 
     def table(self) -> str:
@@ -107,38 +108,17 @@ def with_bounds(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def chance_floor(items: Sequence[Item], size: int, scenes: int = 64, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Per category, the mean (lax, strict) score of its prompts against true images of OTHER scenes of the category.
-
-    What a model gets that draws perfect pictures and does not read its prompt. `scenes`: images per category, each
-    judged under every prompt.
-    """
-    shown: dict[tuple[str, str], list[Analysis]] = {}
-    scores: dict[str, list[tuple[bool, bool]]] = {}
-    for item in items:
-        tag, layout = item["tag"], item.get("layout", "free")
-        if (tag, layout) not in shown:
-            vocabulary, rng = vocabulary_for(size, layout), Random(f"floor/{seed}/{layout}/{size}/{tag}")
-            drawn = [generate_scene(rng, tag, size, layout, vocabulary, "any") for _ in range(scenes)]
-            shown[tag, layout] = [analyse(scene.render(), vocabulary) for scene in drawn]
-        for analysis in shown[tag, layout]:
-            score = judge(analysis, item)
-            scores.setdefault(tag, []).append((score.lax, score.strict))
-    means = {tag: np.mean(group, axis=0) for tag, group in scores.items()}
-    return {tag: (float(lax), float(strict)) for tag, (lax, strict) in means.items()}
-
-
 def evaluate_images(
     items: Sequence[Item],
     images: Iterable[Iterable[NDArray[np.uint8]]],
     floor: dict[str, tuple[float, float]] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """Scores the i-th of `images`, the uint8 [S, S, 3] images drawn for prompt `items[i]` (from `benchmark_prompts`).
 
     Images are taken one by one and not kept, so generators of any length will do. `floor`: from `chance_floor`,
-    measured here where None. `progress` is called with the images scored so far. Raises InputError where a prompt has
-    no image, or an image cannot be scored.
+    measured here where None. `progress` is told the number of images scored so far. Raises InputError for a prompt that
+    has no image, and for an image that cannot be scored.
     """
     scored: list[ScoredImage] = []
     groups = 0
@@ -150,8 +130,7 @@ def evaluate_images(
         for number, image in enumerate(group):
             size = len(image)
             scored.append(ScoredImage(prompt, item, score_image(image, item), f"{prompt:05d}/samples/{number:04d}.png"))
-            if progress is not None:
-                progress(len(scored))
+            progress.update(len(scored))
         if number < 0:
             raise InputError(f"prompt {prompt} ({item['prompt']!r}): no images")
     if not items or groups != len(items):
@@ -162,34 +141,34 @@ def evaluate_images(
 
 def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) -> Evaluation:
     tags = []
-    for tag in dict.fromkeys(one.item["tag"] for one in scored):
-        chosen = [one for one in scored if one.item["tag"] == tag]
-        prompts = [one.prompt for one in chosen]
+    for tag in dict.fromkeys(image.item["tag"] for image in scored):
+        chosen = [image for image in scored if image.item["tag"] == tag]
+        prompts = [image.prompt for image in chosen]
         tags.append(
             TagScore(
                 tag=tag,
                 prompts=len(set(prompts)),
                 images=len(chosen),
-                lax=bootstrap_mean([one.score.lax for one in chosen], prompts),
-                strict=bootstrap_mean([one.score.strict for one in chosen], prompts),
+                lax=bootstrap_mean([image.score.lax for image in chosen], prompts),
+                strict=bootstrap_mean([image.score.strict for image in chosen], prompts),
                 floor_lax=floor[tag][0],
                 floor_strict=floor[tag][1],
             )
         )
-    correct_prompts = {one.prompt for one in scored if one.score.lax}
+    correct_prompts = {image.prompt for image in scored if image.score.lax}
     return Evaluation(
         tags=tuple(tags),
-        overall_lax=_overall(scored, [one.score.lax for one in scored]),
-        overall_strict=_overall(scored, [one.score.strict for one in scored]),
+        overall_lax=_overall(scored, [image.score.lax for image in scored]),
+        overall_strict=_overall(scored, [image.score.strict for image in scored]),
         floor_lax=float(np.mean([tag.floor_lax for tag in tags])),
         floor_strict=float(np.mean([tag.floor_strict for tag in tags])),
-        correct_images=float(np.mean([one.score.lax for one in scored])),
-        correct_prompts=len(correct_prompts) / len({one.prompt for one in scored}),
+        correct_images=float(np.mean([image.score.lax for image in scored])),
+        correct_prompts=len(correct_prompts) / len({image.prompt for image in scored}),
         by_held_out=compare_held_out(
-            [one.item["tag"] for one in scored],
-            [one.item.get("held_out", SEEN) for one in scored],
-            [one.prompt for one in scored],
-            [(one.score.lax, one.score.strict) for one in scored],
+            [image.item["tag"] for image in scored],
+            [image.item.get("held_out", SEEN) for image in scored],
+            [image.prompt for image in scored],
+            [(image.score.lax, image.score.strict) for image in scored],
         ),
         images=tuple(scored),
     )
@@ -197,7 +176,28 @@ def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) ->
 
 def _overall(scored: Sequence[ScoredImage], right: Sequence[bool]) -> Interval:
     """Unweighted mean over categories of the mean over images; prompts are resampled within their category."""
-    return bootstrap_overall(right, [one.item["tag"] for one in scored], [one.prompt for one in scored])
+    return bootstrap_overall(right, [image.item["tag"] for image in scored], [image.prompt for image in scored])
+
+
+def chance_floor(items: Sequence[Item], size: int, scenes: int = 64, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Per category, the mean (lax, strict) score of its prompts against true images of OTHER scenes of the category.
+
+    The score of a model that draws perfect pictures and does not read its prompt. `scenes`: images per category, each
+    judged under every prompt.
+    """
+    shown: dict[tuple[str, str], list[Analysis]] = {}
+    scores: dict[str, list[tuple[bool, bool]]] = {}
+    for item in items:
+        tag, layout = item["tag"], item.get("layout", "free")
+        if (tag, layout) not in shown:
+            vocabulary, rng = vocabulary_for(size, layout), Random(f"floor/{seed}/{layout}/{size}/{tag}")
+            others = [generate_scene(rng, tag, size, layout, vocabulary, "any") for _ in range(scenes)]
+            shown[tag, layout] = [analyse(scene.render(), vocabulary) for scene in others]
+        for analysis in shown[tag, layout]:
+            score = judge(analysis, item)
+            scores.setdefault(tag, []).append((score.lax, score.strict))
+    means = {tag: np.mean(group, axis=0) for tag, group in scores.items()}
+    return {tag: (float(lax), float(strict)) for tag, (lax, strict) in means.items()}
 
 
 def write_results(path: Path, evaluation: Evaluation, images: str = "") -> None:
@@ -207,15 +207,15 @@ def write_results(path: Path, evaluation: Evaluation, images: str = "") -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for one in evaluation.images:
+        for image in evaluation.images:
             record = {
-                "filename": str(PurePosixPath(images) / one.filename),
-                "tag": one.item["tag"],
-                "prompt": one.item["prompt"],
-                "correct": one.score.lax,
-                "reason": one.score.reason,
-                "metadata": json.dumps(dict(one.item)),
-                "details": json.dumps(one.score.details()),
-                "strict": one.score.strict,
+                "filename": str(PurePosixPath(images) / image.filename),
+                "tag": image.item["tag"],
+                "prompt": image.item["prompt"],
+                "correct": image.score.lax,
+                "reason": image.score.reason,
+                "metadata": json.dumps(dict(image.item)),
+                "details": json.dumps(image.score.details()),
+                "strict": image.score.strict,
             }
             file.write(json.dumps(record) + "\n")

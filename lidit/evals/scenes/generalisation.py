@@ -1,7 +1,7 @@
 """Seen prompts against held-out ones, within the same categories.
 
 Only categories that have both are compared: a mean over all categories of one group and some of the other would show a
-gap wherever categories differ in difficulty, whatever the model makes of what it never saw.
+gap wherever categories differ in difficulty, however well the model does on prompts it never saw.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """One category, or the unweighted mean over categories; prompts are resampled within category and group."""
+    """Scores of one category, or of the unweighted mean over categories; prompts are resampled within each group."""
 
     category: str
     prompts: tuple[int, int]
@@ -86,8 +86,8 @@ def _resampled_means(
     count = cluster.max() + 1
     sums = np.zeros((count, 3))
     np.add.at(sums, cluster, np.column_stack([rights, np.ones(len(rights))]))
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    totals = np.concatenate([np.ones((1, count)), drawn]) @ sums
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    totals = np.concatenate([np.ones((1, count)), weights]) @ sums
     return totals[:, :2] / totals[:, 2:]
 
 

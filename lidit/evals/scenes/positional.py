@@ -49,6 +49,18 @@ class PositionalCurve:
         return {key: value for name, v in self.named().items() for key, value in with_bounds(name, v).items()}
 
 
+def scene_curves(evaluation: Evaluation) -> dict[str, PositionalCurve]:
+    """One curve per list category in an evaluation: a segment scores 1 where its shape is shown in its colour."""
+    curves = {}
+    for tag in dict.fromkeys(image.item["tag"] for image in evaluation.images):
+        if list_length(tag):
+            chosen = [image for image in evaluation.images if image.item["tag"] == tag]
+            curves[tag] = positional_curve(
+                [image.score.clauses for image in chosen], [image.prompt for image in chosen]
+            )
+    return curves
+
+
 def positional_curve(scores: ArrayLike, prompts: Sequence[object]) -> PositionalCurve:
     """The curve of segment scores [images, segments] in [0, 1]; `prompts` [images] says which prompt an image is of.
 
@@ -72,16 +84,6 @@ def positional_curve(scores: ArrayLike, prompts: Sequence[object]) -> Positional
         by_quartile=tuple(intervals[count:-1]),
         drop=intervals[-1],
     )
-
-
-def scene_curves(evaluation: Evaluation) -> dict[str, PositionalCurve]:
-    """One curve per list category in an evaluation: a segment scores 1 where its shape is shown in its colour."""
-    curves = {}
-    for tag in dict.fromkeys(one.item["tag"] for one in evaluation.images):
-        if list_length(tag):
-            chosen = [one for one in evaluation.images if one.item["tag"] == tag]
-            curves[tag] = positional_curve([one.score.clauses for one in chosen], [one.prompt for one in chosen])
-    return curves
 
 
 def positions_table(curves: Mapping[str, PositionalCurve]) -> str:

@@ -24,7 +24,10 @@ IMAGES_PER_PROMPT = 4
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The prompt records of `evaluation_metadata.jsonl`, one JSON object per line. InputError names a line not so."""
+    """The prompt records of `evaluation_metadata.jsonl`, one JSON object per line.
+
+    Raises InputError naming the first line that is no such record.
+    """
     items = []
     for number, line in enumerate(read_lines(path), start=1):
         try:

@@ -1,8 +1,8 @@
-"""The suites scored outside behind two questions: which images does a prompt list ask for, and what do results say.
+"""The suites that are scored outside: which images a prompt list asks for, and what the scorer's results say.
 
-Layouts and rules are each suite's own (`geneval`, `t2i_compbench`, `dpg_bench`); here they get one shape. `segments4`
-and `segments8` are the paper's prompts of adjective-noun segments (A.3): made from T2I-CompBench's words, drawn in
-GenEval's layout with the questions in each metadata.jsonl, and scored by any VQA model.
+Each suite's layout and rules are in its own module (`geneval`, `t2i_compbench`, `dpg_bench`); this module gives them
+one shape. `segments4` and `segments8` are the paper's prompts of adjective-noun segments (A.3): made from
+T2I-CompBench's words, sampled in GenEval's layout with the questions in each metadata.jsonl, scored by any VQA model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from lidit.store import digest_of
 
 SuiteName = Literal["geneval", "t2i-compbench", "dpg-bench", "segments4", "segments8"]
 SUITES: tuple[str, ...] = get_args(SuiteName)
-SEGMENTS = {"segments4": 4, "segments8": 8}  # the paper's reading, and the stress
+SEGMENTS = {"segments4": 4, "segments8": 8}  # as the paper reads them, and a harder variant
 SEGMENT_PROMPTS = 1000  # as many as the paper's
-FULL = {"geneval": 2212, "dpg-bench": 1065} | dict.fromkeys(SEGMENTS, 4 * SEGMENT_PROMPTS)  # files of the list
-# LI-DiT-1B in the paper's table 1, in the units of our tables
+# Image files of the whole prompt list.
+FULL = {"geneval": 2212, "dpg-bench": 1065} | dict.fromkeys(SEGMENTS, 4 * SEGMENT_PROMPTS)
+# LI-DiT-1B in the paper's table 1, in the units of our tables.
 PAPER = {
     "geneval": {"single_object": 0.98, "two_object": 0.69, "counting": 0.48, "colors": 0.86, "position": 0.22,
                 "color_attr": 0.37, "overall": 0.60},
@@ -37,9 +38,9 @@ PAPER = {
 
 @dataclass(frozen=True)
 class SuitePart:
-    """The images of one prompt file. `folder`, relative to the output folder, holds them and nothing else.
+    """The images of one prompt file. `folder`, relative to the output folder, holds these images and nothing else.
 
-    `digest` is of the prompts as read; `records` are GenEval's, which go beside the images.
+    `digest` is of the prompts as read; `records` are GenEval's metadata, written beside the images.
     """
 
     folder: Path
@@ -54,7 +55,7 @@ def check_suite(suite: str) -> None:
 
 
 def suite_parts(suite: str, prompts: Sequence[Path]) -> list[SuitePart]:
-    """What to draw for the prompt files of a suite: one file, or for T2I-CompBench one per category.
+    """The images that the prompt files of a suite ask for: one file, or for T2I-CompBench one per category.
 
     A T2I-CompBench category is recognised by its file's name (color_val.txt). Segment prompts take their words from any
     number of T2I-CompBench files. Raises InputError for an unknown suite, for files that are not the suite's, and for
@@ -111,8 +112,10 @@ def _category(path: Path) -> str:
 
 
 def prepare_folder(out: Path, part: SuitePart, identity: Mapping[str, object]) -> None:
-    """Claims the part's folder for these prompts and this `identity` (model, sampler) and writes what goes beside the
-    images. Raises InputError where the folder holds images made with others."""
+    """Claim the part's folder for these prompts and this `identity` (model, sampler); write GenEval's metadata.
+
+    Raises InputError where the folder holds images of other prompts or another identity.
+    """
     claim_folder(out / part.folder, {**identity, "prompts": part.digest}, len(part.targets))
     if part.records:
         geneval.write_metadata(out, part.records)
@@ -120,9 +123,10 @@ def prepare_folder(out: Path, part: SuitePart, identity: Mapping[str, object]) -
 
 @dataclass(frozen=True)
 class SuiteScores:
-    """Official aggregates: flat numbers for a tracker, a Markdown table, and what a reader must know beside it.
+    """Official aggregates: flat numbers for a tracker, a Markdown table, and notes that a reader of it needs.
 
-    `curve`: of segment prompts, the score by position."""
+    `curve`: the score by position, of segment prompts only.
+    """
 
     metrics: dict[str, float]
     table: str
@@ -136,8 +140,8 @@ def parse_results(suite: str, results: Path, graph: Path | None = None, drawn: P
     results: GenEval's results.jsonl; the folder with T2I-CompBench's categories; DPG-Bench's --res-path file; for
     segment prompts a line {"prompt": number of the folder, "scores": [one per segment]} per image. `graph`:
     dpg_bench.csv, for DPG-Bench's categories and its scores without the official script's two faults; the answers are
-    read from the `_detail.txt` the scorer leaves beside its results. `drawn`: the folder the images were drawn in,
-    which says how many there should be. Raises InputError where the results are not what they should be.
+    read from the `_detail.txt` that the scorer leaves beside its results. `drawn`: the folder of the sampled images,
+    whose record says how many images to expect. Raises InputError for results that the scorer does not write.
     """
     check_suite(suite)
     if graph is not None and suite != "dpg-bench":
@@ -150,9 +154,9 @@ def parse_results(suite: str, results: Path, graph: Path | None = None, drawn: P
 
 
 def _completeness(suite: str, count: int, drawn: Path | None) -> list[str]:
-    """A note where results are of another number of images than were to be drawn, or than the benchmark has.
+    """A note where fewer or more images are scored than the prompt list asks for.
 
-    Not an error: that `drawn` is the folder these results are of is only likely, and a part may be what was wanted.
+    A note and no error: `drawn` is only likely the folder of these results, and a part may be intended.
     """
     recorded = recorded_images(drawn) if drawn else None
     expected = FULL[suite] if recorded is None else recorded
@@ -194,10 +198,10 @@ def _t2i_compbench(folder: Path) -> SuiteScores:
     if not present:
         raise InputError(f"{folder}: no folder of a T2I-CompBench category; give the output folder of the drawing")
     scores = {name: t2i_compbench.read_category(folder, name) for name in present}
-    rows = [(name, str(one.score), PAPER["t2i-compbench"].get(name)) for name, one in scores.items()]
-    metrics = {name: one.score.value for name, one in scores.items()}
-    notes = [f"{sum(one.images for one in scores.values())} images"]
-    if unknown := [f"{name} ({one.images})" for name, one in scores.items() if not one.recorded]:
+    rows = [(name, str(category.score), PAPER["t2i-compbench"].get(name)) for name, category in scores.items()]
+    metrics = {name: category.score.value for name, category in scores.items()}
+    notes = [f"{sum(category.images for category in scores.values())} images"]
+    if unknown := [f"{name} ({category.images})" for name, category in scores.items() if not category.recorded]:
         notes.append(f"NOT CHECKED: no suite.json says how many images there should be, counted are {_some(unknown)}")
     average = t2i_compbench.li_dit_average(scores)
     if average is not None:
@@ -212,7 +216,7 @@ def _segments(suite: str, path: Path, drawn: Path | None) -> SuiteScores:
         raise InputError(f"{path}: {table.shape[1]} scores per image, {suite} has {SEGMENTS[suite]} segments")
     curve = positional_curve(table, prompts)
     rows: list[tuple[str, str, float | None]] = [
-        *((f"segment {number}", str(one), None) for number, one in enumerate(curve.by_position, start=1)),
+        *((f"segment {number}", str(interval), None) for number, interval in enumerate(curve.by_position, start=1)),
         ("first less last quarter", str(curve.drop), None),
     ]
     counts = Counter(f"{prompt:05d}" for prompt in prompts)

@@ -3,7 +3,7 @@
 One folder per category with all images in `samples/`. The number in a file name is a running index over the whole
 category, not a seed: BLIP-VQA and CLIP write positions after sorting, UniDet writes the number, and 3-in-1 joins the
 two, so the indices must be contiguous from 0 in the order of the prompt file. For the same reason a result file cannot
-show that images were missing: how many there should be is what the drawing recorded.
+show that images were missing: the record of the sampling says how many images to expect.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lidit.evals.suites.targets import FIRST_SEED, ImageTarget, read_lines, reco
 
 IMAGES_PER_PROMPT = 10
 LONGEST_NAME = 255  # bytes of a file name on common file systems
-# where each category's official scorer leaves its scores; earlier versions of 2D-spatial wrote elsewhere
+# Where each category's official scorer leaves its scores; earlier versions of 2D-spatial wrote elsewhere.
 RESULT_FILES: dict[str, tuple[str, ...]] = {
     "color": ("annotation_blip/vqa_result.json",),
     "shape": ("annotation_blip/vqa_result.json",),
@@ -43,9 +43,10 @@ LI_DIT_AVERAGE = ("color", "shape", "texture")  # what the LI-DiT paper averages
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt per line, kept as it is (the trailing "." too). InputError where one cannot be a file name.
+    """One prompt per line, kept as it is (the trailing "." too).
 
-    The scorers read the prompt back as the text before the first "_", so no prompt may hold one.
+    The scorers read the prompt back as the text before the first "_", so no prompt may hold this character. Raises
+    InputError for a prompt that cannot be a file name.
     """
     prompts = read_lines(path)
     for number, prompt in enumerate(prompts, start=1):
@@ -94,14 +95,14 @@ def read_category(out: Path, category: str, per_prompt: int = IMAGES_PER_PROMPT)
     _check(category)
     folder = out / category
     candidates = [folder / name for name in RESULT_FILES[category]]
-    found = [path for path in candidates if path.is_file()]
-    if not found:
+    results = [path for path in candidates if path.is_file()]
+    if not results:
         hint = f"; {BEFORE_THREE_IN_ONE}" if category == "complex" else ""
         raise InputError(f"{candidates[0]}: no results; run the official {category} scorer on {folder} first{hint}")
-    answers, recorded = read_answers(found[0]), recorded_images(folder)
-    _check_complete(folder / "samples", found[0], len(answers), recorded)
+    answers, recorded = read_answers(results[0]), recorded_images(folder)
+    _check_complete(folder / "samples", results[0], len(answers), recorded)
     if len(answers) % per_prompt:
-        raise InputError(f"{found[0]}: {len(answers)} scores are no multiple of {per_prompt} images per prompt")
+        raise InputError(f"{results[0]}: {len(answers)} scores are no multiple of {per_prompt} images per prompt")
     prompts = np.arange(len(answers)) // per_prompt
     return CategoryScore(category, bootstrap_mean(answers, prompts.tolist()), len(answers), recorded is not None)
 

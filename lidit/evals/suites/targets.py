@@ -1,4 +1,4 @@
-"""What the exporters of official suites share: which image goes where, what is missing, and writing it whole."""
+"""Image files of official suites: where each image goes, which files are missing, and writing a file whole."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lidit.evals.records import read_record
 from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes
 from lidit.store.files.folder import Folder
 
-FIRST_SEED = 42  # what the reference samplers start every prompt with
+FIRST_SEED = 42  # the seed of each prompt's first image in the reference samplers
 IDENTITY_FILE = "suite.json"
 IMAGES = "images"  # the identity file's key for how many files the prompt list asks for
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # a file without it was cut: by a full disk, a lost machine, an ended copy
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # without this end a file was cut: full disk, lost machine, stopped copy
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ImageTarget:
 
 
 def missing(out: Path, targets: Iterable[ImageTarget]) -> list[ImageTarget]:
-    """The targets whose file is not there whole, in order. Workers take `missing(...)[worker::workers]`."""
+    """The targets whose file is missing or cut, in order. Workers take `missing(...)[worker::workers]`."""
     return [target for target in targets if not _is_whole(out / target.path)]
 
 
@@ -74,46 +74,48 @@ def write_whole(out: Path, path: Path, content: bytes) -> None:
 
 
 def claim_folder(out: Path, identity: Mapping[str, object], images: int) -> None:
-    """Marks the output folder as belonging to one suite, prompt list and model; a folder of another one is refused.
+    """Mark the output folder as belonging to one suite, prompt list and model, or refuse a folder of others.
 
     `identity`: JSON values such as the suite's name, the prompt file's and the model's digests, sampler and seed.
-    `images`: how many files will be drawn, for `recorded_images`. Raises InputError for a folder of something else.
+    `images`: how many files the prompt list asks for, see `recorded_images`. Raises InputError for a folder of anything
+    else.
     """
-    wanted = json.loads(json.dumps({**identity, IMAGES: images}, sort_keys=True))
-    found = _identity(out)
-    if found is not None:
-        earlier = {IMAGES: images} | found  # a folder begun before the number was recorded is still the same one
-        different = sorted(key for key in {*wanted, *earlier} if wanted.get(key) != earlier.get(key))
+    expected = json.loads(json.dumps({**identity, IMAGES: images}, sort_keys=True))
+    recorded = _identity(out)
+    if recorded is not None:
+        # A folder begun before the number of images was recorded is still the same folder.
+        earlier = {IMAGES: images} | recorded
+        different = sorted(key for key in {*expected, *earlier} if expected.get(key) != earlier.get(key))
         if different:
             raise InputError(f"{out}: holds images made with other {', '.join(different)}; give a new folder")
     elif out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
         raise InputError(f"{out}: not empty and without {IDENTITY_FILE}; give a new folder")
-    if found != wanted:
-        write_whole(out, Path(IDENTITY_FILE), json.dumps(wanted, indent=1).encode())
+    if recorded != expected:
+        write_whole(out, Path(IDENTITY_FILE), json.dumps(expected, indent=1).encode())
 
 
 def recorded_images(out: Path) -> int | None:
-    """How many files `out` was claimed for; None where nothing says so. InputError for a record that is no record."""
+    """How many files `out` was claimed for; None without a record. Raises InputError for an unreadable record."""
     images = (_identity(out) or {}).get(IMAGES)
     return images if isinstance(images, int) else None
 
 
 def check_drawn(folders: Iterable[Path], suite: str, model: str) -> dict[str, Any]:
-    """What the images in `folders` were drawn with, from the first of them that says so; nothing where none does.
+    """The record of the first of `folders` that has a record of its images; empty if none has.
 
-    suite, model: whose results are to be recorded; `model` is the digest of its weights. Raises InputError where a
+    suite, model: whose results are to be filed; `model` is the digest of its weights. Raises InputError where a
     folder holds images of another suite or of other weights: their scores would be filed under this model.
     """
     known: dict[str, Any] = {}
     for folder in folders:
-        found = _identity(folder) or {}
-        for key, wanted in (("suite", suite), ("model", model)):
-            if found.get(key, wanted) != wanted:
+        recorded = _identity(folder) or {}
+        for key, expected in (("suite", suite), ("model", model)):
+            if recorded.get(key, expected) != expected:
                 raise InputError(
-                    f"{folder / IDENTITY_FILE}: the images were drawn with {key} {str(found[key])[:12]}, not "
-                    f"{wanted[:12]}; give the model they were drawn with, or --out of its evaluation"
+                    f"{folder / IDENTITY_FILE}: the images were drawn with {key} {str(recorded[key])[:12]}, not "
+                    f"{expected[:12]}; give the model they were drawn with, or --out of its evaluation"
                 )
-        known = known or found
+        known = known or recorded
     return known
 
 
@@ -122,12 +124,12 @@ def _identity(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = read_record(path.read_text(encoding="utf-8"))
+        recorded = read_record(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        recorded = None
+    if not isinstance(recorded, dict):
         raise InputError(f"{path}: not readable; delete {out} or give a new folder")
-    return found
+    return recorded
 
 
 def read_lines(path: Path) -> list[str]:
