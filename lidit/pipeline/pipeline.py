@@ -207,7 +207,8 @@ class LIDiTPipeline(DiffusionPipeline):
         Args:
             changes: The settings that change.
         """
-        self.sampler = changes.applied(self.sampler)
+        # Not by assignment, with which diffusers changes the configuration that a save writes, too.
+        self.__dict__["sampler"] = changes.applied(self.sampler)
 
     def unload_encoders(self) -> None:
         """Forget the LLMs; they come back with the next prompt given as text."""
