@@ -108,7 +108,7 @@ def test_sources_on_s3_by_name_folder_and_glob(url: str, tmp_path: Path) -> None
         write_tar(tmp_path / f"{i}.tar", sample(f"s{i}", f"caption {i}"))
         file_system.put_file(str(tmp_path / f"{i}.tar"), f"{root}/shards/{i}.tar")
     for source in ([f"{url}/shards"], [f"{url}/shards/*.tar"], [f"{url}/shards/{{0..1}}.tar"]):
-        base, files = expand(source)
+        base, files, *_ = expand(source)
         assert (base, [f.name for f in files]) == (f"{url}/shards", ["0.tar", "1.tar"])
     opened = OpenedSource(files[1])
     (found,) = read_source(opened, FieldNames({}, (), False))
