@@ -28,6 +28,7 @@ from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sam
 from lidit.errors import InputError, one_line
 from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.models import LIDiT, TextStates
+from lidit.pipeline.checksums import check_model, write_checksums
 from lidit.pipeline.inputs import image_count, listed_prompts, seed_per_image
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.pixels import unit_to_bytes
@@ -77,6 +78,7 @@ class LIDiTPipeline(DiffusionPipeline):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         encoders: Mapping[str, str | Path | PromptEncoder] | None = None,
+        check_files: bool | None = None,
     ) -> Self:
         """Load a model folder that `lidit train` wrote. No LLM is loaded before a prompt needs it.
 
@@ -86,6 +88,7 @@ class LIDiTPipeline(DiffusionPipeline):
             dtype: Of the weights; None keeps them as saved.
             encoders: Encoder name -> an encoder that is already loaded, to share it; or the folder where its files are
                 on this machine; or a hub id as `id@commit`.
+            check_files: Compare every file with the checksums it was saved with; None does so below 20 GB.
 
         Returns:
             The pipeline, on the CPU; `to("cuda")` moves it.
@@ -97,6 +100,7 @@ class LIDiTPipeline(DiffusionPipeline):
         path = _local_folder(folder, revision)
         if not (path / INDEX).is_file():
             raise InputError(f"{path}: no {INDEX}, so this is not a model folder written by lidit train")
+        check_model(path, check_files)
         try:
             model = LIDiT.load(path / "model", dtype)
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
@@ -133,6 +137,7 @@ class LIDiTPipeline(DiffusionPipeline):
         super().save_pretrained(str(save_directory), safe_serialization=True, max_shard_size=max_shard_size)
         for encoder in self.encoders.values():
             encoder.save(Path(save_directory) / ENCODERS)
+        write_checksums(Path(save_directory))
 
     @property
     def codec(self) -> Codec:

@@ -28,8 +28,9 @@ from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_
 from lidit.sources.units import SourceListing, WrittenSource, find_duplicates, number_units, write_units
 from lidit.store import Corpus, publish_corpus, publish_root
 from lidit.store.corpus import CORPUS_FILE
-from lidit.store.files.atomic import publish_bytes
+from lidit.store.files.atomic import publish_bytes, remove_leftovers
 from lidit.store.files.folder import Folder
+from lidit.store.files.owner import MARK, owned
 from lidit.store.manifest import spec_differences
 from lidit.store.schema import FORMAT_VERSION, canonical_json, unit_digits
 
@@ -87,15 +88,15 @@ def ingest(sources: Sequence[str], corpus: str, settings: IngestSettings, progre
     job = Ingest(sources, corpus, settings)
     if (summary := job.finished()) is not None:
         return summary
+    with owned(job.folder, "made"):
+        # Read and check every source that no earlier call has read.
+        unread = job.begin(progress)
+        for index, file in unread:
+            job.add_read(stage_source(job.staging, file, index, settings), progress)
 
-    # Read and check every source that no earlier call has read.
-    unread = job.begin(progress)
-    for index, file in unread:
-        job.add_read(stage_source(job.staging, file, index, settings), progress)
-
-    # Write every source's units; writing them again after a crash gives the same bytes.
-    written = [write_units(job.folder, job.staging, listing) for listing in job.number_units()]
-    return job.publish(written)
+        # Write every source's units; writing them again after a crash gives the same bytes.
+        written = [write_units(job.folder, job.staging, listing) for listing in job.number_units()]
+        return job.publish(written)
 
 
 class Ingest:
@@ -111,6 +112,8 @@ class Ingest:
         inside = [s for s in sources if self.folder.location.startswith(f"{Folder.at(s).location}/")]
         if inside:
             raise InputError(f"{corpus}: lies inside the source {inside[0]}; name a folder outside it for --corpus")
+        if self.folder.local and self.folder.path.is_file():
+            raise InputError(f"{self.folder.location}: is a file; name a folder for --corpus")
         self.sources, self.corpus, self.settings = sources, corpus, settings
         self.fields = FieldNames(settings.caption_fields, settings.image_fields, settings.captions_only)
         self.root, self.files, self.left_out, self.loose = expand(list(sources), self.fields)
@@ -155,8 +158,21 @@ class Ingest:
         progress.update(len(self._read), self._note())
 
     def number_units(self) -> list[SourceListing]:
-        """Every source's units, once all sources are read. InputError where no sample is usable or kinds are mixed."""
+        """Every source's units, once all sources are read. InputError where no sample is usable or kinds are mixed;
+        then the folder is as it was before, for the corrected command has other settings."""
         staged = self._in_order()
+        try:
+            self._require_samples(staged)
+            _require_one_kind(staged)
+        except InputError:
+            self.staging.remove_tree()
+            raise
+        for group in ("samples", "captions", "quarantine"):
+            remove_leftovers(self.folder.child(group))
+        self._duplicates = find_duplicates(self.staging, staged)
+        return number_units(staged, self._duplicates, self.settings.unit_samples)
+
+    def _require_samples(self, staged: Sequence[StagedSource]) -> None:
         if not any(entry.samples for entry in staged):
             reasons = sum((Counter(entry.refused) for entry in staged), Counter())
             counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
@@ -167,9 +183,6 @@ class Ingest:
                 f"{', '.join(self.sources)}: not one usable sample ({counts or 'every source is empty'}); "
                 f"{self.corpus} was not made{''.join(f'; {line}' for line in found)}"
             )
-        _require_one_kind(staged)
-        self._duplicates = find_duplicates(self.staging, staged)
-        return number_units(staged, self._duplicates, self.settings.unit_samples)
 
     def publish(self, written: Sequence[WrittenSource]) -> IngestSummary:
         """Write what counts over all sources and, last, corpus.json; remove the staged files."""
@@ -197,12 +210,10 @@ class Ingest:
         return _summary(made, seconds=time.monotonic() - self._started)
 
     def _claim(self) -> None:
-        if self.folder.local and self.folder.path.is_file():
-            raise InputError(f"{self.folder.location}: is a file; name a folder for --corpus")
         try:
             before = json.loads(self.staging.read_bytes(PLAN_FILE))
         except FileNotFoundError:
-            if [name for name in self.folder.folders() if name != STAGING] or self.folder.sizes():
+            if [name for name in self.folder.folders() if name != STAGING] or self.folder.sizes().keys() - {MARK}:
                 raise InputError(
                     f"{self.folder.location}: not empty and not a corpus; name a new folder for --corpus"
                 ) from None

@@ -19,8 +19,9 @@ from lidit.errors import InputError
 from lidit.progress import SILENT, Progress
 from lidit.store.corpus import Corpus
 from lidit.store.families import TextFamily
-from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes, publish_written
+from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes, publish_written, remove_leftovers
 from lidit.store.files.folder import Folder
+from lidit.store.files.owner import MARK, owned
 from lidit.store.manifest import spec_differences
 from lidit.store.schema import seal, unseal
 
@@ -63,21 +64,23 @@ def export_corpus(
         raise InputError(f"export to {to!r}: choose one of {', '.join(FORMATS)}")
     corpus, folder = Corpus.open(path), Folder.at(out)
     opened = [corpus.text_family(name) for name in families]
-    _claim(folder, corpus, to, opened, images is not None)
-    suffix, write = ("tar", _write_tar) if to == "webdataset" else ("parquet", _write_parquet)
-    written, present = [], folder.sizes()
-    progress.expect(corpus.num_units)
-    for unit in range(corpus.num_units):
-        name = f"{corpus.unit_name(unit)}.{suffix}"
-        if name not in present:
-            for family in opened:
-                family.verify_unit(unit)
-            contents = list(images(corpus, unit)) if images is not None else None
-            content = partial(write, corpus=corpus, unit=unit, families=opened, images=contents)
-            publish_written(folder, name, content)
-        written.append(name)
-        progress.update(unit + 1)
-    return written
+    with owned(folder, "filled by an export"):
+        _claim(folder, corpus, to, opened, images is not None)
+        remove_leftovers(folder)
+        suffix, write = ("tar", _write_tar) if to == "webdataset" else ("parquet", _write_parquet)
+        written, present = [], folder.sizes()
+        progress.expect(corpus.num_units)
+        for unit in range(corpus.num_units):
+            name = f"{corpus.unit_name(unit)}.{suffix}"
+            if name not in present:
+                for family in opened:
+                    family.verify_unit(unit)
+                contents = list(images(corpus, unit)) if images is not None else None
+                content = partial(write, corpus=corpus, unit=unit, families=opened, images=contents)
+                publish_written(folder, name, content)
+            written.append(name)
+            progress.update(unit + 1)
+        return written
 
 
 def _claim(folder: Folder, corpus: Corpus, to: str, families: Sequence[TextFamily], images: bool) -> None:
@@ -97,7 +100,7 @@ def _claim(folder: Folder, corpus: Corpus, to: str, families: Sequence[TextFamil
     try:
         existing = unseal(folder.read_bytes(EXPORT_FILE))
     except FileNotFoundError:
-        if folder.folders() or any(not name.startswith(TEMPORARY_PREFIX) for name in folder.sizes()):
+        if folder.folders() or any(not name.startswith(TEMPORARY_PREFIX) for name in folder.sizes().keys() - {MARK}):
             raise InputError(f"{folder.location}: not empty and without {EXPORT_FILE}; give a new folder") from None
         publish_bytes(folder, EXPORT_FILE, seal(identity))
         return

@@ -24,6 +24,7 @@ from lidit.errors import InputError
 from lidit.evals.ablation.report import write_ablation_report
 from lidit.evals.ablation.results import RESULT_FILE, ArmResult, Point
 from lidit.store import Corpus, digest_of
+from lidit.store.files.owner import owned
 from pipelines import tracking
 from pipelines.ablation.arm import ArmJob, train_arm
 from pipelines.ablation.eval_set import EvalSet
@@ -58,7 +59,11 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
     folder = ablation.recipe.run_folder.resolve()
     ablation = _absolute(ablation, folder)
     _check_machine(ablation)
+    with owned(folder, "filled by an ablation"):
+        return _run(ablation, folder, report)
 
+
+def _run(ablation: Ablation, folder: Path, report: Report) -> AblationSummary:
     # One corpus and one eval set for every arm and seed: arms differ by their settings alone.
     eval_set = EvalSet.of(ablation, folder / "cases")
     corpus = _prepare(ablation, folder)

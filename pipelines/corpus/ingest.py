@@ -14,6 +14,7 @@ from lidit.sources.ingest import Ingest, IngestSummary
 from lidit.sources.staging import StagedSource, refused_unread, stage_source
 from lidit.sources.units import write_units
 from lidit.store.files.folder import Folder
+from lidit.store.files.owner import owned
 from pipelines.runtime import resources
 from pipelines.runtime.prometheus import IngestMetrics
 
@@ -29,6 +30,11 @@ def run_ingest(
     job = Ingest(sources, corpus, settings)
     if (summary := job.finished()) is not None:
         return summary
+    with owned(job.folder, "made"):
+        return _compute(job, settings, progress, cpus)
+
+
+def _compute(job: Ingest, settings: IngestSettings, progress: Progress, cpus: int) -> IngestSummary:
     unread = job.begin(progress)
     resources.connect(cpus)
 

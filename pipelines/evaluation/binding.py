@@ -7,6 +7,7 @@ from pathlib import Path
 from lidit.config import EvaluateSettings, TrackingSettings
 from lidit.config.settings import flatten
 from lidit.evals.classifier.binding_table import measure_model, plot_binding
+from lidit.store.files.owner import owned
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scenes import RULES
 from pipelines.evaluation.scorecard import Job, Scorecard, Scores
@@ -24,16 +25,23 @@ def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingS
     card = Scorecard(out, job, made_with, tracker)
     if known := card.known("metrics", "table"):
         return Scores(known["metrics"], known["table"], out, computed=False)
-    # Measure.
-    pipe = load_pipeline(model)
-    measured = measure_model(pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed)
-    # Write the results.
-    card.begin()
-    (out / TABLE).write_text(measured.table + "\n")
-    files = [TABLE]
-    if measured.by_position:
-        plot_binding(out / POSITIONS, measured.by_position)
-        files.append(POSITIONS)
-    record = {"identity": card.identity, "made_with": made_with, "metrics": measured.metrics, "table": measured.table}
-    card.publish(measured.metrics, files, record)
-    return Scores(measured.metrics, measured.table, out, computed=True)
+
+    with owned(out, "evaluated"):
+        # Measure.
+        pipe = load_pipeline(model)
+        measured = measure_model(pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed)
+        # Write the results.
+        card.begin()
+        (out / TABLE).write_text(measured.table + "\n")
+        files = [TABLE]
+        if measured.by_position:
+            plot_binding(out / POSITIONS, measured.by_position)
+            files.append(POSITIONS)
+        record = {
+            "identity": card.identity,
+            "made_with": made_with,
+            "metrics": measured.metrics,
+            "table": measured.table,
+        }
+        card.publish(measured.metrics, files, record)
+        return Scores(measured.metrics, measured.table, out, computed=True)

@@ -19,6 +19,7 @@ from lidit.evals.statistics import Interval
 from lidit.pipeline import LIDiTPipeline
 from lidit.pixels import from_bytes
 from lidit.plots import labelled_grid
+from lidit.store.files.owner import owned
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scorecard import Job, Scorecard
 
@@ -62,20 +63,21 @@ def evaluate_held_out(
     if known and (out / GRID).is_file():
         preference = Interval(**known["caption_preference"])
         return CaptionMatch(preference, known["pictures"], known["motifs"], out / GRID, computed=False)
-    # Measure.
-    pipe = load_pipeline(model, settings.sampler)
-    preference = _measure(pipe, pictures)
-    # Sample some of the captions, and write the results.
-    card.begin()
-    _sample_grid(pipe, pictures[:SHOWN], out / GRID)
-    record = {
-        "caption_preference": vars(preference),
-        "pictures": len(pictures),
-        "motifs": motifs,
-        "identity": card.identity,
-    }
-    card.publish(with_bounds("caption_preference", preference), [GRID], record)
-    return CaptionMatch(preference, len(pictures), motifs, out / GRID, computed=True)
+    with owned(out, "evaluated"):
+        # Measure.
+        pipe = load_pipeline(model, settings.sampler)
+        preference = _measure(pipe, pictures)
+        # Sample some of the captions, and write the results.
+        card.begin()
+        _sample_grid(pipe, pictures[:SHOWN], out / GRID)
+        record = {
+            "caption_preference": vars(preference),
+            "pictures": len(pictures),
+            "motifs": motifs,
+            "identity": card.identity,
+        }
+        card.publish(with_bounds("caption_preference", preference), [GRID], record)
+        return CaptionMatch(preference, len(pictures), motifs, out / GRID, computed=True)
 
 
 def _measure(pipe: LIDiTPipeline, pictures: Sequence[HeldOutPicture]) -> Interval:

@@ -12,6 +12,7 @@ from lidit.evals.scenes.evaluation import Evaluation, ScoredImage, evaluate_imag
 from lidit.evals.scenes.positional import plot_curves, positions_table, scene_curves
 from lidit.evals.scenes.scorer import SCORER_VERSION
 from lidit.plots import labelled_grid
+from lidit.store.files.owner import owned
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scene_images import (
     images_folder,
@@ -46,22 +47,24 @@ def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSe
     card = Scorecard(out, job, made_with, tracker)
     if known := card.known("metrics", "table"):
         return Scores(known["metrics"], known["table"], out, computed=False)
-    # Sample what an interrupted call has not sampled yet.
-    pipe = load_pipeline(model, settings.sampler)
-    items = benchmark_prompts(pipe.config.height, settings.layout, settings.seed, settings.per_tag, settings.tags)
-    targets, images = scene_targets(items, settings), images_folder(card.identity)
-    sample_scenes(pipe, items, targets, out / images, settings.batch_size)
-    # Judge the images.
-    with ProgressBar("score", len(targets), "images") as progress:
-        sampled = read_scenes(out / images, targets, settings.images_per_prompt)
-        evaluation = evaluate_images(items, sampled, progress=progress)
-    # Write the results; images of earlier evaluations go when the new scores stand.
-    card.begin()
-    metrics, table, files = _write(out, evaluation, images)
-    record = {"identity": card.identity, "made_with": made_with, "metrics": metrics, "table": table}
-    card.publish(metrics, files, record)
-    remove_others(out / images)
-    return Scores(metrics, table, out, computed=True)
+
+    with owned(out, "evaluated"):
+        # Sample what an interrupted call has not sampled yet.
+        pipe = load_pipeline(model, settings.sampler)
+        items = benchmark_prompts(pipe.config.height, settings.layout, settings.seed, settings.per_tag, settings.tags)
+        targets, images = scene_targets(items, settings), images_folder(card.identity)
+        sample_scenes(pipe, items, targets, out / images, settings.batch_size)
+        # Judge the images.
+        with ProgressBar("score", len(targets), "images") as progress:
+            sampled = read_scenes(out / images, targets, settings.images_per_prompt)
+            evaluation = evaluate_images(items, sampled, progress=progress)
+        # Write the results; images of earlier evaluations go when the new scores stand.
+        card.begin()
+        metrics, table, files = _write(out, evaluation, images)
+        record = {"identity": card.identity, "made_with": made_with, "metrics": metrics, "table": table}
+        card.publish(metrics, files, record)
+        remove_others(out / images)
+        return Scores(metrics, table, out, computed=True)
 
 
 def _write(out: Path, evaluation: Evaluation, images: str) -> tuple[dict[str, float], str, list[str]]:

@@ -21,11 +21,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lidit.config import RunRecipe
 from lidit.config.settings import flatten
-from lidit.errors import InputError, JobError
+from lidit.errors import InputError, JobError, one_line
 from lidit.plots import plot_lines
 from lidit.store import Corpus, digest_of, spec_differences
 from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
+from lidit.store.files.owner import owned
 from pipelines import tracking
 from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import check_engine, connect
@@ -68,7 +69,6 @@ def open_run(
     outage or a kill left behind.
     """
     folder = recipe.run_folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe.placed(str(folder.parent), corpus.folder.location)
     check_drift(folder, facts, allow_drift)
     run = Run(recipe, folder, tracking.store_uri(recipe.tracking.uri, folder.parent))
@@ -76,22 +76,25 @@ def open_run(
     if run.finished:
         untracked = (folder / UNTRACKED).exists()  # killed between publishing and tracking
         if untracked or (folder / tracking.OUTBOX).exists():
-            with _tracked(run, corpus, tags) as tracker:
+            with owned(folder, "trained"), _tracked(run, corpus, tags) as tracker:
                 if untracked:
                     track_model(recipe, tracker, folder)
             (folder / UNTRACKED).unlink(missing_ok=True)
         yield run
         return
 
-    # Whole or not at all: a run whose facts were torn by a full disk could never go on.
-    publish_bytes(Folder.at(folder), FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
-    connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
-    check_engine(recipe.engine)
-    with _tracked(run, corpus, tags) as run.tracker:
-        note_run(folder, run.tracker)
-        yield run
-    (folder / UNTRACKED).unlink(missing_ok=True)
-    note_run(folder, run.tracker)  # a tracker that was down at the start may have answered since
+    # Two trainings in one folder would remove each other's checkpoints.
+    with owned(folder, "trained"):
+        connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
+        check_engine(recipe.engine)
+        # Whole or not at all, and by a run that can start: a run whose facts were torn by a full disk
+        # could never go on, and a refused start must not bind the next one.
+        publish_bytes(Folder.at(folder), FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
+        with _tracked(run, corpus, tags) as run.tracker:
+            note_run(folder, run.tracker)
+            yield run
+        (folder / UNTRACKED).unlink(missing_ok=True)
+        note_run(folder, run.tracker)  # a tracker that was down at the start may have answered since
 
 
 class Run(Generic[AnyRecipe]):
@@ -168,7 +171,14 @@ def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
     path = folder / FACTS
     if not path.exists():
         return
-    differences = spec_differences(json.loads(path.read_text()), facts)
+    try:
+        started_with = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({one_line(error, 120)}); delete it if the run's settings and data are "
+            "still those it was started with, or give the run another name (name=...)"
+        ) from None
+    differences = spec_differences(started_with, facts)
     if differences and not allow_drift:
         listed = "\n  ".join(differences)
         raise InputError(
@@ -224,7 +234,7 @@ def finished_step(folder: Path) -> int | None:
     """The step of the exported model; None before there is one."""
     try:
         return int(json.loads((folder / "model" / "finished.json").read_text())["step"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -23,6 +23,7 @@ from lidit.config import (
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
 from lidit.pipeline import LIDiTPipeline, PipelineSettings, save_pipeline
+from lidit.pipeline.checksums import CHECKSUMS
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.store import channel_statistics
 from lidit.text import PromptEncoder, resolve_encoder
@@ -206,6 +207,7 @@ def test_folder_is_safetensors_and_json(saved):
     files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
     assert files == {
         "README.md",
+        "checksums.json",
         "encoders/llama.json",
         "encoders/llama.safetensors",
         "encoders/qwen.json",
@@ -338,6 +340,7 @@ def test_offloading_leaves_nothing_on_the_gpu(saved, pipe):
 
 def refused(saved, tmp_path, change):
     copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / CHECKSUMS).unlink()  # as for a folder of the first release, or one that its owner changed
     change(copy)
     with pytest.raises(InputError) as found:
         LIDiTPipeline.from_pretrained(copy)

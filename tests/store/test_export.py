@@ -1,5 +1,6 @@
 """Export and summary: what other loaders read is what the corpus holds; counts are those of the files."""
 
+import fcntl
 import io
 import json
 import tarfile
@@ -14,6 +15,7 @@ from safetensors.torch import load
 from lidit.errors import InputError
 from lidit.store import Corpus, FamilyWriter
 from lidit.store.export import export_corpus
+from lidit.store.files.owner import owned
 from lidit.store.summary import norms_by_position, plot_corpus, summarise, token_lengths
 from tests.helpers import family_job
 from tests.helpers.corpus_factory import WORDS, make_corpus
@@ -86,6 +88,23 @@ def test_export_goes_on_where_it_was_and_refuses_damaged_units(corpus: Path, tmp
     assert first.stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="choose one of"):
         export_corpus(str(corpus), str(tmp_path / "out"), "zip")
+
+
+def test_what_a_killed_export_left_is_removed_and_what_a_living_one_writes_stays(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_corpus(str(corpus), str(out), "parquet")
+    (out / "00001.parquet").unlink()
+    (out / ".tmp-abandoned").write_bytes(b"half a unit")
+    with (out / ".tmp-living").open("wb") as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        export_corpus(str(corpus), str(out), "parquet")
+    assert {path.name for path in out.iterdir()} == {"00000.parquet", "00001.parquet", "_export.json", ".tmp-living"}
+
+
+def test_a_second_export_into_one_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with owned(tmp_path / "out", "filled"), pytest.raises(InputError, match="out: is being filled by process"):
+        export_corpus(str(corpus), str(tmp_path / "out"), "parquet")
+    assert export_corpus(str(corpus), str(tmp_path / "out"), "parquet") == ["00000.parquet", "00001.parquet"]
 
 
 def test_a_folder_belongs_to_one_export(corpus: Path, tmp_path: Path) -> None:

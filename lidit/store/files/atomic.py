@@ -249,3 +249,10 @@ def remove_if_abandoned(folder: Folder, name: str, still_needed: Callable[[], bo
         return True
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(folder: Folder, grace_seconds: float = 3600.0) -> None:
+    """Remove the temporary files that killed writers left in a folder; those of writers that live stay."""
+    for name in folder.sizes():
+        if name.startswith(TEMPORARY_PREFIX):
+            remove_if_abandoned(folder, name, lambda: False, grace_seconds)

@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lidit.config import IngestSettings
@@ -16,6 +18,7 @@ from lidit.sources.staging import stage_source
 from lidit.sources.units import find_duplicates
 from lidit.store import Corpus
 from lidit.store.files.folder import Folder
+from lidit.store.files.owner import MARK, owned
 from lidit.store.verify import verify_corpus
 from pipelines.corpus.ingest import _in_tasks, run_ingest
 from tests.helpers.command import lidit
@@ -225,6 +228,24 @@ def test_source_without_a_usable_sample_is_an_error_that_says_why(tmp_path: Path
     write_tar(tmp_path / "empty.tar", [])
     with pytest.raises(InputError, match="not one usable sample"):
         run_ingest([str(tmp_path / "empty.tar")], str(tmp_path / "d"), SETTINGS)
+
+
+def test_a_start_that_found_nothing_leaves_the_folder_to_the_corrected_command(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prose": ["a cat", "a dog"]}), tmp_path / "texts.parquet")
+    corpus = tmp_path / "c"
+    with pytest.raises(InputError, match="not one usable sample"):
+        run_ingest([str(tmp_path / "texts.parquet")], str(corpus), IngestSettings())
+    assert not corpus.exists()
+    corrected = IngestSettings(caption_fields={"prose": "original"})
+    assert run_ingest([str(tmp_path / "texts.parquet")], str(corpus), corrected).samples == 2
+
+
+def test_a_second_ingest_into_one_folder_is_refused_and_changes_nothing(source: Path, tmp_path: Path) -> None:
+    with owned(tmp_path / "c", "made"):
+        with pytest.raises(InputError, match="c: is being made by process"):
+            run_ingest([str(source)], str(tmp_path / "c"), SETTINGS)
+        assert [path.name for path in (tmp_path / "c").iterdir()] == [MARK]
+    assert run_ingest([str(source)], str(tmp_path / "c"), SETTINGS).samples > 0
 
 
 def test_one_source_cut_in_half_does_not_stop_the_others(source: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,31 @@ def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypat
         tracker.close()
         assert steps(uri, handle.run_id) == list(range(1, 50))
     assert not (tmp_path / "outbox.jsonl").exists()
+
+
+class _Maintenance(BaseHTTPRequestHandler):
+    """A proxy that asks for an hour's patience."""
+
+    def _answer(self) -> None:
+        self.send_response(503)
+        self.send_header("Retry-After", "3600")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST = _answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_tracker_in_maintenance_does_not_hold_up_a_job(tmp_path: Path) -> None:
+    """An hour of waiting would end the test by its limit."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Maintenance)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with tracked(f"http://127.0.0.1:{server.server_address[1]}", tmp_path, {}) as run:
+            run.metrics({"loss": 1.0}, 1)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert '"loss": 1.0' in (tmp_path / tracking.OUTBOX).read_text()

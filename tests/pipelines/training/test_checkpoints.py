@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lidit.errors import JobError
+from lidit.errors import InputError, JobError
 from pipelines.training import checkpoints, driver
 
 
@@ -107,3 +107,17 @@ def test_a_torn_position_makes_the_run_fall_back(tmp_path: Path, content: str) -
 def test_any_part_of_a_parameter_is_read(tmp_path: Path, first: int, last: int) -> None:
     found = checkpoints.CheckpointReader(write(tmp_path, 4)).read("master", "w", first, last)
     assert found.tolist() == list(range(first, last))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 100_000])
+def test_a_torn_list_of_facts_is_one_line_with_a_remedy(tmp_path: Path, content: str) -> None:
+    (tmp_path / driver.FACTS).write_text(content)
+    with pytest.raises(InputError, match=r"run\.json: cannot be read .*; delete it if"):
+        driver.check_drift(tmp_path, {"config": {}}, allow_drift=False)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"step": null}', "[" * 100_000])
+def test_a_torn_mark_of_the_end_is_no_end(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "finished.json").write_text(content)
+    assert driver.finished_step(tmp_path) is None
