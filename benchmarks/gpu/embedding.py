@@ -25,7 +25,7 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.run import Run
 from lidit.store import SharedStates, UnitStatistics, channel_statistics
 from lidit.text import PromptEncoder, batching
-from lidit.text.embedding import unit_tables
+from lidit.text.embedding import encoded_tables
 from lidit.text.tokenizer import CaptionTokens
 
 CAPTIONS, TOY_CAPTIONS = 1000, 24
@@ -156,7 +156,7 @@ def _write(
     """Bytes of one unit's file."""
     with pa.OSFile(str(file), "wb") as sink:
         writer = None
-        for table in unit_tables(encoder, shared, tokens, UnitStatistics(), budget, lock):
+        for table in encoded_tables(encoder, shared, tokens, UnitStatistics(), budget, lock):
             writer = writer or pa.ipc.new_file(sink, table.schema)
             writer.write_table(table)
         if writer is not None:

@@ -8,6 +8,7 @@ import torch
 
 from lidit.models import LIDiT
 from lidit.pipeline import PipelineSettings, save_pipeline
+from lidit.pipeline.checksums import CHECKSUMS
 from lidit.pipeline.model_encoder import ModelEncoder
 from tests.helpers.trained import SmallWorld
 
@@ -27,4 +28,5 @@ def write_model(world: SmallWorld, folder: Path, seed: int) -> Path:
     encoders = [ModelEncoder.of_family(encoder, families[encoder.name]) for encoder in world.encoders]
     settings = PipelineSettings(recipe.objective, recipe.sampler, recipe.codec, height=32, width=32)
     save_pipeline(folder / "model", model, encoders, settings, {})
+    (folder / "model" / CHECKSUMS).unlink()  # tests change the folder by hand
     return folder / "model"

@@ -134,7 +134,9 @@ def test_settings_refuse_passwords_without_repeating_them(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"example\.com/x: .*password") as caught:
         run_ingest([secret], str(tmp_path / "c"), Recipe.model_validate(recipe).ingest)
     assert "hunter2" not in str(caught.value)
-    assert validate(TrackingSettings, {"uri": "http://me@example.com:5000"}, "").uri == "http://me@example.com:5000"
+    with pytest.raises(InputError, match="password"):  # what stands before the @ may be a token
+        validate(TrackingSettings, {"uri": "http://me@example.com:5000"}, "")
+    assert validate(TrackingSettings, {"uri": "http://example.com:5000"}, "").uri == "http://example.com:5000"
 
 
 def test_no_secret_is_in_what_ray_records_of_a_worker() -> None:
