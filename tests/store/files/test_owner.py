@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,22 @@ from lidit.errors import InputError
 from lidit.store.files import owner
 from lidit.store.files.owner import MARK, owned
 
+ROOT = Path(__file__).parents[3]
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from lidit.store.files.owner import owned
 with owned(Path(sys.argv[1]), "trained"):
     print("held", flush=True)
-    time.sleep(600)
+    sys.stdin.read()  # until it is killed, or the test that started it is gone
 """
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> subprocess.Popen[str]:
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that owns tmp_path/run."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process
