@@ -73,8 +73,10 @@ def test_the_wheel_says_that_it_is_typed() -> None:
 
 def test_the_version_is_the_installed_one_or_says_that_none_is(tmp_path: Path) -> None:
     assert lidit.__version__ == version("lidit-pipeline")
-    # Without site-packages no package is installed: only the checkout is on the path.
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import lidit; print(lidit.__version__)"
+    # Without site-packages no package is installed: only the sources are on the path, away from
+    # the metadata that an editable install leaves beside them.
+    (tmp_path / "lidit").symlink_to(ROOT / "lidit")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import lidit; print(lidit.__version__)"
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "0+source"
 
