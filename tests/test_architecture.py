@@ -15,7 +15,7 @@ LIBRARY = (
     {"images", "text", "models"},
     {"sources", "codecs", "diffusion"},
     {"data", "pipeline"},
-    {"evals", "plan"},
+    {"evals", "plan", "serving"},
 )
 CLUSTER = ({"runtime", "tracking"}, {"corpus", "evaluation"}, {"training"}, {"chain"}, {"ablation"})
 APART = {"submission"}  # beside the floors: it needs no other wing, and none needs it

@@ -63,11 +63,16 @@ class GuidedPredictor:
         return guided
 
     def _guided_at(self, t: torch.Tensor) -> bool:
-        low, high = self.sampler.guidance_interval
-        if (low, high) == (0, 1):
+        if self.sampler.guidance_interval == (0, 1):
             return True  # without waiting for the GPU to tell t
-        # A timestep is a float32: 0.8 as one lies above the 0.8 of the settings.
-        return low - ROUNDING <= float(t[0]) <= high + ROUNDING
+        return acts_at(self.sampler, float(t[0]))
+
+
+def acts_at(sampler: SamplerSettings, level: float) -> bool:
+    """Whether guidance acts at a timestep: it has a scale, and the timestep is in its interval, ends included."""
+    low, high = sampler.guidance_interval
+    # A timestep is a float32: 0.8 as one lies above the 0.8 of the settings.
+    return sampler.guidance_scale != 1 and low - ROUNDING <= level <= high + ROUNDING
 
 
 def rescale(guided: torch.Tensor, conditional: torch.Tensor, amount: float) -> torch.Tensor:

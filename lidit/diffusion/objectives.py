@@ -55,6 +55,10 @@ class Objective(ABC):
         """The prediction in the form the scheduler takes: noise, or velocity dx/dt = noise - data."""
 
     @abstractmethod
+    def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The data x0 [B, C, H, W] that a prediction at x_t and t [B] points to, float32."""
+
+    @abstractmethod
     def scheduler(self, sampler: SamplerSettings) -> Any:
         """A diffusers scheduler with its timesteps set. Raises InputError for one that cannot run this objective."""
 
@@ -103,6 +107,10 @@ class NoisePrediction(Objective):
 
     def scheduler_input(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return prediction.float()
+
+    def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        signal = self._signal(t, x_t)
+        return (x_t.float() - (1 - signal).sqrt() * prediction.float()) / signal.sqrt()
 
     def scheduler(self, sampler: SamplerSettings) -> Any:
         name = self.scheduler_name(sampler)
@@ -158,6 +166,9 @@ class RectifiedFlow(Objective):
     def scheduler_input(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return prediction.float()
 
+    def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x_t.float() - _per_sample(t.float(), x_t) * prediction.float()
+
     def scheduler(self, sampler: SamplerSettings) -> Any:
         if self.scheduler_name(sampler) == "dpm_solver":
             solver = DPMSolverMultistepScheduler(
@@ -193,6 +204,9 @@ class CleanPrediction(RectifiedFlow):
     def scheduler_input(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         # No floor here: the last Euler step then lands exactly on the prediction.
         return (x_t.float() - prediction.float()) / _per_sample(t.float(), x_t)
+
+    def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return prediction.float()
 
 
 def build_objective(settings: ObjectiveSettings) -> Objective:

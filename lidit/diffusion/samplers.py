@@ -27,6 +27,61 @@ def initial_noise(
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
 
+class Walk:
+    """Latents on their way from noise to data, one step of their scheduler at a time.
+
+    A scheduler of diffusers keeps the step and the predictions before it, so every walk has its own.
+
+    Args:
+        objective, sampler: which scheduler, and its steps. noise: [B, C, H, W] to start from.
+        generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required there.
+    Raises:
+        InputError: the sampler's scheduler cannot run this objective.
+        ValueError: "ddpm" without generators.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        noise: torch.Tensor,
+        sampler: SamplerSettings,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> None:
+        scheduler = objective.scheduler(sampler)
+        stochastic = objective.scheduler_name(sampler) == "ddpm"
+        if stochastic and generators is None:
+            raise ValueError("the ddpm scheduler adds noise at every step: pass one generator per sample")
+        self.objective, self.scheduler = objective, scheduler
+        self.options = {"generator": list(generators)} if stochastic and generators is not None else {}
+        # Not every scheduler starts from noise of deviation 1.
+        scale = getattr(scheduler, "init_noise_sigma", None)
+        self.latents = noise.float() if scale is None else noise.float() * scale  # [B, C, H, W]
+        on_cpu = objective.sampling_timesteps(scheduler)
+        self.levels: list[float] = on_cpu.tolist()  # t of every step
+        self._levels = on_cpu.to(noise.device)  # at once: each copy would wait for the GPU
+        self.number = 0  # of the next step
+
+    @property
+    def finished(self) -> bool:
+        return self.number == len(self.levels)
+
+    @property
+    def t(self) -> torch.Tensor:
+        """t of the next step, [B] the same value throughout, on the latents' device."""
+        return self._levels[self.number].expand(len(self.latents))
+
+    def advance(self, prediction: torch.Tensor) -> None:
+        """Take the next step with the network's prediction [B, C, H, W] at `latents` and `t`."""
+        taken = self.objective.scheduler_input(prediction, self.latents, self.t)
+        step = self.scheduler.timesteps[self.number]
+        self.latents = self.scheduler.step(taken, step, self.latents, return_dict=False, **self.options)[0]
+        self.number += 1
+
+    def estimate(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The data [B, C, H, W] that a prediction at `latents` and `t` points to: a preview."""
+        return self.objective.estimate(prediction, self.latents, self.t)
+
+
 @torch.no_grad()
 def sample(
     predict: Predict,
@@ -36,27 +91,16 @@ def sample(
     generators: Sequence[torch.Generator] | None = None,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Walk from `noise` [B, C, H, W] to latents x0 [B, C, H, W], float32.
+    """Walk from `noise` [B, C, H, W] to latents x0 [B, C, H, W], float32; refuses what `Walk` does.
 
     Args:
         predict: (x_t, t [B] in [0, 1]) -> the network's prediction, guidance included (see `GuidedPredictor`).
         generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required there.
         on_step: called after every step with its number and the latents.
-    Raises:
-        InputError: the sampler's scheduler cannot run this objective.
-        ValueError: "ddpm" without generators.
     """
-    scheduler = objective.scheduler(sampler)
-    stochastic = objective.scheduler_name(sampler) == "ddpm"
-    if stochastic and generators is None:
-        raise ValueError("the ddpm scheduler adds noise at every step: pass one generator per sample")
-    options = {"generator": list(generators)} if stochastic and generators is not None else {}
-    latents = noise.float() * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise.float()
-    levels = objective.sampling_timesteps(scheduler).to(latents.device)  # at once: each copy would wait for the GPU
-    for number, step in enumerate(scheduler.timesteps):
-        t = levels[number].expand(len(latents))
-        prediction = objective.scheduler_input(predict(latents, t), latents, t)
-        latents = scheduler.step(prediction, step, latents, return_dict=False, **options)[0]
+    walk = Walk(objective, noise, sampler, generators)
+    while not walk.finished:
+        walk.advance(predict(walk.latents, walk.t))
         if on_step is not None:
-            on_step(number, latents)
-    return latents
+            on_step(walk.number - 1, walk.latents)
+    return walk.latents

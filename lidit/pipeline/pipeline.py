@@ -215,6 +215,26 @@ class LIDiTPipeline(DiffusionPipeline):
         # Not by assignment, with which diffusers changes the configuration that a save writes, too.
         self.__dict__["sampler"] = changes.applied(self.sampler)
 
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """The latents of an image.
+
+        Args:
+            height: Pixels, a multiple of codec factor x patch size. Default: the training size.
+            width: The same.
+
+        Returns:
+            Channels, height and width of the latents.
+
+        Raises:
+            InputError: A size this model cannot draw.
+        """
+        height = self.config.height if height is None else height
+        width = self.config.width if width is None else width
+        step = self.codec.factor * self.model.config.patch_size
+        if height < 1 or width < 1 or height % step or width % step:
+            raise InputError(f"{height} x {width} pixels: height and width must be multiples of {step} for this model")
+        return self.model.config.channels, height // self.codec.factor, width // self.codec.factor
+
     def unload_encoders(self) -> None:
         """Forget the LLMs; they come back with the next prompt given as text."""
         for entry in self.encoders.values():
@@ -264,7 +284,7 @@ class LIDiTPipeline(DiffusionPipeline):
         """
         # 1. Refuse what cannot work before the LLMs are loaded.
         prompts = listed_prompts(prompt, states)
-        shape = self._latent_shape(height, width)
+        shape = self.latent_shape(height, width)
         changes = {
             "steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -283,15 +303,6 @@ class LIDiTPipeline(DiffusionPipeline):
         latents = self._denoise(predict, sampler, seeds, shape)
         # 5. Decode.
         return latents if output_type == "latent" else self._decode(latents, output_type)
-
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """[C, H, W] of an image of this size in pixels, None is the training size; raises InputError."""
-        height = self.config.height if height is None else height
-        width = self.config.width if width is None else width
-        step = self.codec.factor * self.model.config.patch_size
-        if height < 1 or width < 1 or height % step or width % step:
-            raise InputError(f"{height} x {width} pixels: height and width must be multiples of {step} for this model")
-        return self.model.config.channels, height // self.codec.factor, width // self.codec.factor
 
     def _sampler_with(self, changes: dict[str, Any]) -> SamplerSettings:
         """The model's sampler with these `SamplerChanges`; raises InputError where they do not fit the objective."""
