@@ -1,32 +1,37 @@
-"""`lidit verify`: is a corpus what was written?"""
+"""`lidit verify`: is a corpus, or a model folder, what was written?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.support.start import run
-from lidit.errors import JobError
+from lidit.errors import InputError, JobError
 
 if TYPE_CHECKING:
     from lidit.store.verify import VerifyReport
 
 
 def command(
-    corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address.")],
+    corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address; or a model folder.")],
     deep: Annotated[bool, typer.Option("--deep", help="Every value too: finite, aligned, captions' digests.")] = False,
     sources: Annotated[bool, typer.Option("--sources", help="Source files too; reads all their pictures.")] = False,
     encode: Annotated[int, typer.Option(min=0, help="Rows of each text family to compute again; loads the LLMs.")] = 0,
 ) -> None:
     """Check every file of a corpus against what was recorded when it was written: size, sha256, rows, Arrow structure.
+    Of a model folder: size and sha256 of every weight and settings file, and that it loads.
 
     **Reads** everything in CORPUS, with --sources what it was ingested from, too. **Writes** nothing. Exit code 1 when
     anything is wrong, with a line for each problem that says what to do; unfinished families are no problem.
 
     **Example:** `lidit verify corpus --deep`
     """
+    if (Path(corpus) / "model_index.json").is_file():
+        print(f"{corpus}: sound, {check_model_folder(Path(corpus))}")
+        return
     report = check(corpus, deep, encode)
     if not report.sound:
         count = len(report.problems)
@@ -35,6 +40,19 @@ def command(
         check_sources(corpus)
     again = f", {report.rows_encoded_again} rows computed again" if encode else ""
     print(f"{corpus}: sound, {report.files} files, {report.bytes:,} bytes{again}")
+
+
+def check_model_folder(folder: Path) -> str:
+    """What was checked of a model folder. JobError where a file is not the one that was saved, or does not load."""
+    from lidit.pipeline import LIDiTPipeline
+    from lidit.pipeline.checksums import check_model
+
+    try:
+        checked = check_model(folder, True)
+        LIDiTPipeline.from_pretrained(folder, check_files=False)
+    except InputError as error:
+        raise JobError(str(error)) from None
+    return f"{checked} files" if checked else "it loads; an earlier release saved it without checksums"
 
 
 def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:

@@ -261,8 +261,8 @@ class TrackingSettings(Settings):
     """Where MLflow's store is. None: a sqlite file, mlflow.db, in `output`."""
 
     uri: Place | None = None
-    experiment: str = "lidit"
-    registered_model: str | None = None
+    experiment: str = Field("lidit", min_length=1, max_length=500)
+    registered_model: str | None = Field(None, pattern=r"^[^/:]+$")
     alias: str = Field("newest", pattern=r"^[\w-]+$")
 
     @field_validator("alias")

@@ -27,6 +27,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from lidit.config import ModelSettings
+from lidit.config.json_object import read_object
 from lidit.errors import InputError, one_line
 from lidit.models.conditioner import PromptConditioner
 from lidit.models.layers import initialise
@@ -147,12 +148,14 @@ class LIDiT(ModelMixin, ConfigMixin):
         """
         if not folder.is_dir():  # else it would be taken for the name of a model on the hub
             raise InputError(f"{folder}: no such folder; give the `model` folder of a run of lidit train")
+        # diffusers takes whatever the file holds for an object, a text even for a name on the hub.
+        read_object(folder / "config.json", "fetch or train the model again")
         try:
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
             model, found = cls.from_pretrained(
                 str(folder), use_safetensors=True, torch_dtype=dtype, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             reason = one_line(error, 300)
             raise InputError(f"{folder}: the model cannot be loaded ({reason}); fetch or train it again") from None
         # diffusers only logs these, and gives a tensor that is missing any value at all.

@@ -9,6 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from lidit.config.json_object import read_object
 from lidit.errors import InputError, one_line
 
 CHECKSUMS = "checksums.json"
@@ -48,12 +49,12 @@ def check_model(folder: Path, check: bool | None = None) -> int | None:
 
 
 def _recorded(folder: Path) -> dict[str, tuple[int, str]]:
-    path = folder / CHECKSUMS
+    path, again = folder / CHECKSUMS, "copy the model folder again"
+    entries = read_object(path, again)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
         return {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); copy the model folder again") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); {again}") from None
 
 
 def _files(folder: Path) -> dict[str, Path]:

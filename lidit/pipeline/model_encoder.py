@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lidit.config import EncoderSettings
+from lidit.config.json_object import read_object
 from lidit.config.settings import validate
-from lidit.errors import InputError
+from lidit.errors import InputError, one_line
 from lidit.models import TextStates
 from lidit.store import SharedStates, TextFamily, digest_of, spec_differences
 from lidit.store.packing import decode, encode
@@ -83,19 +84,17 @@ class ModelEncoder:
                 f"{'are' if len(missing) > 1 else 'is'} missing; copy the whole model folder"
             )
         try:
-            facts = json.loads(path.read_text())
-            spec, fingerprint = facts["spec"], facts["fingerprint"]
+            facts = read_object(path, "copy the model folder again")
+            spec, fingerprint, settings = facts["spec"], facts["fingerprint"], facts["settings"]
             tensors = load_file(states)
             prefix, empty, mean, deviation = (tensors[label] for label in SHARED_TENSORS)
-        except (ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, SafetensorError) as error:
             raise InputError(
-                f"{path}: encoder {name!r} cannot be read ({error}); copy the model folder again"
+                f"{path}: encoder {name!r} cannot be read ({one_line(error, 200)}); copy the model folder again"
             ) from None
         if digest_of(spec) != fingerprint:
             raise InputError(f"{path}: the fingerprint does not belong to the spec; the file was edited")
-        return cls(
-            validate(EncoderSettings, facts["settings"], str(path)), spec, fingerprint, prefix, empty, mean, deviation
-        )
+        return cls(validate(EncoderSettings, settings, str(path)), spec, fingerprint, prefix, empty, mean, deviation)
 
     def share(self, encoder: PromptEncoder) -> None:
         """Use an LLM that is already loaded. Raises InputError naming the fields in which it differs."""

@@ -23,6 +23,7 @@ from PIL import Image
 
 from lidit.codecs import AutoencoderCodec, Codec, load_codec
 from lidit.config import CodecSettings, ObjectiveSettings, SamplerChanges, SamplerSettings
+from lidit.config.json_object import read_object
 from lidit.config.settings import validate
 from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
 from lidit.errors import InputError, one_line
@@ -101,11 +102,13 @@ class LIDiTPipeline(DiffusionPipeline):
         if not (path / INDEX).is_file():
             raise InputError(f"{path}: no {INDEX}, so this is not a model folder written by lidit train")
         check_model(path, check_files)
+        # diffusers takes whatever the file holds for an object, a text even for a name on the hub.
+        read_object(path / INDEX, "copy the model folder again")
         try:
             model = LIDiT.load(path / "model", dtype)
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
             pipeline = super().from_pretrained(str(path), model=model, torch_dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             reason = one_line(error)[:300]
             raise InputError(f"{path}: the model cannot be loaded ({reason}); fetch or train it again") from None
         pipeline.model.eval()

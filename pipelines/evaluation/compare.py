@@ -117,7 +117,7 @@ def _read_scores(path: Path, again: str) -> tuple[dict[str, float], dict[str, An
 
 
 def _curves(folder: Path, recipe: Recipe | None) -> dict[str, list[tuple[int, float]]]:
-    path = folder / "mlflow-run"
+    path = folder / tracking.RUN_FILE
     if not path.is_file():
         return {}
     uri = tracking.store_uri(recipe.tracking.uri if recipe else None, folder.resolve().parent)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 
 from lidit.config import Recipe, SamplerChanges, SamplerSettings, TrackingSettings
+from lidit.config.json_object import read_object
 from lidit.config.settings import validate
 from lidit.errors import InputError
 from lidit.pipeline import INDEX, LIDiTPipeline
@@ -81,8 +81,5 @@ def weights_digest(model: Path) -> str:
 def read_index(model: Path) -> dict[str, Any]:
     """The settings in model_index.json that the model samples with. Raises InputError for a folder of no model."""
     path = model / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        return {name: index.get(name) for name in SAMPLED_BY}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not readable ({error}); give a model folder written by lidit train") from None
+    index = read_object(path, "give a model folder written by lidit train")
+    return {name: index.get(name) for name in SAMPLED_BY}

@@ -75,7 +75,11 @@ class Scorecard:
         return record if whole else None
 
     def begin(self) -> None:
-        """Delete the old score file first: its presence means that the files beside it are complete."""
+        """Delete the old score file first: its presence means that the files beside it are complete.
+
+        Raises InputError where the tracker refuses the experiment: not after the evaluation's work.
+        """
+        tracking.check_experiment(tracking.store_uri(self.settings.uri, self.job.home), self.settings.experiment)
         self.out.mkdir(parents=True, exist_ok=True)
         if self.job.file is not None:
             (self.out / self.job.file).unlink(missing_ok=True)

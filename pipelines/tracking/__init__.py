@@ -1,23 +1,19 @@
 """MLflow: one run per job, whatever the tracker's health."""
 
-from pipelines.tracking.tracker import (
-    OUTBOX,
-    RunHandle,
-    Tracker,
-    credentials,
-    curves,
-    git_state,
-    local_store,
-    open_command,
-    sign_in,
-    store_uri,
-    tracked_run,
-)
+from pipelines.tracking.environment import prepare_environment
+
+prepare_environment()
+
+from pipelines.tracking.runs import RUN_FILE, RunHandle, check_experiment, curves, git_state
+from pipelines.tracking.store import credentials, local_store, open_command, sign_in, store_uri
+from pipelines.tracking.tracker import OUTBOX, Tracker, tracked_run
 
 __all__ = [
     "OUTBOX",
+    "RUN_FILE",
     "RunHandle",
     "Tracker",
+    "check_experiment",
     "credentials",
     "curves",
     "git_state",

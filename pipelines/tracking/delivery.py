@@ -130,7 +130,7 @@ class Delivery:
     """Sends records in order, from its own thread.
 
     send: brings one to the tracker; raises whatever it likes where it cannot, GoneError where nobody ever will.
-    is_connected: whether there is a run to log into; its argument says whether this is the last chance.
+    is_connected: whether there is a run to log into; its argument says whether this is the last chance. Never raises.
     everything: whether this process sends files and registrations of the outbox at its end, too.
     """
 
@@ -188,6 +188,12 @@ class Delivery:
                 self.outbox.path,
             )
 
+    def abandon(self) -> None:
+        """End the thread with nothing delivered: the job is refused before it began."""
+        self._given_up = True
+        self._queue.put(None)
+        self._thread.join()
+
     # -- for `send` ---------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -210,6 +216,7 @@ class Delivery:
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _deliver(self) -> None:
+        self._is_connected(False)  # a start that waits for the store's answer has not put anything yet
         while (line := self._queue.get()) is not None:
             if self._given_up:
                 return
@@ -224,6 +231,8 @@ class Delivery:
             except Exception as error:  # see the module's promise
                 self._last_failure = time.monotonic()
                 log.warning("%s not tracked, tried again at the end: %s", _name(record), one_line(error, 200))
+        if self._given_up:
+            return
         try:
             self._is_connected(True)
             self._flush_outbox(self._everything)

@@ -87,10 +87,11 @@ def open_run(
     with owned(folder, "trained"):
         connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
         check_engine(recipe.engine)
-        # Whole or not at all, and by a run that can start: a run whose facts were torn by a full disk
-        # could never go on, and a refused start must not bind the next one.
-        publish_bytes(Folder.at(folder), FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
         with _tracked(run, corpus, tags) as run.tracker:
+            # Whole or not at all, and by a run that can start: a run whose facts were torn by a full
+            # disk could never go on, and a refused start must not bind the next one.
+            facts_bytes = json.dumps(facts, indent=1, sort_keys=True).encode()
+            publish_bytes(Folder.at(folder), FACTS, facts_bytes)
             note_run(folder, run.tracker)
             yield run
         (folder / UNTRACKED).unlink(missing_ok=True)
@@ -227,7 +228,7 @@ def plot_curves(tracker: tracking.Tracker, folder: Path) -> None:
 
 def note_run(folder: Path, tracker: tracking.Tracker) -> None:
     """Keep the tracker's run id in the run's folder."""
-    (folder / "mlflow-run").write_text(tracker.handle.run_id)
+    (folder / tracking.RUN_FILE).write_text(tracker.handle.run_id)
 
 
 def finished_step(folder: Path) -> int | None:
@@ -240,7 +241,7 @@ def finished_step(folder: Path) -> int | None:
 
 def read_run_id(folder: Path) -> str:
     """The tracker's run id; empty before the tracker gave one."""
-    path = folder / "mlflow-run"
+    path = folder / tracking.RUN_FILE
     return path.read_text() if path.exists() else ""
 
 

@@ -20,6 +20,7 @@ from lidit.data.rows import Part, require_held_out
 from lidit.diffusion import build_objective
 from lidit.models import LIDiT
 from lidit.pipeline import PipelineSettings, save_pipeline
+from lidit.pipeline.checksums import check_model
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.store import Corpus
 from pipelines.evaluation.models import read_index
@@ -72,6 +73,8 @@ def train(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | N
 
     with open_run(recipe, corpus, facts, {**(tags or {}), **_tags(facts)}, allow_drift) as run:
         if not run.finished:
+            if recipe.train.init_from:
+                check_model(Path(recipe.train.init_from))
             prompts = prompt_states(run.recipe, corpus, facts["text"], run.folder / "prompts")
             run.launch(train_worker, {"facts": facts, "prompts": prompts})
             run.publish_model()

@@ -110,6 +110,11 @@ def test_an_address_with_a_password_leaves_it_to_the_environment(
     with pytest.raises(InputError, match="PGPASSWORD") as caught:
         tracking.store_uri(None, tmp_path)
     assert "hunter2" not in str(caught.value)
+    for address in ("https://hunter2@mlflow.example.com", "https://mlflow.example.com/?token=hunter2"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(InputError, match="MLFLOW_TRACKING_TOKEN") as caught:
+            tracking.store_uri(None, tmp_path)
+        assert "hunter2" not in str(caught.value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert tracking.store_uri(None, tmp_path) == tracking.local_store(tmp_path)
 

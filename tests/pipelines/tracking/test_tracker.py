@@ -17,8 +17,7 @@ from pydantic import ValidationError
 
 from lidit.config import TrackingSettings
 from pipelines import tracking
-from pipelines.tracking import delivery
-from pipelines.tracking import tracker as tracker_module
+from pipelines.tracking import delivery, runs
 from tests.helpers.servers import free_ports, healthy
 from tests.helpers.waiting import wait_until
 
@@ -77,7 +76,7 @@ def test_the_commit_of_code_without_a_checkout(tmp_path: Path, monkeypatch: pyte
     assert tracking.git_state()["git.commit"] != "c0ffee"
     (tmp_path / "pipelines").mkdir()
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # somebody else's
-    monkeypatch.setattr(tracker_module, "__file__", str(tmp_path / "pipelines" / "tracker.py"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "pipelines" / "runs.py"))
     assert tracking.git_state() == {"git.commit": "c0ffee"}
     monkeypatch.delenv("LIDIT_GIT_COMMIT")
     assert tracking.git_state() == {}
@@ -108,17 +107,16 @@ def test_a_tracker_that_is_down_from_the_start_stops_nothing(tmp_path: Path, cap
 
 
 def test_a_tracker_that_answers_later_gets_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uri, real = tracking.local_store(tmp_path / "store"), tracker_module.MlflowClient
+    uri, real = tracking.local_store(tmp_path / "store"), runs.MlflowClient
     (tmp_path / "note.txt").write_text("x")
-    monkeypatch.setattr(tracker_module, "MlflowClient", lambda uri: real("http://127.0.0.1:9"))
+    monkeypatch.setattr(runs, "MlflowClient", lambda uri: real("http://127.0.0.1:9"))
     tracker_context = tracked(uri, tmp_path, {"lr": "1"})
     run = tracker_context.__enter__()
     worker = tracking.Tracker(run.handle)
     worker.metrics({"loss": 1.0}, 1)
     worker.close()
     (tmp_path / "store").mkdir()
-    monkeypatch.setattr(tracker_module, "MlflowClient", real)
-    run.client = real(uri)
+    monkeypatch.setattr(runs, "MlflowClient", real)
     run.artifact(tmp_path / "note.txt")
     tracker_context.__exit__(None, None, None)
     assert steps(uri, run.handle.run_id) == [1]
@@ -152,7 +150,8 @@ def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypat
     monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.0)
     (port,) = free_ports(1)
     with server(tmp_path, port) as uri:
-        handle = tracker_module._find_or_create(uri, "test", "run", "key", {}, {}, tmp_path / "outbox.jsonl")
+        run_id = runs.find_or_create(uri, runs.RunSpec("test", "run", "key", {}, {}, tmp_path))
+        handle = tracking.RunHandle(uri, run_id, str(tmp_path / "outbox.jsonl"))
         tracker = tracking.Tracker(handle)
         tracker.metrics({"loss": 1.0}, 1)
         tracker.close()
