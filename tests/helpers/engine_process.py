@@ -65,7 +65,14 @@ def recipe_of(job: dict, world_size: int) -> Recipe:
             "name": "engine",
             "corpus": "none",
             "encoders": [{"name": "a", "model": "none"}, {"name": "b", "model": "none"}],
-            "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 4, **job.get("model", {})},
+            "model": {
+                "width": 32,
+                "depth": 1,
+                "heads": 2,
+                "patch_size": 4,
+                "refiner": {"depth": 1},
+                **job.get("model", {}),
+            },
             "objective": {"kind": "clean"},
             "train": {
                 "steps": 20,

@@ -5,7 +5,7 @@ import pytest
 from lidit.plan import buffer_bytes, state_bytes
 from tests.helpers.engine_process import launch
 
-MODEL = {"width": 128, "depth": 3, "heads": 4}
+MODEL = {"width": 128, "depth": 3, "heads": 4, "refiner": {"depth": 2}}
 
 
 @pytest.fixture(scope="module")
