@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo demo-pictures test test-all lint api lock clean
+.PHONY: help setup demo demo-pictures test test-cluster test-library test-all lint api lock clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -24,8 +24,14 @@ demo: setup      ## scenes, ingest, embed with two LLMs, train, sample, evaluate
 demo-pictures: setup ## the same on real pictures: 4,000 emoji, a codec of their own; needs npm
 	$(BIN)/lidit demo-pictures
 
-test: setup lint ## everything but the slow tests
-	$(BIN)/python -m pytest
+test: setup lint ## everything but the slow tests, in two halves side by side
+	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=line) test-cluster test-library
+
+test-cluster: setup
+	$(BIN)/python -m pytest -m 'cluster and not slow'
+
+test-library: setup
+	$(BIN)/python -m pytest -m 'not cluster and not slow'
 
 test-all: setup lint ## the slow tests too
 	$(BIN)/python -m pytest -m ''

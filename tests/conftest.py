@@ -11,6 +11,8 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon an end or a dead worker is seen: else up to 2 s
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two halves of the suite share the processors
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "False",
         "HF_HUB_OFFLINE": "1",
@@ -24,6 +26,13 @@ import pytest
 from tests.helpers.trained import SmallWorld, make_small_world
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need the session's Ray are one half of `make test`: only one process then starts it."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "ray_cluster" in item.fixturenames:
+            item.add_marker("cluster")
 
 
 @pytest.fixture(scope="session")
