@@ -1,5 +1,6 @@
 """The states are those of the untouched model: same ids, same block, whatever the batch, padding and neighbours."""
 
+import functools
 import gc
 import shutil
 import warnings
@@ -29,12 +30,16 @@ SHORT_PREFIX = "photo:"
 Make = Callable[..., EncoderSettings]
 
 
+@functools.lru_cache(maxsize=1)
+def whole_model(folder: str) -> torch.nn.Module:
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def full_states(
     folder: str, context: tuple[int, ...], ids: tuple[int, ...], layer: int, part: str = ""
 ) -> torch.Tensor:
     """[T, W]: the caption's rows of `hidden_states[layer]` of the whole model, run on this one sequence alone."""
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    model = getattr(model, part) if part else model
+    model = getattr(whole_model(folder), part) if part else whole_model(folder)
     with torch.no_grad():
         output = model(input_ids=torch.tensor([[*context, *ids]]), output_hidden_states=True)
     states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
