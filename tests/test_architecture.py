@@ -134,3 +134,30 @@ def test_modules_stay_short() -> None:
             if (count := len(path.read_text().splitlines())) > 400:
                 long[str(path.relative_to(ROOT))] = count
     assert long == {}
+
+
+# More parameters than six, and why.
+WIDE = {
+    "lidit/data/feed.py:open_feed": "the front door's options, all but the corpus by name",
+    "lidit/datasets/scenes/benchmark.py:_new_prompt": "a rejection loop's fixed part, drawn from again and again",
+    "lidit/datasets/scenes/layouts.py:_free_spot": "a rejection loop's fixed part, drawn from again and again",
+    "lidit/models/conditioner.py:__init__": "diffusers saves a model's configuration as flat arguments",
+    "lidit/models/lidit.py:__init__": "diffusers saves a model's configuration as flat arguments",
+    "lidit/pipeline/pipeline.py:__call__": "a diffusers pipeline's call",
+    "lidit/sources/webdataset_tar.py:_take": "one member, its group and the source they belong to",
+    "lidit/store/corpus.py:publish_corpus": "what a corpus is made of, written once",
+    "pipelines/tracking/tracker.py:tracked_run": "what identifies a run and what it holds, in MLflow's words",
+}
+
+
+def test_functions_take_six_parameters_or_have_a_reason() -> None:
+    wide = set()
+    for package in ("lidit", "pipelines"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                    if len([a for a in named if a.arg not in ("self", "cls")]) > 6:
+                        wide.add(f"{path.relative_to(ROOT)}:{node.name}")
+    assert wide == set(WIDE)
+    assert len(WIDE) < 10

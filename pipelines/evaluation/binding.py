@@ -7,7 +7,6 @@ from pathlib import Path
 from lidit.config import EvaluateSettings, TrackingSettings
 from lidit.config.settings import flatten
 from lidit.evals.classifier.binding_table import measure_model, plot_binding
-from lidit.store.files.owner import owned
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scenes import RULES
 from pipelines.evaluation.scorecard import Job, Scorecard, Scores
@@ -26,7 +25,7 @@ def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingS
     if known := card.known("metrics", "table"):
         return Scores(known["metrics"], known["table"], out, computed=False)
 
-    with owned(out, "evaluated"):
+    with card.evaluating():
         # Measure.
         pipe = load_pipeline(model)
         measured = measure_model(pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed)

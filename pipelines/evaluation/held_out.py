@@ -19,7 +19,6 @@ from lidit.evals.statistics import Interval
 from lidit.pipeline import LIDiTPipeline
 from lidit.pixels import from_bytes
 from lidit.plots import labelled_grid
-from lidit.store.files.owner import owned
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scorecard import Job, Scorecard
 
@@ -63,7 +62,7 @@ def evaluate_held_out(
     if known and (out / GRID).is_file():
         preference = Interval(**known["caption_preference"])
         return CaptionMatch(preference, known["pictures"], known["motifs"], out / GRID, computed=False)
-    with owned(out, "evaluated"):
+    with card.evaluating():
         # Measure.
         pipe = load_pipeline(model, settings.sampler)
         preference = _measure(pipe, pictures)

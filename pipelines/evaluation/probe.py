@@ -44,22 +44,24 @@ def run_probe(
 
     Raises InputError for a model that cannot be loaded and a caption style that cannot describe four objects.
     """
-    captions = {style: probe_captions(style, count) for style in styles}
-    grid = [entry for settings in encoders for entry in settings_grid(settings)]
-    results: list[ProbeResult] = []
-    with ProgressBar("probe", len(grid) * len(styles), "settings") as progress:
-        for name, settings in grid:
-            encoder = PromptEncoder.load(resolve_encoder(settings))
-            for style in styles:
-                results.append(probe_encoder(encoder, name, style, captions[style]))
-                progress.advance(1, name)
-    # Track the report; no score file: a call probes anew.
+    # No score file: a call probes anew.
     names = [settings.name for settings in encoders]
     params = {"encoders": ", ".join(names), "styles": ", ".join(styles), "captions": str(count)}
     job = Job(f"probe {' '.join(names)}", out.resolve().parent, {"lidit.job": "probe"}, params)
     probed = [settings.model_dump(mode="json") for settings in encoders]
     card = Scorecard(out, job, {"probe": probed, "styles": list(styles), "captions": count}, tracker)
-    card.begin()
-    page = write_probe_report(out, results, title)
-    card.publish(metrics(results), [page.name, ACCURACY_PLOT, NORMS_PLOT])
-    return page
+    with card.evaluating():
+        captions = {style: probe_captions(style, count) for style in styles}
+        grid = [entry for settings in encoders for entry in settings_grid(settings)]
+        results: list[ProbeResult] = []
+        with ProgressBar("probe", len(grid) * len(styles), "settings") as progress:
+            for name, settings in grid:
+                encoder = PromptEncoder.load(resolve_encoder(settings))
+                for style in styles:
+                    results.append(probe_encoder(encoder, name, style, captions[style]))
+                    progress.advance(1, name)
+        # Track the report.
+        card.begin()
+        page = write_probe_report(out, results, title)
+        card.publish(metrics(results), [page.name, ACCURACY_PLOT, NORMS_PLOT])
+        return page

@@ -12,7 +12,6 @@ from lidit.evals.scenes.evaluation import Evaluation, ScoredImage, evaluate_imag
 from lidit.evals.scenes.positional import plot_curves, positions_table, scene_curves
 from lidit.evals.scenes.scorer import SCORER_VERSION
 from lidit.plots import labelled_grid
-from lidit.store.files.owner import owned
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scene_images import (
     images_folder,
@@ -48,7 +47,7 @@ def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSe
     if known := card.known("metrics", "table"):
         return Scores(known["metrics"], known["table"], out, computed=False)
 
-    with owned(out, "evaluated"):
+    with card.evaluating():
         # Sample what an interrupted call has not sampled yet.
         pipe = load_pipeline(model, settings.sampler)
         items = benchmark_prompts(pipe.config.height, settings.layout, settings.seed, settings.per_tag, settings.tags)

@@ -2,6 +2,7 @@
 
 card = Scorecard(out, job, made_with, tracking)
 card.known(...)     the record of an earlier call with the same `made_with`, if there is one
+card.evaluating()   around the work: the folder is owned, the tracker takes the experiment
 card.begin()        the files in `out` are being replaced: the old score file goes first
 card.publish(...)   metrics and files into an MLflow run, then the score file, last
 """
@@ -9,7 +10,8 @@ card.publish(...)   metrics and files into an MLflow run, then the score file, l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +20,7 @@ from lidit.config import TrackingSettings
 from lidit.store import digest_of
 from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
+from lidit.store.files.owner import owned
 from pipelines import tracking
 
 
@@ -74,12 +77,16 @@ class Scorecard:
             return None  # missing or torn: the evaluation is made again
         return record if whole else None
 
-    def begin(self) -> None:
-        """Delete the old score file first: its presence means that the files beside it are complete.
-
-        Raises InputError where the tracker refuses the experiment: not after the evaluation's work.
-        """
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Own the folder while the evaluation runs. Raises InputError where another call owns it, and where the
+        tracker refuses the experiment: before the evaluation's work."""
         tracking.check_experiment(tracking.store_uri(self.settings.uri, self.job.home), self.settings.experiment)
+        with owned(self.out, "evaluated"):
+            yield
+
+    def begin(self) -> None:
+        """Delete the old score file first: its presence means that the files beside it are complete."""
         self.out.mkdir(parents=True, exist_ok=True)
         if self.job.file is not None:
             (self.out / self.job.file).unlink(missing_ok=True)

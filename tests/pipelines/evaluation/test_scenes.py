@@ -265,6 +265,6 @@ def test_a_model_folder_without_a_readable_index_is_refused(
 ) -> None:
     torn = shutil.copytree(model, tmp_path / "model")
     (torn / "model_index.json").write_text('{"sampler": ')
-    with pytest.raises(InputError, match=r"model_index\.json: not readable .* written by lidit train"):
+    with pytest.raises(InputError, match=r"model_index\.json: cannot be read .* written by lidit train"):
         evaluate(torn, tracker, tmp_path / "out")
     assert not (tmp_path / "out").exists()

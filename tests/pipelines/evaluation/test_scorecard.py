@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from lidit.config import TrackingSettings
+from lidit.errors import InputError
 from pipelines.evaluation.scorecard import Job, Scorecard
 from pipelines.tracking import local_store
 
@@ -86,3 +87,15 @@ def test_without_a_score_file_nothing_is_recognised_or_left_behind(tmp_path: Pat
     assert card.known() is None
     assert list((tmp_path / "out").iterdir()) == []
     assert "lidit.identity" not in run_of(tracker, card).data.tags
+
+
+def test_a_refused_experiment_is_told_before_the_work(tmp_path: Path, tracker: TrackingSettings) -> None:
+    gone = tracker.model_copy(update={"experiment": "gone"})
+    client = MlflowClient(gone.uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    (tmp_path / "scores.json").write_text("of the files as they are")
+    worked = []
+    with pytest.raises(InputError, match="'gone' was deleted"), card_of(tmp_path, gone).evaluating():
+        worked.append(1)
+    assert not worked
+    assert (tmp_path / "scores.json").exists()
