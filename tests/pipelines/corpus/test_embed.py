@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lidit.config import EncoderSettings, PoolSettings
 from lidit.errors import InputError
@@ -15,7 +17,7 @@ from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
 from pipelines.corpus.embed import TOKENIZED, EncodeJob, EncodeUnits, prepare, run_embed, tokenize_units
 from pipelines.runtime import resources
-from tests.helpers.embed_job import contents, encoder, finished, make_job, start
+from tests.helpers.embed_job import contents, encoder, make_job, start
 from tests.helpers.tiny_models import break_weights, tiny_llm
 
 ONE, TWO = PoolSettings(actors=1, cpus=1, token_budget=256), PoolSettings(actors=2, cpus=1, token_budget=256)
@@ -82,24 +84,7 @@ def test_complete_rerun_loads_no_model_and_changes_nothing(undisturbed: Path, mo
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
-def test_only_missing_units_are_computed(undisturbed: Path, model: Path, tmp_path: Path) -> None:
-    import shutil
-
-    corpus = tmp_path / "corpus"
-    shutil.copytree(undisturbed, corpus)
-    for name in ("MANIFEST.json", "00001.json", "00003.json"):
-        next(corpus.glob(f"text/*/{name}")).unlink()
-    before = finished(corpus)
-    summary = run_embed(str(corpus), encoder(model), ONE)
-    assert summary.computed_units == 2
-    after = finished(corpus)
-    assert {name: after[name] for name in before} == before
-    assert contents(corpus) == contents(undisturbed)
-
-
 def test_a_changed_spec_is_a_new_family_and_says_what_differs(undisturbed: Path, model: Path, tmp_path: Path) -> None:
-    import shutil
-
     corpus = tmp_path / "corpus"
     shutil.copytree(undisturbed, corpus)
     changed = encoder(model, layer=-2, storage="bfloat16", max_tokens=6)
@@ -193,16 +178,15 @@ def test_not_a_corpus_is_said_before_a_model_is_looked_for(tmp_path: Path) -> No
         run_embed(str(tmp_path), encoder(tmp_path / "no-model"), ONE)
 
 
-def test_non_finite_states_are_refused(tmp_path: Path, ray_cluster: None) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from lidit.errors import JobError
-
+def test_non_finite_states_are_refused(tmp_path: Path) -> None:
     folder = tiny_llm(tmp_path / "model", "llama")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("inf")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     corpus = make_job(tmp_path / "corpus", units=2, rows=2)
-    with pytest.raises(JobError, match=r"not finite|NaN or infinite"):
-        run_embed(str(corpus), encoder(folder), ONE)
+    job = job_of(corpus, encoder(folder))
+    (encoded,) = EncodeUnits(job)(tokenize_units(pa.table({"unit": [0]}), job)).to_pylist()
+    for problem in (prepare(job)["problem"], encoded["problem"]):
+        assert re.search(r"not finite|NaN or infinite", problem["text"])
+        assert not problem["input"]
     assert not list(corpus.glob("text/*/*.arrow"))

@@ -61,15 +61,26 @@ def files(corpus: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in corpus.glob("latents/*/0*.arrow")}
 
 
-def test_pixels_are_exact_and_aligned(corpus: Path) -> None:
-    progress = RecordedProgress()
+def test_pixels_are_exact_and_aligned_also_where_an_actor_dies(corpus: Path) -> None:
+    killed = []
+
+    def kill(done: int) -> None:
+        if done == 1:
+            ours = psutil.Process().children(recursive=True)  # never another cluster's actor
+            killed.extend(p for p in ours if any("LatentsActor" in word for word in p.cmdline()))
+            for process in killed:
+                process.kill()
+
+    progress = RecordedProgress(kill)
     summary = run_latents(str(corpus), CodecSettings(), PoolSettings(), progress)
+    assert killed
     assert (summary.images, summary.units, summary.computed_units) == (7, 2, 2)
     assert progress.calls == [(0, 2), (1, 2), (2, 2)]
     opened = Corpus.open(corpus)
     family = opened.latent_family("pixels")
     images = originals()
     for unit in range(2):
+        family.verify_unit(unit)
         samples = opened.samples(unit).to_pylist()
         for row, latent in zip(samples, family.read(unit), strict=True):
             expected = expected_pixels(images[row["key"]], row["bucket"])
@@ -82,11 +93,25 @@ def test_pixels_are_exact_and_aligned(corpus: Path) -> None:
     assert again.computed_units == 0
 
 
+def loop_over_units(corpus: Path, settings: CodecSettings) -> LatentEncoder:
+    """The same job in this process, without a cluster."""
+    opened, encoder = Corpus.open(corpus), LatentEncoder(load_codec(settings))
+    writer = FamilyWriter.open_or_create(str(corpus), "latents", settings.name, codec_spec(settings))
+    for unit in writer.pending():
+        statistics = UnitStatistics()
+        chunks = (bucket_images(opened, unit, *rows, scale=1, max_pixels=SETTINGS.max_pixels)
+                  for rows in unit_chunks(opened, unit))  # fmt: skip
+        writer.publish(unit, encoder.tables(chunks, statistics), statistics=statistics)
+    writer.finish({"codec": settings.model_dump(mode="json")})
+    return encoder
+
+
 def test_latents_equal_the_codec_and_bytes_do_not_depend_on_actors(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = CodecSettings(name="kl", model=str(save_codec(tmp_path / "kl", "AutoencoderKL")))
-    run_latents(str(corpus), settings, PoolSettings())
+    assert loop_over_units(corpus, settings).codec_seconds > 0
+    assert run_latents(str(corpus), settings, PoolSettings()).computed_units == 0
     opened = Corpus.open(corpus)
     family, codec, images = opened.latent_family("kl"), load_codec(settings), originals()
     for unit in range(2):
@@ -105,55 +130,19 @@ def test_latents_equal_the_codec_and_bytes_do_not_depend_on_actors(
     for path in corpus.glob("latents/*/*"):
         path.unlink()
     monkeypatch.setattr(latents_module, "WINDOW", 1)
-    run_latents(str(corpus), settings, PoolSettings(actors=2, cpus=0.5))
+    assert run_latents(str(corpus), settings, PoolSettings(actors=2, cpus=0.5)).computed_units == 2
     assert files(corpus) == before
     assert len(before) == 2
 
 
-def test_a_loop_over_units_writes_the_same_bytes_as_actors(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = CodecSettings(name="kl", model=str(save_codec(tmp_path / "kl", "AutoencoderKL")))
-    run_latents(str(corpus), settings, PoolSettings())
-    by_actors = files(corpus)
-    for path in corpus.glob("latents/*/*"):
-        path.unlink()
-
-    opened, encoder = Corpus.open(corpus), LatentEncoder(load_codec(settings))
-    writer = FamilyWriter.open_or_create(str(corpus), "latents", "kl", codec_spec(settings))
-    for unit in writer.pending():
-        statistics = UnitStatistics()
-        chunks = (bucket_images(opened, unit, *rows, scale=1, max_pixels=SETTINGS.max_pixels)
-                  for rows in unit_chunks(opened, unit))  # fmt: skip
-        writer.publish(unit, encoder.tables(chunks, statistics), statistics=statistics)
-    writer.finish({"codec": settings.model_dump(mode="json")})
-    assert files(corpus) == by_actors
-    assert encoder.codec_seconds > 0
-    assert run_latents(str(corpus), settings, PoolSettings()).computed_units == 0
-
+def test_chunks_cover_a_unit_without_gaps(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "CHUNK_PIXELS", 2 * 32 * 32)
+    opened = Corpus.open(corpus)
     chunks_of_two = unit_chunks(opened, 0)
     assert chunks_of_two[0][0] == 0
     assert chunks_of_two[-1][1] == len(opened.samples(0))
     assert len(chunks_of_two) > 1
     assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(chunks_of_two))
-
-
-def test_actor_killed_in_its_work_is_replaced(corpus: Path) -> None:
-    killed = []
-
-    def kill(done: int) -> None:
-        if done == 1:
-            ours = psutil.Process().children(recursive=True)  # never another cluster's actor
-            killed.extend(p for p in ours if any("LatentsActor" in word for word in p.cmdline()))
-            for process in killed:
-                process.kill()
-
-    run_latents(str(corpus), CodecSettings(), PoolSettings(), RecordedProgress(kill))
-    assert killed
-    family = Corpus.open(corpus).latent_family("pixels")
-    for unit in range(2):
-        family.verify_unit(unit)
 
 
 def test_other_scale_and_sources_that_have_moved(corpus: Path, tmp_path: Path) -> None:
