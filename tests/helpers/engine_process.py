@@ -1,14 +1,10 @@
-"""Run by test_engine.py in `world_size` real processes: trains tiny models, writes losses as JSON.
-
-python engine_process.py RANK WORLD_SIZE FOLDER JOBS.json
-"""
+"""Jobs of engines in `world_size` real processes: trains tiny models, writes losses as JSON."""
 
 import gc
 import json
 import math
+import multiprocessing
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -29,24 +25,37 @@ BATCH, CHANNELS, SIDE = 12, 3, 8
 def launch(folder: Path, world_size: int, jobs: list[dict]) -> dict:
     """Run the jobs one after the other in `world_size` processes; each job's losses, norms and flags."""
     (folder / f"store-{world_size}").unlink(missing_ok=True)
-    listing = folder / f"jobs-{world_size}.json"
-    listing.write_text(json.dumps(jobs))
-    command = [str(world_size), str(folder), str(listing)]
-    # DeepSpeed looks for a launcher's variables before it believes the process group that is there.
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), *command],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [process.communicate(timeout=500)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    context = multiprocessing.get_context("forkserver")  # torch and DeepSpeed are loaded once, not in every process
+    context.set_forkserver_preload([__name__, "deepspeed"])
+    processes = [context.Process(target=work, args=(rank, world_size, folder, jobs)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(500)
+    ends = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    told = (folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size))
+    assert not any(ends), "\n".join(log.read_text()[-3000:] for log in told if log.exists())
+    assert None not in ends, "it hangs"
     return json.loads((folder / f"results-{world_size}.json").read_text())
+
+
+def work(rank: int, world_size: int, folder: Path, jobs: list[dict]) -> None:
+    """One of the processes."""
+    log = os.open(folder / f"rank-{rank}-of-{world_size}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    # DeepSpeed looks for a launcher's variables before it believes the process group that is there.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store-{world_size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    results = {job["name"]: run(job, rank, world_size, folder) for job in jobs}
+    if rank == 0:
+        (folder / f"results-{world_size}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def live_bytes() -> int:
@@ -162,14 +171,3 @@ def measured(engine: Engine, before: int, count: int, world_size: int) -> dict:
     engine.train_step(global_batch(0).split(world_size)[dist.get_rank()])
     engine.deepspeed.step = take
     return {"between": between, "held": held[0], "parameters": count}
-
-
-if __name__ == "__main__":
-    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size)
-    results = {job["name"]: run(job, rank, world_size, folder) for job in json.loads(Path(sys.argv[4]).read_text())}
-    if rank == 0:
-        (folder / f"results-{world_size}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
