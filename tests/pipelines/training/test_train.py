@@ -1,5 +1,6 @@
 """Training on real Ray: resumes after kills with the same bits, refuses drift, keeps one honest MLflow run."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -49,8 +50,12 @@ def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Th
     """SIGKILL one training worker once the checkpoint of `step` is there; its pid goes into `killed`."""
 
     def workers() -> list[int]:
-        found = psutil.process_iter(["cmdline"])
-        return [process.pid for process in found if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
+        found = []
+        for process in psutil.Process().children(recursive=True):  # never another training's worker
+            with contextlib.suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process.pid)
+        return found
 
     def hunt() -> None:
         wait_until((run / checkpoints.checkpoint_name(step) / "position.json").exists, seconds=200)
