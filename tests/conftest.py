@@ -11,7 +11,6 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon an end or a dead worker is seen: else up to 2 s
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two halves of the suite share the processors
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "False",
