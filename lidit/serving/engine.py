@@ -77,6 +77,10 @@ class Engine:
             arrived = sum(job.units for job in self._arrived)
             return self._units + arrived
 
+    def row_cap(self, height: int | None = None, width: int | None = None) -> int:
+        """Rows of a pass at most for images of this size in pixels; a guided image has two rows."""
+        return self._loop.cap_of(self.pipeline.latent_shape(height, width)[1:])
+
     @property
     def counts(self) -> Counts:
         """What was done so far."""
@@ -118,3 +122,5 @@ class Engine:
         for job in arrived:
             self._loop.add(job)
         self._loop.cancel_all()
+        with self._changed:
+            self._units = self._loop.units

@@ -6,22 +6,24 @@ memory is there. Both depend on model, size and device: they are measured, never
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from lidit.config import SamplerSettings
-from lidit.diffusion.stepper import Caption, Stepper
+from lidit.diffusion.stepper import Caption, Row, Stepper
 
-GAIN = 1.05  # rows per second, of twice the rows, below which more rows only make everybody wait
+ENOUGH = 0.9  # of the best rate: more rows than that takes only make everybody wait
+GAIN = 1.05  # of rate: two passes in a row with less end the measuring
 MEMORY_SHARE = 0.5  # of what is free: codec and LLMs may want the rest
 REPETITIONS = 3
-MOST_ROWS = 128
+MOST_ROWS = 64
 CAPTION_TOKENS = 64
+MEMORY = Path("/proc/meminfo")
 
 Size = tuple[int, int]  # latent height and width
 
@@ -34,16 +36,24 @@ class Pass:
     seconds: float
     memory: int
 
+    @property
+    def rate(self) -> float:
+        """Rows per second."""
+        return self.rows / self.seconds
+
 
 def row_cap(passes: Sequence[Pass], memory: int) -> int:
-    """The most rows that fit into `memory` bytes and pay. `passes`: of rising numbers of rows, from 1."""
-    cap = 1
-    for fewer, more in pairwise(passes):
-        gain = (more.rows / more.seconds) / (fewer.rows / fewer.seconds)
-        if more.memory > memory or gain < GAIN:
-            break
-        cap = more.rows
-    return cap
+    """The fewest rows that come near the best rate, of the passes that fit into `memory` bytes."""
+    fitting = [done for done in passes if done.memory <= memory] or passes[:1]
+    best = max(done.rate for done in fitting)
+    return min(done.rows for done in fitting if done.rate >= ENOUGH * best)
+
+
+def still_pays(passes: Sequence[Pass]) -> bool:
+    """Whether larger passes are worth a try: a single slow pass may be another process's doing."""
+    if len(passes) < 3:
+        return True
+    return max(done.rate for done in passes[-2:]) >= GAIN * max(done.rate for done in passes[:-2])
 
 
 class Capacity:
@@ -61,44 +71,46 @@ class Capacity:
         return self.measured[size]
 
     def _passes(self, size: Size, memory: int) -> Iterator[Pass]:
-        """Passes of 1, 2, 4, ... rows, until one does not pay or the next would not fit."""
+        """Passes of 1, 2, 4, ... images, until more do not pay or would not fit."""
         passes: list[Pass] = []
-        rows = 1
-        while rows <= MOST_ROWS:
+        images = 1
+        while 2 * images <= MOST_ROWS and still_pays(passes):
             try:
-                done = self._pass(size, rows)
+                passes.append(self._pass(size, images))
             except torch.OutOfMemoryError:
+                if not passes:
+                    raise  # not even one image fits
                 return
-            yield done
-            passes.append(done)
-            if row_cap(passes, memory) < rows or 2 * done.memory > memory:
+            yield passes[-1]
+            if 2 * passes[-1].memory > memory:
                 return
-            rows *= 2
+            images *= 2
 
-    def _pass(self, size: Size, rows: int) -> Pass:
-        """Measure one pass of unguided rows, no two of one caption."""
+    def _pass(self, size: Size, images: int) -> Pass:
+        """Measure one pass of guided images, as most are, no two of one caption."""
         shape = (self.stepper.model.config.channels, *size)
-        sampler = SamplerSettings(steps=REPETITIONS + 1, guidance_scale=1)
-        captions = [Caption(f"profile {row}", self._states()) for row in range(rows)]
-        made = [self.stepper.row(caption, sampler, 0, shape) for caption in captions]
+        sampler = SamplerSettings(steps=REPETITIONS + 1, guidance_scale=2)
+        captions = [Caption(f"profile {number}", self._states()) for number in range(images)]
+        rows = [self.stepper.row(caption, sampler, 0, shape) for caption in captions]
         # The first one pays for what later ones find ready: kernels, plans, memory.
-        memory = peak_memory(self.stepper.device, lambda: self.stepper.advance(made))
-        seconds = []
-        for _ in range(REPETITIONS):
-            synchronise(self.stepper.device)
-            began = time.perf_counter()
-            self.stepper.advance(made)
-            synchronise(self.stepper.device)
-            seconds.append(time.perf_counter() - began)
-        return Pass(rows, min(seconds), memory)
+        memory = peak_memory(self.stepper.device, lambda: self.stepper.advance(rows))
+        seconds = [self._seconds(rows) for _ in range(REPETITIONS)]
+        return Pass(2 * images, min(seconds), memory)
+
+    def _seconds(self, rows: Sequence[Row]) -> float:
+        """Of one pass. On a CPU this thread's own time: other processes must not make up the cap."""
+        if self.stepper.device.type != "cuda":
+            began = time.thread_time()
+            self.stepper.advance(rows)
+            return time.thread_time() - began
+        torch.cuda.synchronize(self.stepper.device)
+        began = time.perf_counter()
+        self.stepper.advance(rows)
+        torch.cuda.synchronize(self.stepper.device)
+        return time.perf_counter() - began
 
     def _states(self) -> dict[str, torch.Tensor]:
         return {name: entry.states[0, :1].expand(CAPTION_TOKENS, -1) for name, entry in self.stepper.empty.items()}
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def free_memory(device: torch.device) -> int:
@@ -106,7 +118,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _kibibytes(Path("/proc/meminfo"), "MemAvailable") << 10
+    return _kibibytes(MEMORY, "MemAvailable") << 10 if MEMORY.is_file() else sys.maxsize
 
 
 def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
@@ -116,6 +128,9 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    if not MEMORY.is_file():  # not Linux: time alone decides
+        work()
+        return 0
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _kibibytes(status, "VmRSS")

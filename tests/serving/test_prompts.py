@@ -1,0 +1,95 @@
+"""States of prompts are kept by family and words, within a limit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lidit.config import EncoderSettings
+from lidit.errors import InputError
+from lidit.pipeline.model_encoder import ModelEncoder
+from lidit.serving import PromptCache
+from lidit.store import channel_statistics
+from lidit.text import PromptEncoder, resolve_encoder
+from tests.helpers.tiny_models import tiny_llm
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelEncoder]:
+    """Two real families of one small LLM: layers -2 and -3."""
+    folder = tmp_path_factory.mktemp("llm")
+    model, made = tiny_llm(folder / "llm", "llama", 4, 32), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIDIT_CACHE", str(folder / "cache"))
+        for name, layer in (("second", -2), ("third", -3)):
+            settings = EncoderSettings(name=name, model=str(model), layer=layer, dtype="float32", storage="float32")
+            loaded = PromptEncoder.load(resolve_encoder(settings))
+            prefix, empty = loaded.prefix_states()[1], loaded.empty_states()[1]
+            statistics = channel_statistics([prefix, empty])
+            spec = loaded.spec
+            made[name] = ModelEncoder(settings, spec.to_dict(), spec.fingerprint, prefix, empty, *statistics, loaded)
+    return made
+
+
+class Reads:
+    """How many prompts each call gave to the LLM."""
+
+    def __init__(self, encoder: ModelEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[list[str]] = []
+        assert encoder.loaded is not None
+        tokenizer = encoder.loaded.tokenizer
+        before = tokenizer.tokenize
+
+        def counted(captions: list[str]) -> object:
+            self.calls.append(list(captions))
+            return before(captions)
+
+        monkeypatch.setattr(tokenizer, "tokenize", counted)
+
+
+def test_a_prompt_is_read_once(encoders: dict[str, ModelEncoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, encoder = PromptCache(), encoders["second"]
+    reads = Reads(encoder, monkeypatch)
+    first = cache.states(encoder, ["a cat", "a dog", "a cat"])
+    again = cache.states(encoder, ["a dog", "a bird"])
+    assert reads.calls == [["a cat", "a dog"], ["a bird"]]
+    assert (cache.hits, cache.misses) == (1, 3)
+    assert again[0] is first[1]
+    assert first[2] is first[0]
+    torch.testing.assert_close(first[0], encoder.encode(["a cat"])[0])
+
+
+def test_families_are_never_mistaken_for_each_other(encoders: dict[str, ModelEncoder]) -> None:
+    cache = PromptCache()
+    states = cache.prompt(encoders, "a cat")
+    assert (states["second"] - states["third"]).abs().max() > 0.1
+    assert cache.misses == 2
+    cache.prompt(encoders, "a cat")
+    assert cache.hits == 2
+
+
+def test_the_least_recently_used_states_go_first(
+    encoders: dict[str, ModelEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoders["second"]
+    one = encoder.encode(["cat"])[0].nbytes
+    cache = PromptCache(limit=2 * one)
+    reads = Reads(encoder, monkeypatch)
+    for prompt in ("cat", "cat", "dog", "cat", "sun", "cat", "dog"):
+        cache.states(encoder, [prompt])
+    lengths = {prompt: len(states) for prompt in ("cat", "dog", "sun") for states in encoder.encode([prompt])}
+    assert len(set(lengths.values())) == 1, "the test needs prompts of one length"
+    assert reads.calls[:4] == [["cat"], ["dog"], ["sun"], ["dog"]]
+    assert cache.size == 2 * one
+
+
+def test_states_larger_than_the_limit_are_given_and_not_kept(encoders: dict[str, ModelEncoder]) -> None:
+    cache = PromptCache(limit=10)
+    (states,) = cache.states(encoders["second"], ["a cat"])
+    assert states.nbytes > 10
+    assert cache.size == 0
+
+
+def test_a_prompt_that_is_no_text_is_refused(encoders: dict[str, ModelEncoder]) -> None:
+    with pytest.raises(InputError, match="the request: prompt 1: invalid UTF-8"):
+        PromptCache().prompt(encoders, "caf\udce9")
