@@ -1,10 +1,9 @@
 """What a person may set: the recipe and its sections, the other kinds of recipe, the files that ship with us."""
 
+from lidit.config.encoder import PAPER_INSTRUCTION, EncoderSettings
 from lidit.config.recipe import (
-    PAPER_INSTRUCTION,
     CodecSettings,
     DataSettings,
-    EncoderSettings,
     EncoderShape,
     EngineSettings,
     EvaluateSettings,

@@ -11,13 +11,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from lidit.config.encoder import EncoderSettings
 from lidit.config.fields import Place, Prompt, Seed
 from lidit.config.settings import Settings, validate
 
-PAPER_INSTRUCTION = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, "
-    "and spatial relationships of the objects:"
-)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Stage = Literal["ingest", "embed", "latents", "train", "evaluate"]
 
@@ -49,22 +46,6 @@ class IngestSettings(Settings):
     captions_only: bool = Field(False, description="take captions and leave images where they are")
     unique_keys: Literal["corpus", "file"] = Field("corpus", description="file: keys may start anew in every file")
     max_pixels: int = Field(64_000_000, ge=1, description="larger images are refused before they are decoded")
-
-
-class EncoderSettings(Settings):
-    """Everything that determines the states of one LLM, except the digests of its files (paper 3.1)."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="name of the text family")
-    model: Place = Field(description="hub id, folder, or package:NAME")
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="commit of a hub id")
-    kind: Literal["causal", "unmasked", "encoder"] = "causal"
-    layer: int = Field(-3, description="block whose output is stored; negative counts from the last block (-1)")
-    system_prompt: str = Field("", description="put before the instruction")
-    instruction: str | None = Field(None, description="None: the paper's for language models, none for kind encoder")
-    chat_template: bool = Field(False, description="wrap system prompt and instruction in the model's chat template")
-    max_tokens: int = Field(256, ge=1, description="caption tokens kept; longer captions are cut and counted")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
-    storage: Literal["compute", "float32", "bfloat16", "int8"] = Field("bfloat16", description="dtype on disk")
 
 
 class PoolSettings(Settings):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lidit.config.ablation import Ablation
-from lidit.config.recipe import EncoderSettings, Recipe
+from lidit.config.encoder import EncoderSettings
+from lidit.config.recipe import Recipe
 from lidit.config.settings import apply_overrides, load_yaml, validate
 from lidit.errors import InputError
 

@@ -15,7 +15,9 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
     the fields in which the corpus's families differ, and where two families fit.
     """
     wanted = encoder.model_dump(
-        include={"kind", "system_prompt", "instruction", "chat_template", "max_tokens", "storage", "dtype"}
+        mode="json",
+        include={"kind", "system_prompt", "instruction", "chat_template", "template_date"}
+        | {"max_tokens", "storage", "dtype"},
     )
     wanted = {k: v for k, v in wanted.items() if v not in ("auto", "compute", None)}
     differences, matches = [], []
@@ -24,7 +26,7 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
             continue
         spec = handle.spec
         blocks = encoder.layer if encoder.layer >= 0 else spec["total_blocks"] + 1 + encoder.layer
-        found = {**{key: spec[key] for key in wanted}, "blocks": spec["blocks"]}
+        found = {**{key: spec.get(key) for key in wanted}, "blocks": spec["blocks"]}
         if found == {**wanted, "blocks": blocks}:
             matches.append(handle)
         differences += [f"{handle.directory}: {line}" for line in spec_differences(found, {**wanted, "blocks": blocks})]

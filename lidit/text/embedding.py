@@ -55,7 +55,23 @@ def family_encoder(family: TextFamily, device: str = "cpu") -> PromptEncoder:
     if spec.fingerprint != family.fingerprint:
         differing = "; ".join(spec_differences(family.spec, spec.to_dict()))
         raise InputError(f"{settings.model}: differs from the encoder that made {family.folder.location} ({differing})")
-    return PromptEncoder.load(spec, device)
+    encoder = PromptEncoder.load(spec, device)
+    require_prefix(encoder, family.shared(), family.folder.location)
+    return encoder
+
+
+def require_prefix(encoder: PromptEncoder, stored: SharedStates, where: str) -> None:
+    """Raises InputError unless an encoder's instruction has the token ids that a family was computed behind.
+
+    The spec's files determine them, but for what a chat template asks of the clock or of the installed transformers.
+    """
+    ids, _ = encoder.prefix_states()
+    if tuple(ids) != stored.prefix_ids:
+        raise InputError(
+            f"{where}: computed behind an instruction of other tokens ({len(stored.prefix_ids)} stored, {len(ids)} "
+            f"of encoder {encoder.spec.name}, or as many others): another transformers renders the chat template "
+            "otherwise; install the earlier one, or delete this directory to compute it anew"
+        )
 
 
 def _spread(items: list[int], count: int) -> list[int]:
@@ -67,9 +83,10 @@ def _spread(items: list[int], count: int) -> list[int]:
 def ensure_shared(encoder: PromptEncoder, writer: FamilyWriter, token_budget: int = TOKEN_BUDGET) -> SharedStates:
     """The family's shared states; computed and published by whoever comes first."""
     stored = writer.shared()
-    if stored is not None:
-        return stored
     prefix_ids, prefix = encoder.prefix_states()
+    if stored is not None:
+        require_prefix(encoder, stored, writer.folder.location)
+        return stored
     empty_ids, empty = encoder.empty_states()
     sample = [found.states for found in encoder.encode(calibration_captions(writer.corpus), token_budget)]
     mean, deviation = channel_statistics(sample or [empty])

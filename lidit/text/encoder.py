@@ -13,12 +13,15 @@ import torch
 
 from lidit.config import EncoderSettings
 from lidit.config.shipped import load_encoder_settings
+from lidit.errors import InputError
 from lidit.text.batching import Padding, padding_of, plan_batches
 from lidit.text.specs import EncoderSpec, default_device, resolve_encoder
 from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
 from lidit.text.trunk import Trunk
 
 TOKEN_BUDGET = 8192
+PADDING_TRIAL = ("a cat", "two red circles and a blue square on a green field, photographed in the evening light")
+PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # rounding alone stays below a tenth of it
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,12 @@ class PromptEncoder:
     def __init__(self, spec: EncoderSpec, tokenizer: PromptTokenizer, trunk: Trunk) -> None:
         self.spec, self.tokenizer, self.trunk = spec, tokenizer, trunk
         self._prefix: torch.Tensor | None = None
+        trunk.require_positions(len(tokenizer.context_ids) + tokenizer.longest)
         if spec.kind == "causal":
             states = self.trunk.read_context(self._padded([tokenizer.context_ids]))  # [1, C, W]
             self._prefix = states[0, : len(tokenizer.prefix_ids)].cpu()  # [P, W]; P = 0 with BOS as context
+        else:
+            self._check_padding()
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str | None = None) -> PromptEncoder:
@@ -170,6 +176,21 @@ class PromptEncoder:
             states = self.trunk.whole(ids, valid.to(ids.device))[:, start:]  # [B, T, W]
         keep = torch.arange(states.shape[1]) < lengths[:, None]  # [B, T]
         return states[keep.to(states.device)]  # [N, W]
+
+    def _check_padding(self) -> None:
+        """Some models mix padding into the captions beside it (FNet, MobileBERT): states would depend on the batch."""
+        short, long = (row.token_ids for row in self.tokenizer.tokenize(PADDING_TRIAL))
+        if len(short) == len(long):
+            return
+        with torch.inference_mode():
+            alone = self._forward([short]).float()  # [T, W]
+            beside = self._forward([short, long])[: len(short)].float()
+        difference = float((beside - alone).norm() / alone.norm())
+        if difference > PADDING_TOLERANCE[self.spec.dtype]:
+            raise InputError(
+                f"encoder {self.spec.name}: {self.spec.folder}: {self.spec.model_type}: padding changes this model's "
+                f"states (by {difference:.0%}), so they would depend on a batch's other captions; choose another model"
+            )
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         longest = max(len(row) for row in rows)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lidit.text.encoder import PromptEncoder
-from lidit.text.trunk import block_list
+from lidit.text.loading import block_list
 
 
 def every_layer(

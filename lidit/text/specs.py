@@ -62,10 +62,13 @@ class EncoderSpec:
     config_sha256: str
     weights_sha256: str
     tokenizer_sha256: str
+    template_date: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The identity, as `family.json` stores it."""
         fields = {key: value for key, value in self.__dict__.items() if key not in ("name", "folder", "fingerprint")}
+        later = {"template_date"}  # absent where it is not set: families of earlier releases keep their fingerprints
+        fields = {key: value for key, value in fields.items() if key not in later or value is not None}
         return {**fields, "code": ENCODER_VERSION}
 
     @cached_property
@@ -93,7 +96,7 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
             f"encoder {settings.name}: {settings.model} is an encoder-decoder model: set kind: encoder for its encoder"
         )
     text = config.get_text_config(decoder=True) if settings.kind != "encoder" else _encoder_config(config)
-    total, width = int(text.num_hidden_layers), int(text.hidden_size)
+    total, width = _shape(text, folder)
     blocks = settings.layer if settings.layer >= 0 else total + 1 + settings.layer
     if not 1 <= blocks <= total:
         raise InputError(
@@ -108,6 +111,10 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
         raise InputError(
             f"encoder {settings.name}: kind 'encoder' reads the bare caption: leave instruction, system_prompt and "
             "chat_template out"
+        )
+    if settings.template_date is not None and not settings.chat_template:
+        raise InputError(
+            f"encoder {settings.name}: template_date is printed by chat templates: set chat_template: true"
         )
     instruction = settings.instruction
     if instruction is None:
@@ -130,6 +137,7 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
         config_sha256=_config_digest(folder),
         weights_sha256=digests.of(weight_files(folder)),
         tokenizer_sha256=digests.of([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]),
+        template_date=settings.template_date,
     )
 
 
@@ -176,7 +184,20 @@ def _read_config(folder: Path) -> Any:
 
 
 def _encoder_config(config: Any) -> Any:
-    return getattr(config, "text_config", config)
+    half = getattr(config, "encoder", None) if config.is_encoder_decoder else None  # T5Gemma has a config for each half
+    whole = config if half is None or isinstance(half, dict) else half
+    return getattr(whole, "text_config", whole)
+
+
+def _shape(text: Any, folder: Path) -> tuple[int, int]:
+    """Blocks and width that a config names."""
+    try:
+        return int(text.num_hidden_layers), int(text.hidden_size)
+    except (AttributeError, TypeError):
+        raise InputError(
+            f"{folder}: the config of a {text.model_type} model does not say how many blocks a text model in it has, "
+            "and how wide it is; choose a language model or a text encoder"
+        ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -188,6 +209,11 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in named]
     elif folder / "model.safetensors" in files:  # other copies of the weights may lie beside it
         files = [folder / "model.safetensors"]
+    elif files:  # transformers would not find them either
+        raise InputError(
+            f"{folder}: neither model.safetensors nor model.safetensors.index.json beside {files[0].name}; rename the "
+            "weights to model.safetensors, or save the model with save_pretrained"
+        )
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise InputError(

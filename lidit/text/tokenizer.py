@@ -14,6 +14,7 @@ from typing import Any
 from lidit.errors import InputError, one_line
 from lidit.text.control import ControlWords, flagged, unflagged
 from lidit.text.specs import EncoderSpec
+from lidit.text.template_date import render_dated
 
 CAPTION_MARK = "\N{LEFT WHITE LENTICULAR BRACKET}caption\N{RIGHT WHITE LENTICULAR BRACKET}"
 
@@ -59,6 +60,12 @@ class PromptTokenizer:
         """Stands behind the mask; any valid id would do."""
         return int(self.tokenizer.pad_token_id or 0)
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a caption, the model's own special tokens included where they count."""
+        own = self.tokenizer.model_max_length if self.spec.kind == "encoder" else self.spec.max_tokens
+        return int(min(self.spec.max_tokens, own))
+
     def _flag_control_words(self) -> ControlWords:
         """Marks what is special by function as special, so that captions cannot reach it; the prefix still does."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -88,7 +95,7 @@ class PromptTokenizer:
 
     def _tokenize_whole(self, captions: list[str]) -> list[CaptionTokens]:
         """With the model's own special tokens around the caption, as encoders expect it; they count as tokens."""
-        longest = min(self.spec.max_tokens, self.tokenizer.model_max_length)
+        longest = self.longest
         options = {"truncation": True, "max_length": longest, "split_special_tokens": True}
         rows = self.tokenizer(captions, **options)["input_ids"]
         full = [i for i, ids in enumerate(rows) if len(ids) >= longest]  # only these can have been longer
@@ -137,14 +144,21 @@ class PromptTokenizer:
             )
         user = {"role": "user", "content": "\n".join(part for part in (spec.instruction, CAPTION_MARK) if part)}
         system = [{"role": "system", "content": spec.system_prompt}] if spec.system_prompt else []
-        try:
-            text = self.tokenizer.apply_chat_template([*system, user], tokenize=False)
-        except Exception as error:  # a template raises whatever its author chose
-            raise InputError(
-                f"encoder {spec.name}: the model's chat template refuses this conversation ({error}); leave "
-                "system_prompt empty or set chat_template: false"
-            ) from None
-        before, mark, _ = str(text).partition(CAPTION_MARK)
+
+        def render(template: str) -> str:
+            try:
+                conversation = [*system, user]
+                return str(self.tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False))
+            except Exception as error:  # a template raises whatever its author chose
+                remedy = "leave system_prompt empty" if system else "set system_prompt"
+                raise InputError(
+                    f"encoder {spec.name}: the model's chat template refuses this conversation "
+                    f"({one_line(error, 200)}); {remedy} or set chat_template: false"
+                ) from None
+
+        where = f"encoder {spec.name}: {spec.folder}"
+        text = render_dated(render, self.tokenizer.get_chat_template(), spec.template_date, where)
+        before, mark, _ = text.partition(CAPTION_MARK)
         if not mark:
             raise InputError(f"encoder {spec.name}: the chat template drops the user's text; set chat_template: false")
         return before

@@ -9,14 +9,21 @@ Legend: B batch, T tokens, P context tokens, H heads, D head width, W width.
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
 from lidit.errors import InputError, one_line
+from lidit.text.loading import block_list, load_model
 from lidit.text.specs import EncoderSpec
 
+POSITION_TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)$")  # of nn.Embedding modules, such as embed_positions
+# What a model's own code raises where it cannot run as it is asked to: cut, without pixels, with this cache.
+REFUSALS = (
+    AttributeError, IndexError, ValueError, RuntimeError, AssertionError, TypeError, KeyError, NotImplementedError,
+)  # fmt: skip
 # transformers' caches of a block that hold keys and values, or nothing (of a block that reads another one's)
 SHAREABLE = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 
@@ -31,10 +38,14 @@ class Trunk:
         self.device = next(model.parameters()).device
         self._output: torch.Tensor | None = None
         if not spec.final:
-            block_list(self.model, spec.blocks)[-1].register_forward_hook(self._keep_output)
+            last = block_list(self.model, spec.blocks)[-1]
+            if spec.blocks == 1 and getattr(getattr(self.model, "encoder", None), "conv", None) is not None:
+                # DeBERTa-v2's: what the second block reads is not what the first one gives.
+                raise self._refusal("a convolution follows the first block", "choose layer: 2 or higher, or layer: -1")
+            last.register_forward_hook(self._keep_output)
         if spec.kind == "unmasked":  # LLM2Vec's first step, arXiv 2404.05961
             self.model.config.is_causal = False
-        self._check_direction()
+        self._try()
         self._context: Any = None
         # Some models let later layers read an earlier layer's keys and values from the cache.
         self._release_keys = not getattr(self.model.config, "num_kv_shared_layers", 0)
@@ -42,7 +53,7 @@ class Trunk:
     @classmethod
     def load(cls, spec: EncoderSpec, device: str) -> Trunk:
         """Read the blocks the spec needs. InputError where the folder lacks one of their tensors."""
-        return cls(spec, _load(spec, torch.device(device)))
+        return cls(spec, load_model(spec, torch.device(device)))
 
     def to(self, device: str | torch.device) -> None:
         """Moves the blocks and the context's keys and values."""
@@ -57,7 +68,7 @@ class Trunk:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def _keep_output(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._output = output[0] if isinstance(output, tuple) else output
+        self._output = output[0] if isinstance(output, tuple | list) else output
 
     def _states(self, **inputs: Any) -> torch.Tensor:
         result = self.model(**inputs)
@@ -65,33 +76,52 @@ class Trunk:
             last: torch.Tensor = result.last_hidden_state
             return last
         kept, self._output = self._output, None
-        assert kept is not None
+        assert isinstance(kept, torch.Tensor), "the block gives no tensor"
         return kept
 
+    def _refusal(self, reason: str, remedy: str) -> InputError:
+        spec = self.spec
+        return InputError(f"encoder {spec.name}: {spec.folder}: {spec.model_type}: {reason}; {remedy}")
+
+    @property
+    def _elsewhere(self) -> str:
+        """What to choose where a model does not give the states that it is asked for."""
+        return "choose another model" if self.spec.final else "use layer: -1, or another model"
+
     @torch.inference_mode()
-    def _check_direction(self) -> None:
-        """Run two tokens to see whether the first attends to the second.
+    def _try(self) -> None:
+        """Run two captions of three tokens: whether the model runs at all, and what its first token attends to.
 
         A shared prefix and unmasked padding are right for causal models only, and a config may be wrong.
         """
+        ids = torch.tensor([[5, 6, 5], [5, 7, 6]], device=self.device)
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if self.spec.kind != "encoder":
+            inputs["use_cache"] = False
+        try:
+            states = self._states(**inputs)
+        except REFUSALS as error:
+            reason = f"it does not run with {self.spec.blocks} of {self.spec.total_blocks} blocks and text alone"
+            detail = f" ({type(error).__name__}: {one_line(error, 120)})"
+            raise self._refusal(reason + detail, self._elsewhere) from None
+        if states.shape != (2, 3, self.spec.width):
+            raise self._refusal(
+                f"a block of this model gives {list(states.shape)} for 2 captions of 3 tokens, expected "
+                f"{[2, 3, self.spec.width]}",
+                self._elsewhere,
+            )
         if self.spec.kind == "encoder":
             return
-        ids = torch.tensor([[5, 6], [5, 7]], device=self.device)
-        states = self._states(input_ids=ids, use_cache=False)
-        if states.shape != (2, 2, self.spec.width):
-            raise InputError(
-                f"encoder {self.spec.name}: {self.spec.folder}: a block of this {self.spec.model_type} "
-                f"model gives {list(states.shape[2:])} values per token, expected {self.spec.width}; "
-                "use layer: -1"
-            )
         one, other = states[:, 0].float()
         sees = bool((one - other).norm() > 1e-3 * one.norm())
         if sees == (self.spec.kind == "unmasked"):
             return
-        raise InputError(
-            f"encoder {self.spec.name}: {self.spec.folder}: this {self.spec.model_type} model "
-            + ("attends in both directions; use kind: encoder" if sees else "keeps its causal mask; use kind: causal")
-        )
+        if sees:
+            raise self._refusal(
+                "this model attends in both directions",
+                "use kind: unmasked, which keeps the instruction, or kind: encoder, which reads the bare caption",
+            )
+        raise self._refusal("this model keeps its causal mask", "use kind: causal")
 
     @torch.inference_mode()
     def read_context(self, ids: torch.Tensor) -> torch.Tensor:
@@ -105,12 +135,46 @@ class Trunk:
         del self._context.layers[self.spec.blocks :]  # the config is still the whole model's
         for layer in self._context.layers:
             if type(layer).__name__ not in SHAREABLE:  # what runs over it would change it for all other captions
-                raise InputError(
-                    f"encoder {self.spec.name}: {self.spec.folder}: blocks of this {self.spec.model_type} model keep "
-                    f"more of a prefix than keys and values ({type(layer).__name__}); choose a model whose "
-                    "blocks are all attention"
+                raise self._refusal(
+                    f"blocks of this model keep more of a prefix than keys and values ({type(layer).__name__})",
+                    "choose a model whose blocks are all attention",
                 )
-        return self._states(input_ids=ids, past_key_values=self._context, use_cache=True)
+        try:
+            states = self._states(input_ids=ids, past_key_values=self._context, use_cache=True)
+        except REFUSALS as error:
+            raise self._refusal(
+                f"this model cannot read a prefix ahead ({type(error).__name__}: {one_line(error, 120)})",
+                "choose a model whose blocks are all attention",
+            ) from None
+        self._check_context(ids.shape[1])
+        return states
+
+    def _check_context(self, tokens: int) -> None:
+        """Some models take a cache and leave it empty: their captions would be read as if nothing stood before them."""
+        layers = [layer for layer in self._context.layers if type(layer).__name__ != "DummyLayer"]
+        held = [layer.get_seq_length() if layer.keys is not None else 0 for layer in layers]
+        if len(layers) > self.spec.blocks or any(count != tokens for count in held) or not held:
+            raise self._refusal(
+                f"this model keeps {min(held, default=0)} of the {tokens} tokens before a caption, so it would read "
+                "captions without their instruction",
+                "choose a model whose blocks are all attention",
+            )
+
+    def require_positions(self, tokens: int) -> None:
+        """InputError where the model has learned fewer positions than prefix and longest caption take together."""
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.Embedding) or not POSITION_TABLE.search(name):
+                continue
+            skipped = getattr(module, "offset", None)  # rows that no position uses
+            if skipped is None:
+                skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            rows = module.num_embeddings - int(skipped)
+            if tokens > rows:
+                spare = self.spec.max_tokens - (tokens - rows)
+                raise self._refusal(
+                    f"this model has learned {rows} positions, instruction and longest caption take {tokens}",
+                    f"set max_tokens to {spare} or less" if spare > 0 else "shorten the instruction",
+                )
 
     @torch.inference_mode()
     def after_context(self, ids: torch.Tensor) -> torch.Tensor:
@@ -128,87 +192,6 @@ class Trunk:
         if self.spec.kind == "unmasked":
             inputs["use_cache"] = False
         return self._states(**inputs)
-
-
-def _load(spec: EncoderSpec, device: torch.device) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
-    encoder = spec.kind == "encoder"
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the blocks that are left out on purpose
-    try:
-        model, report = _auto_class(config, spec).from_pretrained(
-            spec.folder,
-            config=config,
-            dtype=getattr(torch, spec.dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            device_map=None if device.type == "cpu" else {"": device},
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = one_line(error, 300)
-        raise InputError(f"encoder {spec.name}: {spec.folder}: the model cannot be loaded ({reason})") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise InputError(
-            f"encoder {spec.name}: {spec.folder}: the weight files lack {len(absent)} tensors of the model, such as "
-            f"{absent[0]}; fetch the model again"
-        )
-    part: Any = _text_part(model, encoder)
-    return part.eval().requires_grad_(False)
-
-
-def _auto_class(config: Any, spec: EncoderSpec) -> Any:
-    """transformers' AutoModel for such a config; what it builds lacks the blocks behind the wanted one.
-
-    They are taken out of the model, which has no storage yet when it is built, and not out of its config: fewer blocks
-    there mean other blocks where a model counts from its end, forces the kind of its last one or packs them together.
-    """
-    from transformers import AutoModel, AutoModelForTextEncoding
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
-
-    encoder = spec.kind == "encoder"
-    texts = encoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-    auto, mapping = (AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING) if texts else (AutoModel, MODEL_MAPPING)
-    if spec.final or type(config) not in mapping:
-        return auto
-    found = mapping[type(config)]
-    whole = found[0] if isinstance(found, tuple) else found
-
-    def build(self: Any, *args: Any, **settings: Any) -> None:
-        whole.__init__(self, *args, **settings)
-        del block_list(_text_part(self, encoder), spec.total_blocks)[spec.blocks :]
-
-    # Under the same names and module: that is how transformers looks up what else it knows about a class.
-    cut = type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
-    return type(auto.__name__, (auto,), {"_model_mapping": {type(config): cut}})
-
-
-def _text_part(model: nn.Module, encoder: bool) -> nn.Module:
-    """The language model inside a model that has other parts too."""
-    names = ("text_model", "language_model") if encoder else ("language_model", "text_model")
-    for name in names:
-        part = getattr(model, name, None)
-        if isinstance(part, nn.Module):
-            return part
-    return model
-
-
-def block_list(model: nn.Module, blocks: int) -> nn.ModuleList:
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
-    if not lists:
-        raise InputError(
-            f"{type(model).__name__}: cannot find the list of {blocks} transformer blocks in this model, "
-            "so inner layers cannot be read; use layer: -1"
-        )
-    return lists[0]  # modules() walks from the outside in
 
 
 def _shared_context(context: Any, batch: int, release: bool) -> Any:

@@ -203,7 +203,7 @@ def test_a_model_that_keeps_its_causal_mask_is_refused(
 
     from lidit.text.trunk import Trunk
 
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: torch.ones(2, 2).tril().bool()[None, None])
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: torch.ones(3, 3).tril().bool()[None, None])
     with pytest.raises(InputError, match="keeps its causal mask"):
         Trunk.load(resolve_encoder(settings(model_of("llama"), kind="unmasked"), "cpu"), "cpu")
 

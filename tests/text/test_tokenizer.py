@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -168,3 +169,47 @@ def test_the_prefix_still_reaches_control_tokens(
     folder = with_tokens_of_a_table(tmp_path / "m", model_of("qwen2"))
     made = tokenizer_of(settings(folder, system_prompt="<look>"))
     assert made.tokenizer.convert_tokens_to_ids("<look>") in made.prefix_ids
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+
+def test_a_template_that_prints_the_date_needs_one_that_is_fixed(
+    tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+) -> None:
+    folder = tmp_path / "dated"
+    shutil.copytree(model_of("qwen2"), folder)
+    (folder / "chat_template.jinja").write_text(DATED)
+    with pytest.raises(InputError, match=r"prints today's date.*template_date"):
+        tokenizer_of(settings(folder, chat_template=True))
+    fixed = settings(folder, chat_template=True, template_date="2024-07-26")
+    made = tokenizer_of(fixed)
+    assert made.tokenizer.decode(made.prefix_ids).startswith("26 Jul 2024\n<|im_start|>")
+    other = settings(folder, chat_template=True, template_date="2024-07-27")
+    assert tokenizer_of(other).prefix_ids != made.prefix_ids
+    assert resolve_encoder(other, "cpu").fingerprint != resolve_encoder(fixed, "cpu").fingerprint
+    (folder / "chat_template.jinja").write_text("{% set form = '%d' %}{{ strftime_now(form) }}" + CHATML)
+    with pytest.raises(InputError, match="format that it computes"):
+        tokenizer_of(fixed)
+    (folder / "chat_template.jinja").write_text("{% if tools %}{{ strftime_now('%d') }}{% endif %}" + CHATML)
+    assert tokenizer_of(settings(folder, chat_template=True)).prefix_ids  # of our conversation, no date is printed
+    with pytest.raises(InputError, match="set chat_template: true"):
+        resolve_encoder(settings(folder, template_date="2024-07-26"), "cpu")
+
+
+@pytest.mark.parametrize("day", ["2024-02-30", "today", "20240726", 20240726])
+def test_a_date_is_a_day_of_the_calendar(day: object, tmp_path: Path, settings: Make) -> None:
+    with pytest.raises(ValidationError, match="template_date"):
+        settings(tmp_path, chat_template=True, template_date=day)
+
+
+def test_a_template_that_requires_a_system_role_is_explained(
+    tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+) -> None:
+    folder = tmp_path / "strict"
+    shutil.copytree(model_of("llama"), folder)
+    template = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system role is needed') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(template + CHATML)
+    with pytest.raises(InputError, match=r"system role is needed.*; set system_prompt"):
+        tokenizer_of(settings(folder, chat_template=True))
+    assert tokenizer_of(settings(folder, chat_template=True, system_prompt="Be exact.")).prefix_ids

@@ -111,7 +111,7 @@ def test_of_blocks_with_several_streams_only_the_last_states_are_had(tmp_path: P
     with torch.no_grad():
         expected = model.model(torch.tensor([[*context, *found.token_ids]])).last_hidden_state[0, len(context) :]
     assert (found.states - expected).norm() / expected.norm() < 2e-5
-    with pytest.raises(InputError, match=r"gemma3n_text model gives .* use layer: -1"):
+    with pytest.raises(InputError, match=r"gemma3n_text: a block of this model gives .* use layer: -1"):
         PromptEncoder.load(resolve_encoder(settings(tmp_path, layer=2), "cpu"), "cpu")
 
 
