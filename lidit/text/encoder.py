@@ -49,7 +49,7 @@ class PromptEncoder:
     def __init__(self, spec: EncoderSpec, tokenizer: PromptTokenizer, trunk: Trunk) -> None:
         self.spec, self.tokenizer, self.trunk = spec, tokenizer, trunk
         self._prefix: torch.Tensor | None = None
-        trunk.require_positions(len(tokenizer.context_ids) + tokenizer.longest)
+        trunk.require_positions(len(tokenizer.context_ids), tokenizer.longest)
         if spec.kind == "causal":
             states = self.trunk.read_context(self._padded([tokenizer.context_ids]))  # [1, C, W]
             self._prefix = states[0, : len(tokenizer.prefix_ids)].cpu()  # [P, W]; P = 0 with BOS as context

@@ -160,8 +160,8 @@ class Trunk:
                 "choose a model whose blocks are all attention",
             )
 
-    def require_positions(self, tokens: int) -> None:
-        """InputError where the model has learned fewer positions than prefix and longest caption take together."""
+    def require_positions(self, context: int, longest: int) -> None:
+        """InputError where a context and the longest caption take more positions than the model has learned."""
         for name, module in self.model.named_modules():
             if not isinstance(module, nn.Embedding) or not POSITION_TABLE.search(name):
                 continue
@@ -169,11 +169,11 @@ class Trunk:
             if skipped is None:
                 skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             rows = module.num_embeddings - int(skipped)
-            if tokens > rows:
-                spare = self.spec.max_tokens - (tokens - rows)
+            if context + longest > rows:
+                taken = context + longest
                 raise self._refusal(
-                    f"this model has learned {rows} positions, instruction and longest caption take {tokens}",
-                    f"set max_tokens to {spare} or less" if spare > 0 else "shorten the instruction",
+                    f"this model has learned {rows} positions, instruction and longest caption take {taken}",
+                    f"set max_tokens to {rows - context} or less" if rows > context else "shorten the instruction",
                 )
 
     @torch.inference_mode()
