@@ -20,6 +20,7 @@ from jobs import (
     pictures,
     plan,
     probe,
+    recipe,
     repair,
     report,
     run,
@@ -63,6 +64,7 @@ for name, job in (
     ("export", export),
 ):
     app.command(name)(job.command)
+app.add_typer(recipe.app, name="recipes")
 app.command("submit", context_settings=submit.OPEN)(submit.command)
 
 

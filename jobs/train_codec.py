@@ -21,12 +21,9 @@ def command(
 
     **Example:** `lidit train-codec codec-small corpus=corpus`
     """
-    from lidit.config.codec import CodecRecipe
-    from lidit.config.settings import apply_overrides, load_yaml, validate
-    from lidit.config.shipped import RECIPES, find
+    from lidit.config.shipped import load_codec_recipe
 
-    tree = load_yaml(find(recipe, RECIPES, "codec recipe"))
-    checked = validate(CodecRecipe, apply_overrides(tree, overrides or []), recipe)
+    checked = load_codec_recipe(recipe, overrides)
     from pipelines.training.train_codec import train_codec
 
     result = train_codec(checked, allow_drift)

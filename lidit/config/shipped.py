@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lidit.config.ablation import Ablation
+from lidit.config.codec import CodecRecipe
 from lidit.config.encoder import EncoderSettings
 from lidit.config.recipe import Recipe
-from lidit.config.settings import apply_overrides, load_yaml, validate
+from lidit.config.settings import Settings, apply_overrides, load_yaml, validate
 from lidit.errors import InputError
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"  # beside the commands that take them
@@ -18,6 +19,13 @@ KINDS = {
     "recipe": ("a training recipe", "train", "encoders"),
     "ablation recipe": ("an ablation recipe", "ablate", "arms"),
     "codec recipe": ("a codec recipe", "train-codec", "loss"),
+}
+# Of every kind of file that ships.
+SETTINGS: dict[str, type[Settings]] = {
+    "recipe": Recipe,
+    "ablation recipe": Ablation,
+    "codec recipe": CodecRecipe,
+    "encoder": EncoderSettings,
 }
 
 
@@ -56,6 +64,32 @@ def load_encoder_settings(name: str, overrides: list[str] | None = None) -> Enco
     return validate(EncoderSettings, apply_overrides(load_yaml(path), overrides or []), str(name))
 
 
+def load_codec_recipe(recipe: str, overrides: list[str] | None = None) -> CodecRecipe:
+    """A codec recipe by path or shipped name, with overrides."""
+    tree = apply_overrides(load_yaml(find(recipe, RECIPES, "codec recipe")), overrides or [])
+    return validate(CodecRecipe, tree, str(recipe))
+
+
+def load_any(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
+    """A file of any kind: the kind, one of `SETTINGS`, and what the file says with overrides."""
+    is_path = name.endswith((".yaml", ".yml")) or "/" in name
+    encoder = not is_path and not (RECIPES / f"{name}.yaml").is_file() and (ENCODERS / f"{name}.yaml").is_file()
+    kind = "encoder" if encoder else kind_of(find(name, RECIPES, "recipe or encoder"))
+    load = {
+        "recipe": load_recipe,
+        "ablation recipe": load_ablation,
+        "codec recipe": load_codec_recipe,
+        "encoder": load_encoder_settings,
+    }[kind]
+    return kind, load(name, overrides)
+
+
+def kind_of(path: Path) -> str:
+    """The kind of a file, one of `SETTINGS`. An encoder's `model` is a name, a recipe's a section."""
+    tree = load_yaml(path)
+    return _kind(path) or ("encoder" if isinstance(tree.get("model"), str) else "recipe")
+
+
 def find(name: str, shipped: Path, what: str) -> Path:
     """The YAML file meant by a path or a shipped name. InputError where there is none, or a recipe of another kind."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
@@ -65,7 +99,9 @@ def find(name: str, shipped: Path, what: str) -> Path:
     else:
         path = shipped / f"{name}.yaml"
         if not path.is_file():
-            known = ", ".join(p.stem for p in sorted(shipped.glob("*.yaml")) if _kind(p) in (what, None))
+            known = ", ".join(
+                p.stem for p in sorted(shipped.glob("*.yaml")) if what not in KINDS or _kind(p) in (what, None)
+            )
             raise InputError(f"{name!r}: no such {what}; give a YAML file or one of {known}")
     if what in KINDS and (kind := _kind(path)) not in (what, None):
         said, command, _ = KINDS[kind]

@@ -1,0 +1,93 @@
+"""`lidit recipes`: the recipes that ship, and what a recipe file says once it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from jobs.support.start import HELP_OPTIONS
+from lidit.config.shipped import ENCODERS, RECIPES, SETTINGS, kind_of, load_any
+from lidit.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
+KINDS = ", ".join(SETTINGS)
+File = Annotated[str, typer.Argument(help="Recipe or encoder file, or the name of a shipped one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON instead.")]
+
+
+@app.callback()
+def recipes() -> None:
+    """List, show and check recipes and encoder files.
+
+    **Reads** YAML files. **Writes** nothing; loads no model and starts no cluster.
+
+    **Example:** `lidit recipes show demo train.steps=200`
+    """
+
+
+@app.command("list")
+def list_shipped(as_json: AsJson = False) -> None:
+    """List what ships: name, kind, and what the file's first sentence says.
+
+    **Example:** `lidit recipes list`
+    """
+    paths = [*sorted(RECIPES.glob("*.yaml")), *sorted(ENCODERS.glob("*.yaml"))]
+    rows = [{"name": path.stem, "kind": kind_of(path), "about": _about(path)} for path in paths]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    wide = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:{wide}}  {row['kind']:15}  {row['about']}")
+
+
+@app.command("show", context_settings=HELP_OPTIONS)
+def show(
+    file: File,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a recipe as a command would use it: every setting, defaults included, changes put over it.
+
+    **Example:** `lidit recipes show demo train.steps=200`
+    """
+    tree = load_any(file, overrides)[1].model_dump(mode="json")
+    print(json.dumps(tree, indent=1) if as_json else yaml.safe_dump(tree, sort_keys=False, width=100), end="")
+    if as_json:
+        print()
+
+
+@app.command("validate")
+def validate(files: Annotated[list[str], typer.Argument(help="Recipe or encoder files.")]) -> None:
+    """Check files as the commands that take them do. Exit code 2 at the first mistake, which is named.
+
+    **Example:** `lidit recipes validate mine.yaml`
+    """
+    for file in files:
+        print(f"{file}: {load_any(file)[0]}, no mistake")
+
+
+@app.command("schema")
+def schema(kind: Annotated[str, typer.Argument(help=f"One of: {KINDS}.")] = "recipe") -> None:
+    """Print the JSON schema of a kind of file, for editors that complete and check YAML.
+
+    **Example:** `lidit recipes schema encoder > encoder.schema.json`
+    """
+    if kind not in SETTINGS:
+        raise InputError(f"{kind!r}: no kind of file; give one of {KINDS}")
+    print(json.dumps(SETTINGS[kind].model_json_schema(), indent=1))
+
+
+def _about(path: Path) -> str:
+    """The first sentence of the comment that a file begins with."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# "))
+    first, _, _ = " ".join(lines).partition(". ")
+    return first.rstrip(".")
