@@ -14,7 +14,7 @@ import mimetypes
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -96,6 +96,10 @@ class Tracker:
         self._asked = threading.Event()  # the store has answered once, or failed to
         self._refusal: InputError | None = None
         self._newest: dict[str, int] = {}  # metric -> highest step the store has of it
+        if handle.run_id:
+            # A worker that is killed early has delivered its first figures all the same.
+            with suppress(Exception):
+                self.client  # noqa: B018
         self._delivery = Delivery(Path(handle.outbox), self._send, self._is_connected, connect is not None)
 
     @cached_property
@@ -176,10 +180,7 @@ class Tracker:
                     log.warning("%s", error)
             except Exception as error:  # a store that is away must not stop a job, whatever MLflow raises
                 log.warning(
-                    "%s, metrics wait in %s: %s",
-                    "the tracker never answered" if at_end else "the tracker does not answer",
-                    self.handle.outbox,
-                    one_line(error, 200),
+                    "the tracker does not answer, metrics wait in %s: %s", self.handle.outbox, one_line(error, 200)
                 )
             finally:
                 self._asked.set()
