@@ -31,7 +31,7 @@ from jobs import (
     train_codec,
     verify,
 )
-from jobs.support.start import HELP_OPTIONS, environment, guarded
+from jobs.support.start import HELP_OPTIONS, enter
 
 app = typer.Typer(
     help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on them, track every run.",
@@ -103,8 +103,7 @@ def options(
 
 
 def main() -> None:
-    environment()
-    guarded(app)
+    enter(app)
 
 
 if __name__ == "__main__":

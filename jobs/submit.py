@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.support.abrupt import interrupts_are_answers
 from jobs.support.options import node_labels
 from lidit.config.settings import load_yaml
 from lidit.config.shipped import RECIPES
@@ -45,6 +46,7 @@ def command(
 
     if address is None:
         raise InputError("lidit submit: give --address URL before the job, such as http://127.0.0.1:8265")
+    interrupts_are_answers()
     raise typer.Exit(submit(asked_for(job, context.args, gpus, cpus, node_label), address))
 
 

@@ -11,10 +11,18 @@ from collections.abc import Callable
 
 import typer
 
+from jobs.support import home
+from jobs.support.abrupt import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    end_at_second_interrupt,
+    end_interrupted,
+    end_when_ray_dies,
+)
 from jobs.support.terminal import PlainFormatter, plain_streams
 from lidit.errors import InputError, JobError, StorageError, one_line
 
-EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_INPUT = 2
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 WRONG_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
@@ -39,6 +47,20 @@ def environment() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    home.spare()
+
+
+def enter(app: typer.Typer) -> None:
+    """A job as this process: `guarded`, and ended without a traceback also where no code of ours gets its turn."""
+    environment()
+    end_at_second_interrupt()
+    end_when_ray_dies()
+    try:
+        guarded(app)
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:
+            end_interrupted()
+        raise
 
 
 def guarded(app: typer.Typer) -> None:
@@ -107,9 +129,8 @@ def _end(line: str, code: int) -> None:
 
 def run(command: Callable[..., None]) -> None:
     """`python -m jobs.NAME ...`: the same job, the same arguments, as `lidit NAME ...`."""
-    environment()
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown", context_settings=HELP_OPTIONS
     )
     app.command()(command)
-    guarded(app)
+    enter(app)

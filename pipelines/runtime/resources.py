@@ -13,6 +13,7 @@ from typing import Any
 
 from lidit.config import EngineSettings, PoolSettings
 from lidit.errors import InputError, JobError, one_line
+from pipelines.runtime import embedded
 
 CLUSTER_ADDRESS = "RAY_ADDRESS"
 
@@ -45,8 +46,7 @@ def connect(cpus: int = 1, temp_dir: str | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(address="auto", logging_level=logging.ERROR)
     else:
-        # "local": without it Ray would join whatever cluster was last started on this machine.
-        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), _temp_dir=temp_dir, **quiet)
+        embedded.start(max(cpus, os.cpu_count() or 1), temp_dir, quiet)
 
 
 def cluster_resources() -> dict[str, float]:
