@@ -101,6 +101,7 @@ def taken() -> socket.socket:
     return held
 
 
+@pytest.mark.slow
 def test_a_ray_that_does_not_start_is_tried_again(taken: socket.socket, tmp_path: Path) -> None:
     process = started(ingest(tmp_path), tmp_path, RAY_GCS_SERVER_PORT=str(taken.getsockname()[1]))
     assert process.stderr is not None
@@ -113,10 +114,9 @@ def test_a_ray_that_does_not_start_is_tried_again(taken: socket.socket, tmp_path
     assert "try 3" not in told
 
 
-def test_a_ray_that_never_starts_is_one_line(taken: socket.socket, tmp_path: Path) -> None:
-    with taken:
-        process = started(ingest(tmp_path), tmp_path, RAY_GCS_SERVER_PORT=str(taken.getsockname()[1]))
-        code, told = ended(process)
+def test_a_ray_that_never_starts_is_one_line(tmp_path: Path) -> None:
+    # As on a machine that is too busy: Ray waits for its first process, here not at all.
+    code, told = ended(started(ingest(tmp_path), tmp_path, RAY_gcs_server_port_wait_time_s="0"))
     assert code == 1
     assert [number for number in (1, 2, 3, 4) if f"try {number} of 3" in told] == [2, 3]
     last = told.splitlines()[-1]
