@@ -180,7 +180,7 @@ __import__("threading").Event().wait()
 """
 
 
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("name", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
 def test_a_waiting_driver_learns_that_ray_died(name: str, tmp_path: Path) -> None:
     process = started([sys.executable, "-c", WAITING], tmp_path)
     assert process.stderr is not None

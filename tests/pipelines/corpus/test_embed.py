@@ -66,6 +66,7 @@ def test_stored_states_are_the_encoders(undisturbed: Path, model: Path) -> None:
     assert torch.allclose(shared.deviation, values.std(0, correction=0), rtol=1e-4)
 
 
+@pytest.mark.slow  # the fault tests hold the same of disturbed actors
 def test_more_actors_write_the_same_bytes(undisturbed: Path, model: Path, tmp_path: Path) -> None:
     corpus = make_job(tmp_path / "corpus")
     summary = run_embed(str(corpus), encoder(model), TWO)

@@ -216,6 +216,7 @@ def test_a_codec_that_cannot_be_loaded_is_the_users_mistake(corpus: Path, tmp_pa
         run_latents(str(corpus), CodecSettings(name="kl", model=str(folder)), PoolSettings())
 
 
+@pytest.mark.slow
 def test_an_actor_with_other_codec_files_makes_no_second_family(corpus: Path, tmp_path: Path) -> None:
     folder = save_codec(tmp_path / "kl", "AutoencoderKL")
 
