@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,28 @@ import typer
 import yaml
 
 from jobs.support.start import HELP_OPTIONS
-from lidit.config.shipped import ENCODERS, RECIPES, SETTINGS, kind_of, load_any
+from lidit.config.settings import Settings
+from lidit.config.shipped import (
+    ENCODERS,
+    RECIPES,
+    SETTINGS,
+    find,
+    kind_of,
+    load_ablation,
+    load_codec_recipe,
+    load_encoder_settings,
+    load_recipe,
+)
 from lidit.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
 KINDS = ", ".join(SETTINGS)
+LOADERS: dict[str, Callable[[str, list[str] | None], Settings]] = {
+    "recipe": load_recipe,
+    "ablation recipe": load_ablation,
+    "codec recipe": load_codec_recipe,
+    "encoder": load_encoder_settings,
+}
 File = Annotated[str, typer.Argument(help="Recipe or encoder file, or the name of a shipped one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON instead.")]
 
@@ -55,7 +73,7 @@ def show(
 
     **Example:** `lidit recipes show demo train.steps=200`
     """
-    tree = load_any(file, overrides)[1].model_dump(mode="json")
+    tree = load(file, overrides)[1].model_dump(mode="json")
     print(json.dumps(tree, indent=1) if as_json else yaml.safe_dump(tree, sort_keys=False, width=100), end="")
     if as_json:
         print()
@@ -68,7 +86,7 @@ def validate(files: Annotated[list[str], typer.Argument(help="Recipe or encoder 
     **Example:** `lidit recipes validate mine.yaml`
     """
     for file in files:
-        print(f"{file}: {load_any(file)[0]}, no mistake")
+        print(f"{file}: {load(file)[0]}, no mistake")
 
 
 @app.command("schema")
@@ -80,6 +98,14 @@ def schema(kind: Annotated[str, typer.Argument(help=f"One of: {KINDS}.")] = "rec
     if kind not in SETTINGS:
         raise InputError(f"{kind!r}: no kind of file; give one of {KINDS}")
     print(json.dumps(SETTINGS[kind].model_json_schema(), indent=1))
+
+
+def load(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
+    """A file of any kind: the kind, one of `SETTINGS`, and what the file says with overrides."""
+    is_path = name.endswith((".yaml", ".yml")) or "/" in name
+    encoder = not is_path and not (RECIPES / f"{name}.yaml").is_file() and (ENCODERS / f"{name}.yaml").is_file()
+    kind = "encoder" if encoder else kind_of(find(name, RECIPES, "recipe or encoder"))
+    return kind, LOADERS[kind](name, overrides)
 
 
 def _about(path: Path) -> str:

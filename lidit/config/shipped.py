@@ -70,20 +70,6 @@ def load_codec_recipe(recipe: str, overrides: list[str] | None = None) -> CodecR
     return validate(CodecRecipe, tree, str(recipe))
 
 
-def load_any(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
-    """A file of any kind: the kind, one of `SETTINGS`, and what the file says with overrides."""
-    is_path = name.endswith((".yaml", ".yml")) or "/" in name
-    encoder = not is_path and not (RECIPES / f"{name}.yaml").is_file() and (ENCODERS / f"{name}.yaml").is_file()
-    kind = "encoder" if encoder else kind_of(find(name, RECIPES, "recipe or encoder"))
-    load = {
-        "recipe": load_recipe,
-        "ablation recipe": load_ablation,
-        "codec recipe": load_codec_recipe,
-        "encoder": load_encoder_settings,
-    }[kind]
-    return kind, load(name, overrides)
-
-
 def kind_of(path: Path) -> str:
     """The kind of a file, one of `SETTINGS`. An encoder's `model` is a name, a recipe's a section."""
     tree = load_yaml(path)

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from jobs.recipe import app
-from lidit.config.shipped import ENCODERS, RECIPES, SETTINGS, load_any, load_recipe
+from jobs.recipe import app, load
+from lidit.config.shipped import ENCODERS, RECIPES, SETTINGS, load_recipe
 from lidit.errors import InputError
 
 
@@ -35,11 +35,11 @@ def test_a_mistake_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\ncorpus: c\nencoders: [smollm2]\ntrain: {stepz: 5}\n")
     with pytest.raises(InputError, match=r"stepz.*steps"):
-        load_any(str(path))
+        load(str(path))
     with pytest.raises(InputError, match="no such recipe or encoder file"):
-        load_any("missing.yaml")
+        load("missing.yaml")
     with pytest.raises(InputError, match=r"give a YAML file or one of .*codec-small.*demo"):
-        load_any("dem0")
+        load("dem0")
 
 
 def test_a_schema_takes_what_ships() -> None:
