@@ -323,7 +323,8 @@ def test_the_real_set(name: str, pictures: int, tmp_path: Path) -> None:
     assert 0.05 < made.pictures["held_out"] / pictures < 0.15
     from lidit.images import decode_image
 
+    # The set is kept as its authors made it; one picture is larger than ingest takes by default.
     for found in samples(tmp_path / name / "held_out").values():
         assert found.captions[0][0]
         assert found.image
-        assert min(decode_image(found.image).image.size) >= 7
+        assert min(decode_image(found.image, max_pixels=200_000_000).image.size) >= 7
