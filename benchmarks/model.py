@@ -28,21 +28,16 @@ from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lidit.config import ModelSettings, SamplerSettings
 from lidit.diffusion import GuidedPredictor
 from lidit.models import LIDiT, TextStates
+from lidit.models.compiled import compile_blocks
 from lidit.models.flops import forward_flops
-from lidit.models.fusion import FusionBranch
-from lidit.models.refiner import RefinerBlock
-from lidit.models.transformer import LIDiTBlock, PositionBlock
 from pipelines.training.mfu import peak_flops
 
-# What is compiled: every repeated block of either model, so a 28-block model compiles as fast as a single block.
-BLOCKS = (LIDiTBlock, PositionBlock, RefinerBlock, FusionBranch, BasicTransformerBlock)
 LLMS = ("first", "second")
 
 
@@ -84,13 +79,6 @@ def open_gates(model: nn.Module) -> None:
         parameter.add_(0.02 * torch.randn_like(parameter))
 
 
-def compile_blocks(model: nn.Module, dynamic: bool | None, backend: str = "inductor") -> None:
-    """Compiles every repeated block of either model; `dynamic` as in torch.compile."""
-    for part in model.modules():
-        if isinstance(part, BLOCKS):
-            part.compile(dynamic=dynamic, backend=backend)
-
-
 def lidit_inputs(
     shape: Shape, lengths: torch.Tensor, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -123,7 +111,8 @@ class Bench:
         open_gates(self.pixart)
         if compiled:
             compile_blocks(self.lidit, dynamic=False)
-            compile_blocks(self.pixart, dynamic=False)
+            for block in self.pixart.transformer_blocks:
+                block.compile(dynamic=False)
         self.optimizers = {
             "lidit": torch.optim.AdamW(self.lidit.parameters(), lr=1e-6, fused=True),
             "pixart": torch.optim.AdamW(self.pixart.parameters(), lr=1e-6, fused=True),

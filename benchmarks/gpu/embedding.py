@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import tempfile
 import threading
 import time
@@ -20,40 +19,28 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from benchmarks.embed import dense_rate, ours, public_prompts, random_encoder, random_trunk
+from benchmarks.embed import dense_rate, ours, public_prompts, random_encoder, random_trunk, worst_error
 from benchmarks.gpu import timing
 from benchmarks.gpu.run import Run
 from lidit.store import SharedStates, UnitStatistics, channel_statistics
-from lidit.text import PromptEncoder, batching
+from lidit.text import PromptEncoder
 from lidit.text.embedding import encoded_tables
 from lidit.text.tokenizer import CaptionTokens
 
 CAPTIONS, TOY_CAPTIONS = 1000, 24
 BUDGETS = (8192, 16_384, 32_768)
-BATCH_COSTS = (400, 1000)  # tokens that a batch costs a GPU before its first: what its planner should know
 CALLS = 2  # units that an actor has in work at once
 MEMORY = Path("/dev/shm")  # a file system that is no disk
 
 
-class Rounded(PromptEncoder):
-    """An encoder whose batches are as long as a multiple of `multiple` tokens."""
-
-    multiple = 1
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        ids = super()._padded(rows)
-        missing = math.ceil(ids.shape[1] / self.multiple) * self.multiple - ids.shape[1]
-        return torch.nn.functional.pad(ids, (0, missing), value=self.tokenizer.pad_id)
-
-
 @contextlib.contextmanager
-def batch_cost(tokens: int) -> Iterator[None]:
-    """Batches planned as if each cost `tokens` before its first."""
-    before, batching.BATCH_COST_TOKENS = batching.BATCH_COST_TOKENS, tokens
+def padded(encoder: PromptEncoder) -> Iterator[None]:
+    """Batches are padded meanwhile, as on a CPU."""
+    before, encoder.trunk.packs = encoder.trunk.packs, False
     try:
         yield
     finally:
-        batching.BATCH_COST_TOKENS = before
+        encoder.trunk.packs = before
 
 
 class Captions:
@@ -67,7 +54,9 @@ class Captions:
         trunk = random_trunk(name, run.device.type)
         with tempfile.TemporaryDirectory() as folder:
             encoder = random_encoder(name, trunk, texts, Path(folder))
-        self.encoder = Rounded(encoder.spec, encoder.tokenizer, encoder.trunk)
+        if run.toy:  # on a CPU only a rehearsal packs
+            encoder.trunk.packs = encoder.trunk.packing_agrees(encoder.tokenizer.longest)
+        self.encoder = encoder
         self.loaded = time.monotonic() - began
         self.tokens = self.encoder.tokenizer.tokenize(texts)
         self.ids = [list(row.token_ids) for row in self.tokens]
@@ -89,25 +78,26 @@ class Captions:
         self.run.headline(f"dense {self.dense:.0f} tokens/s")
         return {"tokens_per_second": round(self.dense, 1)}
 
-    def rate(self, budget: int, multiple: int = 1, cost: int | None = None) -> dict[str, Any]:
+    def rate(self, budget: int) -> dict[str, Any]:
         """Useful tokens/s of two passes over the captions: one that meets every batch's shape first, one after it."""
-        self.encoder.multiple = multiple
-        try:
-            with batch_cost(cost) if cost else contextlib.nullcontext():
-                work = partial(ours, self.encoder, self.ids, budget)
-                first = timing.wall(self.run, work)
-                second = timing.wall(self.run, work)
-                batches = batching.plan_batches([len(ids) for ids in self.ids], budget)
-                waste = batching.padding_of([len(ids) for ids in self.ids], batches).waste
-        finally:
-            self.encoder.multiple = 1
+        work = partial(ours, self.encoder, self.ids, budget)
+        first = timing.wall(self.run, work)
+        second = timing.wall(self.run, work)
+        lengths = [len(ids) for ids in self.ids]
         return {
-            "batches": len(batches),
+            "batches": len(self.encoder.plan(lengths, budget)),
             "first_seconds": round(first, 2),
             "tokens_per_second": round(self.useful / second, 1),
             "share_of_dense": round(self.useful / second / self.dense, 3) if self.dense else None,
-            "padding_waste": round(waste, 3),
+            "padding_waste": round(self.encoder.padding(self.ids, budget).waste, 3),
         }
+
+    def agreement(self, budget: int) -> dict[str, Any]:
+        """Largest relative difference of a caption's states between packed and padded batches."""
+        with padded(self.encoder):
+            expected = ours(self.encoder, self.ids[:64], budget)
+        found = ours(self.encoder, self.ids[:64], budget)
+        return {"packs": self.encoder.trunk.packs, "relative_difference": round(worst_error(found, expected), 5)}
 
     def kernels(self, budget: int) -> dict[str, Any]:
         """What the GPU runs in one warm pass, and how busy it is."""
@@ -167,33 +157,23 @@ def _write(
 def part_4(run: Run) -> None:
     captions = Captions(run)
     run.report("captions", **captions.facts())
-    run.attempt("dense", captions.find_dense, needs=12)
     largest = BUDGETS[-1]
-    _rate(run, captions, "cuDNN off", largest, cudnn=False)
-    _rate(run, captions, "cuDNN on", largest, cudnn=True)
-    for cost in BATCH_COSTS:
-        _rate(run, captions, f"cuDNN off, a batch costs {cost}", largest, cudnn=False, cost=cost)
-    _rate(run, captions, "cuDNN on, rounded to 32", largest, cudnn=True, multiple=32)
-    _rate(run, captions, "cuDNN off, rounded to 32", largest, cudnn=False, multiple=32)
     with timing.cudnn_attention(False):
-        run.attempt("kernels, cuDNN off", lambda: captions.kernels(largest), needs=4)
-    threads = torch.get_num_threads()
-    for storage, count in (("int8", 4), ("int8", 12), ("bfloat16", 4), ("int8", 1)):
-        with timing.cudnn_attention(False):
+        run.attempt("dense", captions.find_dense, needs=12)
+        run.attempt("packed against padded", lambda: captions.agreement(largest), needs=6)
+        for budget in BUDGETS[::-1]:
+            _rate(run, captions, f"packed, budget {budget}", budget)
+        with padded(captions.encoder):
+            _rate(run, captions, "padded", largest)
+        run.attempt("kernels, packed", lambda: captions.kernels(largest), needs=6)
+        threads = torch.get_num_threads()
+        for storage, count in (("int8", 4), ("bfloat16", 4), ("int8", 1), ("int8", 12)):
             name = f"{storage} files, {count} threads"
-            run.attempt(name, lambda: captions.into_files(storage, count, largest), needs=8)  # noqa: B023
-    torch.set_num_threads(threads)
-    for budget in BUDGETS[:-1]:
-        for enabled in (False, True):
-            name = f"cuDNN {'on' if enabled else 'off'}, budget {budget}"
-            _rate(run, captions, name, budget, cudnn=enabled)
-    _rate(run, captions, "cuDNN on, rounded to 32, a batch costs 400", largest, cudnn=True, multiple=32, cost=400)
+            run.attempt(name, lambda: captions.into_files(storage, count, largest), needs=6)  # noqa: B023
+        torch.set_num_threads(threads)
 
 
-def _rate(
-    run: Run, captions: Captions, name: str, budget: int, cudnn: bool, multiple: int = 1, cost: int | None = None
-) -> None:
-    with timing.cudnn_attention(cudnn):
-        found = run.attempt(name, lambda: captions.rate(budget, multiple, cost), needs=6)
+def _rate(run: Run, captions: Captions, name: str, budget: int) -> None:
+    found = run.attempt(name, lambda: captions.rate(budget), needs=5)
     if found:
         run.headline(f"{name} {found['share_of_dense'] or 0:.0%}")

@@ -17,8 +17,9 @@ class Part:
 
 PARTS = (
     Part(0, "attention kernels, matrix products, bandwidth", "kernels", 20),
-    Part(2, "training step", "training", 150),
-    Part(4, "embedding", "embedding", 110),
+    Part(4, "embedding", "embedding", 80),
+    Part(9, "the engine's step", "engine", 120),
+    Part(2, "training step", "training", 75),
     Part(1, "attention plans of new lengths", "plans", 40),
     Part(5, "sampling step", "sampling", 45),
     Part(3, "the batch's way to the GPU", "transfer", 20),

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.run import Run
-from benchmarks.model import BILLION, BLOCKS, LLMS, Shape, build_lidit, compile_blocks, lidit_inputs
+from benchmarks.model import BILLION, LLMS, Shape, build_lidit, lidit_inputs
+from lidit.models.compiled import BLOCKS, compile_blocks
 from lidit.models.flops import forward_flops
 from pipelines.training.mfu import utilisation
 

@@ -43,6 +43,19 @@ class TextStates:
         batch = cls(states, mask.to(states.device), prefix)
         return batch if states.shape[1] else batch.pad_to(1)  # attention needs a place, be it a masked one
 
+    def rounded(self, multiple: int) -> TextStates:
+        """Pad to a whole multiple of `multiple` tokens, so that batches have few lengths.
+
+        Args:
+            multiple: Tokens; 1 changes nothing.
+
+        Returns:
+            States of shape [B, T, W], T a multiple.
+        """
+        tokens = self.states.shape[1]
+        longer = -(-tokens // multiple) * multiple
+        return self if longer == tokens else self.pad_to(longer)
+
     def to(self, device: torch.device | str) -> TextStates:
         """Copy to a device; the dtype stays, because the conditioner normalises in float32.
 

@@ -57,18 +57,30 @@ def text_table(
             raise JobError(
                 f"row {row}: {len(tokens)} token ids, width {width}, but states of shape {list(state.shape)}"
             )
-    schema = states_schema(storage, width)
+    states_schema(storage, width)  # a wrong storage is told before the work
     flat = torch.cat([s.detach().cpu() for s in states]) if states else torch.zeros(0, width)  # [N, W]
     # Far faster than isfinite().all(): both ends are finite exactly when everything between them is.
     if flat.numel() and not all(end.isfinite() for end in torch.aminmax(flat)):
-        bad = next(row for row, state in enumerate(states) if not torch.isfinite(state).all())
-        raise JobError(
-            f"row {bad}: the encoder produced NaN or infinite states; float16 overflow is the usual cause: compute in "
-            "bfloat16 or float32"
-        )
+        raise not_finite(next(row for row, state in enumerate(states) if not torch.isfinite(state).all()))
+    values, scale = encode(flat, storage, mean, deviation)
+    return stored_table(token_ids, values, scale, storage, width)
+
+
+def not_finite(row: int) -> JobError:
+    """What to say of a caption whose states are no numbers."""
+    return JobError(
+        f"row {row}: the encoder produced NaN or infinite states; float16 overflow is the usual cause: compute in "
+        "bfloat16 or float32"
+    )
+
+
+def stored_table(
+    token_ids: Sequence[Sequence[int]], values: torch.Tensor, scale: torch.Tensor | None, storage: str, width: int
+) -> pa.Table:
+    """`text_table` of states that `lidit.store.packing.encode` has packed: values [N, W], for int8 scale [N]."""
+    schema = states_schema(storage, width)
     lengths = np.asarray([len(ids) for ids in token_ids], dtype=np.int64)
     ids = np.asarray([i for row in token_ids for i in row], dtype=np.int32)
-    values, scale = encode(flat, storage, mean, deviation)
     columns = [
         pa.array(lengths.astype(np.int32)),
         pa.ListArray.from_arrays(pa.array(_offsets(lengths).astype(np.int32)), pa.array(ids)),

@@ -48,6 +48,24 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches[::-1]
 
 
+def plan_packed(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Rows of each batch, in order and about equally long, where captions need no padding.
+
+    No batch has more than `token_budget` tokens unless a single row has.
+    """
+    total = sum(lengths)
+    share = total / max(-(-total // token_budget), 1)
+    batches: list[list[int]] = []
+    filled, done = 0, 0  # tokens of the open batch, tokens of all
+    for row, length in enumerate(lengths):
+        if not batches or filled + length > token_budget or done >= share * len(batches):
+            batches.append([])
+            filled = 0
+        batches[-1].append(row)
+        filled, done = filled + length, done + length
+    return batches
+
+
 def padding_of(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> Padding:
     computed = sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
     return Padding(sum(lengths[row] for rows in batches for row in rows), computed)

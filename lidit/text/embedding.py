@@ -23,8 +23,9 @@ from lidit.store import (
     channel_statistics,
     shared_table,
     spec_differences,
-    text_table,
 )
+from lidit.store.packing import TORCH_TYPES, encode
+from lidit.store.states import not_finite, stored_table
 from lidit.text.encoder import TOKEN_BUDGET, PromptEncoder
 from lidit.text.specs import resolve_encoder
 from lidit.text.tokenizer import CaptionTokens
@@ -110,21 +111,78 @@ def encoded_tables(
     pieces = list(_pieces(captions, PIECE_BYTES // (spec.width * getattr(torch, spec.dtype).itemsize)))
     for piece in pieces or [[]]:
         ids = [tokens.token_ids for tokens in piece]
-        states: list[torch.Tensor] = [torch.empty(0)] * len(ids)
+        stored = _Stored(encoder, shared, [len(row) for row in ids])
         with device_lock or contextlib.nullcontext():
-            for rows, flat in encoder.encode_tokens(ids, token_budget):
-                for row, found in zip(rows, flat.split([len(ids[row]) for row in rows]), strict=True):
-                    states[row] = found
-        table = text_table(ids, states, spec.storage, spec.width, shared.mean, shared.deviation)
+            for rows, found in encoder.run(ids, token_budget, stored.pack):
+                stored.take(rows, found)
+        table = stored.table(ids)
         counts = {
             "truncated": sum(tokens.truncated for tokens in piece),
             "computed_tokens": encoder.padding(ids, token_budget).computed,
         }
         if control := sum(tokens.control for tokens in piece):  # absent otherwise: records stay the bytes they were
             counts["control"] = control
-        statistics.add(states, counts=counts)
-        statistics.add(states[:ERROR_ROWS], table.slice(0, ERROR_ROWS), shared.mean, shared.deviation)
+        statistics.add(stored.extremes, counts=counts)
+        statistics.add(stored.exact, table.slice(0, ERROR_ROWS), shared.mean, shared.deviation)
         yield table
+
+
+class _Stored:
+    """A piece's states as they are stored, packed where they were computed.
+
+    int8 is half of what a GPU would send otherwise, and packing on a CPU takes longer than an LLM on a fast GPU.
+    """
+
+    def __init__(self, encoder: PromptEncoder, shared: SharedStates, lengths: list[int]) -> None:
+        device = encoder.trunk.device
+        self.storage, self.lengths = encoder.spec.storage, lengths
+        self.mean, self.deviation = shared.mean.to(device), shared.deviation.to(device)
+        nothing = torch.empty(0, encoder.spec.width)
+        self.values = [nothing] * len(lengths)  # [T, W] each
+        self.scales = [torch.empty(0)] * len(lengths)  # [T] each, int8 only
+        self.exact = [nothing] * min(len(lengths), ERROR_ROWS)  # [T, W] each, whose storage error is measured
+        self.extremes: list[torch.Tensor] = []  # [2] each, of a batch
+
+    def pack(self, rows: list[int], flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """States [N, W] of a batch -> values [N, W], scales [N] or none, extremes [2], states to be measured."""
+        values, scale = encode(flat, self.storage, self.mean, self.deviation)
+        measured = [state for row, state in self._of(rows, flat) if row < ERROR_ROWS]
+        extremes = torch.stack(torch.aminmax(flat))  # NaN where a value is
+        return (
+            values,
+            flat.new_empty(0) if scale is None else scale,
+            extremes,
+            torch.cat(measured) if measured else flat[:0],
+        )
+
+    def take(self, rows: list[int], found: tuple[torch.Tensor, ...]) -> None:
+        """What `pack` gave, on the CPU. JobError where a state is no number."""
+        values, scale, extremes, exact = found
+        for row, part in self._of(rows, values):
+            self.values[row] = part
+        if self.storage == "int8":
+            for row, part in self._of(rows, scale):
+                self.scales[row] = part
+        for row, part in self._of([row for row in rows if row < ERROR_ROWS], exact):
+            self.exact[row] = part
+        if not extremes.isfinite().all():
+            telling = self.scales if self.storage == "int8" else self._floats()
+            raise not_finite(next(row for row in sorted(rows) if not telling[row].isfinite().all()))
+        self.extremes.append(extremes)
+
+    def table(self, token_ids: Sequence[Sequence[int]]) -> pa.Table:
+        """The piece's rows."""
+        width = self.values[0].shape[1] if self.values else len(self.mean)
+        kept = [value for value in self.values if len(value)]
+        values = torch.cat(kept) if kept else torch.empty(0, width, dtype=TORCH_TYPES[self.storage])
+        scale = torch.cat(self.scales or [torch.empty(0)]) if self.storage == "int8" else None
+        return stored_table(token_ids, values, scale, self.storage, width)
+
+    def _of(self, rows: list[int], flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        return zip(rows, flat.split([self.lengths[row] for row in rows]), strict=True)
+
+    def _floats(self) -> list[torch.Tensor]:
+        return [v.view(torch.bfloat16) if v.dtype == torch.uint16 else v for v in self.values]
 
 
 def _pieces(captions: Sequence[CaptionTokens], tokens: int) -> Iterator[list[CaptionTokens]]:

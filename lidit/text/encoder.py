@@ -5,7 +5,7 @@ Legend: T caption tokens, P prefix tokens, C context tokens, B batch, N tokens o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import torch
 from lidit.config import EncoderSettings
 from lidit.config.shipped import load_encoder_settings
 from lidit.errors import InputError
-from lidit.text.batching import Padding, padding_of, plan_batches
+from lidit.text.batching import Padding, padding_of, plan_batches, plan_packed
 from lidit.text.specs import EncoderSpec, default_device, resolve_encoder
 from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
 from lidit.text.trunk import Trunk
 
 TOKEN_BUDGET = 8192
+Finish = Callable[[list[int], torch.Tensor], tuple[torch.Tensor, ...]]
 PADDING_TRIAL = ("a cat", "two red circles and a blue square on a green field, photographed in the evening light")
 PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # rounding alone stays below a tenth of it
 
@@ -53,6 +54,8 @@ class PromptEncoder:
         if spec.kind == "causal":
             states = self.trunk.read_context(self._padded([tokenizer.context_ids]))  # [1, C, W]
             self._prefix = states[0, : len(tokenizer.prefix_ids)].cpu()  # [P, W]; P = 0 with BOS as context
+            # On a CPU padded batches are as fast, and their states are those of the families stored so far.
+            trunk.packs = trunk.device.type == "cuda" and trunk.packing_agrees(tokenizer.longest)
         else:
             self._check_padding()
 
@@ -134,19 +137,35 @@ class PromptEncoder:
         Returns:
             Pairs: the rows of a batch, and their states one after the other, [N, W] on the CPU.
         """
+        for rows, (flat,) in self.run(token_ids, token_budget, lambda _rows, flat: (flat,)):
+            yield rows, flat
+
+    def run(
+        self, token_ids: Sequence[Sequence[int]], token_budget: int, finish: Finish
+    ) -> Iterator[tuple[list[int], tuple[torch.Tensor, ...]]]:
+        """Encode captions, work on a batch's states where they were computed, and bring the result to the CPU.
+
+        Args:
+            token_ids: Ids of each caption, at least one.
+            token_budget: Most tokens of one forward pass, padding included.
+            finish: From the rows of a batch and their states [N, W] to the tensors that are wanted of them.
+
+        Returns:
+            Pairs: the rows of a batch, and its tensors on the CPU.
+        """
         lengths = [len(ids) for ids in token_ids]
-        waiting: tuple[list[int], torch.Tensor, torch.cuda.Event | None] | None = None
-        for rows in plan_batches(lengths, token_budget):
-            flat = self._forward([token_ids[row] for row in rows])  # [N, W]
+        waiting: tuple[list[int], tuple[torch.Tensor, ...], torch.cuda.Event | None] | None = None
+        for rows in self.plan(lengths, token_budget):
+            with torch.no_grad():
+                found = finish(rows, self._forward([token_ids[row] for row in rows]))
             done = None
-            if flat.is_cuda:
-                host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-                flat = host.copy_(flat, non_blocking=True)
+            if self.trunk.device.type == "cuda":
+                found = tuple(_to_host(tensor) for tensor in found)
                 done = torch.cuda.Event()
                 done.record()
             if waiting:
                 yield _arrived(*waiting)
-            waiting = (rows, flat, done)
+            waiting = (rows, found, done)
         if waiting:
             yield _arrived(*waiting)
 
@@ -161,9 +180,26 @@ class PromptEncoder:
             Useful and computed tokens.
         """
         lengths = [len(ids) for ids in token_ids]
+        if self.trunk.packs:
+            return Padding(sum(lengths), sum(lengths))
         return padding_of(lengths, plan_batches(lengths, token_budget))
 
+    def plan(self, lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+        """Which captions share a forward pass.
+
+        Args:
+            lengths: Tokens of each caption.
+            token_budget: Most tokens of one forward pass, padding included.
+
+        Returns:
+            The rows of each batch.
+        """
+        plan = plan_packed if self.trunk.packs else plan_batches
+        return plan(lengths, token_budget)
+
     def _forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        if self.trunk.packs:
+            return self.trunk.after_context_packed(rows)
         lengths = torch.tensor([len(row) for row in rows])
         if self.spec.kind == "causal":
             states = self.trunk.after_context(self._padded(rows))  # [B, T, W]
@@ -217,10 +253,17 @@ def load_encoder(encoder: str | Path | EncoderSettings, device: str | None = Non
     return PromptEncoder.load(resolve_encoder(settings, device), device)
 
 
-def _arrived(rows: list[int], flat: torch.Tensor, done: torch.cuda.Event | None) -> tuple[list[int], torch.Tensor]:
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on its way to pinned memory: there when the stream has come to it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _arrived(
+    rows: list[int], found: tuple[torch.Tensor, ...], done: torch.cuda.Event | None
+) -> tuple[list[int], tuple[torch.Tensor, ...]]:
     if done is not None:
         done.synchronize()
-    return rows, flat
+    return rows, found
 
 
 def _caption_states(tokens: CaptionTokens, states: torch.Tensor | None) -> CaptionStates:

@@ -9,7 +9,9 @@ Legend: B batch, T tokens, P context tokens, H heads, D head width, W width.
 from __future__ import annotations
 
 import copy
+import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ from torch import nn
 
 from lidit.errors import InputError, one_line
 from lidit.text.loading import block_list, load_model
+from lidit.text.packed import Packing, packed
 from lidit.text.specs import EncoderSpec
+
+log = logging.getLogger(__name__)
 
 POSITION_TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)$")  # of nn.Embedding modules, such as embed_positions
 # What a model's own code raises where it cannot run as it is asked to: cut, without pixels, with this cache.
@@ -26,10 +31,15 @@ REFUSALS = (
 )  # fmt: skip
 # transformers' caches of a block that hold keys and values, or nothing (of a block that reads another one's)
 SHAREABLE = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+PACKING_TRIAL = ((5, 6, 7, 8, 9), (6,), (7, 5, 8))  # token ids of three captions
+PACKING_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # rounding alone stays below a tenth of it
 
 
 class Trunk:
-    """A truncated model and the three ways of running it. All tensors are on `device`, states in the spec's dtype."""
+    """A truncated model and the ways of running it. All tensors are on `device`, states in the spec's dtype.
+
+    `packs`: captions behind a context run without padding, by `after_context_packed`.
+    """
 
     def __init__(self, spec: EncoderSpec, model: Any) -> None:
         """`model` has `spec.blocks` blocks already; `load` makes one from the spec's folder."""
@@ -47,6 +57,8 @@ class Trunk:
             self.model.config.is_causal = False
         self._try()
         self._context: Any = None
+        self._context_tokens = 0
+        self.packs = False
         # Some models let later layers read an earlier layer's keys and values from the cache.
         self._release_keys = not getattr(self.model.config, "num_kv_shared_layers", 0)
 
@@ -147,6 +159,7 @@ class Trunk:
                 "choose a model whose blocks are all attention",
             ) from None
         self._check_context(ids.shape[1])
+        self._context_tokens = ids.shape[1]
         return states
 
     def _check_context(self, tokens: int) -> None:
@@ -184,6 +197,41 @@ class Trunk:
         """
         cache = _shared_context(self._context, ids.shape[0], self._release_keys)
         return self._states(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    @torch.inference_mode()
+    def after_context_packed(self, rows: Sequence[Sequence[int]], longest: int = 0) -> torch.Tensor:
+        """States [N, W] of captions behind the context, one after the other; N tokens in all, none of them padding.
+
+        NotImplementedError where the model's attention is more than causal attention, for captions of up to `longest`
+        tokens too.
+        """
+        lengths = [len(row) for row in rows]
+        packing = Packing.of(lengths, longest, self._context, self._context_tokens, self.device)
+        ids = torch.tensor([[token for row in rows for token in row]]).to(self.device, non_blocking=True)  # [1, N]
+        with packed(self.model, packing):
+            return self._states(input_ids=ids, position_ids=packing.positions(lengths), use_cache=False)[0]
+
+    def packing_agrees(self, longest: int) -> bool:
+        """Whether captions of up to `longest` tokens can run packed, with the states that they have padded.
+
+        A model may attend in a way of its own.
+        """
+        padded = torch.zeros(len(PACKING_TRIAL), max(map(len, PACKING_TRIAL)), dtype=torch.long)
+        for row, ids in enumerate(PACKING_TRIAL):
+            padded[row, : len(ids)] = torch.tensor(ids)
+        expected = self.after_context(padded.to(self.device))
+        try:
+            found = self.after_context_packed(PACKING_TRIAL, longest).split([len(ids) for ids in PACKING_TRIAL])
+        except REFUSALS as error:
+            log.info("encoder %s: captions run padded (%s)", self.spec.name, one_line(error, 120))
+            return False
+        limit = PACKING_TOLERANCE.get(self.spec.dtype, PACKING_TOLERANCE["bfloat16"])
+        for alone, states in zip(found, expected, strict=True):
+            right = states[: len(alone)].float()  # [T, W]
+            if not (alone.float() - right).norm() <= limit * right.norm():
+                log.info("encoder %s: captions run padded: this model gives other states packed", self.spec.name)
+                return False
+        return True
 
     @torch.inference_mode()
     def whole(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -164,7 +164,9 @@ def load_numbers(engine: Any, ema: ShardedEMA, read: Any, taken: int) -> None:
             if kind not in state:
                 state[kind] = torch.zeros_like(fragment.flat, memory_format=torch.preserve_format).detach()
             fragment.moment(optimizer, kind).copy_(read(kind, fragment.name, *cut))
-        state["step"] = torch.tensor(float(taken))
+        # torch's fused optimizers keep the count beside the weights, the others on the CPU.
+        beside = fragment.flat.device if optimizer.defaults.get("fused") else torch.device("cpu")
+        state["step"] = torch.tensor(float(taken), device=beside)
     for fragment, average in zip(ema.fragments, ema.average):
         average.copy_(read("ema", fragment.name, fragment.start, fragment.start + fragment.length))
     for name, parameter in _writable_parameters(engine):

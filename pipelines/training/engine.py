@@ -18,10 +18,13 @@ from lidit.data.assembler import TrainingBatch
 from lidit.diffusion import Objective
 from lidit.errors import JobError
 from lidit.models import LIDiT
+from lidit.models.compiled import compile_blocks
 from lidit.plan import REDUCE_BUCKET
-from pipelines.runtime.kernels import avoid_plan_building
 from pipelines.training.ema import ShardedEMA, owned_fragments
+from pipelines.training.gradients import measure_at_once
 from pipelines.training.schedule import learning_rate
+
+GPU_LENGTH_MULTIPLE = 64  # caption tokens; of 1, 32 and 64 the fastest on an H100 (benchmarks/README.md)
 
 
 def set_up_device(engine: EngineSettings) -> torch.device:
@@ -37,7 +40,6 @@ def set_up_device(engine: EngineSettings) -> torch.device:
             f"engine.gpus_per_worker is {engine.gpus_per_worker:g}, but torch sees no GPU on this node: it needs a "
             "CUDA build of torch and a driver"
         )
-    avoid_plan_building()
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -138,9 +140,12 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
         settings = recipe.train.optimizer
         optimizer = None
         if not recipe.engine.fused_optimizer:
+            # Over DeepSpeed's flat buffers torch's other AdamW takes a dozen passes, the fused one a single pass.
+            fused = device.type == "cuda" and recipe.engine.offload_optimizer == "none"
             optimizer = torch.optim.AdamW(
-                model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-            )
+                model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay,
+                fused=fused,
+            )  # fmt: skip
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -148,10 +153,16 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
             dist_init_required=False,
             config=deepspeed_config(recipe, self.world_size, sum(p.numel() for p in model.parameters())),
         )
+        sharded = recipe.engine.zero_stage in (1, 2) and recipe.engine.offload_optimizer == "none"
+        if device.type == "cuda" and sharded:  # a CPU's kernels cost nothing to launch
+            measure_at_once(self.deepspeed.optimizer)
         if recipe.engine.compile:
-            self.deepspeed.compile()
+            self._compile()
         self.ema = ShardedEMA(owned_fragments(self.deepspeed), recipe.train.ema_decay)
         self._own_norm = recipe.engine.zero_stage == 0
+
+    def _compile(self) -> None:
+        self.deepspeed.compile()
 
     @abstractmethod
     def loss(self, batch: AnyBatch) -> torch.Tensor:
@@ -218,16 +229,25 @@ class Engine(ShardedEngine[TrainingBatch]):
     def __init__(self, recipe: Recipe, model: LIDiT, objective: Objective, device: torch.device) -> None:
         super().__init__(recipe, model, device)
         self.objective = objective
+        # On a GPU each new caption length costs compiling and cuDNN's planning; on a CPU rounding only pads.
+        self._length_multiple = GPU_LENGTH_MULTIPLE if device.type == "cuda" else 1
 
     @property
     def module(self) -> LIDiT:
         module: LIDiT = self.deepspeed.module
         return module
 
+    def _compile(self) -> None:
+        if self.recipe.engine.zero_stage == 3:  # its hooks inside the blocks gather their weights
+            super()._compile()
+        else:
+            compile_blocks(self.module)
+
     def loss(self, batch: TrainingBatch) -> torch.Tensor:
         t = self.objective.timesteps(batch.u)
         noisy = self.objective.add_noise(batch.latents, batch.noise, t)
-        prediction = self.deepspeed(noisy.to(self.compute_dtype), t, batch.text)
+        text = {name: states.rounded(self._length_multiple) for name, states in batch.text.items()}
+        prediction = self.deepspeed(noisy.to(self.compute_dtype), t, text)
         return self.objective.loss(prediction, batch.latents, batch.noise, t, noisy).mean()
 
     def forward(self, batch: TrainingBatch) -> None:

@@ -18,6 +18,7 @@ from lidit.models import LIDiT, TextStates
 from pipelines.training import checkpoints
 from pipelines.training.ema import full_shapes, gather_full
 from pipelines.training.engine import Engine
+from pipelines.training.gradients import measure_at_once
 
 BATCH, CHANNELS, SIDE = 12, 3, 8
 
@@ -119,6 +120,8 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
     initial = {name: p.detach().clone() for name, p in model.named_parameters()} if job.get("watch_average") else {}
     count = sum(p.numel() for p in model.parameters())
     engine = Engine(recipe, model, build_objective(recipe.objective), torch.device("cpu"))
+    if job.get("at_once"):  # as on a GPU
+        measure_at_once(engine.deepspeed.optimizer)
     start = 0
     if "restore" in job:
         start = checkpoints.CheckpointReader(folder / job["restore"]).restore(engine.deepspeed, engine.ema).step

@@ -9,6 +9,7 @@ import torch
 from lidit.config import ModelSettings
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
+from lidit.models.compiled import compile_blocks
 from lidit.models.fusion import FusionBranch
 from lidit.models.refiner import RefinerBlock
 from lidit.models.transformer import LIDiTBlock
@@ -351,3 +352,27 @@ def test_compiles_into_one_graph(make_model, make_text, settings):
     torch.testing.assert_close(run(compiled, text, x), run(model, text, x), **ROUNDING)
     shared = (latents(4), torch.full((4,), 0.3), text, torch.tensor([0, 2, 2, 1]))
     torch.testing.assert_close(compiled(*shared), model(*shared), **ROUNDING)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_whatever_the_length(make_model, make_text):
+    model, text, x = make_model(), make_text(), latents()
+    expected = {extra: run(model, lengthened(text, extra), x) for extra in (0, 3)}
+    torch.compiler.reset()
+    compile_blocks(model, backend="eager")
+    for extra, right in expected.items():
+        torch.testing.assert_close(run(model, lengthened(text, extra), x), right, **ROUNDING)
+    compiled = [part for part in model.modules() if getattr(part, "_compiled_call_impl", None) is not None]
+    assert {type(part).__name__ for part in compiled} >= {"LIDiTBlock", "PositionBlock", "RefinerBlock"}
+
+
+def lengthened(text, extra):
+    return {name: entry.pad_to(entry.states.shape[1] + extra) for name, entry in text.items()}
+
+
+def test_lengths_are_rounded_up_behind_the_mask(make_model, make_text):
+    model, text, x = make_model(), make_text(), latents()
+    rounded = {name: entry.rounded(16) for name, entry in text.items()}
+    assert all(entry.states.shape[1] % 16 == 0 for entry in rounded.values())
+    assert all(entry.rounded(1) is entry for entry in text.values())
+    torch.testing.assert_close(run(model, rounded, x), run(model, text, x), **ROUNDING)

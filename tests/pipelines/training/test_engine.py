@@ -72,6 +72,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         one += [{**job, "name": str(job["name"]).replace("to-three", "two-to-one")} for job in three]
         if several:
             two = [{"name": "accumulated", "engine": stage(2, accumulation=3), "steps": STEPS}, *not_finite(), *two]
+            two += [{"name": "at-once", "engine": stage(2), "steps": 4, "overflow": 1, "at_once": True}]
             two += [{"name": "overflow-3", "engine": stage(3), "steps": 4, "overflow": 1}]
             two += [{"name": "three-to-one", "engine": stage(1), "steps": STEPS, "restore": "two-3"}]
             one += [{"name": "sixteen", "engine": stage(0), "steps": SHORT, "batch": 16}]
@@ -121,6 +122,13 @@ def test_resume_is_bit_identical(launched: Launched, number: int) -> None:
     for part in ("weights", "ema"):
         for name, value in straight[part].items():
             assert torch.equal(value, resumed[part][name]), f"{part} {name}"
+
+
+def test_gradients_measured_at_once_are_clipped_and_refused_as_deepspeed_does(results: dict) -> None:
+    found, expected = results["at-once"], results["overflow-2"]
+    assert found["finite"] == expected["finite"] == [True, False, True, True]
+    close(found["losses"], expected["losses"], 1e-6)
+    close(found["norms"], expected["norms"], 1e-5)
 
 
 @pytest.mark.parametrize("number", STAGES[1:])
