@@ -21,6 +21,7 @@ from lidit.errors import InputError, one_line
 from pipelines.tracking.store import sign_in, sqlite_file
 
 RUN_KEY = "lidit.run_key"
+JOB = "lidit.job"  # tag: the kind of job
 RUN_FILE = "mlflow-run"  # in a run's folder: the id of its run
 PARAM_LIMIT = 6000
 NAME_LIMIT = 250
@@ -63,7 +64,7 @@ def find_or_create(uri: str, spec: RunSpec) -> str:
         experiment = _experiment(client, uri, spec.experiment)
         params = {accepted_name(name): value[:PARAM_LIMIT] for name, value in spec.params.items()}
         tags = {accepted_name(name): value for name, value in {**git_state(), **spec.tags}.items()}
-        run = _own_run(client, spec.folder) or _run_with_key(client, experiment.experiment_id, spec.key)
+        run = _own_run(client, spec) or _run_with_key(client, experiment.experiment_id, spec.key)
         if run is None:
             run = client.create_run(
                 experiment.experiment_id, run_name=spec.name, tags={RUN_KEY: spec.key, "lidit.attempt": "1"}
@@ -122,13 +123,14 @@ def _is_refusal(error: MlflowException) -> bool:
     return 400 <= status < 500 and status not in BUSY
 
 
-def _own_run(client: MlflowClient, folder: Path) -> Run | None:
-    """The run whose id the folder holds; None where there is none, or the store does not know it.
+def _own_run(client: MlflowClient, spec: RunSpec) -> Run | None:
+    """The run whose id the job's folder holds; None where there is none, or the store does not know it.
 
-    A folder keeps its run wherever it is moved to, while the tag is made of the folder's path.
+    A folder keeps its run wherever it is moved to, while the tag is made of the folder's path. An arm's result has
+    the folder of its training, and a run of its own.
     """
     try:
-        run_id = (folder / RUN_FILE).read_text().strip()
+        run_id = (spec.folder / RUN_FILE).read_text().strip()
         run = client.get_run(run_id) if run_id else None
     except (OSError, ValueError):
         return None
@@ -136,7 +138,9 @@ def _own_run(client: MlflowClient, folder: Path) -> Run | None:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
-    return run if run is not None and run.info.lifecycle_stage == "active" else None
+    if run is None or run.info.lifecycle_stage != "active":
+        return None
+    return run if run.data.tags.get(JOB) == spec.tags.get(JOB) else None
 
 
 def _run_with_key(client: MlflowClient, experiment_id: str, key: str) -> Run | None:

@@ -182,11 +182,10 @@ def test_what_this_machine_does_not_have_is_refused(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_actors_that_hold_every_cpu_still_get_pictures(corpus: Path) -> None:
-    notes = []
-    all_of_them = PoolSettings(cpus=resources.total("CPU"))
-    run_latents(str(corpus), CodecSettings(), all_of_them, lambda done, total, note: notes.append(note))
-    assert len(notes) == 2
-    assert all("no CPU left for decoding: use fewer actors" in note for note in notes)
+    told, all_of_them = RecordedProgress(), PoolSettings(cpus=resources.total("CPU"))
+    run_latents(str(corpus), CodecSettings(), all_of_them, told)
+    assert len(told.notes) == 2
+    assert all("no CPU left for decoding: use fewer actors" in note for note in told.notes)
     assert Corpus.open(corpus).latent_family("pixels").records["rows"].to_pylist() == [4, 3]
 
 

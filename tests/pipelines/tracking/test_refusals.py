@@ -97,6 +97,17 @@ def test_a_moved_folder_keeps_its_run_and_says_where_its_files_go(
     assert third.handle.run_id not in ("", first.handle.run_id)
 
 
+def test_another_job_of_the_folder_has_a_run_of_its_own(tmp_path: Path) -> None:
+    uri, folder = tracking.local_store(tmp_path), tmp_path / "arm"
+    folder.mkdir()
+    with tracking.tracked_run(uri, "test", "arm", "one", {}, {"lidit.job": "train"}, folder) as training:
+        pass
+    (folder / tracking.RUN_FILE).write_text(training.handle.run_id)
+    with tracking.tracked_run(uri, "test", "arm", "two", {}, {"lidit.job": "arm"}, folder) as result:
+        pass
+    assert result.handle.run_id not in ("", training.handle.run_id)
+
+
 @contextmanager
 def answering(status: int) -> Iterator[str]:
     """A server that gives one answer to everything."""
