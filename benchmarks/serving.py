@@ -96,12 +96,13 @@ def requests(count: int, steps: tuple[int, ...], seed: int) -> list[Asked]:
 def draw(pipeline: LIDiTPipeline, asked: list[Asked]) -> torch.Tensor:
     """One call of the pipeline for requests of one number of steps."""
     states = {name: entry.collate([one.states[name] for one in asked]) for name, entry in pipeline.encoders.items()}
-    return pipeline(
+    drawn: torch.Tensor = pipeline(
         states=states,
         seed=[one.seed for one in asked],
         num_inference_steps=asked[0].steps,
         output_type="latent",
-    )
+    ).images
+    return drawn
 
 
 def submit(engine: Engine, one: Asked) -> Future[torch.Tensor]:

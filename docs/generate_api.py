@@ -35,6 +35,7 @@ GIVEN = {
     "Captions to states": ("lidit.text:PromptEncoder", "lidit.text:CaptionStates"),
     "The corpus on disk": ("lidit.store:TextFamily", "lidit.store:SharedStates", "lidit.store:LatentFamily"),
     "Batches": ("lidit.data.feed:Feed", "lidit.data.assembler:TrainingBatch"),
+    "The model": ("lidit.pipeline:LIDiTPipelineOutput",),
 }
 SECTIONS = ("Args:", "Returns:", "Raises:")
 LONGEST = 100

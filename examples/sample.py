@@ -29,7 +29,7 @@ def main() -> None:
 
     images, labels = [], []
     for scale in arguments.scales:
-        images += list(pipe(states=states, guidance_scale=scale, seed=arguments.seeds, output_type="np"))
+        images += pipe(prompt_embeds=states, guidance_scale=scale, seed=arguments.seeds).images
         labels += [f"guidance {scale:g}, seed {seed}" for seed in arguments.seeds]
     labelled_grid(images, labels, columns=len(arguments.seeds)).save(arguments.out)
     print(f"{arguments.out}: {len(images)} images of {arguments.prompt!r}")

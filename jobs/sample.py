@@ -27,8 +27,6 @@ def command(
 
     **Example:** `lidit sample runs/demo/model --prompt "a red circle left of a blue square" --out pictures`
     """
-    from PIL import Image
-
     from lidit.config.fields import check_prompts, check_seeds
     from lidit.plots import labelled_grid
     from pipelines.evaluation.models import load_pipeline
@@ -48,10 +46,9 @@ def command(
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 seed=[seed + i for i in range(count)],
-                output_type="np",
             )
-            for offset, image in enumerate(sampled):
-                Image.fromarray(image).save(out / f"{number:03}-{seed + offset:04}.png")
+            for offset, image in enumerate(sampled.images):
+                image.save(out / f"{number:03}-{seed + offset:04}.png")
                 images.append(image)
                 labels.append(text)
             progress.advance(count)

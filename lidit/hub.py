@@ -13,10 +13,11 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def fetch_snapshot(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def fetch_snapshot(model: str, revision: str | None, patterns: Sequence[str], local_files_only: bool = False) -> Path:
     """The local folder with the files of a hub id that match `patterns`; downloaded once.
 
     `patterns` leave out every format that can run code, so such a file never reaches this machine.
+    local_files_only: what was downloaded before, without asking the hub.
     Raises InputError where the hub does not give them: no connection, a wrong id or revision, no permission.
     """
     # Imported here: folders and packaged models need no hub.
@@ -24,7 +25,10 @@ def fetch_snapshot(model: str, revision: str | None, patterns: Sequence[str]) ->
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns))).resolve()
+        found = snapshot_download(
+            model, revision=revision, allow_patterns=list(patterns), local_files_only=local_files_only
+        )
+        return Path(found).resolve()
     except (HfHubHTTPError, OSError, ValueError) as error:
         place = f"{model} at {revision[:12]}" if revision else model
         raise InputError(

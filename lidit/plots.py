@@ -22,22 +22,28 @@ RIGHT, WRONG = (30, 150, 60), (210, 50, 40)
 
 
 def labelled_grid(
-    images: Sequence[NDArray[np.uint8]], labels: Sequence[str], columns: int = 6, right: Sequence[bool] | None = None
+    images: Sequence[NDArray[np.uint8] | Image.Image],
+    labels: Sequence[str],
+    columns: int = 6,
+    right: Sequence[bool] | None = None,
 ) -> Image.Image:
-    """Images [H, W, 3] in rows of `columns`, each with its label below. Small images are enlarged by whole factors.
+    """Images, or arrays [H, W, 3], in rows of `columns`, each with its label below.
+
+    Small images are enlarged by whole factors.
 
     `right`, one per image, frames it green (True) or red (False).
     """
     if len(images) != len(labels) or not images:
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    arrays = [np.asarray(image) for image in images]
+    height, width = (max(image.shape[axis] for image in arrays) for axis in (0, 1))
     factor = max(1, -(-SMALLEST_CELL // width))
     cell = (width * factor + MARGIN, height * factor + LABEL_LINES * LINE_HEIGHT + MARGIN)
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), "white")
     drawing, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
     letters = max(8, int(width * factor / 5.6))
-    for index, (image, label) in enumerate(zip(images, labels)):
+    for index, (image, label) in enumerate(zip(arrays, labels)):
         left = MARGIN + index % columns * cell[0]
         top = MARGIN + index // columns * cell[1]
         picture = Image.fromarray(image).resize(

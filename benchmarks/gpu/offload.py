@@ -64,7 +64,7 @@ def same_images(run: Run) -> dict[str, Any]:
     def draw() -> torch.Tensor:
         found: torch.Tensor = pipeline(
             states=states, guidance_scale=1, num_inference_steps=2, seed=1, output_type="latent"
-        )
+        ).images
         return found
 
     plain = draw()

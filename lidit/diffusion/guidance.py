@@ -18,15 +18,17 @@ ROUNDING = 1e-6
 class GuidedPredictor:
     """predict(x_t, t) for `sample`: unconditional + scale * (conditional - unconditional).
 
-    Both run as the two halves of one batch, in which the empty caption, and a caption of several images, is refined
+    Both run as the two halves of one batch, in which a caption of several images, such as the empty one, is refined
     once. Outside the guidance interval (its ends belong to it), or at scale 1, only the captions run.
 
     Args:
-        model: the network. text: states of R captions per encoder. empty: of one empty caption.
+        model: the network. text: states of R captions per encoder.
+        empty: of N captions that guidance leads away from: the empty one, or what a picture should not show.
         sampler: guidance_scale, guidance_interval (timesteps, 0 data, 1 noise), guidance_rescale (arXiv 2305.08891).
         rows: each image's caption, B indices; None: one image each, B = R.
+        empty_rows: each image's caption of `empty`, B indices; None: the one that there is.
     Raises:
-        ValueError: `empty` is not of one caption.
+        ValueError: `empty` is not of one caption, and `empty_rows` does not choose.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class GuidedPredictor:
         empty: Mapping[str, TextStates],
         sampler: SamplerSettings,
         rows: Sequence[int] | None = None,
+        empty_rows: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.sampler = sampler
@@ -45,11 +48,13 @@ class GuidedPredictor:
         states = next(iter(text.values())).states
         own = torch.arange(len(states)) if rows is None else torch.tensor(rows)  # [B]
         self.rows = None if rows is None else own.to(states.device)
-        if any(len(entry.states) != 1 for entry in empty.values()):
+        count = max((len(entry.states) for entry in empty.values()), default=1)  # N
+        if count != 1 and empty_rows is None:
             raise ValueError("the empty caption is one for all images: give its states once")
         if sampler.guidance_scale != 1:
-            self.both = {name: empty[name].stack(text[name]) for name in text}  # 1 + R captions
-            self.both_rows = torch.cat([torch.zeros_like(own), 1 + own]).to(states.device)  # [2 B]
+            away = torch.zeros_like(own) if empty_rows is None else torch.tensor(empty_rows)  # [B]
+            self.both = {name: empty[name].stack(text[name]) for name in text}  # N + R captions
+            self.both_rows = torch.cat([away, count + own]).to(states.device)  # [2 B]
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W], t [B] the same value throughout -> float32 prediction [B, C, H, W]."""

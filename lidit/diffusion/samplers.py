@@ -5,9 +5,12 @@ Shapes: B batch, C latent channels, H x W latent size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 
 from lidit.config import SamplerSettings
 from lidit.diffusion.objectives import Objective
@@ -23,8 +26,9 @@ def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def initial_noise(
     generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Standard normal noise [B, *shape], sample i from generator i."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    """Standard normal noise [B, *shape], sample i from generator i, drawn where the generator is."""
+    drawn = [torch.randn(shape, generator=generator, device=generator.device) for generator in generators]
+    return torch.stack(drawn).to(device)
 
 
 class Walk:
@@ -35,6 +39,7 @@ class Walk:
     Args:
         objective, sampler: which scheduler, and its steps. noise: [B, C, H, W] to start from.
         generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required there.
+        scheduler: in place of the sampler's, with its steps set (`Schedule.prepared`).
     Raises:
         InputError: the sampler's scheduler cannot run this objective.
         ValueError: "ddpm" without generators.
@@ -46,13 +51,16 @@ class Walk:
         noise: torch.Tensor,
         sampler: SamplerSettings,
         generators: Sequence[torch.Generator] | None = None,
+        scheduler: Any | None = None,
     ) -> None:
-        scheduler = objective.scheduler(sampler)
-        stochastic = objective.scheduler_name(sampler) == "ddpm"
+        if scheduler is None:
+            scheduler = objective.scheduler(sampler)
+        stochastic = isinstance(scheduler, DDPMScheduler)
         if stochastic and generators is None:
             raise ValueError("the ddpm scheduler adds noise at every step: pass one generator per sample")
         self.objective, self.scheduler = objective, scheduler
-        self.options = {"generator": list(generators)} if stochastic and generators is not None else {}
+        takes = "generator" in inspect.signature(scheduler.step).parameters
+        self.options = {"generator": list(generators)} if takes and generators is not None else {}
         # Not every scheduler starts from noise of deviation 1.
         scale = getattr(scheduler, "init_noise_sigma", None)
         self.latents = noise.float() if scale is None else noise.float() * scale  # [B, C, H, W]
@@ -64,6 +72,15 @@ class Walk:
     @property
     def finished(self) -> bool:
         return self.number == len(self.levels)
+
+    @property
+    def network_input(self) -> torch.Tensor:
+        """The latents as the network was trained to see them, [B, C, H, W]: some schedulers hold them scaled."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        if scale is None:
+            return self.latents
+        scaled: torch.Tensor = scale(self.latents, self.scheduler.timesteps[self.number])
+        return scaled
 
     @property
     def t(self) -> torch.Tensor:

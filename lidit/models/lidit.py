@@ -133,12 +133,13 @@ class LIDiT(ModelMixin, ConfigMixin):
         return model
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype | None = None) -> Self:
+    def load(cls, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Self:
         """Load what `save_pretrained` wrote.
 
         Args:
             folder: A folder with config.json and safetensors: `model` in a model folder.
             dtype: Of the weights; None keeps them as saved.
+            variant: Which of several saved sets of weights, such as "bf16".
 
         Returns:
             The model, on the CPU.
@@ -153,7 +154,7 @@ class LIDiT(ModelMixin, ConfigMixin):
         try:
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
             model, found = cls.from_pretrained(
-                str(folder), use_safetensors=True, torch_dtype=dtype, output_loading_info=True
+                str(folder), use_safetensors=True, torch_dtype=dtype, output_loading_info=True, variant=variant
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = one_line(error, 300)

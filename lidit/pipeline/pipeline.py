@@ -1,45 +1,42 @@
-"""Prompt -> image: the object a user loads, and the folder it is loaded from.
+"""Prompt -> image: the object a user loads and calls as any pipeline of diffusers.
 
-    FOLDER/model_index.json   class, objective, sampler and codec settings, training size
-           model/             LIDiT: config.json + safetensors
-           vae/               the autoencoder, unless latents are pixels
-           encoders/NAME.*    one LLM each: its identity, and the prefix and empty states training used
-           README.md          model card
-
-Shapes: B batch, C latent channels, H x W latent size.
+Shapes: B images, C latent channels, H x W latent size.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from PIL import Image
+from huggingface_hub import create_repo
 
-from lidit.codecs import AutoencoderCodec, Codec, load_codec
-from lidit.config import CodecSettings, ObjectiveSettings, SamplerChanges, SamplerSettings
+from lidit.codecs import AutoencoderCodec, load_codec
+from lidit.config import SamplerChanges, SamplerSettings
 from lidit.config.json_object import read_object
 from lidit.config.settings import validate
-from lidit.diffusion import GuidedPredictor, build_objective, initial_noise, sample, seeded_generators
+from lidit.diffusion import GuidedPredictor, Schedule, Walk
 from lidit.errors import InputError, one_line
-from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.models import LIDiT, TextStates
+from lidit.pipeline.callback import OnStep, StepCallback
+from lidit.pipeline.card import model_card
 from lidit.pipeline.checksums import check_model, write_checksums
-from lidit.pipeline.inputs import image_count, listed_prompts, seed_per_image
+from lidit.pipeline.components import ENCODERS, INDEX, VAE, PipelineParts
+from lidit.pipeline.inputs import Captions, Randomness, States, negative_captions, seed_per_image, size_of
 from lidit.pipeline.model_encoder import ModelEncoder
-from lidit.pixels import unit_to_bytes
+from lidit.pipeline.output import LIDiTPipelineOutput, OutputType, as_images, check_output_type
+from lidit.pipeline.places import LOADER, LOADER_TEXT, device_of, local_folder, one_dtype, replace_encoder
+from lidit.pipeline.settings import PipelineSettings
 from lidit.text import PromptEncoder
 
-ENCODERS, VAE = "encoders", "vae"
-INDEX = "model_index.json"
+CARD = "README.md"
 
 
-class LIDiTPipeline(DiffusionPipeline):
+class LIDiTPipeline(PipelineParts):
     """Samples images of prompts. Load with `from_pretrained`; call with prompts, or with states computed before.
 
     Args:
@@ -51,26 +48,9 @@ class LIDiTPipeline(DiffusionPipeline):
         width: The same.
     """
 
-    model_cpu_offload_seq = "model"
-    encoders: dict[str, ModelEncoder]
-
-    def __init__(
-        self,
-        model: LIDiT,
-        objective: dict[str, Any] | None = None,
-        sampler: dict[str, Any] | None = None,
-        codec: dict[str, Any] | None = None,
-        height: int = 256,
-        width: int = 256,
-    ) -> None:
-        super().__init__()
-        self.register_modules(model=model)
-        self.register_to_config(objective=objective, sampler=sampler, codec=codec, height=height, width=width)
-        self.objective = build_objective(validate(ObjectiveSettings, objective or {}, f"{INDEX}: objective"))
-        self.sampler = validate(SamplerSettings, sampler or {}, f"{INDEX}: sampler")
-        self.codec_settings = validate(CodecSettings, codec or {}, f"{INDEX}: codec")
-        self.encoders = {}
-        self._codec: Codec | None = None
+    _callback_tensor_inputs = ["latents"]
+    _interrupt = False
+    _num_timesteps = 0
 
     @classmethod
     def from_pretrained(
@@ -80,6 +60,11 @@ class LIDiTPipeline(DiffusionPipeline):
         dtype: torch.dtype | None = None,
         encoders: Mapping[str, str | Path | PromptEncoder] | None = None,
         check_files: bool | None = None,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        device_map: str | None = None,
+        variant: str | None = None,
+        local_files_only: bool = False,
     ) -> Self:
         """Load a model folder that `lidit train` wrote. No LLM is loaded before a prompt needs it.
 
@@ -90,195 +75,180 @@ class LIDiTPipeline(DiffusionPipeline):
             encoders: Encoder name -> an encoder that is already loaded, to share it; or the folder where its files are
                 on this machine; or a hub id as `id@commit`.
             check_files: Compare every file with the checksums it was saved with; None does so below 20 GB.
+            torch_dtype: The same as `dtype`, by its older name.
+            device_map: The device that all parts go to, such as "cuda".
+            variant: Which of several saved sets of the network's weights, such as "bf16".
+            local_files_only: Never ask the hub for the folder: it was fetched before.
 
         Returns:
-            The pipeline, on the CPU; `to("cuda")` moves it.
+            The pipeline, on the CPU unless `device_map` says otherwise; `to("cuda")` moves it.
 
         Raises:
             InputError: The folder is no model folder, an encoder's files are missing, or a shared encoder is not the
                 one of the training.
         """
-        path = _local_folder(folder, revision)
+        device, dtype = device_of(device_map), one_dtype(dtype, torch_dtype)
+        path = local_folder(folder, revision, local_files_only)
         if not (path / INDEX).is_file():
             raise InputError(f"{path}: no {INDEX}, so this is not a model folder written by lidit train")
         check_model(path, check_files)
         # diffusers takes whatever the file holds for an object, a text even for a name on the hub.
         read_object(path / INDEX, "copy the model folder again")
         try:
-            model = LIDiT.load(path / "model", dtype)
+            model = LIDiT.load(path / "model", dtype, variant)
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
             pipeline = super().from_pretrained(str(path), model=model, torch_dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = one_line(error)[:300]
             raise InputError(f"{path}: the model cannot be loaded ({reason}); fetch or train it again") from None
         pipeline.model.eval()
-        if pipeline.codec_settings.model == VAE:
-            pipeline.codec_settings = pipeline.codec_settings.model_copy(update={"model": str(path / VAE)})
         names = pipeline.model.conditioner.names
         pipeline.encoders = {name: ModelEncoder.load(path / ENCODERS, name) for name in names}
         for name, replacement in (encoders or {}).items():
             if name not in pipeline.encoders:
                 raise InputError(f"the model has no encoder {name!r}; it was trained with {', '.join(names)}")
-            _replace_encoder(pipeline.encoders[name], replacement)
-        return pipeline
+            replace_encoder(pipeline.encoders[name], replacement)
+        return pipeline if device is None else pipeline.to(device)
 
-    def save_pretrained(self, save_directory: str | Path, max_shard_size: str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        max_shard_size: str = "5GB",
+        variant: str | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
         """Write the folder that `from_pretrained` reads, without the model card.
 
         Args:
             save_directory: The folder; files of an earlier save are replaced.
             max_shard_size: Largest safetensors file of the network.
+            variant: Name of this set of the network's weights beside others, such as "bf16".
+            safe_serialization: Always true: weights are safetensors, never pickles.
         """
+        if not safe_serialization:
+            raise InputError("safe_serialization=False would write pickles, which can run code; leave it out")
+        folder = Path(save_directory)
         if self.codec_settings.model is not None:
-            exact = load_codec(self.codec_settings.model_copy(update={"dtype": "float32"}))
+            exact = load_codec(self._found_codec.model_copy(update={"dtype": "float32"}))
             assert isinstance(exact, AutoencoderCodec)
-            exact.model.save_pretrained(Path(save_directory) / VAE, safe_serialization=True)
+            exact.model.save_pretrained(folder / VAE, safe_serialization=True)
             inside = self.codec_settings.model_copy(update={"model": VAE, "revision": None})
             self.register_to_config(codec=inside.model_dump(mode="json"))
         # diffusers would leave the index of a save in shards, and could not load what is saved whole over it.
-        (Path(save_directory) / "model" / f"{SAFETENSORS_WEIGHTS_NAME}.index.json").unlink(missing_ok=True)
-        super().save_pretrained(str(save_directory), safe_serialization=True, max_shard_size=max_shard_size)
+        kind = f".{variant}" if variant else ""
+        (folder / "model" / f"{SAFETENSORS_WEIGHTS_NAME}.index{kind}.json").unlink(missing_ok=True)
+        super().save_pretrained(str(folder), safe_serialization=True, max_shard_size=max_shard_size, variant=variant)
         for encoder in self.encoders.values():
-            encoder.save(Path(save_directory) / ENCODERS)
-        write_checksums(Path(save_directory))
+            encoder.save(folder / ENCODERS)
+        (folder / LOADER).write_text(LOADER_TEXT)
+        write_checksums(folder)
 
-    @property
-    def codec(self) -> Codec:
-        """The codec, loaded when the first latents are decoded."""
-        if self._codec is None:
-            self._codec = load_codec(self.codec_settings, str(self._execution_device))
-            if self._offloads:
-                self._codec.to("cpu")
-        return self._codec
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move as in diffusers; LLMs and codec that are loaded go along, in the dtypes they have.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+    ) -> str:
+        """Upload the model folder with its card to the hub.
 
         Args:
-            args: A device, a dtype, or both.
-            kwargs: The same by name.
+            repo_id: OWNER/MODEL; it is made where there is none.
+            commit_message: Of the upload.
+            private: Whether a new repository is private; None takes the owner's default.
+            token: Of the hub; None takes the one of this machine's login.
+            create_pr: Ask for a merge instead of committing.
+            variant: See `save_pretrained`.
 
         Returns:
-            This pipeline.
+            The address of the commit.
         """
-        super().to(*args, **kwargs)
-        self._move_parts(self.model.device)
-        return self
+        own = None if self._folder is None else self._folder / CARD
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            # Its own card: diffusers would put an empty one in its place.
+            text = own.read_text("utf-8") if own is not None and own.is_file() else self.card({})
+            (Path(folder) / CARD).write_text(text, encoding="utf-8")
+            return str(self._upload_folder(folder, repo_id, token, commit_message, create_pr))
 
-    def _move_parts(self, device: torch.device | str) -> None:
-        """Move the loaded LLMs and codec, which diffusers does not know of."""
-        for entry in self.encoders.values():
-            if entry.loaded is not None:
-                entry.loaded.to(str(device))
-        if self._codec is not None:
-            self._codec.to(device)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, TextStates]:
-        """Encode prompts with all of the model's LLMs: the values that a corpus would hold for these captions.
+    def card(self, facts: Mapping[str, Any]) -> str:
+        """The model card: Markdown with the front matter that the hub reads.
 
         Args:
-            prompts: B texts.
+            facts: What the card says of the training; see `save_pipeline`.
 
         Returns:
-            Encoder name -> states [B, T, W], mask [B, T] and prefix [P, W], on the CPU.
-
-        Raises:
-            InputError: An LLM cannot be found, or is not the one of the training.
+            The text of README.md.
         """
-        device, states = str(self._execution_device), {}
-        for name, entry in self.encoders.items():
-            if self._offloads:
-                entry.encoder(device).to(device)
-            states[name] = entry.collate(entry.encode(prompts, device))
-            if self._offloads:
-                entry.encoder().to("cpu")
-        return states
+        saved = validate(SamplerSettings, self.config.sampler or {}, f"{INDEX}: sampler")
+        settings = PipelineSettings(
+            self.objective.settings, saved, self.codec_settings, self.config.height, self.config.width
+        )
+        return model_card(self.model, list(self.encoders.values()), settings, facts)
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep one part at a time on the GPU, the others in the machine's memory: each LLM while it reads the prompts,
-        then the network for all steps, then the codec. The images stay the same.
-
-        Args:
-            gpu_id: Number of the GPU.
-            device: The device, instead.
-        """
-        super().enable_model_cpu_offload(gpu_id, device)
-        self._move_parts("cpu")
-
-    @property
-    def _offloads(self) -> bool:
-        return bool(getattr(self, "_all_hooks", None))
-
-    def change_sampler(self, changes: SamplerChanges) -> None:
-        """Sample with other settings from now on; a saved model keeps its own.
-
-        Args:
-            changes: The settings that change.
-        """
-        # Not by assignment, with which diffusers changes the configuration that a save writes, too.
-        self.__dict__["sampler"] = changes.applied(self.sampler)
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """The latents of an image.
-
-        Args:
-            height: Pixels, a multiple of codec factor x patch size. Default: the training size.
-            width: The same.
-
-        Returns:
-            Channels, height and width of the latents.
-
-        Raises:
-            InputError: A size this model cannot draw.
-        """
-        height = self.config.height if height is None else height
-        width = self.config.width if width is None else width
-        step = self.codec.factor * self.model.config.patch_size
-        if height < 1 or width < 1 or height % step or width % step:
-            raise InputError(f"{height} x {width} pixels: height and width must be multiples of {step} for this model")
-        return self.model.config.channels, height // self.codec.factor, width // self.codec.factor
-
-    def unload_encoders(self) -> None:
-        """Forget the LLMs; they come back with the next prompt given as text."""
-        for entry in self.encoders.values():
-            entry.loaded = None
-
-    # Eleven parameters: the names and the flat, keyword-only form that callers of diffusers pipelines expect.
+    # The names and the flat form that callers of diffusers pipelines expect.
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        *,
-        states: Mapping[str, TextStates] | None = None,
         height: int | None = None,
         width: int | None = None,
+        *,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
         scheduler: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        states: States | None = None,
+        prompt_embeds: States | None = None,
+        negative_prompt_embeds: States | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: OnStep | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """Sample images of the prompts, one each, in their order.
+        """Sample images of the prompts, in their order.
 
         Args:
-            prompt: One or B captions, each encoded once however often it is given.
-            states: In place of prompts, encoder name -> states of B captions, from `encode_prompts` or a corpus.
-            height: Pixels, a multiple of codec factor x patch size. Default: the training size.
+            prompt: One or more captions, each encoded once however often it is given.
+            height: Pixels, a multiple of codec factor x patch size. Default: that of `latents`, else the training size.
             width: The same.
             num_inference_steps: Sampling steps. Default, here and below: the model's own settings.
+            timesteps: The steps themselves, in the scheduler's units, for schedulers that take them.
+            sigmas: The steps themselves, as noise levels from 1 down, for schedulers that take them.
             guidance_scale: Weight of the prompt against the empty caption; 1 is no guidance.
             guidance_interval: Timesteps (low, high) in [0, 1] between which guidance acts.
             guidance_rescale: Share in [0, 1] by which guided predictions get back their standard deviation.
-            scheduler: Name of the sampler's method, "auto" for the objective's first.
-            seed: One for all prompts, or one per prompt: an image depends on its prompt and seed, not on the batch.
-                None draws seeds at random.
-            output_type: "pil" gives a list of images; "np" uint8 [B, height, width, 3]; "pt" float32
+            scheduler: Name of the sampler's method, "auto" for the objective's first. Default: `pipe.scheduler`.
+            negative_prompt: What guidance leads away from, in place of the empty caption: one, or one per prompt.
+            num_images_per_prompt: Images of each prompt, one after the other.
+            seed: One for all prompts, or one per prompt, or one per image: an image depends on its prompt and seed,
+                not on the batch. The images of one prompt take the seed, seed + 1, and so on. None draws seeds at
+                random.
+            generator: In place of seeds: one per image, or one that all images draw from in turn.
+            latents: Noise to start from, [B, C, H, W], in place of the one that seeds or generators give.
+            states: In place of prompts, encoder name -> states of captions, from `encode_prompts` or a corpus.
+            prompt_embeds: The same as `states`, by diffusers' name.
+            negative_prompt_embeds: The same for `negative_prompt`.
+            output_type: "pil" gives a list of images; "np" float32 [B, height, width, 3] in [0, 1]; "pt" float32
                 [B, 3, height, width] in [0, 1]; "latent" the latents [B, C, H, W], not decoded.
+            return_dict: False gives the tuple (images,).
+            callback_on_step_end: Called after each step with the pipeline, the step's number, its timestep and
+                {"latents": latents}; it may give back {"latents": others}. `pipe._interrupt = True` ends the walk.
+            callback_on_step_end_tensor_inputs: What the callback is given: "latents", or nothing.
 
         Returns:
-            Images in the form that `output_type` names.
+            `LIDiTPipelineOutput`, whose `images` have the form that `output_type` names.
 
         Raises:
             InputError: A wrong size, a missing encoder, states of another instruction, a scheduler that does not fit,
@@ -286,8 +256,14 @@ class LIDiTPipeline(DiffusionPipeline):
                 that of the prompts.
         """
         # 1. Refuse what cannot work before the LLMs are loaded.
-        prompts = listed_prompts(prompt, states)
-        shape = self.latent_shape(height, width)
+        check_output_type(output_type)
+        callback = StepCallback.of(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if states is not None and prompt_embeds is not None:
+            raise InputError("states and prompt_embeds are the same: give one of them")
+        each = Captions.listed(prompt, prompt_embeds if states is None else states)
+        captions = each.repeated(num_images_per_prompt)
+        negative = negative_captions(negative_prompt, negative_prompt_embeds, len(each.rows))
+        shape = self.latent_shape(*size_of(latents, self.codec.factor, height, width))
         changes = {
             "steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -295,84 +271,71 @@ class LIDiTPipeline(DiffusionPipeline):
             "guidance_rescale": guidance_rescale,
             "scheduler": scheduler,
         }
-        sampler = self._sampler_with(changes)
-        seeds = seed_per_image(seed, image_count(prompts, states))
-        # 2. States of the prompts, each distinct prompt once; `rows` says which states each image has.
-        states, rows = self._states_of(prompts, states)
-        # 3. The prompts' and the empty prompt's states, which guidance contrasts, on the network's device.
-        text, empty = self._conditions(states)
-        # 4. Walk from seeded noise to latents.
-        predict = GuidedPredictor(self.model, text, empty, sampler, rows)
-        latents = self._denoise(predict, sampler, seeds, shape)
-        # 5. Decode.
-        return latents if output_type == "latent" else self._decode(latents, output_type)
-
-    def _sampler_with(self, changes: dict[str, Any]) -> SamplerSettings:
-        """The model's sampler with these `SamplerChanges`; raises InputError where they do not fit the objective."""
         sampler = validate(SamplerChanges, changes, "sampling").applied(self.sampler)
-        self.objective.scheduler(sampler)
-        return sampler
+        schedule = Schedule(None if scheduler else self._scheduler, timesteps, sigmas)
+        prepared = schedule.prepared(self.objective, sampler)
+        if generator is not None and seed is not None:
+            raise InputError("give either seed or generator")
+        seeds = seed_per_image(seed, len(each.rows), num_images_per_prompt)
+        randomness = Randomness.of(generator, seeds, latents)
+        noise = randomness.noise(shape, self._execution_device)
+        # 2. States of the prompts and of what guidance leads away from, on the network's device.
+        text = self._text(captions)
+        empty, empty_rows = self._away(negative, num_images_per_prompt, sampler)
+        # 3. Walk from noise to latents.
+        walk = Walk(self.objective, noise, sampler, randomness.generators, prepared)
+        drawn = self._denoise(
+            walk, GuidedPredictor(self.model, text, empty, sampler, captions.rows, empty_rows), callback
+        )
+        # 4. Decode.
+        images = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        return LIDiTPipelineOutput(images) if return_dict else (images,)
 
-    def _states_of(
-        self, prompts: list[str] | None, states: Mapping[str, TextStates] | None
-    ) -> tuple[Mapping[str, TextStates], list[int]]:
-        """States of R captions per encoder, and each image's caption among them: as given, or of the prompts."""
-        if prompts is None:
-            assert states is not None
-            return states, list(range(image_count(None, states)))
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
-        return self.encode_prompts(list(row_of)), [row_of[text] for text in prompts]
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback ended the walk: it sets `pipe._interrupt = True`."""
+        return self._interrupt
 
-    def _conditions(self, states: Mapping[str, TextStates]) -> tuple[dict[str, TextStates], dict[str, TextStates]]:
-        """The captions' states and one empty caption's; raises InputError for states that are not this model's."""
-        device = self._execution_device
-        text = {name: entry.to(device) for name, entry in states.items()}
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the latest call."""
+        return self._num_timesteps
+
+    def _text(self, captions: Captions) -> dict[str, TextStates]:
+        """The captions' states on the network's device; raises InputError for states that are not this model's."""
+        states = captions.states if captions.prompts is None else self.encode_prompts(captions.prompts)
+        assert states is not None
+        text = {name: entry.to(self._execution_device) for name, entry in states.items()}
         self.model.conditioner.check(text)
         for name, entry in self.encoders.items():
             entry.require_instruction(text[name].prefix)
-        return text, {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}
+        return text
 
-    def _denoise(
-        self, predict: GuidedPredictor, sampler: SamplerSettings, seeds: Sequence[int], shape: tuple[int, int, int]
-    ) -> torch.Tensor:
-        """Latents [B, C, H, W] of one image per seed."""
-        generators = seeded_generators(seeds)
-        noise = initial_noise(generators, shape, self._execution_device)
-        with self.progress_bar(total=sampler.steps) as bar:
-            latents = sample(predict, self.objective, noise, sampler, generators, lambda _step, _latents: bar.update())
+    def _away(
+        self, negative: Captions | None, each: int, sampler: SamplerSettings
+    ) -> tuple[dict[str, TextStates], list[int] | None]:
+        """States that guidance leads away from, and each image's among them; of the empty caption unless told."""
+        if negative is not None and sampler.guidance_scale != 1:
+            return self._text(negative), negative.repeated(each).rows
+        device = self._execution_device
+        return {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}, None
+
+    def _denoise(self, walk: Walk, predict: GuidedPredictor, callback: StepCallback | None) -> torch.Tensor:
+        """Latents [B, C, H, W] at the end of the walk, or where the callback ended it."""
+        self._interrupt, self._num_timesteps = False, len(walk.levels)
+        with self.progress_bar(total=len(walk.levels)) as bar:
+            while not walk.finished and not self._interrupt:
+                number, timestep = walk.number, walk.scheduler.timesteps[walk.number]
+                walk.advance(predict(walk.network_input, walk.t))
+                if callback is not None:
+                    walk.latents = callback(self, number, timestep, walk.latents)
+                bar.update()
         self.maybe_free_model_hooks()
-        return latents
+        return walk.latents
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Images in the form that was asked for; the codec leaves the GPU again where parts are offloaded."""
         images = self.codec.decode(latents)
         if self._offloads:
             self.codec.to("cpu")
-        return _as_images(images, output_type)
-
-
-def _replace_encoder(entry: ModelEncoder, replacement: str | Path | PromptEncoder) -> None:
-    """Share a loaded LLM, or say where else the LLM's files are: a folder, or a hub id as `id@commit`."""
-    if isinstance(replacement, PromptEncoder):
-        entry.share(replacement)
-    else:
-        place, _, commit = str(replacement).partition("@")
-        entry.settings = entry.settings.model_copy(update={"model": place, "revision": commit or None})
-
-
-def _local_folder(folder: str | Path, revision: str | None) -> Path:
-    path = Path(folder).expanduser()
-    if path.exists() or not is_hub_id(str(folder)):
-        if not path.is_dir():
-            raise InputError(f"{folder}: no such model folder; give one that lidit train wrote, or a hub id")
-        return path
-    return fetch_snapshot(str(folder), revision, ["*.json", "*.safetensors", "README.md"])
-
-
-def _as_images(images: torch.Tensor, output_type: str) -> Any:
-    """Images [B, 3, height, width] in [0, 1] in the form that was asked for."""
-    images = images.float().clamp(0, 1).cpu()
-    if output_type == "pt":
-        return images
-    array = unit_to_bytes(images.permute(0, 2, 3, 1)).numpy()  # [B, height, width, 3]
-    return array if output_type == "np" else [Image.fromarray(np.ascontiguousarray(image)) for image in array]
+        return as_images(images, output_type)

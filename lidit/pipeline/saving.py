@@ -8,9 +8,8 @@ from typing import Any
 
 from lidit.errors import InputError
 from lidit.models import LIDiT
-from lidit.pipeline.card import model_card
 from lidit.pipeline.model_encoder import ModelEncoder
-from lidit.pipeline.pipeline import LIDiTPipeline
+from lidit.pipeline.pipeline import CARD, LIDiTPipeline
 from lidit.pipeline.settings import PipelineSettings
 
 
@@ -50,6 +49,5 @@ def save_pipeline(
     )
     pipeline.encoders = {name: named[name] for name in model.conditioner.names}
     pipeline.save_pretrained(folder)
-    card = model_card(model, list(pipeline.encoders.values()), settings, facts)
-    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+    (Path(folder) / CARD).write_text(pipeline.card(facts), encoding="utf-8")
     return pipeline

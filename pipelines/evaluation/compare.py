@@ -12,6 +12,7 @@ from lidit.config import Recipe
 from lidit.config.settings import flatten
 from lidit.errors import InputError
 from lidit.evals.comparison import RunPage, check_names, write_report
+from lidit.pipeline import image_bytes
 from pipelines import tracking
 from pipelines.evaluation.models import load_pipeline, model_identity, run_recipe
 from pipelines.runtime.progress import ProgressBar
@@ -45,9 +46,10 @@ def compare_runs(folders: Sequence[Path], prompts: Sequence[str], seeds: Sequenc
     pages = []
     with ProgressBar("report", len(folders) * len(chosen) * len(seeds), "images") as progress:
         for name, folder, recipe, scores in zip(names, folders, recipes, known):
-            sampled = load_pipeline(folder / "model")(
-                [prompt for prompt in chosen for _ in seeds], seed=list(seeds) * len(chosen), output_type="np"
+            drawn = load_pipeline(folder / "model")(
+                [prompt for prompt in chosen for _ in seeds], seed=list(seeds) * len(chosen), output_type="pt"
             )
+            sampled = image_bytes(drawn.images)
             images = {p: list(sampled[i * len(seeds) : (i + 1) * len(seeds)]) for i, p in enumerate(chosen)}
             facts = {**(flatten(recipe) if recipe else {}), **scores.facts}
             curves = _curves(folder, recipe)

@@ -16,7 +16,7 @@ from lidit.evals.classifier.caption_loss import pipeline_latents, pipeline_loss
 from lidit.evals.preference import HeldOutPicture, caption_preference, read_pictures, wrong_captions
 from lidit.evals.scenes.evaluation import with_bounds
 from lidit.evals.statistics import Interval
-from lidit.pipeline import LIDiTPipeline
+from lidit.pipeline import LIDiTPipeline, image_bytes
 from lidit.pixels import from_bytes
 from lidit.plots import labelled_grid
 from pipelines.evaluation.models import load_pipeline, model_identity
@@ -89,7 +89,8 @@ def _measure(pipe: LIDiTPipeline, pictures: Sequence[HeldOutPicture]) -> Interva
 
 def _sample_grid(pipe: LIDiTPipeline, pictures: Sequence[HeldOutPicture], path: Path) -> None:
     """Rows of real pictures, each above a row of what the model draws for their captions."""
-    sampled = pipe([picture.caption for picture in pictures], seed=list(range(len(pictures))), output_type="np")
+    drawn = pipe([picture.caption for picture in pictures], seed=list(range(len(pictures))), output_type="pt")
+    sampled = image_bytes(drawn.images)
     cells: list[Any] = []
     labels: list[str] = []
     for start in range(0, len(pictures), COLUMNS):

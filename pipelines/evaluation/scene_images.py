@@ -20,7 +20,7 @@ from lidit.config.fields import LARGEST_SEED
 from lidit.errors import InputError
 from lidit.evals.suites.geneval import write_metadata
 from lidit.evals.suites.targets import ImageTarget, missing, save_target
-from lidit.pipeline import LIDiTPipeline
+from lidit.pipeline import LIDiTPipeline, image_bytes
 from pipelines.runtime.progress import ProgressBar
 
 IMAGES = "images"
@@ -64,8 +64,8 @@ def sample_scenes(
             if not lacking:
                 continue
             # Sample the whole batch even if some images exist: batch composition can change an image's last bits.
-            sampled = pipe([t.prompt for t in batch], seed=[t.seeds[0] for t in batch], output_type="np")
-            for target, image in zip(batch, sampled):
+            drawn = pipe([t.prompt for t in batch], seed=[t.seeds[0] for t in batch], output_type="pt")
+            for target, image in zip(batch, image_bytes(drawn.images)):
                 if target.path in absent:
                     save_target(folder, target, [image])
             progress.advance(lacking)

@@ -18,7 +18,7 @@ from lidit.config import EvaluateSettings, PoolSettings, SamplerChanges, Trackin
 from lidit.evals.scenes.positional import plot_curves
 from lidit.evals.suites.registry import SuiteScores, parse_results, prepare_folder, suite_parts
 from lidit.evals.suites.targets import FIRST_SEED, IDENTITY_FILE, ImageTarget, check_drawn, missing, save_target
-from lidit.pipeline import LIDiTPipeline
+from lidit.pipeline import LIDiTPipeline, image_bytes
 from pipelines.evaluation.models import load_pipeline, weights_digest
 from pipelines.evaluation.scorecard import Job, Scorecard
 from pipelines.runtime import resources
@@ -112,7 +112,7 @@ class ImageActor:
         """Sample and write the targets; returns how many."""
         prompts = [target.prompt for target in targets for _ in target.seeds]
         seeds = [seed for target in targets for seed in target.seeds]
-        images = list(self.pipe(prompts, seed=seeds, output_type="np"))
+        images = list(image_bytes(self.pipe(prompts, seed=seeds, output_type="pt").images))
         for target in targets:
             count = len(target.seeds)
             save_target(out, target, images[:count])

@@ -199,7 +199,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
                 height=height * factor,
                 width=width * factor,
             ),
-            facts=self.config["facts"],
+            facts={**self.config["facts"], "prompts": list(self.recipe.train.sample_prompts)},
         )
 
 

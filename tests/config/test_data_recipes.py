@@ -154,7 +154,7 @@ def test_the_second_resolution_starts_from_the_first(two_resolutions: Path) -> N
         assert torch.allclose(value, high[name], atol=1e-6), name
     images = LIDiTPipeline.from_pretrained(two_resolutions / "runs/high/model")(
         ["a red circle"], seed=0, num_inference_steps=2, output_type="np"
-    )
+    ).images
     assert images.shape == (1, 64, 64, 3)
 
 

@@ -122,7 +122,7 @@ def alone(kind: str, request: Request) -> torch.Tensor:
             guidance_rescale=sampler.guidance_rescale,
             scheduler=sampler.scheduler,
             output_type="latent",
-        )
+        ).images
         for seed in request.seeds
     ]
     return torch.cat(images)

@@ -71,7 +71,7 @@ def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Th
 def test_the_model_folder_draws(undisturbed: tuple[Recipe, TrainResult]) -> None:
     recipe, result = undisturbed
     pipe = LIDiTPipeline.from_pretrained(result.model)
-    images = pipe(["a red circle", "a blue square"], seed=[1, 2], output_type="np")
+    images = pipe(["a red circle", "a blue square"], seed=[1, 2], output_type="np").images
     assert images.shape == (2, 32, 32, 3)
     assert not np.array_equal(images[0], images[1])
     for step in (4, 8):
@@ -219,7 +219,7 @@ def test_a_second_stage_starts_from_the_first_ones_weights(
     for name, value in first_weights.items():
         torch.testing.assert_close(second_weights[name], value, rtol=0, atol=1e-9, msg=name)
     pipe = LIDiTPipeline.from_pretrained(second.model)
-    assert pipe(["a red circle"], seed=[1], output_type="np").shape == (1, 64, 64, 3)
+    assert pipe(["a red circle"], seed=[1], output_type="np").images.shape == (1, 64, 64, 3)
 
 
 def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
