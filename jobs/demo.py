@@ -10,13 +10,12 @@ import typer
 from jobs import scenes
 from jobs.run import showing
 from jobs.support.start import run
-from lidit.config.shipped import load_recipe
 
 SCENES, SIZE, SEED = 8000, 32, 0
 
 
 def command(
-    folder: Annotated[Path, typer.Option(help="Everything is written below this folder.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option("--folder", "--out", help="All is written here.")] = Path("demo"),
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
     count: Annotated[int, typer.Option(min=100, help="Number of scenes.")] = SCENES,
 ) -> None:
@@ -27,6 +26,8 @@ def command(
 
     **Example:** `lidit demo --folder demo`
     """
+    from lidit.config.shipped import load_recipe
+
     recipe = load_recipe(
         "demo",
         [

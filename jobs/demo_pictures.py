@@ -11,11 +11,10 @@ from jobs import train_codec
 from jobs.evaluate import show_held_out
 from jobs.run import showing
 from jobs.support.start import run
-from lidit.config.shipped import load_recipe
 
 
 def command(
-    folder: Annotated[Path, typer.Option(help="Everything is written below this folder.")] = Path("demo-pictures"),
+    folder: Annotated[Path, typer.Option("--folder", "--out", help="All is written here.")] = Path("demo-pictures"),
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
     packages: Annotated[Path | None, typer.Option(help="Folder with packages fetched before; filled.")] = None,
     codec_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the codec's training.")] = None,
@@ -27,6 +26,7 @@ def command(
 
     **Example:** `lidit demo-pictures --folder demo-pictures`
     """
+    from lidit.config.shipped import load_recipe
     from lidit.datasets import SETS, write_picture_set
     from pipelines.chain import run_chain
     from pipelines.evaluation.held_out import evaluate_held_out

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.support.start import run
-from lidit.config import EvaluateSettings, PoolSettings
-from lidit.config.settings import apply_overrides, validate
 from lidit.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def command(
     pictures: Annotated[list[str] | None, typer.Option(help="Held-out pictures with captions.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Workers that draw a suite; default 1.")] = None,
     gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of such a worker; default 0.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Draw the scene benchmark's prompts and score the images by program, lax and strict, beside the chance floor.
 
@@ -57,6 +58,9 @@ def command(
     **Example:** `lidit evaluate runs/demo/model per_tag=24`
     """
     # Refuse what does not go together, before anything is loaded.
+    from lidit.config import EvaluateSettings, PoolSettings
+    from lidit.config.settings import apply_overrides, validate
+
     settings = validate(EvaluateSettings, apply_overrides({}, overrides or []), "lidit evaluate")
     _check(binding, suite, prompts, parse, csv, pictures)
     measure = "suite" if suite else "binding" if binding else "pictures" if pictures else "scenes"
@@ -69,24 +73,36 @@ def command(
         from pipelines.evaluation.suites import sample_suite
 
         pool = PoolSettings(actors=workers or 1, gpus=gpus or 0)
-        show_suite(sample_suite(model, suite, prompts, settings, pool, folder / suite))
+        made = sample_suite(model, suite, prompts, settings, pool, folder / suite)
+        _print_json(asdict(made)) if as_json else show_suite(made)
     if suite and parse:
         from pipelines.evaluation.suites import track_results
 
         official = track_results(model, suite, parse, csv, tracking_of(model), folder)
-        print("\n".join([official.table, *official.notes]))
+        if as_json:
+            _print_json({"metrics": official.metrics, "notes": official.notes})
+        else:
+            print("\n".join([official.table, *official.notes]))
     if measure == "binding":
         from pipelines.evaluation.binding import evaluate_binding
 
-        show(evaluate_binding(model, settings, tracking_of(model), folder))
+        scores = evaluate_binding(model, settings, tracking_of(model), folder)
+        _print_json(asdict(scores)) if as_json else show(scores)
     if measure == "scenes":
         from pipelines.evaluation.scenes import evaluate_scenes
 
-        show(evaluate_scenes(model, settings, tracking_of(model), folder))
+        scores = evaluate_scenes(model, settings, tracking_of(model), folder)
+        _print_json(asdict(scores)) if as_json else show(scores)
     if pictures:
         from pipelines.evaluation.held_out import evaluate_held_out
 
-        show_held_out(evaluate_held_out(model, pictures, settings, tracking_of(model), folder))
+        match = evaluate_held_out(model, pictures, settings, tracking_of(model), folder)
+        _print_json(asdict(match)) if as_json else show_held_out(match)
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    """A result without the table that people read; folders as text."""
+    print(json.dumps({key: value for key, value in facts.items() if key != "table"}, indent=1, default=str))
 
 
 def show(scores: Scores) -> None:

@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.support.options import apart
 from jobs.support.start import run
-from lidit.config import IngestSettings
-from lidit.config.settings import apply_overrides, validate
-from lidit.sources.base import SECOND_DOT
+from lidit.errors import InputError
 
 if TYPE_CHECKING:
+    from lidit.config import IngestSettings
     from lidit.sources.ingest import IngestSummary
 
 
 def command(
-    source: Annotated[list[str], typer.Argument(help="Folders, files, globs or s3:// addresses.")],
-    corpus: Annotated[str, typer.Option(help="Corpus folder; created.")],
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting: resolution=512")] = None,
+    source: Annotated[
+        list[str], typer.Argument(help="Folders, files, globs or s3:// addresses; and settings: resolution=512")
+    ],
+    corpus: Annotated[str, typer.Option("--corpus", "--out", help="Corpus folder; created.")],
+    setting: Annotated[list[str] | None, typer.Option("--set", help="The same as a setting without it.")] = None,
 ) -> None:
     """Read image-text sources into a corpus: units of samples, their distinct captions, and what was refused and why.
 
@@ -26,10 +28,16 @@ def command(
     quarantine and, last, corpus.json. The same command again does only what is missing; for a finished corpus whose
     sources have moved, with their new place, it notes where they are.
 
-    **Example:** `lidit ingest scenes --corpus corpus --set resolution=32 --set bucket_multiple=8`
+    **Example:** `lidit ingest scenes --corpus corpus resolution=32 bucket_multiple=8`
     """
-    settings = validate(IngestSettings, apply_overrides({}, setting or []), "lidit ingest")
-    ingest(source, corpus, settings)
+    from lidit.config import IngestSettings
+    from lidit.config.settings import apply_overrides, validate
+
+    sources, words = apart(source)
+    settings = validate(IngestSettings, apply_overrides({}, [*words, *(setting or [])]), "lidit ingest")
+    if not sources:
+        raise InputError("lidit ingest: give a folder, a file or an address to read")
+    ingest(sources, corpus, settings)
 
 
 def ingest(sources: list[str], corpus: str, settings: IngestSettings) -> None:
@@ -44,6 +52,8 @@ def ingest(sources: list[str], corpus: str, settings: IngestSettings) -> None:
 
 def show(corpus: str, made: IngestSummary) -> None:
     """What came of an ingest."""
+    from lidit.sources.base import SECOND_DOT
+
     state = "already there" if made.skipped else f"made in {made.seconds:.0f} s"
     state += f", sources are in {made.moved_to} now" if made.moved_to is not None else ""
     with_images = "" if made.images is None else f" ({made.images} with images)"

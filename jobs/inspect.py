@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.support.start import run
+from lidit.errors import plain
+
+if TYPE_CHECKING:
+    from lidit.store.summary import CorpusSummary
 
 
 def command(
     corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address.")],
-    plots: Annotated[Path | None, typer.Option(help="Folder for PNGs: buckets, token lengths, state norms.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", "--out", help="Folder for PNGs: buckets, token lengths, norms.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
     """Show a corpus: units, samples, captions, refusals, aspect buckets, families with tokens, bytes, storage error.
 
@@ -20,18 +30,26 @@ def command(
 
     **Example:** `lidit inspect corpus --plots pictures`
     """
-    from rich.console import Console
-    from rich.text import Text
-
-    from lidit.errors import plain
     from lidit.store import Corpus
     from lidit.store.summary import plot_corpus, summarise
 
     opened = Corpus.open(corpus)
-    found = summarise(opened)
+    found, drawn = summarise(opened), plot_corpus(opened, plots) if plots else []
+    if as_json:
+        print(json.dumps({**asdict(found), "plots": [str(path) for path in drawn]}, indent=1))
+    else:
+        show(corpus, found, drawn)
+
+
+def show(corpus: str, found: CorpusSummary, drawn: Sequence[Path]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console()
     console.print(Text.assemble((plain(corpus), "bold"), f"  digest {found.digest[:12]}"))
     distinct = "" if found.distinct_captions is None else f"{found.distinct_captions:,} of them distinct"
+    if found.distinct_captions and found.distinct_captions < found.captions:
+        distinct += f", {1 - found.distinct_captions / found.captions:.0%} repeated in other units"
     for name, number, note in (
         ("units", found.units, ""),
         ("samples", found.samples, ""),
@@ -55,7 +73,7 @@ def command(
             markup=False,
             soft_wrap=True,  # a table of eight columns would be cut at eighty characters
         )
-    for path in plot_corpus(opened, plots) if plots else ():
+    for path in drawn:
         console.print(f"plot {plain(str(path))}", markup=False, soft_wrap=True)
 
 

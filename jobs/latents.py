@@ -8,22 +8,21 @@ import typer
 
 from jobs.support.options import node_labels
 from jobs.support.start import run
-from lidit.config import CodecSettings, PoolSettings
-from lidit.config.settings import apply_overrides, validate
-from lidit.config.shipped import load_recipe
 from lidit.errors import InputError
 
 if TYPE_CHECKING:
+    from lidit.config import CodecSettings
     from pipelines.corpus.latents import LatentsSummary
 
 
 def command(
     corpus: Annotated[str, typer.Argument(help="Corpus folder written by `lidit ingest`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Codec settings: storage=bfloat16")] = None,
     codec: Annotated[str | None, typer.Option(help="pixels, or hub id or folder of a diffusers autoencoder.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the family; default: pixels or the model's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub id.")] = None,
     recipe: Annotated[str | None, typer.Option(help="The codec of this recipe instead.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A codec setting: storage=bfloat16")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="The same as a setting without it.")] = None,
     actors: Annotated[int, typer.Option(min=1, help="Encoder actors.")] = 1,
     cpus: Annotated[float, typer.Option(min=0, help="CPUs of an actor.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of an actor.")] = 0,
@@ -36,7 +35,9 @@ def command(
 
     **Example:** `lidit latents corpus --recipe lidit-1b --actors 8 --gpus 1`
     """
-    settings = codec_settings(codec, name, revision, recipe, setting or [])
+    from lidit.config import PoolSettings
+
+    settings = codec_settings(codec, name, revision, recipe, [*(overrides or []), *(setting or [])])
     pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, label_selector=node_labels(node_label))
     from pipelines.corpus.latents import run_latents
     from pipelines.runtime.progress import ProgressBar
@@ -50,6 +51,10 @@ def codec_settings(
     codec: str | None, name: str | None, revision: str | None, recipe: str | None, overrides: list[str]
 ) -> CodecSettings:
     """The codec that the options name. InputError for a recipe beside a codec, and for settings that are none."""
+    from lidit.config import CodecSettings
+    from lidit.config.settings import apply_overrides, validate
+    from lidit.config.shipped import load_recipe
+
     given = {"name": name, "revision": revision, "model": None if codec == "pixels" else codec}
     tree = {key: value for key, value in given.items() if value}
     if recipe and (tree or codec):

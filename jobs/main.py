@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -11,6 +13,7 @@ from jobs import (
     ablate,
     demo,
     demo_pictures,
+    doctor,
     embed,
     evaluate,
     export,
@@ -24,51 +27,66 @@ from jobs import (
     repair,
     report,
     run,
+    runs,
     sample,
     scenes,
+    status,
     submit,
     train,
     train_codec,
     verify,
 )
-from jobs.support.start import HELP_OPTIONS, enter
+from jobs.support.start import HELP_OPTIONS, QUIET, enter
 
 app = typer.Typer(
     help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on them, track every run.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings=HELP_OPTIONS,
 )
-for name, job in (
-    ("demo", demo),
-    ("demo-pictures", demo_pictures),
-    ("run", run),
-    ("plan", plan),
-    ("scenes", scenes),
-    ("pictures", pictures),
-    ("ingest", ingest),
-    ("embed", embed),
-    ("latents", latents),
-    ("train", train),
-    ("train-codec", train_codec),
-    ("sample", sample),
-    ("evaluate", evaluate),
-    ("probe", probe),
-    ("ablate", ablate),
-    ("report", report),
-    ("inspect", inspect),
-    ("verify", verify),
-    ("repair", repair),
-    ("export", export),
-):
-    app.command(name)(job.command)
-app.add_typer(recipe.app, name="recipes")
-app.command("submit", context_settings=submit.OPEN)(submit.command)
+# The help shows the commands of a panel together, in this order. Modules of jobs import no library at the top: the
+# help, and whatever is wrong with a command's words, must not wait for torch.
+PANELS: dict[str, tuple[tuple[str, ModuleType], ...]] = {
+    "Data": (
+        ("scenes", scenes),
+        ("pictures", pictures),
+        ("ingest", ingest),
+        ("embed", embed),
+        ("latents", latents),
+        ("inspect", inspect),
+        ("verify", verify),
+        ("repair", repair),
+        ("export", export),
+    ),
+    "Train": (
+        ("demo", demo),
+        ("demo-pictures", demo_pictures),
+        ("plan", plan),
+        ("run", run),
+        ("train", train),
+        ("train-codec", train_codec),
+        ("runs", runs),
+        ("status", status),
+    ),
+    "Check": (
+        ("sample", sample),
+        ("evaluate", evaluate),
+        ("report", report),
+        ("probe", probe),
+        ("ablate", ablate),
+    ),
+}
+CLUSTER = "Cluster"
+for panel, commands in PANELS.items():
+    for name, job in commands:
+        app.command(name, rich_help_panel=panel)(job.command)
+app.add_typer(recipe.app, name="recipes", rich_help_panel="Train")
+app.command("doctor", rich_help_panel=CLUSTER)(doctor.command)
+app.command("submit", context_settings=submit.OPEN, rich_help_panel=CLUSTER)(submit.command)
 
 
-@app.command("help")
+@app.command("help", rich_help_panel=CLUSTER)
 def show_help(
     context: typer.Context,
     command: Annotated[str | None, typer.Argument(help="A command; all are listed without it.")] = None,
@@ -98,8 +116,13 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version and commit, and exit.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress; results, warnings and errors only.")
+    ] = False,
 ) -> None:
     """What stands before the command."""
+    if quiet:
+        os.environ[QUIET] = "1"
 
 
 def main() -> None:

@@ -8,15 +8,13 @@ from typing import Annotated
 import typer
 
 from jobs.support.start import run
-from lidit.config import TrackingSettings
-from lidit.config.shipped import load_encoder_settings
 
 
 def command(
     sources: Annotated[list[str], typer.Argument(help="Encoder files or shipped names; or a corpus, for its LLMs.")],
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("runs/probe"),
     style: Annotated[list[str] | None, typer.Option(help="Caption style; repeat for several.")] = None,
-    captions: Annotated[int, typer.Option(min=8, help="Captions per style.")] = 320,
+    captions: Annotated[int, typer.Option("--captions", "--count", min=8, help="Captions per style.")] = 320,
 ) -> None:
     """Can the colour of a segment be read at its noun, at later tokens, at the last one? Per block, causal and with
     the mask removed, with and without the instruction; and norms and outlier channels.
@@ -25,6 +23,8 @@ def command(
 
     **Example:** `lidit probe smollm2 gemma3 --out runs/probe`
     """
+    from lidit.config import TrackingSettings
+    from lidit.config.shipped import load_encoder_settings
     from lidit.store import Corpus
     from pipelines.evaluation.probe import corpus_encoders, run_probe
 

@@ -5,34 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 
 from jobs.support.start import HELP_OPTIONS
-from lidit.config.settings import Settings
-from lidit.config.shipped import (
-    ENCODERS,
-    RECIPES,
-    SETTINGS,
-    find,
-    kind_of,
-    load_ablation,
-    load_codec_recipe,
-    load_encoder_settings,
-    load_recipe,
-)
 from lidit.errors import InputError
 
+if TYPE_CHECKING:
+    from lidit.config.settings import Settings
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
-KINDS = ", ".join(SETTINGS)
-LOADERS: dict[str, Callable[[str, list[str] | None], Settings]] = {
-    "recipe": load_recipe,
-    "ablation recipe": load_ablation,
-    "codec recipe": load_codec_recipe,
-    "encoder": load_encoder_settings,
-}
+KINDS = "recipe, ablation recipe, codec recipe, encoder"
 File = Annotated[str, typer.Argument(help="Recipe or encoder file, or the name of a shipped one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON instead.")]
 
@@ -53,6 +37,8 @@ def list_shipped(as_json: AsJson = False) -> None:
 
     **Example:** `lidit recipes list`
     """
+    from lidit.config.shipped import ENCODERS, RECIPES, kind_of
+
     paths = [*sorted(RECIPES.glob("*.yaml")), *sorted(ENCODERS.glob("*.yaml"))]
     rows = [{"name": path.stem, "kind": kind_of(path), "about": _about(path)} for path in paths]
     if as_json:
@@ -73,6 +59,8 @@ def show(
 
     **Example:** `lidit recipes show demo train.steps=200`
     """
+    import yaml
+
     tree = load(file, overrides)[1].model_dump(mode="json")
     print(json.dumps(tree, indent=1) if as_json else yaml.safe_dump(tree, sort_keys=False, width=100), end="")
     if as_json:
@@ -95,6 +83,8 @@ def schema(kind: Annotated[str, typer.Argument(help=f"One of: {KINDS}.")] = "rec
 
     **Example:** `lidit recipes schema encoder > encoder.schema.json`
     """
+    from lidit.config.shipped import SETTINGS
+
     if kind not in SETTINGS:
         raise InputError(f"{kind!r}: no kind of file; give one of {KINDS}")
     print(json.dumps(SETTINGS[kind].model_json_schema(), indent=1))
@@ -102,10 +92,27 @@ def schema(kind: Annotated[str, typer.Argument(help=f"One of: {KINDS}.")] = "rec
 
 def load(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
     """A file of any kind: the kind, one of `SETTINGS`, and what the file says with overrides."""
+    from lidit.config.shipped import (
+        ENCODERS,
+        RECIPES,
+        find,
+        kind_of,
+        load_ablation,
+        load_codec_recipe,
+        load_encoder_settings,
+        load_recipe,
+    )
+
+    loaders: dict[str, Callable[[str, list[str] | None], Settings]] = {
+        "recipe": load_recipe,
+        "ablation recipe": load_ablation,
+        "codec recipe": load_codec_recipe,
+        "encoder": load_encoder_settings,
+    }
     is_path = name.endswith((".yaml", ".yml")) or "/" in name
     encoder = not is_path and not (RECIPES / f"{name}.yaml").is_file() and (ENCODERS / f"{name}.yaml").is_file()
     kind = "encoder" if encoder else kind_of(find(name, RECIPES, "recipe or encoder"))
-    return kind, LOADERS[kind](name, overrides)
+    return kind, loaders[kind](name, overrides)
 
 
 def _about(path: Path) -> str:

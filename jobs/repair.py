@@ -25,6 +25,8 @@ def command(
     from lidit.store.repair import repair_corpus
 
     report = check(corpus, deep)
+    for line in (*report.notes, *report.problems):
+        print(line)
     if report.sound:
         print(f"{corpus}: sound, nothing to repair")
         return

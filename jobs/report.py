@@ -13,7 +13,7 @@ from jobs.support.start import run
 def command(
     runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, OUTPUT/NAME of `lidit train`.")],
     prompt: Annotated[list[str] | None, typer.Option(help="What every model draws; default: sample prompts.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Images per prompt: seeds 0, 1, ...")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", "--count", min=1, help="Images per prompt: seeds 0, 1, ...")] = 3,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
 ) -> None:
     """Compare runs on one page: same prompts and seeds, scores, curves, and the settings that differ.

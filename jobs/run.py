@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from jobs import embed, evaluate, ingest, latents, train
+from jobs.support.dry_run import stages
 from jobs.support.start import run
-from lidit.config import Stage
-from lidit.config.shipped import load_recipe
+
+if TYPE_CHECKING:
+    from lidit.config import Stage
 
 
 def command(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
-    until: Annotated[Stage, typer.Option(help="Last stage to do.")] = "evaluate",
+    until: Annotated[
+        Literal["ingest", "embed", "latents", "train", "evaluate"], typer.Option(help="Last stage to do.")
+    ] = "evaluate",
     allow_drift: Annotated[bool, typer.Option(help="Continue training although settings or data changed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is left of each stage; do nothing.")] = False,
 ) -> None:
     """Ingest, embed with every encoder of the recipe, latents, train, evaluate: whatever of it is missing.
 
@@ -27,7 +32,13 @@ def command(
 
     **Example:** `lidit run recipe.yaml train.steps=1000 --until train`
     """
+    from lidit.config.shipped import load_recipe
+
     checked = load_recipe(recipe, overrides)
+    if dry_run:
+        for stage, left in stages(checked, until):
+            print(f"{stage}: {left}")
+        return
     from pipelines.chain import run_chain
 
     run_chain(checked, showing(checked.corpus), until, allow_drift)

@@ -10,10 +10,7 @@ import typer
 
 from jobs.support.abrupt import interrupts_are_answers
 from jobs.support.options import node_labels
-from lidit.config.settings import load_yaml
-from lidit.config.shipped import RECIPES
 from lidit.errors import InputError
-from lidit.store import Corpus
 
 if TYPE_CHECKING:
     from pipelines.submission.submit import Submission
@@ -77,6 +74,10 @@ def corpus_digest(arguments: Sequence[str]) -> str | None:
 
     An override `corpus=...` comes before the recipe's `corpus`, that before a folder among the arguments.
     """
+    from lidit.config.settings import load_yaml
+    from lidit.config.shipped import RECIPES
+    from lidit.store import Corpus
+
     named = [argument.removeprefix("corpus=") for argument in arguments if argument.startswith("corpus=")]
     recipes = [RECIPES / f"{argument}.yaml" for argument in arguments if argument.replace("-", "").isalnum()]
     recipes += [Path(argument) for argument in arguments if argument.endswith((".yaml", ".yml"))]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +22,7 @@ def command(
     deep: Annotated[bool, typer.Option("--deep", help="Every value too: finite, aligned, captions' digests.")] = False,
     sources: Annotated[bool, typer.Option("--sources", help="Source files too; reads all their pictures.")] = False,
     encode: Annotated[int, typer.Option(min=0, help="Rows of each text family to compute again; loads the LLMs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
     """Check every file of a corpus against what was recorded when it was written: size, sha256, rows, Arrow structure.
     Of a model folder: size and sha256 of every weight and settings file, and that it loads.
@@ -30,16 +33,26 @@ def command(
     **Example:** `lidit verify corpus --deep`
     """
     if (Path(corpus) / "model_index.json").is_file():
-        print(f"{corpus}: sound, {check_model_folder(Path(corpus))}")
+        found = check_model_folder(Path(corpus))
+        print(json.dumps({"sound": True, "checked": found}) if as_json else f"{corpus}: sound, {found}")
         return
     report = check(corpus, deep, encode)
+    changed = changed_sources(corpus) if sources and report.sound else []
+    if as_json:
+        print(json.dumps({"sound": report.sound and not changed, **asdict(report), "sources": changed}, indent=1))
+    for line in () if as_json else (*report.notes, *report.problems, *changed):
+        print(line)
     if not report.sound:
         count = len(report.problems)
         raise JobError(f"{corpus}: {count} problem{'s'[: count != 1]} in {report.files} files; lidit repair {corpus}")
-    if sources:
-        check_sources(corpus)
-    again = f", {report.rows_encoded_again} rows computed again" if encode else ""
-    print(f"{corpus}: sound, {report.files} files, {report.bytes:,} bytes{again}")
+    if changed:
+        raise JobError(
+            f"{corpus}: {len(changed)} source files are not what was ingested; put the old files back before lidit "
+            "latents reads them, or ingest anew"
+        )
+    if not as_json:
+        again = f", {report.rows_encoded_again} rows computed again" if encode else ""
+        print(f"{corpus}: sound, {report.files} files, {report.bytes:,} bytes{again}")
 
 
 def check_model_folder(folder: Path) -> str:
@@ -56,7 +69,7 @@ def check_model_folder(folder: Path) -> str:
 
 
 def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
-    """Verify with a progress bar, and print what was found."""
+    """Verify with a progress bar."""
     import torch
 
     from lidit.store import TextFamily
@@ -74,31 +87,22 @@ def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
         return [found.states for found in loaded[family.fingerprint].encode(list(captions))]
 
     with ProgressBar("verify", None, "files") as progress:
-        report = verify_corpus(corpus, deep, computed_again if encode else None, encode, progress)
-    for line in (*report.notes, *report.problems):
-        print(line)
-    return report
+        return verify_corpus(corpus, deep, computed_again if encode else None, encode, progress)
 
 
-def check_sources(corpus: str) -> None:
-    """Compare what the corpus was ingested from, with a progress bar. JobError where anything is another now."""
+def changed_sources(corpus: str) -> list[str]:
+    """What is another now of the files that the corpus was ingested from: a line each, with a progress bar."""
     from lidit.sources.changes import compare_sources
     from lidit.store import Corpus
     from pipelines.runtime.progress import ProgressBar
 
     opened = Corpus.open(corpus)
-    wrong = []
+    changed = []
     with ProgressBar("verify sources", opened.sources.num_rows, "files") as progress:
         for path, reason in compare_sources(opened):
-            wrong += [f"{path}: {reason}"] if reason else []
+            changed += [f"{path}: {reason}"] if reason else []
             progress.advance(1)
-    for line in wrong:
-        print(line)
-    if wrong:
-        raise JobError(
-            f"{corpus}: {len(wrong)} of {opened.sources.num_rows} source files are not what was ingested; put the old "
-            "files back before lidit latents reads them, or ingest anew"
-        )
+    return changed
 
 
 if __name__ == "__main__":

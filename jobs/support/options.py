@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
 from lidit.errors import InputError
+
+SETTING = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z0-9_]+)*=")
 
 
 def node_labels(words: list[str] | None) -> dict[str, str]:
@@ -14,3 +20,12 @@ def node_labels(words: list[str] | None) -> dict[str, str]:
             raise InputError(f"--node-label {word}: a label is KEY=VALUE, such as lidit/pool=large")
         labels[key] = value
     return labels
+
+
+def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words without those that are settings, KEY=VALUE, and those: `lidit ingest scenes resolution=32`.
+
+    A file or folder that is called so is a file or folder.
+    """
+    settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
+    return [word for word in words if word not in settings], settings

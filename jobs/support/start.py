@@ -24,6 +24,7 @@ from lidit.errors import InputError, JobError, StorageError, one_line
 
 EXIT_INPUT = 2
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+QUIET = "LIDIT_QUIET"  # read where progress is shown, in processes that a job starts too
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 WRONG_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from rich.progress import (
 )
 
 PLAIN_LINE_SECONDS = 10.0
+QUIET = "LIDIT_QUIET"  # set for the option --quiet
 RECENT_UPDATES = 20
 
 
@@ -49,7 +51,7 @@ class Display:
         """Where bars are added, shown from the first call on; None without a terminal, where every bar prints lines."""
         with self._lock:
             console = Console(stderr=True)
-            if self._bars is None and console.is_terminal:
+            if self._bars is None and console.is_terminal and not os.environ.get(QUIET):
                 self._bars = Progress(
                     SpinnerColumn(),
                     TextColumn("[bold]{task.description}"),
@@ -146,6 +148,8 @@ class ProgressBar:
 
     def _print(self) -> None:
         self._last_line, self._printed = time.monotonic(), (self.done, self.note)
+        if os.environ.get(QUIET):
+            return
         elapsed = duration(self._last_line - self._began)
         parts = [f"{self.done}/{self.total} {self.unit}", self._rate(), f"{elapsed} gone", self.note]
         print(f"{self.title}: " + ", ".join(part for part in parts if part), file=sys.stderr, flush=True)

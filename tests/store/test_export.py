@@ -67,9 +67,8 @@ def test_parquet_export_is_one_row_per_sample_and_caption(corpus: Path, tmp_path
     export_corpus(str(corpus), str(tmp_path / "out"), "parquet", ["fake"], images)
     table = pq.read_table(tmp_path / "out")
     assert table["caption"].to_pylist() == [c for unit in UNITS for c in unit]
-    width = json.loads(pq.read_schema(tmp_path / "out" / "00000.parquet").metadata[b"lidit"])["width"]["fake"]
     for row in table.to_pylist():
-        states = torch.tensor(row["fake_states"]).view(-1, width)
+        states = torch.tensor(row["fake_states"]).view(-1, family_job.WIDTH)
         assert torch.equal(states, family_job.states_of(row["caption"])[1].bfloat16().float())
         assert len(states) == row["fake_tokens"]
     assert table["image"].to_pylist()[-1] == b"1/2"
@@ -98,7 +97,7 @@ def test_what_a_killed_export_left_is_removed_and_what_a_living_one_writes_stays
     with (out / ".tmp-living").open("wb") as living:
         fcntl.flock(living, fcntl.LOCK_EX)
         export_corpus(str(corpus), str(out), "parquet")
-    assert {path.name for path in out.iterdir()} == {"00000.parquet", "00001.parquet", "_export.json", ".tmp-living"}
+    assert {path.name for path in out.iterdir()} == {"00000.parquet", "00001.parquet", ".tmp-living"}
 
 
 def test_a_second_export_into_one_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_a_folder_belongs_to_one_export(corpus: Path, tmp_path: Path) -> None:
     family_job.run(str(corpus), "int8")
     first, second = (family.directory for family in Corpus.open(corpus).text_families())
     for message, arguments in (
-        (r"families\.fake: null -> \"", (str(corpus), str(out), "parquet", [first])),
+        (r"families\.fake: null -> \{", (str(corpus), str(out), "parquet", [first])),
         (r"corpus: ", (str(tmp_path / "other"), str(out), "parquet")),
         (r"format: \"parquet\" -> \"webdataset\"", (str(corpus), str(out), "webdataset")),
         (r"images: false -> true", (str(corpus), str(out), "parquet", [], images)),
@@ -134,8 +133,12 @@ def test_a_folder_belongs_to_one_export(corpus: Path, tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "00000.parquet").write_bytes(b"not ours")
-    with pytest.raises(InputError, match=r"used: not empty and without _export\.json"):
+    with pytest.raises(InputError, match=r"00000\.parquet: damaged, or not of lidit export"):
         export_corpus(str(corpus), str(tmp_path / "used"), "parquet")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").touch()
+    with pytest.raises(InputError, match="notes: not empty and no export"):
+        export_corpus(str(corpus), str(tmp_path / "notes"), "parquet")
     with pytest.raises(InputError, match=r"00000\.parquet: is a file"):
         export_corpus(str(corpus), str(tmp_path / "used" / "00000.parquet"), "parquet")
     (tmp_path / "killed").mkdir()

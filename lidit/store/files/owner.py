@@ -62,6 +62,24 @@ def owned(place: Path | Folder, doing: str) -> Iterator[None]:
             folder.rmdir()
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether a process holds the folder now; a mark that a killed one left is nobody's."""
+    try:
+        descriptor = os.open(folder / MARK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # Shared and for an instant: many may look at once.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return _is_touched(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _take(path: Path, doing: str) -> tuple[int, bool]:
     """An open mark, and whether it is locked. InputError where it is somebody's."""
     while True:

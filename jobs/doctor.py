@@ -1,0 +1,199 @@
+"""`lidit doctor`: what of this machine lidit will meet, one line each, with what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from jobs.support.start import run
+from lidit.errors import InputError, JobError, one_line, plain
+
+PYTHON = (3, 11)
+LEAST_DISK, LEAST_MEMORY = 20e9, 2e9  # bytes; a demo's, and what Ray's object store needs
+PACKAGES = ("torch", "transformers", "diffusers", "ray", "deepspeed", "mlflow", "pyarrow")
+MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """bad: jobs will fail; note: some job will, or is slow."""
+
+    state: Literal["ok", "note", "bad"]
+    what: str
+    found: str
+    remedy: str = ""
+
+
+def command(
+    place: Annotated[list[str] | None, typer.Option(help="An s3:// or other address to try; repeat for more.")] = None,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Start an embedded Ray, as jobs do.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list instead of lines.")] = False,
+) -> None:
+    """Try what jobs need of this machine: Python, libraries, GPUs, Ray, memory, disk, object stores, MLflow, encoders.
+
+    Exit code 1 when anything is bad. **Reads** nothing of yours, but the addresses given. **Writes** nothing; starts
+    Ray for a moment.
+
+    **Example:** `lidit doctor --place s3://bucket/corpus`
+    """
+    checks: list[Callable[[], Finding]] = [python, libraries, gpus, shared_memory, disk, tracker, encoders]
+    checks += [partial(store, address) for address in place or ()]
+    checks += [starting_ray] if ray else []
+    found = []
+    for check in checks:
+        found.append(check())
+        if not as_json:
+            print(shown(found[-1]), flush=True)
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+    if bad := [one.what for one in found if one.state == "bad"]:
+        raise JobError(f"lidit doctor: {', '.join(bad)}: see above")
+
+
+def shown(finding: Finding) -> str:
+    remedy = f"; {finding.remedy}" if finding.remedy else ""
+    return f"{MARKS[finding.state]}  {finding.what:<13} {plain(finding.found + remedy)}"
+
+
+def python() -> Finding:
+    found = f"{platform.python_version()} at {sys.executable}"
+    if sys.version_info[:2] < PYTHON:
+        return Finding("bad", "python", found, "3.11 or newer is needed")
+    return Finding("ok", "python", found)
+
+
+def libraries() -> Finding:
+    found, missing = [], []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Finding("bad", "libraries", f"{', '.join(missing)} not installed", "pip install lidit-pipeline")
+    return Finding("ok", "libraries", ", ".join(found))
+
+
+def gpus() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        remedy = "check the driver (nvidia-smi)" if built else "this torch is built for the CPU; jobs run there, slowly"
+        return Finding("note", "gpus", "none", remedy)
+    names = [torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count())]
+    listed = ", ".join(f"{one.name} with {one.total_memory / 1e9:.0f} GB" for one in names)
+    return Finding("ok", "gpus", f"{listed}; CUDA {torch.version.cuda}")
+
+
+def shared_memory() -> Finding:
+    free = shutil.disk_usage("/dev/shm").free
+    found = f"{free / 1e9:.1f} GB free in /dev/shm"
+    if free < LEAST_MEMORY:
+        return Finding(
+            "note", "shared memory", found, "Ray goes to the disk instead; docker run --shm-size=8g gives more"
+        )
+    return Finding("ok", "shared memory", found)
+
+
+def disk() -> Finding:
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free
+    found = f"{free / 1e9:.0f} GB free in {here}"
+    if not os.access(here, os.W_OK):
+        return Finding("note", "disk", f"{here} cannot be written", "give jobs paths elsewhere")
+    if free < LEAST_DISK:
+        return Finding("note", "disk", found, "states take 8 KB per token at width 4,096: see lidit plan")
+    return Finding("ok", "disk", found)
+
+
+def store(address: str) -> Finding:
+    from lidit.store.files.folder import Folder
+
+    try:
+        count = len(Folder.at(address).sizes())
+    except (InputError, OSError, ImportError) as error:
+        return Finding("bad", "store", one_line(error, 300).removeprefix(f"{address}: "), f"tried {address}")
+    return Finding("ok", "store", f"{address}: {count} files")
+
+
+def tracker() -> Finding:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        return Finding("ok", "mlflow", "no MLFLOW_TRACKING_URI: runs go to mlflow.db in a training's output")
+    from pipelines.tracking import check_experiment, store_uri
+
+    try:
+        clean = store_uri(uri, Path())
+        if clean.startswith("http"):
+            return _answers(clean)
+        check_experiment(clean, "lidit")
+    except InputError as error:
+        return Finding("bad", "mlflow", str(error))
+    return Finding("ok", "mlflow", clean)
+
+
+def _answers(uri: str) -> Finding:
+    import requests
+
+    try:
+        answer = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
+    except requests.RequestException as error:
+        return Finding(
+            "bad", "mlflow", f"{uri} does not answer ({type(error).__name__})", "start it, or check the address"
+        )
+    if not answer.ok:
+        return Finding("bad", "mlflow", f"{uri} answers {answer.status_code}", "check the address and the login")
+    return Finding("ok", "mlflow", f"{uri} answers")
+
+
+def encoders() -> Finding:
+    from lidit.config.shipped import ENCODERS, load_encoder_settings
+
+    names = sorted(path.stem for path in ENCODERS.glob("*.yaml"))
+    settings = {name: load_encoder_settings(name) for name in names}
+    here = [name for name, one in settings.items() if at_hand(one.model, one.revision)]
+    missing = [name for name in names if name not in here]
+    remedy = f"fetched at first use: {', '.join(missing)}" if missing else ""
+    return Finding("ok" if here else "note", "encoders", f"{', '.join(here) or 'none'} at hand", remedy)
+
+
+def at_hand(model: str, revision: str | None) -> bool:
+    """Whether an encoder's files are on this machine; asks no hub and no package index."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from lidit.hub import is_hub_id
+    from lidit.text.packaged import PREFIX, cache_folder
+
+    if model.startswith(PREFIX):
+        return any((cache_folder() / "models").glob(f"{model.removeprefix(PREFIX)}-*"))
+    if not is_hub_id(model):
+        return Path(model).expanduser().is_dir()
+    return isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str)
+
+
+def starting_ray() -> Finding:
+    kind = "a cluster, which jobs join" if os.environ.get("RAY_ADDRESS") else "a Ray of this machine alone"
+    from pipelines.runtime import resources
+
+    try:
+        resources.connect()
+        offered = resources.cluster_resources()
+    except (InputError, JobError) as error:
+        return Finding("bad", "ray", one_line(error, 300))
+    return Finding("ok", "ray", f"{offered.get('CPU', 0):g} CPUs, {offered.get('GPU', 0):g} GPUs: {kind}")
+
+
+if __name__ == "__main__":
+    run(command)

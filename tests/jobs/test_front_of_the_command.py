@@ -1,0 +1,158 @@
+"""The command before it works: fast, in panels, quiet when asked, and completed by shells."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.recipe import KINDS
+from lidit.config.shipped import SETTINGS
+from tests.helpers.command import lidit
+
+# All that the help and a wrong word may load besides the standard library: torch and its like take seconds.
+MAY_BE_LOADED = {
+    "_distutils_hack",
+    "_virtualenv",
+    "annotated_doc",
+    "annotated_types",  # pydantic's; typer asks it for the types it knows
+    "attr",
+    "click",
+    "jobs",
+    "lidit",
+    "markdown_it",
+    "mdurl",
+    "pipelines",
+    "pydantic",
+    "pydantic_core",
+    "pygments",
+    "rich",
+    "shellingham",
+    "typer",
+    "typing_extensions",
+    "typing_inspection",
+}
+OURS = {"lidit", "lidit.errors"}
+ROOT = Path(__file__).parents[2]
+
+
+def loaded_by(*words: str) -> set[str]:
+    """Packages that a process of its own has loaded when the command with these words ends."""
+    code = (
+        "import sys, contextlib, io\n"
+        "import jobs.main as command\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    command.main()\n"
+        "names = {name if name.startswith('lidit.') else name.partition('.')[0] for name in sys.modules}\n"
+        "print('\\n'.join(sorted(names - set(sys.stdlib_module_names) - {'__main__', 'sitecustomize'})))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return {name for name in found.stdout.split() if not name.startswith(("__editable__", "_sysconfigdata"))}
+
+
+@pytest.mark.parametrize("words", [("--help",), ("embed", "--help"), ("evaluate", "m", "--per-tag", "3"), ("trian",)])
+def test_help_and_wrong_words_load_no_library(words: tuple[str, ...]) -> None:
+    assert loaded_by(*words) - MAY_BE_LOADED - OURS == set()
+
+
+def test_commands_stand_in_panels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lidit("--help") == 0
+    text = capsys.readouterr().out
+    places = [text.index(f"─ {panel} ─") for panel in ("Data", "Train", "Check", "Cluster")]
+    assert places == sorted(places)
+    assert places[0] < text.index("│ embed") < places[1] < text.index("│ train ") < places[2]
+    assert "─ Commands ─" not in text, "a command without a panel"
+
+
+def test_the_kinds_in_the_help_are_those_there_are() -> None:
+    assert ", ".join(SETTINGS) == KINDS
+
+
+def test_a_shell_completes_commands() -> None:
+    asked = {"_LIDIT_COMPLETE": "complete_bash", "COMP_WORDS": "lidit emb", "COMP_CWORD": "1"}
+    command, environment = Path(sys.executable).with_name("lidit"), {**os.environ, "PYTHONPATH": str(ROOT), **asked}
+    found = subprocess.run([str(command)], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert found.stdout.split() == ["embed"], found.stderr
+
+
+def test_no_color_and_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert lidit("--help") == 0
+    assert "\x1b[" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("FORCE_COLOR")
+    assert lidit("--help") == 0
+    assert "\x1b[3" not in capsys.readouterr().out
+    monkeypatch.setenv("LIDIT_QUIET", "")
+    assert lidit("scenes", "--out", tmp_path / "told", "--count", "4") == 0
+    told = capsys.readouterr()
+    assert "scenes: 4/4" in told.err
+    assert lidit("-q", "scenes", "--out", tmp_path / "quiet", "--count", "4") == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == ""
+    assert quiet.out.replace("/quiet:", "/told:") == told.out
+
+
+def test_settings_stand_among_the_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
+    words = ("ingest", tmp_path / "captions.txt", "captions_only=true")
+    assert lidit(*words, "--out", tmp_path / "one", "unit_samples=none") == 2
+    assert "unit_samples" in capsys.readouterr().err
+    assert lidit("ingest", "captions_only=true", "--corpus", tmp_path / "none") == 2
+    assert "give a folder, a file or an address" in capsys.readouterr().err
+    assert lidit(*words, "--corpus", tmp_path / "c", "--set", "captions=1") == 2
+    assert "captions" in capsys.readouterr().err
+
+
+def test_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, steps, finished in (("done", 8, 8), ("half", 8, None)):
+        folder = tmp_path / "runs" / name
+        (folder / "step-000000004").mkdir(parents=True)
+        (folder / "step-000000004" / "position.json").write_text("{}")
+        (folder / "step-000000004" / "rank-00000.json").write_text("{}")
+        (folder / "step-000000008").mkdir()  # being written when the run died
+        recipe = {"name": name, "train": {"steps": steps}, "encoders": [], "tracking": {"uri": None}}
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        if finished:
+            (folder / "model").mkdir()
+            (folder / "model" / "finished.json").write_text(json.dumps({"step": finished}))
+    (tmp_path / "runs" / "torn").mkdir()
+    (tmp_path / "runs" / "torn" / "recipe.json").write_text("{")
+    assert lidit("runs", tmp_path, "--json") == 0
+    done, half = json.loads(capsys.readouterr().out)
+    assert (done["name"], done["state"], done["step"]) == ("done", "finished", 8)
+    assert (half["state"], half["step"], half["checkpoint"]) == (
+        "stopped", 4, str(tmp_path / "runs/half/step-000000004"),
+    )  # fmt: skip
+    assert half["resume"] == f"lidit train {tmp_path}/runs/half/recipe.json"
+    assert lidit("runs", tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("half  stopped   step 4 of 8")
+    assert lidit("status", tmp_path / "runs" / "half") == 0
+    assert f"resume     lidit train {tmp_path}/runs/half/recipe.json" in capsys.readouterr().out
+    assert lidit("status", tmp_path / "runs") == 2
+    assert "no run here; there are" in capsys.readouterr().err
+
+
+def test_a_doctor_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("LIDIT_CACHE", str(tmp_path))
+    assert lidit("doctor", "--no-ray", "--json", "--place", tmp_path) == 1
+    captured = capsys.readouterr()
+    found = {one["what"]: one for one in json.loads(captured.out)}
+    assert list(found) == ["python", "libraries", "gpus", "shared memory", "disk", "mlflow", "encoders", "store"]
+    assert found["mlflow"]["state"] == "bad"
+    assert "http://127.0.0.1:9 does not answer" in found["mlflow"]["found"]
+    assert "smollm2" in found["encoders"]["remedy"]
+    assert found["store"]["state"] == "ok"
+    assert "failed: lidit doctor: mlflow: see above" in captured.err
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert lidit("doctor", "--no-ray") == 0
