@@ -24,7 +24,7 @@ NARROW = {"store": {"errors", "pixels", "progress", "plots"}, "models": {"config
 ONLY_IN = {
     "ray": ("pipelines/",),
     "deepspeed": ("pipelines/training/engine.py", "pipelines/training/ema.py"),
-    "mlflow": ("pipelines/tracking/runs.py", "pipelines/tracking/tracker.py"),
+    "mlflow": tuple(f"pipelines/tracking/{name}.py" for name in ("flavor", "runs", "served_model", "tracker")),
 }
 
 

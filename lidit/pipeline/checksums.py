@@ -14,8 +14,8 @@ from lidit.errors import InputError, one_line
 
 CHECKSUMS = "checksums.json"
 CHECKED_BELOW_BYTES = 20_000_000_000  # ten seconds of one core; larger folders are checked when asked for
-# What is written after the model or by its owner: the step it ended at, the card, this list itself.
-LEFT_OUT = {"finished.json", CHECKSUMS}
+# What is written after the model or by its owner: the step it ended at, this list itself, MLflow's examples.
+LEFT_OUT = {"finished.json", CHECKSUMS, "input_example.json", "serving_input_example.json"}
 SUFFIXES = {".safetensors", ".json"}
 
 

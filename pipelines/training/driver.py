@@ -19,7 +19,7 @@ import ray.train as rt
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lidit.config import RunRecipe
+from lidit.config import Recipe, RunRecipe
 from lidit.config.settings import flatten
 from lidit.errors import InputError, JobError, one_line
 from lidit.plots import plot_lines
@@ -29,6 +29,7 @@ from lidit.store.files.folder import Folder
 from lidit.store.files.owner import owned
 from pipelines import tracking
 from pipelines.runtime.progress import ProgressBar
+from pipelines.tracking.flavor import write_flavor
 from pipelines.runtime.resources import check_engine, connect
 from pipelines.training import checkpoints, ray_checkpoints
 from pipelines.training.board import Board
@@ -209,9 +210,20 @@ def _tracked(run: Run[Any], corpus: Corpus, tags: dict[str, str]) -> Iterator[tr
 def track_model(recipe: RunRecipe, tracker: tracking.Tracker, folder: Path) -> None:
     """Track the published model and the run's curves; register the model if the recipe says so."""
     tracker.artifact(folder / "model", "model")
+    if isinstance(recipe, Recipe):  # a codec draws nothing by itself
+        _track_flavor(recipe, tracker, folder / "mlflow-model")
     plot_curves(tracker, folder / "plots")
     if recipe.tracking.registered_model:
         tracker.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
+
+
+def _track_flavor(recipe: Recipe, tracker: tracking.Tracker, folder: Path) -> None:
+    """Put what makes it an MLflow model beside the tracked model."""
+    prompts = recipe.train.sample_prompts
+    try:
+        tracker.artifact(write_flavor(folder, prompts[0] if prompts else "a photo of a cat"), "model")
+    except Exception as error:  # the model is trained and tracked; only MLflow's own loader will miss it
+        log.warning("the model cannot be loaded by mlflow.pyfunc: %s", one_line(error, 200))
 
 
 def plot_curves(tracker: tracking.Tracker, folder: Path) -> None:
