@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lidit.config import Recipe, RunRecipe
 from lidit.config.settings import flatten
 from lidit.errors import InputError, JobError, one_line
+from lidit.pipeline import INDEX
 from lidit.plots import plot_lines
 from lidit.store import Corpus, digest_of, spec_differences
 from lidit.store.files.atomic import publish_bytes
@@ -29,8 +30,8 @@ from lidit.store.files.folder import Folder
 from lidit.store.files.owner import owned
 from pipelines import tracking
 from pipelines.runtime.progress import ProgressBar
-from pipelines.tracking.flavor import write_flavor
 from pipelines.runtime.resources import check_engine, connect
+from pipelines.tracking.flavor import write_flavor
 from pipelines.training import checkpoints, ray_checkpoints
 from pipelines.training.board import Board
 from pipelines.training.interrupt import is_disk_full, saved_on_sigterm
@@ -210,7 +211,7 @@ def _tracked(run: Run[Any], corpus: Corpus, tags: dict[str, str]) -> Iterator[tr
 def track_model(recipe: RunRecipe, tracker: tracking.Tracker, folder: Path) -> None:
     """Track the published model and the run's curves; register the model if the recipe says so."""
     tracker.artifact(folder / "model", "model")
-    if isinstance(recipe, Recipe):  # a codec draws nothing by itself
+    if isinstance(recipe, Recipe) and (folder / "model" / INDEX).is_file():  # a codec draws nothing by itself
         _track_flavor(recipe, tracker, folder / "mlflow-model")
     plot_curves(tracker, folder / "plots")
     if recipe.tracking.registered_model:
