@@ -16,7 +16,7 @@ from lidit import LIDiTPipeline
 from lidit.config.fields import LARGEST_SEED
 
 
-class PromptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow is not typed
+class PromptModel(mlflow.pyfunc.PythonModel):
     """Prompts in, pictures out."""
 
     def load_context(self, context: Any) -> None:
