@@ -36,6 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*.arrow") if "MANIFEST" not in path.name}
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_of_the_cluster(
     ray_cluster: None, encoder: EncoderSettings, captions: Path, tmp_path: Path
 ) -> None:
