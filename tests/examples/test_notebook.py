@@ -20,9 +20,10 @@ def test_the_tour_runs_and_its_model_has_learned() -> None:
     )
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
     assert losses[-1] < 0.5 * losses[0]
-    assert made["images"].shape == (4, 16, 16, 3)
+    images = np.stack([np.asarray(image) for image in made["images"]])
+    assert images.shape == (4, 16, 16, 3)
     # The captions name a side: the half where the square belongs is the one that is not background.
-    for image, caption in zip(made["images"].astype(int), made["CAPTIONS"], strict=True):
+    for image, caption in zip(images.astype(int), made["CAPTIONS"], strict=True):
         unlike = np.abs(image - 245).sum(-1)
         left, right = unlike[:, :8].sum(), unlike[:, 8:].sum()
         assert (left > right) == caption.endswith("left"), caption
