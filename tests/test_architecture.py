@@ -23,7 +23,7 @@ APART = {"submission"}  # beside the floors: it needs no other wing, and none ne
 NARROW = {"store": {"errors", "pixels", "progress", "plots"}, "models": {"config", "errors"}, "config": {"errors"}}
 ONLY_IN = {
     "ray": ("pipelines/",),
-    "deepspeed": ("pipelines/training/engine.py", "pipelines/training/ema.py"),
+    "deepspeed": tuple(f"pipelines/training/{name}.py" for name in ("ema", "engine", "gradients")),
     "mlflow": tuple(f"pipelines/tracking/{name}.py" for name in ("flavor", "runs", "served_model", "tracker")),
 }
 
