@@ -122,9 +122,7 @@ class KeyStore:
     def revoke(self, key_id: str) -> Key:
         """Refuse this key from now on, in every process. Raises InputError for an id that no key has."""
         with self._transaction() as database:
-            database.execute(
-                "UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (self._clock(), key_id)
-            )
+            database.execute("UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (self._clock(), key_id))
             row = database.execute("SELECT * FROM keys WHERE id = ?", (key_id,)).fetchone()
         if row is None:
             raise InputError(f"{self.path}: no key has the id {key_id!r}; lidit keys list shows all")
@@ -200,7 +198,9 @@ class KeyStore:
         """A connection within a transaction, which an exception takes back. `mode=rw` never makes a file."""
         try:
             with contextlib.closing(
-                sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=WAIT, isolation_level=None)
+                sqlite3.connect(
+                    f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=WAIT, isolation_level=None
+                )
             ) as database:
                 database.row_factory = sqlite3.Row
                 database.execute("PRAGMA synchronous = FULL")
@@ -229,9 +229,7 @@ def _period_start(now: float, period: int) -> int:
 
 
 def _used(database: sqlite3.Connection, key_id: str, start: int) -> int:
-    row = database.execute(
-        "SELECT units FROM used WHERE key = ? AND period_start = ?", (key_id, start)
-    ).fetchone()
+    row = database.execute("SELECT units FROM used WHERE key = ? AND period_start = ?", (key_id, start)).fetchone()
     return row["units"] if row else 0
 
 
