@@ -143,7 +143,7 @@ class AuditLog:
     def _require_own_file(self) -> None:
         """A log that was moved, replaced or written to by others is no longer the one that is continued."""
         own = os.fstat(self._file)
-        there = os.stat(self.path)
+        there = self.path.stat()
         if (own.st_dev, own.st_ino) != (there.st_dev, there.st_ino):
             raise OSError(errno.ESTALE, "another file has taken its place")
         if own.st_size != self._size:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sqlite3
 import stat
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lidit.errors import InputError
-from lidit.serving.keys import DAY, PREFIX, WRITTEN, KeyDenied, KeysUnavailable, KeyStore, QuotaExceeded
+from lidit.serving.keys import DAY, PREFIX, WRITTEN, KeyDenied, KeyStore, KeysUnavailable, QuotaExceeded
 
 NOON = 20_000 * DAY + DAY / 2
 
@@ -172,7 +171,7 @@ def test_a_store_that_cannot_be_used_lets_nobody_in(store: KeyStore, tmp_path: P
     for use in (lambda: store.check(text, "generate"), lambda: store.charge(key.id, 1), store.list):
         with pytest.raises(KeysUnavailable):
             use()
-    os.unlink(store.path)
+    store.path.unlink()
     with pytest.raises(KeysUnavailable):
         store.check(text, "generate")
     assert not store.path.exists()

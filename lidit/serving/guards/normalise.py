@@ -77,7 +77,7 @@ def _spellings(text: str) -> list[str]:
 
 def _without_leet(folded: str) -> list[str]:
     """Digits and signs read as letters, in words that have a letter: 455 stays a number."""
-    return [re.sub(r"\S+", lambda word, strokes=strokes: _letters(word[0], strokes), folded) for strokes in STROKES]
+    return ["".join(_letters(part, strokes) for part in re.split(r"(\s+)", folded)) for strokes in STROKES]
 
 
 def _letters(word: str, strokes: dict[int, str]) -> str:

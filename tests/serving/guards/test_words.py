@@ -96,7 +96,7 @@ def test_a_list_in_another_script_finds_its_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "\n  \n", "# only a comment\n", "x\n", "forbidden\n---\n"])
 def test_a_list_that_refuses_nothing_or_everything_is_no_list(tmp_path: Path, content: str) -> None:
-    with pytest.raises(InputError, match="list.txt"):
+    with pytest.raises(InputError, match=r"list\.txt"):
         word_list(tmp_path, content)
 
 
