@@ -20,6 +20,7 @@ from lidit.errors import InputError, one_line
 
 Image = NDArray[np.uint8]
 Three = tuple[float, float, float]
+Spread = Annotated[float, Field(gt=0)]
 
 
 class PixelRule:
@@ -56,7 +57,7 @@ class OnnxSettings(Settings):
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     channels: Literal["RGB", "BGR"] = "RGB"
     mean: Three = (0.0, 0.0, 0.0)
-    std: Three = (255.0, 255.0, 255.0)
+    std: tuple[Spread, Spread, Spread] = (255.0, 255.0, 255.0)
     unsafe: Annotated[int, Field(ge=0)] = 1
     activation: Literal["none", "softmax", "sigmoid"] = "softmax"
 
@@ -98,7 +99,7 @@ class OnnxClassifier:
         pixels = np.asarray(resized, dtype=np.float32)
         if wanted.channels == "BGR":
             pixels = pixels[..., ::-1]
-        pixels = (pixels - np.float32(wanted.mean)) / np.float32(wanted.std)
+        pixels = (pixels - np.array(wanted.mean, np.float32)) / np.array(wanted.std, np.float32)
         if wanted.layout == "NCHW":
             pixels = pixels.transpose(2, 0, 1)
         name = self._session.get_inputs()[0].name

@@ -28,7 +28,7 @@ Vector = NDArray[np.float64]
 TENSORS = ("weight", "bias", "threshold")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Probe:
     """Checker of a prompt's states {encoder name: [T, W]}, as `PromptCache.prompt` gives them. Score: probability.
 

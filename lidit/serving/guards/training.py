@@ -63,9 +63,9 @@ class Trained:
 
 
 def read_labelled(path: Path) -> list[Labelled]:
-    """The prompts of a JSON-lines file, {"prompt": text, "refuse": true or false}. Raises InputError naming the line."""
+    """The prompts of a JSON-lines file, {"prompt": text, "refuse": true or false}. InputError names the bad line."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__}); give a UTF-8 file of JSON lines") from None
     found = []
@@ -142,12 +142,12 @@ def separation(scores: Vector, truth: Flags) -> float:
 
 def _best_strength(features: NDArray[np.float64], refuse: Flags, groups: NDArray[np.str_]) -> tuple[float, Vector]:
     """The strength that separates unseen prompts best, and the scores [N] that each prompt has while unseen."""
-    fold = np.array([_number(group) // HELD_OUT % FOLDS for group in groups])
+    part = np.array([_number(group) // HELD_OUT % FOLDS for group in groups])
     best: tuple[float, float, Vector] | None = None
     for strength in STRENGTHS:
         scores = np.zeros(len(features))
-        for number in np.unique(fold):
-            seen = fold != number
+        for number in np.unique(part):
+            seen = part != number
             if refuse[seen].all() or not refuse[seen].any():
                 raise InputError("too few different prompts to train on; label more")
             weight, bias = fit(features[seen], refuse[seen], strength)
