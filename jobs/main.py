@@ -11,14 +11,17 @@ import typer
 import lidit
 from jobs import (
     ablate,
+    audit,
     demo,
     demo_pictures,
     doctor,
     embed,
     evaluate,
     export,
+    guard,
     ingest,
     inspect,
+    keys,
     latents,
     pictures,
     plan,
@@ -35,6 +38,7 @@ from jobs import (
     train,
     train_codec,
     verify,
+    verify_image,
 )
 from jobs.support.start import HELP_OPTIONS, QUIET, enter
 
@@ -76,12 +80,18 @@ PANELS: dict[str, tuple[tuple[str, ModuleType], ...]] = {
         ("probe", probe),
         ("ablate", ablate),
     ),
+    "Serve": (
+        ("audit", audit),
+        ("verify-image", verify_image),
+    ),
 }
 CLUSTER = "Cluster"
 for panel, commands in PANELS.items():
     for name, job in commands:
         app.command(name, rich_help_panel=panel)(job.command)
 app.add_typer(recipe.app, name="recipes", rich_help_panel="Train")
+app.add_typer(keys.app, name="keys", rich_help_panel="Serve")
+app.add_typer(guard.app, name="guard", rich_help_panel="Serve")
 app.command("doctor", rich_help_panel=CLUSTER)(doctor.command)
 app.command("submit", context_settings=submit.OPEN, rich_help_panel=CLUSTER)(submit.command)
 

@@ -85,7 +85,7 @@ def violations(relative: Path, source: str) -> list[str]:
             if name.split(".")[0] == library and not str(relative).startswith(places):
                 bad.append(f"{name}: {library} has its place in {' and '.join(places)}")
         ours = name.split(".")[0] in PACKAGES
-        if inside and ours and package != "jobs" and relative.name != "__init__.py":  # a face may open a room late
+        if inside and ours and package != "jobs" and not face:
             bad.append(f"{name}: imported inside a function or under TYPE_CHECKING")
         if not face and (why := forbidden(package, room, name)):
             bad.append(f"{name}: {why}")

@@ -1,23 +1,20 @@
-"""Requests drawn together by one model on one device, and what stands around that where strangers may ask: keys,
-audit, guards, provenance. A library, no cluster and no network.
+"""Requests drawn together, step by step, by one model on one device: a library, no cluster and no network.
 
-The names below are looked up when they are first used: a process that only checks keys loads no torch.
+Each name is looked up when it is first used: what only keeps keys or an audit log loads no torch. `__init__.pyi` says
+to type checkers what the names are.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+_PLACES = {
+    "Engine": "lidit.serving.engine",
+    "PromptCache": "lidit.serving.prompts",
+    "Request": "lidit.serving.request",
+}
 __all__ = ["Engine", "PromptCache", "Request"]
-_PLACES = {"Engine": "engine", "PromptCache": "prompts", "Request": "request"}
 
-if TYPE_CHECKING:
-    from lidit.serving.engine import Engine
-    from lidit.serving.prompts import PromptCache
-    from lidit.serving.request import Request
-else:
 
-    def __getattr__(name: str) -> object:
-        if name not in _PLACES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-        return value
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

@@ -5,30 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lidit.config import EncoderSettings
 from lidit.errors import InputError
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.serving import PromptCache
-from lidit.store import channel_statistics
-from lidit.text import PromptEncoder, resolve_encoder
-from tests.helpers.tiny_models import tiny_llm
+from tests.helpers.tiny_encoders import tiny_encoders
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelEncoder]:
-    """Two real families of one small LLM: layers -2 and -3."""
-    folder = tmp_path_factory.mktemp("llm")
-    model, made = tiny_llm(folder / "llm", "llama", 4, 32), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIDIT_CACHE", str(folder / "cache"))
-        for name, layer in (("second", -2), ("third", -3)):
-            settings = EncoderSettings(name=name, model=str(model), layer=layer, dtype="float32", storage="float32")
-            loaded = PromptEncoder.load(resolve_encoder(settings))
-            prefix, empty = loaded.prefix_states()[1], loaded.empty_states()[1]
-            statistics = channel_statistics([prefix, empty])
-            spec = loaded.spec
-            made[name] = ModelEncoder(settings, spec.to_dict(), spec.fingerprint, prefix, empty, *statistics, loaded)
-    return made
+    return tiny_encoders(tmp_path_factory.mktemp("llm"))
 
 
 class Reads:

@@ -96,7 +96,7 @@ class OnnxClassifier:
     def _score(self, image: Image) -> float:
         wanted = self.settings
         resized = Pillow.fromarray(image).resize((wanted.width, wanted.height), Pillow.Resampling.BILINEAR)
-        pixels = np.asarray(resized, dtype=np.float32)
+        pixels: NDArray[Any] = np.asarray(resized, dtype=np.float32)
         if wanted.channels == "BGR":
             pixels = pixels[..., ::-1]
         pixels = (pixels - np.array(wanted.mean, np.float32)) / np.array(wanted.std, np.float32)

@@ -147,13 +147,9 @@ def _finding(report: dict[str, Any], state: str | None) -> ManifestFinding:
 
 
 def _settings(roots: str | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "verify": {**OFFLINE, "verify_trust": True},
-        "builder": {"thumbnail": {"enabled": False}},
-    }
-    if roots is not None:
-        settings["trust"] = {"trust_anchors": roots}
-    return settings
+    trust = {} if roots is None else {"trust": {"trust_anchors": roots}}
+    # Without thumbnails: a quarter of the bytes, and no copy of the picture that nothing has checked.
+    return {"verify": {**OFFLINE, "verify_trust": True}, "builder": {"thumbnail": {"enabled": False}}, **trust}
 
 
 def _library() -> Any:

@@ -32,6 +32,11 @@ class PictureFinding:
     issued: IssuedFinding | None
 
     @property
+    def made_here(self) -> bool:
+        """Whether these very bytes were made here, as far as anything says so."""
+        return self.answer == "made here"
+
+    @property
     def answer(self) -> Answer:
         """ "made here": a manifest of a trusted signer is whole, or the log holds these very bytes. "altered": the
         bytes are others, but a mark or a likeness in the log leads to a picture made here, or a manifest does not fit
