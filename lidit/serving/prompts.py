@@ -5,6 +5,8 @@ Shapes: T caption tokens, W width of an LLM.
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from threading import Lock
@@ -14,7 +16,7 @@ import torch
 from lidit.config.fields import check_prompts
 from lidit.pipeline.model_encoder import ModelEncoder
 
-Key = tuple[str, str]  # the family's fingerprint, and the prompt
+Key = tuple[str, bytes]  # the family's fingerprint, and a keyed digest of the prompt
 States = dict[str, torch.Tensor]
 
 
@@ -22,7 +24,8 @@ class PromptCache:
     """The least recently used states go first. Any number of threads and models may share a cache.
 
     The key holds the text family's fingerprint: models that were trained on the same states share them, and no other
-    LLM, layer, instruction or rounding is ever mistaken for them.
+    LLM, layer, instruction or rounding is ever mistaken for them. No words are kept: a prompt's place is a digest by a
+    key that this cache alone has.
 
     Args:
         limit: bytes of states that are kept.
@@ -33,6 +36,7 @@ class PromptCache:
         self.size, self.hits, self.misses = 0, 0, 0
         self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self._lock = Lock()
+        self._secret = secrets.token_bytes(32)
 
     def prompt(self, encoders: Mapping[str, ModelEncoder], prompt: str, device: str | None = None) -> States:
         """Encoder name -> states [T, W] of one prompt: what a `Request` takes. Raises InputError for no text."""
@@ -46,8 +50,9 @@ class PromptCache:
         found: dict[str, torch.Tensor] = {}
         with self._lock:
             for prompt in dict.fromkeys(prompts):
-                if (states := self._kept.get((encoder.fingerprint, prompt))) is not None:
-                    self._kept.move_to_end((encoder.fingerprint, prompt))
+                key = self._key(encoder, prompt)
+                if (states := self._kept.get(key)) is not None:
+                    self._kept.move_to_end(key)
                     found[prompt] = states
             missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
             self.hits += len(found)
@@ -59,8 +64,12 @@ class PromptCache:
             found.update(zip(missing, encoded, strict=True))
             with self._lock:
                 for prompt, states in zip(missing, encoded, strict=True):
-                    self._keep((encoder.fingerprint, prompt), states)
+                    self._keep(self._key(encoder, prompt), states)
         return [found[prompt] for prompt in prompts]
+
+    def _key(self, encoder: ModelEncoder, prompt: str) -> Key:
+        words = prompt.encode("utf-8", "surrogatepass")
+        return encoder.fingerprint, hashlib.blake2b(words, key=self._secret, digest_size=32).digest()
 
     def _keep(self, key: Key, states: torch.Tensor) -> None:
         """Put states in, and the oldest out until the limit holds; states larger than it are not kept."""

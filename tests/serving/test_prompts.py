@@ -44,6 +44,18 @@ def test_a_prompt_is_read_once(encoders: dict[str, ModelEncoder], monkeypatch: p
     torch.testing.assert_close(first[0], encoder.encode(["a cat"])[0])
 
 
+def test_no_words_are_kept(encoders: dict[str, ModelEncoder]) -> None:
+    cache = PromptCache()
+    cache.prompt(encoders, "a cat")
+    assert "a cat" not in repr(vars(cache))
+    assert b"a cat" not in b"".join(digest for _, digest in cache._kept)
+    # Another cache keeps the same prompt at another place: digests of guessed prompts find nothing.
+    other = PromptCache()
+    other.prompt(encoders, "a cat")
+    assert len(cache._kept) == len(other._kept) == 2
+    assert not cache._kept.keys() & other._kept.keys()
+
+
 def test_families_are_never_mistaken_for_each_other(encoders: dict[str, ModelEncoder]) -> None:
     cache = PromptCache()
     states = cache.prompt(encoders, "a cat")
