@@ -29,7 +29,8 @@ FLIPS = sorted((np.array(flips, np.uint8) for flips in itertools.product((0, 1),
 FIRST = 3.0  # amplitude of the first pattern; of the others 1
 TILE = 64
 BAND = (0.08, 0.25)  # cycles per pixel; a block of JPEG has frequencies up to 0.5
-STRENGTHS = (2.0, 3.0, 4.0)  # grey levels, root mean square over an even picture; the first that can be read is used
+# Grey levels, root mean square over an even picture; the first that lasts is used.
+STRENGTHS = (1.4, 2.0, 3.0, 4.0)
 ROUGH = 12.0  # deviation of the neighbourhood, in grey levels, at which the mark is twice as strong
 MOST = 2.0
 BRIGHTNESS = np.array([0.299, 0.587, 0.114])
