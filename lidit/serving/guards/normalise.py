@@ -14,7 +14,7 @@ from importlib import import_module
 
 from lidit.errors import InputError
 
-VERSION = "1"  # counts up with whatever changes a reading
+EDITION = "1"  # counts up with whatever changes a reading
 # Names of letters that are Latin under a mark, a stroke or a shape: LATIN SMALL LETTER F WITH HOOK.
 LATIN = re.compile(
     r"(?:LATIN|REGIONAL INDICATOR).* LETTER (?:SMALL CAPITAL |OPEN |SCRIPT |DOTLESS |TURNED |REVERSED )?"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lidit.errors import InputError, one_line
-from lidit.serving.guards.normalise import VERSION, fold, readings, spelled_out, squeezed, words
+from lidit.serving.guards.normalise import EDITION, fold, readings, spelled_out, squeezed, words
 
 FOUND, SUSPECTED = 1.0, 0.5
 # Letters of an entry that is looked for within a run: shorter ones stand anywhere by chance.
@@ -34,7 +34,7 @@ class WordList:
             raise InputError(f"{path}: the list is empty, so nothing would be refused; write one entry a line")
         self._longest = max(map(len, self._entries))
         self._joined = ["".join(entry) for entry in self._entries]
-        digest = hashlib.sha256(f"{VERSION}\n{content}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{EDITION}\n{content}".encode()).hexdigest()
         self.version = f"words-{digest[:12]}"
 
     def scores(self, prompts: Sequence[str]) -> list[float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ class Watermark:
         added = np.tile(tile, (rows, columns))[:height, :width] * _visibility(image)
         for strength in STRENGTHS:
             marked = np.clip(np.rint(image + strength * added[..., None]), 0, 255).astype(np.uint8)
-            if self.read(_worn(marked)) == payload:
+            if all(self.read(worn) == payload for worn in _worn(marked)):
                 return marked
         # A picture that wears badly is marked as strongly as is allowed.
         if self.read(marked) != payload:
@@ -112,12 +113,14 @@ def _patterns(secret: bytes) -> Plane:
     return flat.T.reshape(patterns.shape) * TILE
 
 
-def _worn(image: Image) -> Image:
-    """The picture after a crop and JPEG: what a mark has to last through."""
-    top, left = (side // 20 for side in image.shape[:2])
-    compressed = io.BytesIO()
-    Pillow.fromarray(image[top:-top, left:-left]).save(compressed, "JPEG", quality=75)
-    return np.asarray(Pillow.open(compressed).convert("RGB"))
+def _worn(image: Image) -> Iterator[Image]:
+    """What a mark has to last through: JPEG, and JPEG after crops at two places."""
+    height, width = image.shape[:2]
+    for top, left in ((0, 0), (height // 10, width // 10), (height // 20 | 1, width // 20 | 1)):
+        compressed = io.BytesIO()
+        kept = image[top : height - top // 2, left : width - left // 2]
+        Pillow.fromarray(kept).save(compressed, "JPEG", quality=75)
+        yield np.asarray(Pillow.open(compressed).convert("RGB"))
 
 
 def _grey(image: Image) -> Plane:
