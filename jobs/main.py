@@ -33,6 +33,7 @@ from jobs import (
     runs,
     sample,
     scenes,
+    serve,
     status,
     submit,
     train,
@@ -81,6 +82,7 @@ PANELS: dict[str, tuple[tuple[str, ModuleType], ...]] = {
         ("ablate", ablate),
     ),
     "Serve": (
+        ("serve", serve),
         ("audit", audit),
         ("verify-image", verify_image),
     ),

@@ -86,6 +86,11 @@ class Engine:
         """What was done so far."""
         return replace(self._loop.counts)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the step loop runs; it does until `close`."""
+        return self._thread.is_alive()
+
     def close(self, drain: bool = False) -> None:
         """Take no more requests and end the thread; `drain` finishes those it has, else they are cancelled."""
         with self._changed:

@@ -1,0 +1,195 @@
+"""The platform as a Ray Serve application: gateway, ledger, and what draws, in one process a replica or in stages.
+
+gateway -> ledger -> studio                                          (together)
+gateway -> ledger -> encoder-NAME..., denoiser, codec, finisher      (apart)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from lidit.codecs import load_codec
+from lidit.config.settings import validate
+from lidit.pipeline.model_encoder import ModelEncoder
+from lidit.pipeline.pipeline import ENCODERS
+from lidit.text.specs import default_device
+from pipelines.evaluation.models import load_pipeline, weights_digest
+from pipelines.serving.api import build_api
+from pipelines.serving.edge import Edge
+from pipelines.serving.finisher import Finisher
+from pipelines.serving.flow import Flow, Stages
+from pipelines.serving.ledger import Ledger
+from pipelines.serving.orders import ModelFacts
+from pipelines.serving.remote import (
+    RemoteDecoder,
+    RemoteDenoiser,
+    RemoteFinisher,
+    RemoteLedger,
+    RemoteReader,
+    RemoteStudio,
+)
+from pipelines.serving.settings import PlaceSettings, ServeSettings
+from pipelines.serving.studio import (
+    check_guards,
+    codec_of,
+    encoder_names,
+    facts_of,
+    finisher_of,
+    probe_of,
+    register_of,
+    sizes_of,
+    studio_of,
+    words_of,
+)
+from pipelines.serving.workers import Decoder, Denoiser, Reader
+
+NAME = "lidit"
+IMPORT_PATH = f"{__name__}:build"
+MANY = 10_000  # the ledger's admission limits what is in work, and says so in words
+CHECK_S = 10.0
+
+
+@serve.deployment
+class Studio(Flow):
+    """Everything that draws, in one process."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        whole = studio_of(settings)
+        super().__init__(whole.known, whole.stages, whole.words)
+
+    def check_health(self) -> None:
+        if not self.stages.denoiser.engine.alive:
+            raise RuntimeError("the step loop has ended")
+
+
+@serve.deployment
+class Encoder(Reader):
+    """One LLM."""
+
+    def __init__(self, settings: ServeSettings, name: str) -> None:
+        super().__init__(ModelEncoder.load(Path(settings.model) / ENCODERS, name), default_device())
+
+    async def encode(self, prompt: str) -> torch.Tensor:
+        states: torch.Tensor = await self._together(prompt)
+        return states
+
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
+    async def _together(self, prompts: list[str]) -> list[torch.Tensor]:
+        # The LLM's own batching keeps to a number of tokens.
+        return await asyncio.to_thread(self.cache.states, self.encoder, prompts, self.device)
+
+
+@serve.deployment
+class Network(Denoiser):
+    """The network and its step loop."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        pipeline = load_pipeline(Path(settings.model))
+        self._facts = facts_of(settings, pipeline)
+        super().__init__(pipeline, sizes_of(settings, pipeline), probe_of(settings, pipeline))
+
+    async def facts(self) -> ModelFacts:
+        return self._facts
+
+    def check_health(self) -> None:
+        if not self.engine.alive:
+            raise RuntimeError("the step loop has ended")
+
+
+@serve.deployment
+class Codec(Decoder):
+    """The codec."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        device = default_device()
+        super().__init__(load_codec(codec_of(Path(settings.model)), device), device)
+
+
+@serve.deployment
+class Finishing(Finisher):
+    """What looks at pictures, marks and encodes them. The signing key is read here and nowhere else."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        whole = finisher_of(settings, weights_digest(Path(settings.model)))
+        super().__init__(whole.digest, whole.guard, whole.watermark, whole.signer)
+
+
+@serve.deployment
+class Accounts(Ledger):
+    """The ledger. One replica: a second one would let everybody in once more."""
+
+    async def __init__(self, settings: ServeSettings, *stages: DeploymentHandle) -> None:
+        studio = RemoteStudio(stages[0]) if settings.together else await _apart(settings, *stages)
+        super().__init__(Path(settings.folder), studio, settings.limits, register_of(settings))
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+async def _apart(settings: ServeSettings, *handles: DeploymentHandle) -> Flow:
+    """A flow of which every stage is a deployment: network, codec and finishing, then the encoders in their order."""
+    network, codec, finishing, *encoders = handles
+    facts: ModelFacts = await network.facts.remote()
+    readers = {name: RemoteReader(handle) for name, handle in zip(facts.encoders, encoders, strict=True)}
+    stages = Stages(readers, RemoteDenoiser(network), RemoteDecoder(codec), RemoteFinisher(finishing))
+    return Flow(facts, stages, words_of(settings))
+
+
+@serve.deployment
+@serve.ingress()
+class Gateway:
+    """HTTP. Any number of replicas: what they must agree on is in the ledger."""
+
+    def __init__(self, settings: ServeSettings, ledger: DeploymentHandle) -> None:
+        self.settings, self.ledger = settings, ledger
+
+    def __serve_build_asgi_app__(self) -> Edge:
+        return build_api(RemoteLedger(self.ledger), self.settings)
+
+
+def build(arguments: dict[str, Any]) -> Application:
+    """The application of a Serve config, whose `args` are `ServeSettings`."""
+    return application(validate(ServeSettings, arguments, "args"))
+
+
+def application(settings: ServeSettings) -> Application:
+    """Raises InputError for settings that nobody should serve with."""
+    check_guards(settings)
+    stages = [_placed(Studio, settings.studio, settings, settings)] if settings.together else _stages(settings)
+    alone = PlaceSettings()
+    ledger = _placed(Accounts, alone, settings, settings, *stages)
+    return _placed(Gateway, PlaceSettings(replicas=settings.gateways), settings, settings, ledger)
+
+
+def _stages(settings: ServeSettings) -> list[Application]:
+    places = settings.apart
+    network = _placed(Network, places.denoiser, settings, settings)
+    codec = _placed(Codec, places.codec, settings, settings)
+    finishing = _placed(Finishing, places.finisher, settings, settings)
+    encoders = [
+        _placed(Encoder.options(name=f"Encoder-{name}"), places.encoder, settings, settings, name)
+        for name in encoder_names(Path(settings.model))
+    ]
+    return [network, codec, finishing, *encoders]
+
+
+def _placed(deployment: Any, place: PlaceSettings, settings: ServeSettings, *arguments: Any) -> Application:
+    """A deployment with its replicas. A replica that ends may first finish the longest request there can be."""
+    asked: dict[str, Any] = {"num_cpus": place.cpus, "num_gpus": place.gpus}
+    if place.resources:
+        asked["resources"] = dict(place.resources)
+    return deployment.options(
+        num_replicas=place.replicas,
+        ray_actor_options=asked,
+        max_ongoing_requests=MANY,
+        graceful_shutdown_timeout_s=settings.limits.deadline_s + 30,
+        health_check_period_s=CHECK_S,
+        logging_config={"log_level": settings.log_level, "enable_access_log": False},
+    ).bind(*arguments)

@@ -1,0 +1,122 @@
+"""The platform's start: on this machine with a Ray of its own, or as a config for a cluster."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lidit.config.settings import Settings
+from lidit.errors import InputError, JobError, one_line
+from lidit.pipeline import INDEX
+from lidit.serving.keys import KeysUnavailable, KeyStore
+from pipelines.runtime.resources import connect
+from pipelines.serving.door import CALLBACK, PLACE
+from pipelines.serving.ledger import KEYS
+from pipelines.serving.settings import ServeSettings
+from pipelines.serving.studio import check_guards
+
+FIRST_SCOPES = ("generate", "moderate", "verify")
+NET_S = 60.0  # Serve's own deadline stands so far behind ours
+EXAMPLE = "a red circle left of a blue square"
+
+log = logging.getLogger(__name__)
+
+
+def guarded(settings: ServeSettings, given: Mapping[str, Any]) -> ServeSettings:
+    """The settings as they are served with: on this machine alone, guards that nobody has named are not needed.
+
+    given: what the user wrote. Raises InputError where guards are needed and missing, or the model is.
+    """
+    if not (Path(settings.model) / INDEX).is_file():
+        raise InputError(f"{settings.model}: no {INDEX}, so this is not a model folder written by lidit train")
+    if "needed" not in (given.get("guards") or {}) and _only_here(settings.host):
+        settings = settings.model_copy(update={"guards": settings.guards.model_copy(update={"needed": False})})
+    check_guards(settings)
+    return settings
+
+
+def serve_here(settings: ServeSettings) -> None:
+    """Start a Ray of this process's own, serve until a signal, and end it."""
+    # Every process of Serve inherits this: without it, clients could steer Serve by headers.
+    os.environ[CALLBACK] = PLACE
+    # Only now: Ray reads the environment when it is imported.
+    from ray import serve
+
+    from pipelines.serving.application import NAME, application
+
+    key = first_key(Path(settings.folder))
+    connect(cpus=2)
+    options = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.deadline_s + NET_S}
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=options)
+        serve.run(application(settings), name=NAME, route_prefix="/")
+        _tell(settings, key)
+        ended.wait()
+    except RuntimeError as error:
+        raise JobError(f"the platform did not start: {one_line(error, 300)}") from None
+    finally:
+        serve.shutdown()
+
+
+def first_key(folder: Path) -> str | None:
+    """The text of a new key where there is none yet. Raises JobError where keys cannot be kept."""
+    try:
+        store = KeyStore(folder / KEYS, create=True)
+        return None if store.list() else store.add("first", FIRST_SCOPES)[0]
+    except KeysUnavailable as error:
+        raise JobError(str(error)) from None
+
+
+def write_config(settings: ServeSettings, path: Path) -> None:
+    """A config for `serve deploy`: the application with these settings, and what its proxies need."""
+    content = {
+        "proxy_location": "EveryNode",
+        "http_options": {
+            "host": "0.0.0.0",
+            "port": settings.port,
+            "request_timeout_s": settings.limits.deadline_s + NET_S,
+        },
+        "applications": [
+            {
+                "name": "lidit",
+                "route_prefix": "/",
+                "import_path": "pipelines.serving.application:build",
+                "args": settings.model_dump(mode="json", exclude_defaults=True) | {"model": settings.model},
+            }
+        ],
+    }
+    head = f"# Written by lidit serve. Every Ray process needs {CALLBACK}={PLACE} in its environment.\n"
+    path.write_text(head + yaml.safe_dump(content, sort_keys=False))
+
+
+def _only_here(host: str) -> bool:
+    """Whether an address is this machine's own, which no other can reach."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name: whoever it stands for
+        return False
+
+
+def _tell(settings: ServeSettings, key: str | None) -> None:
+    url = settings.public_url or f"http://{settings.host}:{settings.port}"
+    if settings.guards.words is None and settings.guards.probe is None:
+        print("guards    none: every prompt is drawn, for everybody who has a key")
+    print(f"page      {url}/")
+    print(f"key       {key}" if key else "key       as before; lidit keys add makes another")
+    shown = key or "$LIDIT_KEY"
+    print(
+        f"try       curl {url}/v1/images/generations -H 'Authorization: Bearer {shown}' "
+        f"-H 'Content-Type: application/json' -d '{{\"prompt\": \"{EXAMPLE}\"}}'",
+        flush=True,
+    )

@@ -1,0 +1,144 @@
+"""The stages that draw an order, each with what it needs in memory: an LLM, the network, the codec, the marks.
+
+They know nothing of Serve: in one process they are called, on a cluster they are deployments.
+
+Shapes: T caption tokens, W width of an LLM, C latent channels, H x W latent size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lidit.codecs import Codec
+from lidit.errors import InputError
+from lidit.pipeline import LIDiTPipeline
+from lidit.pipeline.model_encoder import ModelEncoder
+from lidit.pixels import unit_to_bytes
+from lidit.serving import Engine, PromptCache, Request
+from lidit.serving.guards.guard import Guard
+from lidit.serving.guards.probe import States
+from pipelines.serving.checks import demand
+from pipelines.serving.errors import ApiError, invalid, worker_lost
+from pipelines.serving.orders import Order
+
+STEPS_TOLD = 32  # at most so many steps of an image are told while it is drawn
+Pixels = NDArray[np.uint8]  # [height, width, 3]
+
+
+class Reader:
+    """One LLM. A prompt is read once and kept by its words."""
+
+    def __init__(self, encoder: ModelEncoder, device: str | None = None) -> None:
+        self.encoder, self.device = encoder, device
+        self.cache = PromptCache()
+        encoder.encoder(device)  # loaded now, not by the first prompt
+
+    async def tokens(self, prompts: list[str]) -> int:
+        """How many tokens the prompts have. Raises ApiError for one that the LLM would cut: the end was not drawn."""
+        rows = self.encoder.encoder(self.device).tokenizer.tokenize(prompts)
+        if any(row.truncated for row in rows):
+            raise invalid(
+                f"the prompt is longer than the {self.encoder.spec['max_tokens']} tokens that are read", "prompt"
+            )
+        return sum(len(row.token_ids) for row in rows)
+
+    async def encode(self, prompt: str) -> torch.Tensor:
+        """States [T, W]."""
+        found = await asyncio.to_thread(self.cache.states, self.encoder, [prompt], self.device)
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Advance:
+    """An image after one of its steps: latents [C, H, W] for a preview that is due, or at its end."""
+
+    image: int
+    number: int
+    total: int
+    latents: torch.Tensor | None = None
+    preview: int | None = None
+
+
+class Denoiser:
+    """The network and its step loop. What leaves it is on the CPU: it may go to another process."""
+
+    def __init__(
+        self, pipeline: LIDiTPipeline, sizes: tuple[tuple[int, int], ...] = (), probe: Guard[States] | None = None
+    ) -> None:
+        self.pipeline, self.probe = pipeline, probe
+        self.engine = Engine(pipeline, sizes)
+
+    async def draw(self, order: Order, *states: torch.Tensor | Awaitable[torch.Tensor]) -> AsyncIterator[Advance]:
+        """Steps as they are taken, then every image's latents. `states`: of the model's encoders, in their order; not
+        awaited yet where the LLMs are in this process.
+
+        Whoever closes the iterator ends the work at the next step. Raises ApiError where the probe refuses the states.
+        """
+        found = await asyncio.gather(*(_state(entry) for entry in states))
+        named = dict(zip(self.pipeline.encoders, found, strict=True))
+        if self.probe is not None:
+            await demand(self.probe, [named], "prompt")
+        total = order.sampler.applied(self.pipeline.sampler).steps
+        shown = _shown(total, order.previews)
+        events: asyncio.Queue[Advance | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def told(image: int, number: int, latents: torch.Tensor) -> None:
+            preview = shown.get(number)
+            advance = Advance(image, number, total, None if preview is None else latents.cpu(), preview)
+            loop.call_soon_threadsafe(events.put_nowait, advance)
+
+        def ended(future: Future[torch.Tensor]) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, None)
+
+        told_steps = min(total - 1, STEPS_TOLD) if order.previews == 0 else total - 1
+        request = Request(named, order.seeds, order.sampler, order.height, order.width, told_steps, told)
+        try:
+            future = self.engine.submit(request)
+        except InputError as error:
+            raise invalid(str(error)) from None
+        future.add_done_callback(ended)
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            if future.cancelled():  # the engine was closed under it
+                raise worker_lost()
+            for image, latents in enumerate(future.result().cpu()):
+                if not torch.isfinite(latents).all():
+                    raise ApiError.of(500, "not_finite", "the model gave no picture for this prompt and these settings")
+                yield Advance(image, total, total, latents)
+        finally:
+            future.cancel()
+
+
+class Decoder:
+    """The codec."""
+
+    def __init__(self, codec: Codec, device: torch.device | str = "cpu") -> None:
+        self.codec, self.device = codec, device
+
+    async def decode(self, latents: torch.Tensor) -> Pixels:
+        """The picture of latents [C, H, W]."""
+        return await asyncio.to_thread(self._decode, latents)
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> Pixels:
+        images = self.codec.decode(latents[None].to(self.device)).float().clamp(0, 1).cpu()
+        return unit_to_bytes(images[0].permute(1, 2, 0)).contiguous().numpy()
+
+
+async def _state(entry: torch.Tensor | Awaitable[torch.Tensor]) -> torch.Tensor:
+    return entry if isinstance(entry, torch.Tensor) else await entry
+
+
+def _shown(steps: int, previews: int) -> dict[int, int]:
+    """Step -> number of the preview that is due after it, at equal distances."""
+    at = sorted({-(-number * steps // (previews + 1)) for number in range(1, previews + 1)})
+    return {step: number for number, step in enumerate(step for step in at if step < steps)}
