@@ -12,7 +12,9 @@ from jobs.support.start import run
 
 def command(
     model: Annotated[Path | None, typer.Argument(help="Model folder written by `lidit train`.")] = None,
-    settings: Annotated[Path | None, typer.Option(help="File of settings (YAML); the options below go over it.")] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="File of settings (YAML); the options below go over it.")
+    ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; 8000 without it.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen at; this machine alone without it.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Keys, quotas and the audit log; ./serving without it.")] = None,
@@ -35,7 +37,9 @@ def command(
 
     given = {"model": model, "port": port, "host": host, "folder": folder}
     tree = load_yaml(settings) if settings else {}
-    tree |= {name: value if isinstance(value, int) else str(value) for name, value in given.items() if value is not None}
+    tree |= {
+        name: value if isinstance(value, int) else str(value) for name, value in given.items() if value is not None
+    }
     if words is not None:
         tree["guards"] = {**(tree.get("guards") or {}), "words": str(words)}
     tree = apply_overrides(tree, list(set_ or []))

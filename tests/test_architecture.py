@@ -17,7 +17,7 @@ LIBRARY = (
     {"data", "pipeline"},
     {"evals", "plan", "serving"},
 )
-CLUSTER = ({"runtime", "tracking"}, {"corpus", "evaluation"}, {"training"}, {"chain"}, {"ablation"})
+CLUSTER = ({"runtime", "tracking"}, {"corpus", "evaluation"}, {"training", "serving"}, {"chain"}, {"ablation"})
 APART = {"submission"}  # beside the floors: it needs no other wing, and none needs it
 # Rooms that keep to fewer than their floor allows.
 NARROW = {"store": {"errors", "pixels", "progress", "plots"}, "models": {"config", "errors"}, "config": {"errors"}}

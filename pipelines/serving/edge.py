@@ -72,9 +72,7 @@ def _request_id(scope: Scope) -> str:
     """The id that the door has given. Where no door stands, clients could steer Serve: nothing is served then."""
     request_id = _header(scope, REQUEST_ID.encode())
     if not OURS.fullmatch(request_id):
-        raise ApiError.of(
-            503, "not_configured", "the server's proxy was started without its door; see the documentation"
-        )
+        raise ApiError.of(503, "not_configured", "the server's proxy was started without its door")
     return request_id
 
 

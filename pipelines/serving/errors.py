@@ -89,9 +89,7 @@ def blocked(found: Found) -> ApiError:
 
 
 def too_late(seconds: float) -> ApiError:
-    return ApiError.of(
-        504, "deadline_exceeded", f"no picture within {seconds:g} seconds: ask for fewer steps or images"
-    )
+    return ApiError.of(504, "deadline_exceeded", f"no picture within {seconds:g} s: ask for fewer steps or images")
 
 
 def worker_lost() -> ApiError:

@@ -11,9 +11,10 @@ from PIL import Image
 
 from lidit.errors import InputError
 from lidit.serving.provenance.issued import IssuedLog
+from lidit.serving.provenance.manifest import ProvenanceUnavailable
 from lidit.serving.provenance.verify import verify_picture
 from lidit.serving.provenance.watermark import Watermark
-from pipelines.serving.errors import invalid
+from pipelines.serving.errors import ApiError, invalid
 from pipelines.serving.finisher import File
 
 FILE = "issued.sqlite"
@@ -39,8 +40,10 @@ class Register:
             found = verify_picture(data, self.log, self.watermark, self.roots)
         except InputError as error:
             raise invalid(str(error), "body", "invalid_image") from None
+        except ProvenanceUnavailable:
+            raise ApiError.of(503, "provenance_unavailable", "the register cannot be read at the moment") from None
         return {
-            "made_here": found.made_here,
+            "answer": found.answer.replace(" ", "_"),
             "manifest": {"state": found.manifest.state, "reason": found.manifest.reason},
             "watermark": found.watermark is not None,
             "register": None if found.issued is None else found.issued.match,

@@ -24,8 +24,8 @@ MOST_KEPT = 10_000
 class Happened:
     """One event of a job. number: from 1, without gaps, so a reader can name the last one it has.
 
-    kind: "queued" (position: jobs before it), "accepted" (tokens: of the prompt), "started", "step" (image, step, steps), "preview", "picture" (link: to
-    its file), and at the end one of `ENDED`.
+    kind: "queued" (position: jobs before it), "accepted" (tokens: of the prompt), "started", "step" (image, step,
+    steps), "preview", "picture" (link: to its file), and at the end one of `ENDED`.
     """
 
     number: int

@@ -5,6 +5,7 @@ and nothing is delivered that it did not write down.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 from collections.abc import AsyncGenerator, Sequence
@@ -93,7 +94,7 @@ class Ledger:
     # Jobs
 
     async def submit(self, key: str, order: Order, request: str, repeat: tuple[str, str] | None = None) -> JobView:
-        """Let an order in, or find the one that the key asked for under the same name. Raises ApiError 409, 429, 503."""
+        """Let an order in, or find the one the key asked for under the same name. Raises ApiError 409, 429, 503."""
         if repeat is not None and (known := self.board.repeated(key, repeat)) is not None:
             return self.board.view(known)
         job = Job(order, key, request, repeat)
@@ -166,7 +167,8 @@ class Ledger:
         for job in running:
             self._stop(job)
         await asyncio.gather(*(job.task for job in running if job.task), return_exceptions=True)
-        self.audit.append(Entry(event="stopped"))
+        with contextlib.suppress(AuditUnavailable):  # then its end is not what is wrong
+            self.audit.append(Entry(event="stopped"))
         self.audit.close()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ class Ledger:
             raise ApiError.of(503, "keys_unavailable", "quotas cannot be written at the moment") from None
 
     async def _write(self, event: Event, job: Job | None = None, **facts: Any) -> None:
-        """A line of the audit log, on the disk. Raises ApiError 503 where it cannot be written: then nothing goes on."""
+        """A line of the audit log, on the disk. Raises ApiError 503 where it cannot be written."""
         if job is not None:
             order = job.order
             facts |= {

@@ -13,10 +13,9 @@ from typing import Any
 
 import yaml
 
-from lidit.config.settings import Settings
 from lidit.errors import InputError, JobError, one_line
 from lidit.pipeline import INDEX
-from lidit.serving.keys import KeysUnavailable, KeyStore
+from lidit.serving.keys import KeyStore, KeysUnavailable
 from pipelines.runtime.resources import connect
 from pipelines.serving.door import CALLBACK, PLACE
 from pipelines.serving.ledger import KEYS

@@ -25,6 +25,8 @@ from pipelines.serving.studio import register_of
 from tests.helpers.servers import free_ports
 
 SCOPES = ("generate", "moderate", "verify")
+FORBIDDEN = "gore"
+LONG = 400  # steps of a request that is there for a while
 
 
 @dataclass
@@ -84,6 +86,21 @@ class Platform:
     def steps(self) -> int:
         """Steps that the network has taken so far."""
         return int(self.flow.stages.denoiser.engine.counts.steps)  # type: ignore[attr-defined]
+
+
+def settings_for(model: Path, folder: Path, **changes: object) -> ServeSettings:
+    """Guarded by a list of one word, and by a rule that no picture breaks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = folder / "words.txt"
+    words.write_text(f"{FORBIDDEN}\n")
+    tree: dict[str, object] = {
+        "model": str(model),
+        "folder": str(folder),
+        "guards": {"words": str(words), "pixel_rule": {"colour": [255, 0, 0], "share": 1.0, "distance": 1.0}},
+        "limits": {"steps": LONG},
+        "provenance": {"watermark": False},
+    }
+    return ServeSettings.model_validate({**tree, **changes})
 
 
 @contextmanager
