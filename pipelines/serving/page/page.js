@@ -137,6 +137,7 @@ class Card {
       this.part("frames").append(frame);
       return frame;
     });
+    this.part("frames").classList.toggle("few", n > 1 && n < 5);
     this.part("cancel").onclick = () => this.cancel();
     this.part("again").onclick = () => reuse(this.job);
     this.part("program").onclick = () => showCode(this.job);
@@ -181,13 +182,17 @@ class Card {
     else bar.removeAttribute("value");
   }
 
-  end(problem) {
+  end(problem, calm) {
     this.state("");
     this.part("cancel").hidden = true;
-    for (const name of ["again", "program", "forget"]) this.part(name).hidden = false;
+    const drawn = this.job.pictures.length > 0;
+    for (const name of ["again", "forget"]) this.part(name).hidden = false;
+    this.part("program").hidden = !drawn;
+    this.element.classList.toggle("bare", !drawn);
     for (const frame of this.frames.filter((one) => one.classList.contains("coming"))) frame.remove();
     this.part("problem").hidden = !problem;
     this.part("problem").textContent = problem || "";
+    this.part("problem").classList.toggle("calm", Boolean(calm));
   }
 
   async cancel() {
@@ -223,7 +228,7 @@ class Card {
           say("Picture ready");
           this.facts();
           await keep(job);
-        } else if (event.type === "job.cancelled") this.end("Cancelled.");
+        } else if (event.type === "job.cancelled") this.end("Cancelled.", true);
         else if (event.type === "job.failed") this.end(inWords(event.error));
       }
     } catch (error) {
