@@ -15,10 +15,11 @@ def load_documents(text: str) -> list[Document]:
 
 
 def cluster_spec(document: Document) -> Document | None:
-    """The RayCluster spec inside a RayJob or a RayCluster, None for any other kind."""
+    """The RayCluster spec inside a RayJob, a RayService or a RayCluster, None for any other kind."""
     if document["kind"] == "RayCluster":
         return document["spec"]
-    return document["spec"].get("rayClusterSpec") if document["kind"] == "RayJob" else None
+    place = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(document["kind"])
+    return document["spec"].get(place) if place else None
 
 
 def pod_templates(document: Document) -> Iterator[tuple[str, Document]]:

@@ -3,9 +3,9 @@
     for part in cluster embed train; do kubectl kustomize infra/kuberay/overlays/small/$part; echo ---; done > all.yaml
     python -m infra.kuberay.validate all.yaml --crds DIR
 
-DIR holds `ray.io_rayjobs.yaml` and `ray.io_rayclusters.yaml` of the installed operator: docs/cluster.md says how to get
-them. Prints one line per finding; exit code 2 when there is any. Give the parts together: jobs are checked against the
-settings that the cluster's part holds.
+DIR holds `ray.io_rayjobs.yaml`, `ray.io_rayclusters.yaml` and `ray.io_rayservices.yaml` of the installed operator:
+docs/cluster.md says how to get them. Prints one line per finding; exit code 2 when there is any. Give the parts
+together: jobs are checked against the settings that the cluster's part holds.
 """
 
 import argparse
@@ -28,7 +28,14 @@ DIGEST = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
 SECRET_NAME = re.compile(r"password|secret|token|access_key|credential", re.IGNORECASE)
 MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 # The operator appends to these names; longer ones are refused at admission.
-LONGEST_NAME = {"RayJob": 47, "RayCluster": 53}
+LONGEST_NAME = {"RayJob": 47, "RayCluster": 53, "RayService": 47}
+CRDS = {
+    "RayJob": "ray.io_rayjobs.yaml",
+    "RayCluster": "ray.io_rayclusters.yaml",
+    "RayService": "ray.io_rayservices.yaml",
+}
+# What keeps clients of Ray Serve from steering it: docs/serving.md.
+DOOR = {"name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "value": "pipelines.serving.door:middlewares"}
 RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 FIRST_VERSION_WITH_TOKENS = (2, 52)
 METADATA_FIELDS = {"name", "namespace", "labels", "annotations"}
@@ -49,9 +56,9 @@ def strict(node: Any) -> Any:
 
 
 def load_schemas(folder: Path) -> dict[str, Document]:
-    """JSON Schemas by kind: RayJob, RayCluster, and from inside them PodTemplate and NetworkPolicy rules."""
+    """JSON Schemas by kind: Ray's, and from inside them PodTemplate and NetworkPolicy rules."""
     schemas: dict[str, Document] = {}
-    for kind, name in (("RayJob", "ray.io_rayjobs.yaml"), ("RayCluster", "ray.io_rayclusters.yaml")):
+    for kind, name in CRDS.items():
         crd = yaml.load((folder / name).read_text(), Loader=yaml.CSafeLoader)
         version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1")
         schemas[kind] = strict(version["schema"]["openAPIV3Schema"])
@@ -67,7 +74,7 @@ def load_schemas(folder: Path) -> dict[str, Document]:
 def schema_errors(document: Document, schemas: dict[str, Document]) -> Iterator[str]:
     """What the API server would refuse, and misspelt fields, which it would silently drop."""
     checks: list[tuple[str, Any]] = []
-    if document["kind"] in ("RayJob", "RayCluster"):
+    if document["kind"] in CRDS:
         checks.append((document["kind"], document))
     elif document["kind"] in WORKLOADS:
         checks.append(("PodTemplate", document["spec"]["template"]))
@@ -91,6 +98,8 @@ def rule_errors(document: Document) -> Iterator[str]:
         yield f"name {name!r} is not a DNS-1035 label of at most {LONGEST_NAME[kind]} characters"
     if kind == "RayJob":
         yield from _job_errors(spec)
+    if kind == "RayService":
+        yield from _service_errors(spec)
     if (cluster := cluster_spec(document)) is not None:
         yield from _cluster_errors(cluster)
 
@@ -126,6 +135,24 @@ def _job_errors(spec: Document) -> Iterator[str]:
         yield from _deletion_errors(spec["deletionStrategy"], bool(shutdown or ttl))
     if not isinstance(yaml.safe_load(spec.get("runtimeEnvYAML", "{}")), dict):
         yield "runtimeEnvYAML is not a YAML mapping"
+
+
+def _service_errors(spec: Document) -> Iterator[str]:
+    """A service's config is a text that the operator hands to Serve: nothing else reads it before."""
+    if "rayClusterConfig" not in spec:
+        yield "rayClusterConfig is needed"
+    try:
+        config = yaml.safe_load(spec.get("serveConfigV2", ""))
+        applications = config["applications"]
+        names = [application["name"] for application in applications]
+        places = [application["import_path"] for application in applications]
+    except (yaml.YAMLError, KeyError, TypeError):
+        yield "serveConfigV2 is no YAML mapping of applications with a name and an import_path"
+        return
+    if not names or len(set(names)) != len(names) or not all(":" in place for place in places):
+        yield "serveConfigV2: applications need names of their own and an import_path MODULE:NAME"
+    if spec.get("rayClusterConfig", {}).get("authOptions", {}).get("enableK8sTokenAuth"):
+        yield "authOptions.enableK8sTokenAuth does not go with a RayService"
 
 
 def _deletion_errors(strategy: Document, has_shutdown: bool) -> Iterator[str]:
@@ -228,8 +255,30 @@ def security_errors(document: Document) -> Iterator[str]:
                 yield "submitterPodTemplate is required: the default one has no security context"
             if spec.get("submitterConfig", {}).get("backoffLimit") != 0:
                 yield "submitterConfig.backoffLimit must be 0"
+    if document["kind"] == "RayService":
+        yield from _serving_errors(document)
     for where, template in pod_templates(document):
         yield from (f"{where}: {error}" for error in _pod_errors(template, autoscaling and where == "head"))
+
+
+def _serving_errors(document: Document) -> Iterator[str]:
+    """No request is lost when the service changes, and no client reaches Serve past our door."""
+    spec = document["spec"]
+    config = yaml.safe_load(spec["serveConfigV2"])
+    if not spec.get("excludeHeadPodFromServeSvc"):
+        yield "excludeHeadPodFromServeSvc is required: the head serves nobody"
+    longest = (config.get("http_options") or {}).get("request_timeout_s")
+    if not longest:
+        yield "serveConfigV2: http_options.request_timeout_s is required"
+        return
+    if spec.get("rayClusterDeletionDelaySeconds", 60) <= longest:
+        yield f"rayClusterDeletionDelaySeconds must be above the longest request, {longest:g} seconds"
+    for where, template in pod_templates(document):
+        pod = template["spec"]
+        if where != "head" and pod.get("terminationGracePeriodSeconds", 30) <= longest:
+            yield f"{where}: terminationGracePeriodSeconds must be above the longest request, {longest:g} seconds"
+        if DOOR not in pod["containers"][0].get("env", []):
+            yield f"{where}: {DOOR['name']} must be {DOOR['value']}, or clients steer Serve by headers"
 
 
 def _pod_errors(template: Document, needs_api_token: bool) -> Iterator[str]:

@@ -49,12 +49,15 @@ class Caption:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One image on its way. `empty`: the empty caption's condition at each step, None where guidance never acts."""
+    """One image on its way. Guidance leads away from `negative`, or from nothing: `empty`, the condition of the empty
+    caption at each step, is None where guidance never acts or has a negative caption.
+    """
 
     caption: Caption
     sampler: SamplerSettings
     walk: Walk
     empty: PromptCondition | None
+    negative: Caption | None = None
 
     @property
     def level(self) -> float:
@@ -63,7 +66,7 @@ class Row:
 
     @property
     def guided(self) -> bool:
-        """Whether the next step needs the empty caption's prediction, too."""
+        """Whether the next step needs the prediction that guidance leads away from, too."""
         return acts_at(self.sampler, self.level)
 
 
@@ -87,12 +90,20 @@ class Stepper:
     def device(self) -> torch.device:
         return torch.device(self.model.device)
 
-    def row(self, caption: Caption, sampler: SamplerSettings, seed: int, shape: tuple[int, int, int]) -> Row:
+    def row(
+        self,
+        caption: Caption,
+        sampler: SamplerSettings,
+        seed: int,
+        shape: tuple[int, int, int],
+        negative: Caption | None = None,
+    ) -> Row:
         """A row of latents [C, H, W] before its first step. Raises InputError for a sampler that does not fit."""
         generators = seeded_generators([seed])
         walk = Walk(self.objective, initial_noise(generators, shape, self.device), sampler, generators)
         guided = any(acts_at(sampler, level) for level in walk.levels)
-        return Row(caption, sampler, walk, self._empty_condition(sampler, walk.levels) if guided else None)
+        empty = self._empty_condition(sampler, walk.levels) if guided and negative is None else None
+        return Row(caption, sampler, walk, empty, negative)
 
     @torch.no_grad()
     def advance(self, rows: Sequence[Row], previewed: Collection[Row] = ()) -> list[torch.Tensor]:
@@ -100,7 +111,7 @@ class Stepper:
 
         Returns the data [C, H, W] that the predictions of the `previewed` among the rows point to, in the rows' order.
         """
-        # 1. Guided rows come a second time, with the empty caption; unguided rows do not.
+        # 1. Guided rows come a second time, with the empty or their negative caption; unguided rows do not.
         guided = [row for row in rows if row.guided]
         both = [*rows, *guided]  # F rows
         condition = self._condition(rows, guided)
@@ -137,9 +148,10 @@ class Stepper:
         """The condition of each of the F rows: a caption that rows share at one t is refined once."""
         places: dict[tuple[str, float], int] = {}
         captions: list[Caption] = []
-        for row in rows:
-            if places.setdefault((row.caption.key, row.level), len(captions)) == len(captions):
-                captions.append(row.caption)
+        negative = [(row.negative, row.level) for row in guided if row.negative is not None]
+        for caption, level in [*((row.caption, row.level) for row in rows), *negative]:
+            if places.setdefault((caption.key, level), len(captions)) == len(captions):
+                captions.append(caption)
         levels = [level for _, level in places]
         fill = self._missing(len(captions))
         text = self._text([*captions, *captions[:1] * fill])
@@ -147,6 +159,9 @@ class Stepper:
         # The empty caption depends on t alone, and t on the schedule: its condition is there already.
         parts, of_row = [refined], [places[row.caption.key, row.level] for row in rows]
         for row in guided:
+            if row.negative is not None:
+                of_row.append(places[row.negative.key, row.level])
+                continue
             assert row.empty is not None
             parts.append(_at(row.empty, row.walk.number))
             of_row.append(len(captions) + fill + len(parts) - 2)

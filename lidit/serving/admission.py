@@ -5,6 +5,8 @@ Shapes: T caption tokens, W width of an LLM.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from lidit.diffusion.stepper import Caption, Padding, Stepper
@@ -34,22 +36,23 @@ def accept(pipeline: LIDiTPipeline, request: Request) -> Job:
     if request.previews < 0:
         raise InputError(f"{request.previews} previews: give 0 or more")
     return Job(
-        _caption(pipeline, request),
+        _caption(pipeline, request.states),
         sampler,
         seeds,
         shape,
         pixels=shape[1] * shape[2] * pipeline.codec.factor**2,
         preview_steps=preview_steps(sampler.steps, request.previews),
         on_preview=request.on_preview,
+        negative=None if request.negative is None else _caption(pipeline, request.negative),
     )
 
 
-def _caption(pipeline: LIDiTPipeline, request: Request) -> Caption:
-    """The request's states on the model's device; raises InputError unless they fit the model."""
-    for name, entry in request.states.items():
+def _caption(pipeline: LIDiTPipeline, given: Mapping[str, torch.Tensor]) -> Caption:
+    """A prompt's states on the model's device; raises InputError unless they fit the model."""
+    for name, entry in given.items():
         if entry.dim() != 2:
             raise InputError(f"encoder {name!r}: states of one prompt are [tokens, width], got {list(entry.shape)}")
     # float32 holds what states are stored in exactly, so captions of two dtypes can share a pass.
-    states = {name: entry.to(pipeline.model.device, torch.float32) for name, entry in request.states.items()}
+    states = {name: entry.to(pipeline.model.device, torch.float32) for name, entry in given.items()}
     pipeline.model.conditioner.check({name: TextStates.collate([entry], entry[:0]) for name, entry in states.items()})
-    return Caption(states_key(request.states), states)
+    return Caption(states_key(given), states)

@@ -29,6 +29,7 @@ class Job:
     pixels: int
     preview_steps: frozenset[int] = frozenset()
     on_preview: OnPreview | None = None
+    negative: Caption | None = None
     future: Future[torch.Tensor] = field(default_factory=Future)
     finished: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -135,7 +136,8 @@ class StepLoop:
         for image in self._queues[size]:
             if image.row is None:
                 job = image.job
-                image.row = self.stepper.row(job.caption, job.sampler, job.seeds[image.place], job.shape)
+                seed = job.seeds[image.place]
+                image.row = self.stepper.row(job.caption, job.sampler, seed, job.shape, job.negative)
             left -= _weight([image])
             if chosen and left < 0:
                 break

@@ -26,6 +26,7 @@ class Request:
         states: encoder name -> the prompt's states [T, W], as `PromptCache.states` gives them.
         seeds: one per image. sampler: what differs from the model's own. height, width: pixels; None: training size.
         previews: how often `on_preview` is called for an image, at equal distances before its last step.
+        negative: states of a prompt that guidance leads away from; None: from the empty caption, as in training.
     """
 
     states: Mapping[str, torch.Tensor]
@@ -35,6 +36,7 @@ class Request:
     width: int | None = None
     previews: int = 0
     on_preview: OnPreview | None = None
+    negative: Mapping[str, torch.Tensor] | None = None
 
 
 def states_key(states: Mapping[str, torch.Tensor]) -> str:

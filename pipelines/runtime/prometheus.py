@@ -18,7 +18,7 @@ STEP_SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0]
 
 @dataclass(frozen=True)
 class Declaration:
-    """One metric: `kind` is counter, gauge or histogram; `tag` names its one label (corpus, encoder or run)."""
+    """One metric: `kind` is counter, gauge or histogram; `tag` names its one label."""
 
     kind: str
     tag: str
@@ -42,6 +42,14 @@ METRICS = {
     "lidit_loss": Declaration("gauge", "run", "Training loss of the last finite step"),
     "lidit_loss_nonfinite_total": Declaration("counter", "run", "Steps whose loss was not finite"),
     "lidit_last_checkpoint_timestamp_seconds": Declaration("gauge", "run", "Unix time of the last complete checkpoint"),
+    "lidit_requests_total": Declaration("counter", "outcome", "Requests for pictures, by how they ended"),
+    "lidit_request_seconds": Declaration("histogram", "size", "Time from a request to its last picture"),
+    "lidit_first_preview_seconds": Declaration("histogram", "model", "Time from a request to its first preview"),
+    "lidit_queue_units": Declaration("gauge", "model", "Compute units, pixels x steps, that wait or are in work"),
+    "lidit_passes_total": Declaration("counter", "model", "Forward passes of the network"),
+    "lidit_pass_rows_total": Declaration("counter", "model", "Rows of those passes; a guided picture has two"),
+    "lidit_unused_steps_total": Declaration("counter", "model", "Steps of pictures that nobody got"),
+    "lidit_prompt_states_total": Declaration("counter", "source", "States of prompts, from the cache or an LLM"),
 }
 
 
@@ -126,3 +134,48 @@ class TrainMetrics:
     def checkpoint_saved(self, timestamp: float | None = None) -> None:
         """A checkpoint became complete, now or at the given unix time."""
         _record("lidit_last_checkpoint_timestamp_seconds", time.time() if timestamp is None else timestamp, self.run)
+
+
+class RequestMetrics:
+    """The requests of one served model. Call from the ledger."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def queue(self, units: int) -> None:
+        """So many compute units wait or are in work."""
+        _record("lidit_queue_units", units, self.model)
+
+    def ended(self, outcome: str, size: str, seconds: float, unused_steps: int = 0) -> None:
+        """A request ended. outcome: "drawn", or the audit log's word; unused_steps: taken for nothing."""
+        _record("lidit_requests_total", 1, outcome)
+        _record("lidit_unused_steps_total", unused_steps, self.model)
+        if outcome == "drawn":
+            _record("lidit_request_seconds", seconds, size)
+
+    def previewed(self, seconds: float) -> None:
+        """The first preview of a request came."""
+        _record("lidit_first_preview_seconds", seconds, self.model)
+
+
+class EngineMetrics:
+    """The work of one served model. Call from the process that does it, with what it has counted so far."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self._told: dict[str, int] = {}
+
+    def passes(self, passes: int, rows: int) -> None:
+        self._count("lidit_passes_total", passes, self.model)
+        self._count("lidit_pass_rows_total", rows, self.model)
+
+    def prompt_states(self, hits: int, misses: int) -> None:
+        """Of a cache of prompts' states."""
+        self._count("lidit_prompt_states_total", hits, "cache")
+        self._count("lidit_prompt_states_total", misses, "llm")
+
+    def _count(self, name: str, total: int, tag: str) -> None:
+        """What has come since the last call."""
+        key = f"{name} {tag}"
+        _record(name, total - self._told.get(key, 0), tag)
+        self._told[key] = total

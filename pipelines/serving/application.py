@@ -6,7 +6,6 @@ gateway -> ledger -> encoder-NAME..., denoiser, codec, finisher      (apart)
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lidit.codecs import load_codec
 from lidit.config.settings import validate
+from lidit.errors import InputError
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.pipeline.pipeline import ENCODERS
 from lidit.text.specs import default_device
@@ -65,7 +65,8 @@ class Studio(Flow):
         super().__init__(whole.known, whole.stages, whole.words)
 
     def check_health(self) -> None:
-        if not self.stages.denoiser.engine.alive:
+        network = self.stages.denoiser
+        if not isinstance(network, Denoiser) or not network.engine.alive:
             raise RuntimeError("the step loop has ended")
 
 
@@ -83,7 +84,7 @@ class Encoder(Reader):
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
     async def _together(self, prompts: list[str]) -> list[torch.Tensor]:
         # The LLM's own batching keeps to a number of tokens.
-        return await asyncio.to_thread(self.cache.states, self.encoder, prompts, self.device)
+        return await self.encode_all(prompts)
 
 
 @serve.deployment
@@ -93,7 +94,8 @@ class Network(Denoiser):
     def __init__(self, settings: ServeSettings) -> None:
         pipeline = load_pipeline(Path(settings.model))
         self._facts = facts_of(settings, pipeline)
-        super().__init__(pipeline, sizes_of(settings, pipeline), probe_of(settings, pipeline))
+        name = self._facts.name
+        super().__init__(name, pipeline, sizes_of(settings, pipeline), probe_of(settings, pipeline))
 
     async def facts(self) -> ModelFacts:
         return self._facts
@@ -125,7 +127,8 @@ class Finishing(Finisher):
 class Accounts(Ledger):
     """The ledger. One replica: a second one would let everybody in once more."""
 
-    async def __init__(self, settings: ServeSettings, *stages: DeploymentHandle) -> None:
+    # Serve awaits it.
+    async def __init__(self, settings: ServeSettings, *stages: DeploymentHandle) -> None:  # type: ignore[misc]
         studio = RemoteStudio(stages[0]) if settings.together else await _apart(settings, *stages)
         super().__init__(Path(settings.folder), studio, settings.limits, register_of(settings))
 
@@ -162,10 +165,11 @@ def build(arguments: dict[str, Any]) -> Application:
 def application(settings: ServeSettings) -> Application:
     """Raises InputError for settings that nobody should serve with."""
     check_guards(settings)
+    if settings.ledger.replicas != 1 or settings.ledger.surge_percent:
+        raise InputError("ledger: one replica, without surge: two would let everybody in twice")
     stages = [_placed(Studio, settings.studio, settings, settings)] if settings.together else _stages(settings)
-    alone = PlaceSettings()
-    ledger = _placed(Accounts, alone, settings, settings, *stages)
-    return _placed(Gateway, PlaceSettings(replicas=settings.gateways), settings, settings, ledger)
+    ledger = _placed(Accounts, settings.ledger, settings, settings, *stages)
+    return _placed(Gateway, PlaceSettings(replicas=settings.gateways, surge_percent=100), settings, settings, ledger)
 
 
 def _stages(settings: ServeSettings) -> list[Application]:
@@ -173,8 +177,9 @@ def _stages(settings: ServeSettings) -> list[Application]:
     network = _placed(Network, places.denoiser, settings, settings)
     codec = _placed(Codec, places.codec, settings, settings)
     finishing = _placed(Finishing, places.finisher, settings, settings)
+    encoder: Any = Encoder
     encoders = [
-        _placed(Encoder.options(name=f"Encoder-{name}"), places.encoder, settings, settings, name)
+        _placed(encoder.options(name=f"Encoder-{name}"), places.encoder, settings, settings, name)
         for name in encoder_names(Path(settings.model))
     ]
     return [network, codec, finishing, *encoders]
@@ -189,6 +194,7 @@ def _placed(deployment: Any, place: PlaceSettings, settings: ServeSettings, *arg
         num_replicas=place.replicas,
         ray_actor_options=asked,
         max_ongoing_requests=MANY,
+        max_surge_percent=place.surge_percent,
         graceful_shutdown_timeout_s=settings.limits.deadline_s + 30,
         health_check_period_s=CHECK_S,
         logging_config={"log_level": settings.log_level, "enable_access_log": False},

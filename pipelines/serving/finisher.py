@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lidit.serving.guards.guard import Guard
-from lidit.serving.provenance.manifest import ManifestSigner, ProvenanceUnavailable
+from lidit.serving.provenance.manifest import Format, ManifestSigner, ProvenanceUnavailable
 from lidit.serving.provenance.watermark import LEAST_SIDE, NoRoom, Watermark
 from pipelines.serving.checks import demand
 from pipelines.serving.errors import ApiError
 from pipelines.serving.orders import Delivery
 
 QUALITY = 90  # of jpeg and webp unless the client says otherwise
+KINDS: dict[str, Format] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 Pixels = NDArray[np.uint8]  # [height, width, 3]
 
 
@@ -71,7 +72,7 @@ class Finisher:
                 mark = None
         data, manifest = encode(pixels, delivery), None
         if self.signer is not None:
-            data, manifest = self.signer.sign(data, f"image/{delivery.format}", title, self.digest)
+            data, manifest = self.signer.sign(data, KINDS[delivery.format], title, self.digest)
         return File(data, hashlib.sha256(data).hexdigest(), mark, manifest)
 
 

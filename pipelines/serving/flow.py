@@ -72,7 +72,7 @@ class Flow:
         await demand(self.words, texts, "prompt")
         tokens = await asyncio.gather(*(reader.tokens(texts) for reader in self.stages.readers.values()))
         # 2. All LLMs at once; the network's stage waits for them.
-        states = [reader.encode(order.prompt) for reader in self.stages.readers.values()]
+        states = [reader.encode(text) for text in texts for reader in self.stages.readers.values()]
         yield Accepted(tokens[0])
         # 3. Steps, and what is to be seen of them.
         advances = self.stages.denoiser.draw(order, *states)

@@ -65,6 +65,8 @@ class Job:
     status: Status = "queued"
     tokens: int = 0
     taken: dict[int, float] = field(default_factory=dict)  # image -> share of its steps
+    steps: int = 0  # of each image
+    previewed: bool = False
     events: list[Happened] = field(default_factory=list)
     ended: float | None = None
     task: asyncio.Task[None] | None = None

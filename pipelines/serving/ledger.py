@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from lidit.serving.audit import AuditLog, AuditUnavailable, Entry, Event, load_key
 from lidit.serving.guards.guard import Verdict
 from lidit.serving.keys import KeyDenied, KeyStore, KeysUnavailable, QuotaExceeded
+from pipelines.runtime.prometheus import RequestMetrics
 from pipelines.serving.admission import Admission
 from pipelines.serving.errors import ApiError, broken, missing, quota_spent, too_late
 from pipelines.serving.issued import Register
@@ -59,6 +61,7 @@ class Ledger:
         self.audit = AuditLog(folder / AUDIT, load_key(folder / AUDIT_KEY))
         self.admission, self.board, self.links = Admission(limits), JobBoard(limits), Links(limits.keep_s)
         self._facts: ModelFacts | None = None
+        self._metrics = RequestMetrics("")
         self.audit.append(Entry(event="started"))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -81,6 +84,7 @@ class Ledger:
     async def facts(self) -> ModelFacts:
         if self._facts is None:
             self._facts = await self.studio.facts()
+            self._metrics = RequestMetrics(self._facts.name)
         return self._facts
 
     async def moderate(self, texts: list[str]) -> list[list[Verdict]]:
@@ -99,6 +103,7 @@ class Ledger:
             return self.board.view(known)
         job = Job(order, key, request, repeat)
         self.admission.join(key, order.units)
+        self._metrics.queue(self.admission.units)
         self.board.add(job)  # at once: the same request may come again while this one is written down
         charged = False
         try:
@@ -228,6 +233,11 @@ class Ledger:
         except Exception:
             log.exception("request %s cannot be settled", job.request)
             status, error = "failed", broken(job.request)
+        outcome_word = outcome.event or "drawn"
+        lost = sum(job.taken.values()) * job.steps if outcome_word != "drawn" else 0
+        size = f"{job.order.width}x{job.order.height}"
+        self._metrics.ended(outcome_word, size, time.time() - job.created, round(lost))
+        self._metrics.queue(self.admission.units)
         self.board.end(job, status, error.problem if error else None)
 
     async def _draw(self, job: Job) -> None:
@@ -239,9 +249,12 @@ class Ledger:
                     continue
                 self.board.start(job)
                 if isinstance(part, Step):
-                    job.taken[part.image] = part.number / part.total
+                    job.taken[part.image], job.steps = part.number / part.total, part.total
                     job.told("step", image=part.image, step=part.number, steps=part.total)
                 elif isinstance(part, Preview):
+                    if not job.previewed:
+                        self._metrics.previewed(time.time() - job.created)
+                        job.previewed = True
                     job.tell(Happened(job.next, "preview", preview=part))
                 elif isinstance(part, Picture):
                     await self._issue(job, part)

@@ -37,7 +37,8 @@ class PlaceSettings(Settings):
     replicas: int = Field(1, ge=1)
     cpus: float = Field(0, ge=0)
     gpus: float = Field(0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each")
+    surge_percent: int = Field(0, ge=0, le=100, description="new replicas beside the old ones while they are replaced")
 
 
 class ApartSettings(Settings):
@@ -95,6 +96,7 @@ class ServeSettings(Settings):
     sizes: tuple[tuple[int, int], ...] = Field((), description="(height, width) to measure at the start")
     together: bool = Field(True, description="LLMs, network and codec in one process each replica")
     gateways: int = Field(1, ge=1)
+    ledger: PlaceSettings = PlaceSettings()
     studio: PlaceSettings = PlaceSettings()
     apart: ApartSettings = ApartSettings()
     limits: LimitSettings = LimitSettings()

@@ -38,7 +38,7 @@ def studio_of(settings: ServeSettings) -> Flow:
     device = str(pipeline.model.device)
     stages = Stages(
         {name: Reader(encoder, device) for name, encoder in pipeline.encoders.items()},
-        Denoiser(pipeline, sizes_of(settings, pipeline), probe_of(settings, pipeline)),
+        Denoiser(facts.name, pipeline, sizes_of(settings, pipeline), probe_of(settings, pipeline)),
         Decoder(pipeline.codec, device),
         finisher_of(settings, facts.digest),
     )

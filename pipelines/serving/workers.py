@@ -24,6 +24,7 @@ from lidit.pixels import unit_to_bytes
 from lidit.serving import Engine, PromptCache, Request
 from lidit.serving.guards.guard import Guard
 from lidit.serving.guards.probe import States
+from pipelines.runtime.prometheus import EngineMetrics
 from pipelines.serving.checks import demand
 from pipelines.serving.errors import ApiError, invalid, worker_lost
 from pipelines.serving.orders import Order
@@ -38,6 +39,7 @@ class Reader:
     def __init__(self, encoder: ModelEncoder, device: str | None = None) -> None:
         self.encoder, self.device = encoder, device
         self.cache = PromptCache()
+        self._metrics = EngineMetrics(encoder.name)
         encoder.encoder(device)  # loaded now, not by the first prompt
 
     async def tokens(self, prompts: list[str]) -> int:
@@ -51,8 +53,13 @@ class Reader:
 
     async def encode(self, prompt: str) -> torch.Tensor:
         """States [T, W]."""
-        found = await asyncio.to_thread(self.cache.states, self.encoder, [prompt], self.device)
-        return found[0]
+        return (await self.encode_all([prompt]))[0]
+
+    async def encode_all(self, prompts: list[str]) -> list[torch.Tensor]:
+        """States of each prompt; those that are not kept go to the LLM at once."""
+        found = await asyncio.to_thread(self.cache.states, self.encoder, prompts, self.device)
+        self._metrics.prompt_states(self.cache.hits, self.cache.misses)
+        return found
 
 
 @dataclass(frozen=True)
@@ -70,21 +77,29 @@ class Denoiser:
     """The network and its step loop. What leaves it is on the CPU: it may go to another process."""
 
     def __init__(
-        self, pipeline: LIDiTPipeline, sizes: tuple[tuple[int, int], ...] = (), probe: Guard[States] | None = None
+        self,
+        name: str,
+        pipeline: LIDiTPipeline,
+        sizes: tuple[tuple[int, int], ...] = (),
+        probe: Guard[States] | None = None,
     ) -> None:
         self.pipeline, self.probe = pipeline, probe
         self.engine = Engine(pipeline, sizes)
+        self._metrics = EngineMetrics(name)
 
     async def draw(self, order: Order, *states: torch.Tensor | Awaitable[torch.Tensor]) -> AsyncIterator[Advance]:
-        """Steps as they are taken, then every image's latents. `states`: of the model's encoders, in their order; not
-        awaited yet where the LLMs are in this process.
+        """Steps as they are taken, then every image's latents. `states`: of the model's encoders, in their order, and
+        once more of the negative prompt where there is one; not awaited yet where the LLMs are in this process.
 
         Whoever closes the iterator ends the work at the next step. Raises ApiError where the probe refuses the states.
         """
         found = await asyncio.gather(*(_state(entry) for entry in states))
-        named = dict(zip(self.pipeline.encoders, found, strict=True))
+        names = list(self.pipeline.encoders)
+        prompts = [
+            dict(zip(names, found[at : at + len(names)], strict=True)) for at in range(0, len(found), len(names))
+        ]
         if self.probe is not None:
-            await demand(self.probe, [named], "prompt")
+            await demand(self.probe, prompts, "prompt")
         total = order.sampler.applied(self.pipeline.sampler).steps
         shown = _shown(total, order.previews)
         events: asyncio.Queue[Advance | None] = asyncio.Queue()
@@ -99,7 +114,8 @@ class Denoiser:
             loop.call_soon_threadsafe(events.put_nowait, None)
 
         told_steps = min(total - 1, STEPS_TOLD) if order.previews == 0 else total - 1
-        request = Request(named, order.seeds, order.sampler, order.height, order.width, told_steps, told)
+        size, negative = (order.height, order.width), prompts[1] if order.negative else None
+        request = Request(prompts[0], order.seeds, order.sampler, *size, told_steps, told, negative)
         try:
             future = self.engine.submit(request)
         except InputError as error:
@@ -116,6 +132,8 @@ class Denoiser:
                 yield Advance(image, total, total, latents)
         finally:
             future.cancel()
+            counts = self.engine.counts
+            self._metrics.passes(counts.passes, counts.rows)
 
 
 class Decoder:

@@ -98,7 +98,7 @@ def settings_for(model: Path, folder: Path, **changes: object) -> ServeSettings:
         "folder": str(folder),
         "guards": {"words": str(words), "pixel_rule": {"colour": [255, 0, 0], "share": 1.0, "distance": 1.0}},
         "limits": {"steps": LONG},
-        "provenance": {"watermark": False},
+        "provenance": {"watermark": True},
     }
     return ServeSettings.model_validate({**tree, **changes})
 

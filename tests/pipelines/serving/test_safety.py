@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -127,8 +128,8 @@ def test_the_guard_of_states_reads_what_the_network_would(served: Platform, mode
 
     old = served.flow.stages.denoiser
     assert isinstance(old, Denoiser)
-    with_probe = Denoiser.__new__(Denoiser)  # another loop would measure its row caps anew
-    with_probe.pipeline, with_probe.engine, with_probe.probe = old.pipeline, old.engine, Guard("probe", Probe(), 0.5)
+    with_probe = copy.copy(old)  # another one's loop would measure its row caps anew
+    with_probe.probe = Guard("probe", Probe(), 0.5)
     flow = Flow(served.flow.known, replace(served.flow.stages, denoiser=with_probe), served.flow.words)
     with platform(settings_for(model, tmp_path), flow) as running:
         assert running.draw("a cube").status == 200
