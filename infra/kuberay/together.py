@@ -130,7 +130,7 @@ def run_folder_errors(documents: list[Document]) -> Iterator[str]:
     folder of one pod, or a URL, would lose the run.
     """
     for document in documents:
-        if cluster_spec(document) is None:
+        if cluster_spec(document) is None or document["kind"] == "RayService":  # a service trains nothing
             continue
         for word in shlex.split(document["spec"].get("entrypoint", ANY_TRAINING)):
             key, _, value = word.partition("=")

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from lidit.serving.guards.guard import Verdict
 from pipelines.serving.answers import Shapes
+from pipelines.serving.document import describe
 from pipelines.serving.edge import Edge, refuse
 from pipelines.serving.errors import ApiError, Problem, broken, invalid
 from pipelines.serving.jobs import Happened, JobView
@@ -70,6 +71,7 @@ def build_api(ledger: LedgerStage, settings: ServeSettings) -> Edge:
     _add_jobs(app, desk)
     _add_checks(app, desk)
     add_page(app)
+    describe(app)
     return Edge(app, ledger.check, settings.limits)
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray import serve
 
 from lidit.errors import InputError, JobError, one_line
 from lidit.pipeline import INDEX
 from lidit.serving.keys import KeyStore, KeysUnavailable
 from pipelines.runtime.resources import connect
+from pipelines.serving.application import IMPORT_PATH, NAME, application
 from pipelines.serving.door import CALLBACK, PLACE
 from pipelines.serving.ledger import KEYS
 from pipelines.serving.settings import ServeSettings
@@ -46,11 +48,6 @@ def serve_here(settings: ServeSettings) -> None:
     """Start a Ray of this process's own, serve until a signal, and end it."""
     # Every process of Serve inherits this: without it, clients could steer Serve by headers.
     os.environ[CALLBACK] = PLACE
-    # Only now: Ray reads the environment when it is imported.
-    from ray import serve
-
-    from pipelines.serving.application import NAME, application
-
     key = first_key(Path(settings.folder))
     connect(cpus=2)
     options = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.deadline_s + NET_S}
@@ -88,9 +85,9 @@ def write_config(settings: ServeSettings, path: Path) -> None:
         },
         "applications": [
             {
-                "name": "lidit",
+                "name": NAME,
                 "route_prefix": "/",
-                "import_path": "pipelines.serving.application:build",
+                "import_path": IMPORT_PATH,
                 "args": settings.model_dump(mode="json", exclude_defaults=True) | {"model": settings.model},
             }
         ],

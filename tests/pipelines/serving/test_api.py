@@ -267,6 +267,30 @@ def test_a_picture_is_known_again(served: Platform) -> None:
     assert served.call("POST", "/v1/verify", file.getvalue()).json["answer"] == "unknown"
 
 
+def test_the_document_names_every_address_and_one_shape_of_errors(served: Platform) -> None:
+    document = served.call("GET", "/openapi.json", key=None).json
+    assert {(path, method) for path, operations in document["paths"].items() for method in operations} == {
+        ("/v1/images/generations", "post"),
+        ("/v1/files/{job_id}/{image}", "get"),
+        ("/v1/models", "get"),
+        ("/v1/models/{name}", "get"),
+        ("/v1/jobs", "post"),
+        ("/v1/jobs/{job_id}", "get"),
+        ("/v1/jobs/{job_id}", "delete"),
+        ("/v1/jobs/{job_id}/events", "get"),
+        ("/v1/moderations", "post"),
+        ("/v1/verify", "post"),
+        ("/healthz", "get"),
+    }
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"]
+            schema = operation["responses"]["default"]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/Error"}
+            assert ("security" in operation) == (path.startswith("/v1/") and "files" not in path)
+    assert "ValidationError" not in json.dumps(document)
+
+
 def test_a_full_queue_says_when_to_come_again(model: Path, tmp_path: Path, served: Platform) -> None:
     """One key may fill half of the queue, all keys the whole of it."""
     room = 16 * 16 * 2 * LONG  # a guided picture of so many steps
