@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 
 from pipelines.serving.edge import API, FILES
 
-VERSION = "1"
+PUBLISHED = "1"
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -45,7 +45,7 @@ def describe(app: FastAPI) -> None:
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
-    found = get_openapi(title=app.title, version=VERSION, routes=app.routes)
+    found = get_openapi(title=app.title, version=PUBLISHED, routes=app.routes)
     parts = found.setdefault("components", {})
     parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     schemas = {name: schema for name, schema in parts.get("schemas", {}).items() if "ValidationError" not in name}

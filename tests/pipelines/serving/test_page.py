@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from pipelines.serving.page import FILES, POLICY
 from tests.helpers.one_process import FORBIDDEN, LONG, Platform
+from tests.helpers.waiting import wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = [
@@ -115,7 +116,8 @@ def test_the_page_cancels(served: Platform, visit: Visit) -> None:
     expect(card.get_by_role("img", name="preview")).to_be_visible()
     card.get_by_role("button", name="Cancel").click()
     expect(card.get_by_role("alert")).to_have_text("Cancelled.")
-    assert served.flow.stages.denoiser.engine.counts.cancelled == before + 1  # type: ignore[attr-defined]
+    engine = served.flow.stages.denoiser.engine  # type: ignore[attr-defined]
+    wait_until(lambda: engine.counts.cancelled == before + 1, 30)
 
 
 def test_the_page_says_why_it_was_refused(served: Platform, visit: Visit) -> None:
