@@ -48,6 +48,7 @@ def serve_here(settings: ServeSettings) -> None:
     """Start a Ray of this process's own, serve until a signal, and end it."""
     # Every process of Serve inherits this: without it, clients could steer Serve by headers.
     os.environ[CALLBACK] = PLACE
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     key = first_key(Path(settings.folder))
     connect(cpus=2)
     options = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.deadline_s + NET_S}
