@@ -172,6 +172,14 @@ def application(settings: ServeSettings) -> Application:
     return _placed(Gateway, PlaceSettings(replicas=settings.gateways, surge_percent=100), settings, settings, ledger)
 
 
+def places_of(settings: ServeSettings) -> list[PlaceSettings]:
+    """What is asked of the cluster, by each deployment."""
+    apart = settings.apart
+    encoders = [apart.encoder] * len(encoder_names(Path(settings.model)))
+    drawing = [settings.studio] if settings.together else [apart.denoiser, apart.codec, apart.finisher, *encoders]
+    return [settings.ledger, *drawing]
+
+
 def _stages(settings: ServeSettings) -> list[Application]:
     places = settings.apart
     network = _placed(Network, places.denoiser, settings, settings)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from ray import serve
 from lidit.errors import InputError, JobError, one_line
 from lidit.pipeline import INDEX
 from lidit.serving.keys import KeyStore, KeysUnavailable
-from pipelines.runtime.resources import connect
-from pipelines.serving.application import IMPORT_PATH, NAME, application
+from pipelines.runtime.resources import CLUSTER_ADDRESS, connect, total
+from pipelines.serving.application import IMPORT_PATH, NAME, application, places_of
 from pipelines.serving.door import CALLBACK, PLACE
 from pipelines.serving.ledger import KEYS
 from pipelines.serving.settings import ServeSettings
@@ -50,7 +52,9 @@ def serve_here(settings: ServeSettings) -> None:
     os.environ[CALLBACK] = PLACE
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     key = first_key(Path(settings.folder))
-    connect(cpus=2)
+    # Processes that wait for each other need a logical CPU each: with too few, they would wait for ever.
+    connect(cpus=max(1, math.ceil(sum(place.replicas * place.cpus for place in places_of(settings)))))
+    check_places(settings)
     options = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.deadline_s + NET_S}
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -64,6 +68,22 @@ def serve_here(settings: ServeSettings) -> None:
         raise JobError(f"the platform did not start: {one_line(error, 300)}") from None
     finally:
         serve.shutdown()
+
+
+def check_places(settings: ServeSettings) -> None:
+    """Raise InputError where this Ray cannot hold what the settings ask for; a cluster may grow."""
+    if os.environ.get(CLUSTER_ADDRESS):
+        return
+    wanted: Counter[str] = Counter()
+    for place in places_of(settings):
+        for resource, each in {"GPU": place.gpus, **place.resources}.items():
+            wanted[resource] += place.replicas * each  # type: ignore[assignment]
+    for resource, amount in wanted.items():
+        if amount > (offered := total(resource)):
+            raise InputError(
+                f"the settings ask for {amount:g} {resource}, this machine offers {offered:g}: lower replicas, gpus or "
+                f"resources, or write a config for a cluster (--config)"
+            )
 
 
 def first_key(folder: Path) -> str | None:

@@ -269,6 +269,7 @@ function asked() {
     guidance_scale: Number(at("guidance").value),
     output_format: at("format").value,
   };
+  if (at("negative").value) body.negative_prompt = at("negative").value;
   if (at("seed").value) body.seed = Number(at("seed").value);
   return body;
 }
@@ -309,6 +310,7 @@ function reuse({ asked: settings, pictures }) {
   at("steps").value = settings.steps;
   at("guidance").value = settings.guidance_scale;
   at("format").value = settings.output_format;
+  at("negative").value = settings.negative_prompt ?? "";
   at("seed").value = pictures[0]?.seed ?? settings.seed ?? "";
   at("more").open = true;
   showValues();

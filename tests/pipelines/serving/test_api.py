@@ -165,6 +165,15 @@ def test_a_refused_prompt_costs_nothing_and_is_written_nowhere(served: Platform)
         assert b"zeppelin" not in file.read_bytes(), file
 
 
+def test_a_negative_prompt_is_checked_and_led_away_from(served: Platform) -> None:
+    plain, away = (
+        served.draw(PROMPT, seed=3, **fields).json["data"][0] for fields in ({}, {"negative_prompt": "a cube"})
+    )
+    assert plain["b64_json"] != away["b64_json"]
+    refused = served.draw(PROMPT, negative_prompt=FORBIDDEN)
+    assert refused.error == (400, "moderation_blocked", "prompt", "false")
+
+
 def test_openais_client_draws_streams_and_is_refused(served: Platform) -> None:
     openai = client(served)
     drawn = openai.images.generate(prompt=PROMPT, n=2, size="16x16", extra_body={"seed": 3, "steps": 2})
