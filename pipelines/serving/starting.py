@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -56,12 +57,19 @@ def serve_here(settings: ServeSettings) -> None:
     connect(cpus=max(1, math.ceil(sum(place.replicas * place.cpus for place in places_of(settings)))))
     check_places(settings)
     options = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.deadline_s + NET_S}
-    ended = threading.Event()
+    ready, ended = threading.Event(), threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not ready.is_set():  # Serve waits for its replicas, for ever if need be
+            raise KeyboardInterrupt
+        ended.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, stop)
     try:
         serve.start(proxy_location="HeadOnly", http_options=options)
         serve.run(application(settings), name=NAME, route_prefix="/")
+        ready.set()
         _tell(settings, key)
         ended.wait()
     except RuntimeError as error:
