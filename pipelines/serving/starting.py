@@ -25,7 +25,7 @@ from pipelines.serving.application import IMPORT_PATH, NAME, application, places
 from pipelines.serving.door import CALLBACK, PLACE
 from pipelines.serving.ledger import KEYS
 from pipelines.serving.settings import ServeSettings
-from pipelines.serving.studio import check_guards
+from pipelines.serving.studio import check_guards, words_of
 
 FIRST_SCOPES = ("generate", "moderate", "verify")
 NET_S = 60.0  # Serve's own deadline stands so far behind ours
@@ -44,6 +44,7 @@ def guarded(settings: ServeSettings, given: Mapping[str, Any]) -> ServeSettings:
     if "needed" not in (given.get("guards") or {}) and _only_here(settings.host):
         settings = settings.model_copy(update={"guards": settings.guards.model_copy(update={"needed": False})})
     check_guards(settings)
+    words_of(settings)  # a list that cannot be used is told now, not by a replica
     return settings
 
 
