@@ -70,7 +70,7 @@ def reference(model: Path) -> Callable[[str, int, int], np.ndarray]:
     pipe.set_progress_bar_config(disable=True)
 
     def drawn(prompt: str, seed: int, steps: int) -> np.ndarray:
-        return pipe([prompt], seed=seed, num_inference_steps=steps, output_type="np")[0].astype(int)
+        return np.asarray(pipe([prompt], seed=seed, num_inference_steps=steps).images[0]).astype(int)
 
     return drawn
 
