@@ -221,7 +221,8 @@ def test_a_job_is_followed_cancelled_and_its_keys_alone(served: Platform) -> Non
         steps = served.steps
         assert served.call("DELETE", f"/v1/jobs/{job}").json["status"] == "cancelled"
         told = events(served.call("GET", f"/v1/jobs/{job}/events"))
-        assert [event["type"] for event in told[:3]] == ["job.queued", "job.accepted", "job.started"]
+        kinds = list(dict.fromkeys(event["type"] for event in told))  # its place may be told more than once
+        assert kinds[:3] == ["job.queued", "job.accepted", "job.started"]
         assert told[-1]["type"] == "job.cancelled"
         assert served.steps == steps
 
