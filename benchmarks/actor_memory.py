@@ -63,7 +63,8 @@ def actor(folder: Path, captions: int, tokens: int) -> None:
     works = EncodeUnits(EncodeJob(str(corpus), settings, spec, PoolSettings()))
     assert works.problem is None, works.problem
     flags = [False] * captions
-    row = {"token_ids": [[5 + i % 200 for i in range(tokens)]] * captions, "truncated": flags, "control": flags}
+    ids = [[5 + i % 200 for i in range(tokens)]] * captions
+    row = {"token_ids": ids, "truncated": flags, "control": flags, "merged": flags}
     tables = [pa.Table.from_pylist([{"unit": unit, **row}], schema=TOKENIZED) for unit in range(units)]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = mebibytes("VmRSS")

@@ -109,6 +109,8 @@ def show(corpus: str, made: EmbedSummary) -> None:
         print(f"  {made.truncated} captions were cut to {made.max_tokens} tokens")
     if made.control:
         print(f"  {made.control} captions spell control words of the tokenizer; they were read as text")
+    if made.merged:
+        print(f"  {made.merged} captions have other tokens together with their instruction; they were read apart")
     for directory, fields in made.relatives.items():
         print(f"  another family than {directory}: {'; '.join(fields)}")
 

@@ -11,7 +11,10 @@ from jobs.support.start import run
 
 def command(
     corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address.")],
-    to: Annotated[Literal["webdataset", "parquet"], typer.Option(help="Tars, or Parquet files.")],
+    to: Annotated[
+        Literal["webdataset", "parquet", "diffusers"],
+        typer.Option(help="Tars, Parquet files, or arguments of a public pipeline's call as safetensors."),
+    ],
     out: Annotated[str, typer.Option(help="Folder or s3:// address for the files; created.")],
     family: Annotated[list[str] | None, typer.Option(help="Text family to include; repeat for several.")] = None,
     images: Annotated[bool, typer.Option("--images", help="Include the images, read from their sources.")] = False,
@@ -20,7 +23,7 @@ def command(
     ] = "samples",
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Parquet: of the states.")] = "float32",
 ) -> None:
-    """Write one tar or Parquet file per unit: keys, captions, metadata, states of the families named, images if asked.
+    """Write one file per unit: keys, captions, metadata, states of the families named, images if asked.
 
     Parquet files are read by pandas, Polars, DuckDB and Hugging Face datasets as [tokens, width]; beside the folder,
     OUT.shared.parquet has each LLM's model, instruction, and states of the instruction and of the empty caption.

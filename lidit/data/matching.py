@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 from lidit.codecs import codec_spec
 from lidit.config import CodecSettings, EncoderSettings
 from lidit.errors import InputError
 from lidit.store import Corpus, TextFamily, spec_differences
+from lidit.text.rules import Reading, TextRules, resolve_reading, set_fields, text_rules
 
 
 def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
@@ -25,11 +29,11 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
         if handle.name != encoder.name:
             continue
         spec = handle.spec
-        blocks = encoder.layer if encoder.layer >= 0 else spec["total_blocks"] + 1 + encoder.layer
-        found = {**{key: spec.get(key) for key in wanted}, "blocks": spec["blocks"]}
-        if found == {**wanted, "blocks": blocks}:
+        asked = {**wanted, **_of_rules(encoder, spec["total_blocks"])}
+        found = {key: spec.get(key) for key in asked}
+        if found == asked:
             matches.append(handle)
-        differences += [f"{handle.directory}: {line}" for line in spec_differences(found, {**wanted, "blocks": blocks})]
+        differences += [f"{handle.directory}: {line}" for line in spec_differences(found, asked)]
     complete = [handle for handle in matches if handle.complete]
     if len(complete) > 1:
         listed = "\n  ".join(spec_differences(complete[0].spec, complete[1].spec))
@@ -42,6 +46,14 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
     if differences:
         raise _no_match(corpus, "text", encoder.name, differences, "compute it with lidit embed", "encoder")
     return corpus.text_family(encoder.name)  # raises InputError, listing the families
+
+
+def _of_rules(encoder: EncoderSettings, total_blocks: int) -> dict[str, Any]:
+    """What a family's spec must say of blocks and text; None where it must not say it."""
+    blocks, reading = resolve_reading(encoder, total_blocks)
+    said = {**set_fields(reading), **set_fields(text_rules(encoder))}
+    names = [field.name for rules in (Reading, TextRules) for field in fields(rules)]
+    return {"blocks": blocks, **{name: said.get(name) for name in names}}
 
 
 def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:

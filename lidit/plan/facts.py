@@ -24,6 +24,8 @@ def gather_facts(recipe: Recipe) -> Facts:
     per_sample = corpus.facts["totals"]["captions"] / corpus.num_samples if corpus else assumed.captions_per_sample
     tokens, prefixes, shapes = {}, {}, {}
     for encoder in recipe.encoders:
+        if encoder.layers is not None:
+            raise InputError(f"encoder {encoder.name}: plans are made for encoders of one layer; set layer, not layers")
         shapes[encoder.name] = encoder_shape(encoder, recipe)
         if not 1 <= kept_blocks(shapes[encoder.name], encoder.layer) <= shapes[encoder.name].blocks:
             raise InputError(

@@ -15,6 +15,8 @@ from lidit.store.states import (
     shared_table,
     storage_loss,
     text_table,
+    with_empty_pooled,
+    with_pooled,
 )
 from lidit.store.writer import FamilyWriter
 
@@ -48,4 +50,6 @@ __all__ = [
     "storage_loss",
     "text_table",
     "unit_tables",
+    "with_empty_pooled",
+    "with_pooled",
 ]

@@ -1,4 +1,4 @@
-"""A corpus with its states for teams on other loaders: WebDataset tars or Parquet files, one per unit."""
+"""A corpus with its states for teams on other loaders: tars, Parquet or safetensors files, one per unit."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safetensors.torch import save
 from lidit.errors import InputError
 from lidit.progress import SILENT, Progress
 from lidit.store.corpus import Corpus
+from lidit.store.export_conditions import INDEX, SUFFIX, require_conditions, write_conditions, write_index
 from lidit.store.families import TextFamily
 from lidit.store.files.atomic import TEMPORARY_PREFIX, publish_bytes, publish_written, remove_leftovers
 from lidit.store.files.folder import Folder, open_url
@@ -34,7 +35,8 @@ from lidit.store.parquet import (
 )
 from lidit.store.schema import seal, unseal
 
-FORMATS = ("webdataset", "parquet")
+SUFFIXES = {"webdataset": "tar", "parquet": "parquet", "diffusers": SUFFIX}
+FORMATS = tuple(SUFFIXES)
 EXPORT_FILE = "_export.json"  # readers of a folder of Parquet files pass over names with an underscore in front
 
 
@@ -46,7 +48,7 @@ def export_corpus(
     images: Callable[[Corpus, int], Iterable[bytes]] | None = None,
     progress: Progress = SILENT,
 ) -> list[str]:
-    """Write a corpus with its states for other loaders: one WebDataset tar or one Parquet file per unit.
+    """Write a corpus with its states for other loaders: one file per unit.
 
     A file appears whole or not at all, and a second call skips the files of the first. `out` belongs to one corpus,
     format, choice of families and of images, and layout, which tars' _export.json and every Parquet file name.
@@ -54,12 +56,14 @@ def export_corpus(
     A tar holds, per sample, UUUUU_RRRRRR.json (key, captions, metadata), .NAME.safetensors (one tensor [tokens, width]
     per caption: "0", "1", ...) and .image. A Parquet file has a row per sample and caption; states are lists of
     vectors [tokens, width]. Beside the folder, OUT.shared.parquet has a row per family: the model, its instruction,
-    and the states of the instruction and of the empty caption.
+    and the states of the instruction and of the empty caption. For diffusers, a safetensors file has the arguments of
+    a pipeline's call for each caption (ROW.prompt_embeds), and index.parquet says which row is whose.
 
     Args:
         path: Folder or URL of the corpus.
         out: Folder or URL to write to: a new one, or that of the same export.
-        to: "webdataset", "parquet", or a `ParquetLayout` for Parquet files of another dtype or of distinct captions.
+        to: "webdataset", "parquet", "diffusers", or a `ParquetLayout` for Parquet files of another dtype or of distinct
+            captions.
         families: Text families to include, by name, directory or fingerprint.
         images: Gives the image bytes of a unit's samples in order, to include them: (corpus, unit) -> bytes each.
         progress: Counts units.
@@ -78,6 +82,10 @@ def export_corpus(
         raise InputError("images belong to samples: export rows per sample, or leave the images out")
     corpus, folder = Corpus.open(path), Folder.at(out)
     opened = [corpus.text_family(name) for name in families]
+    if to == "diffusers":
+        if images is not None:
+            raise InputError("export to diffusers: holds no images; leave --images out, or export to webdataset")
+        require_conditions(opened)
     identity = _identity(corpus, to, opened, images is not None)
     if to == "parquet":
         identity |= identity_of(layout, opened)
@@ -85,26 +93,30 @@ def export_corpus(
         _claim(folder, identity)
         remove_leftovers(folder)
         written, present = [], folder.sizes()
-        if to == "webdataset" and EXPORT_FILE not in present:
+        if to != "parquet" and EXPORT_FILE not in present:
             publish_bytes(folder, EXPORT_FILE, seal(identity))
         elif to == "parquet" and opened:
             parent, name = _sibling(folder)
             publish_written(parent, name, partial(write_table, tables=[shared_table(opened, layout.dtype)]))
         progress.expect(corpus.num_units)
         for unit in range(corpus.num_units):
-            name = f"{corpus.unit_name(unit)}.{'tar' if to == 'webdataset' else 'parquet'}"
+            name = f"{corpus.unit_name(unit)}.{SUFFIXES[to]}"
             if name not in present:
                 for family in opened:
                     family.verify_unit(unit)
                 contents = list(images(corpus, unit)) if images is not None else None
                 if to == "webdataset":
                     content = partial(_write_tar, corpus=corpus, unit=unit, families=opened, images=contents)
+                elif to == "diffusers":
+                    content = partial(write_conditions, corpus=corpus, unit=unit, families=opened)
                 else:
                     table = with_identity(_parquet_table(corpus, unit, opened, contents, layout), identity)
                     content = partial(write_table, tables=[table])
                 publish_written(folder, name, content)
             written.append(name)
             progress.update(unit + 1)
+        if to == "diffusers" and INDEX not in present:
+            publish_written(folder, INDEX, partial(write_index, corpus=corpus))
         return written
 
 

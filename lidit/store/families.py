@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from lidit.errors import InputError
+from lidit.store.condition import arguments
 from lidit.store.files.folder import Folder
 from lidit.store.latent_file import LatentFile
 from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, FamilyHandle, read_named_table
@@ -205,6 +206,50 @@ class TextFamily(Family):
         shared = self.shared()
         states: list[torch.Tensor] = self._open(unit).states(rows, shared.mean, shared.deviation)
         return states
+
+    def pooled(self, unit: int, rows: Sequence[int] | None = None) -> list[torch.Tensor] | None:
+        """Read the pooled vectors of captions of one unit.
+
+        Args:
+            unit: Number of the unit, from 0.
+            rows: Rows of the unit's captions; None reads all.
+
+        Returns:
+            One [X] float32 tensor per row; None where the family has no pooled vectors.
+        """
+        vectors: list[torch.Tensor] | None = self._open(unit).pooled(rows)
+        return vectors
+
+    def prompt_embeds(self, unit: int, rows: Sequence[int] | None = None, padded: int | None = None) -> dict[str, Any]:
+        """Read captions as a public pipeline's call takes them: `pipe(**family.prompt_embeds(0))`.
+
+        Args:
+            unit: Number of the unit, from 0.
+            rows: Rows of the unit's captions; None reads all.
+            padded: Tokens that states are filled up to with zeros; None: those of the longest row.
+
+        Returns:
+            The call's arguments by name, such as prompt_embeds and prompt_embeds_mask.
+
+        Raises:
+            InputError: The encoder names no pipeline, or a row is longer than `padded`.
+        """
+        return arguments(self, self.read(unit, rows), self.pooled(unit, rows), padded)
+
+    def negative_prompt_embeds(self, count: int = 1, padded: int | None = None) -> dict[str, Any]:
+        """The empty caption as `prompt_embeds` gives captions, `count` times.
+
+        Args:
+            count: Rows.
+            padded: As in `prompt_embeds`.
+
+        Returns:
+            As `prompt_embeds`, each name with `negative_` before it.
+        """
+        shared = self.shared()
+        pooled = None if shared.empty_pooled is None else [shared.empty_pooled] * count
+        found = arguments(self, [shared.empty] * count, pooled, padded)
+        return {f"negative_{name}": value for name, value in found.items()}
 
     def token_ids(self, unit: int, rows: Sequence[int] | None = None) -> list[list[int]]:
         """Read the token ids behind `read`, without the instruction's.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from lidit.store.packing import ARROW_TYPES, STORAGES, decode, encode
 from lidit.store.schema import read_metadata, with_metadata
 
 SHARED_ROLES = ("prefix", "empty", "mean", "deviation")
+POOLED_ROLE = "empty_pooled"  # only in families with pooled vectors
 
 
 def states_schema(storage: str, width: int) -> pa.Schema:
@@ -89,6 +91,16 @@ def stored_table(
     if scale is not None:
         columns.append(pa.LargeListArray.from_arrays(pa.array(_offsets(lengths)), pa.array(scale.numpy())))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def with_pooled(table: pa.Table, pooled: Sequence[torch.Tensor], width: int) -> pa.Table:
+    """A text table with one pooled vector [X] per row; width: X, for a table without rows."""
+    flat = torch.stack(list(pooled)).float().cpu() if pooled else torch.zeros(0, width)  # [rows, X]
+    if not torch.isfinite(flat).all():
+        raise JobError("the encoder produced NaN or infinite pooled vectors; compute in bfloat16 or float32")
+    offsets = np.arange(len(flat) + 1, dtype=np.int64) * flat.shape[1]
+    column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat.numpy().reshape(-1)))
+    return table.append_column(pa.field("pooled", column.type), column)
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
@@ -204,6 +216,7 @@ class SharedStates:
         prefix_ids: The P token ids of the instruction.
         empty_ids: The T token ids of the empty caption.
         sha256: Of the file they came from, which every unit's record repeats.
+        empty_pooled: [X] float32, the empty caption's vector in families with pooled vectors.
     """
 
     prefix: torch.Tensor
@@ -213,6 +226,7 @@ class SharedStates:
     prefix_ids: tuple[int, ...]
     empty_ids: tuple[int, ...]
     sha256: str
+    empty_pooled: torch.Tensor | None = None
 
 
 def shared_table(
@@ -253,12 +267,21 @@ def shared_table(
     return pa.Table.from_arrays(columns, schema=facts)
 
 
+def with_empty_pooled(shared: pa.Table, pooled: torch.Tensor) -> pa.Table:
+    """`shared.arrow` of a family with pooled vectors: the empty caption's, [X]."""
+    row: tuple[list[Any], ...] = [POOLED_ROLE], [0], [[]], [pooled.float().cpu().tolist()]
+    added = pa.table(
+        [pa.array(value, field.type) for value, field in zip(row, shared.schema, strict=True)], shared.schema
+    )
+    return pa.concat_tables([shared, added]).combine_chunks()
+
+
 def read_shared(table: pa.Table, sha256: str, where: str) -> SharedStates:
     """The inverse of `shared_table`. InputError where a role is missing."""
     facts = read_metadata(table.schema, where)
     width, compute = facts["width"], getattr(torch, facts["logical"])
     rows = {role: i for i, role in enumerate(table["role"].to_pylist())}
-    if set(rows) != set(SHARED_ROLES):
+    if set(rows) - {POOLED_ROLE} != set(SHARED_ROLES):
         raise InputError(f"{where}: roles {sorted(rows)}, expected {sorted(SHARED_ROLES)}")
 
     def tensor(role: str) -> torch.Tensor:
@@ -268,6 +291,7 @@ def read_shared(table: pa.Table, sha256: str, where: str) -> SharedStates:
     def ids(role: str) -> tuple[int, ...]:
         return tuple(table["token_ids"][rows[role]].as_py())
 
+    pooled = table["states"][rows[POOLED_ROLE]].values.to_numpy().copy() if POOLED_ROLE in rows else None
     return SharedStates(
         tensor("prefix").to(compute),
         tensor("empty").to(compute),
@@ -276,4 +300,5 @@ def read_shared(table: pa.Table, sha256: str, where: str) -> SharedStates:
         ids("prefix"),
         ids("empty"),
         sha256,
+        None if pooled is None else torch.from_numpy(pooled),
     )

@@ -52,6 +52,7 @@ class _Batch:
     values: torch.Tensor  # [N, W], stored type
     scale: torch.Tensor | None  # [N], int8 only
     token_ids: pa.ListArray
+    pooled: torch.Tensor | None  # [rows, X], in families with pooled vectors
 
 
 class TextFile:
@@ -79,7 +80,9 @@ class TextFile:
                 _, scale = list_values(content, base, batch.column("scale"), torch.float32, where)
                 if len(scale) != tokens.sum():
                     raise InputError(f"{where}: scales do not fit the token counts; run lidit verify")
-            batches.append(_Batch(first_row, offsets // width, flat.view(-1, width), scale, batch.column("token_ids")))
+            pooled = _pooled(content, base, batch, where)
+            values = flat.view(-1, width)
+            batches.append(_Batch(first_row, offsets // width, values, scale, batch.column("token_ids"), pooled))
             lengths.append(tokens)
             first_row += batch.num_rows
         return cls(batches, storage, width, np.concatenate(lengths))
@@ -102,6 +105,16 @@ class TextFile:
             found.append(decode(batch.values[part], self.storage, scale, mean, deviation))
         return found
 
+    def pooled(self, rows: Sequence[int] | None) -> list[torch.Tensor] | None:
+        """[X] of each row; None where the family has no pooled vectors."""
+        found = []
+        for row in range(self.rows) if rows is None else rows:
+            batch, local = self._locate(row)
+            if batch.pooled is None:
+                return None
+            found.append(batch.pooled[local])
+        return found
+
     def token_ids(self, rows: Sequence[int] | None) -> list[list[int]]:
         found = []
         for row in range(self.rows) if rows is None else rows:
@@ -114,3 +127,12 @@ class TextFile:
             raise IndexError(f"row {row} of a unit with {self.rows} rows")
         batch = self.batches[int(np.searchsorted(self._first_rows, row, side="right")) - 1]
         return batch, row - batch.first_row
+
+
+def _pooled(content: mmap.mmap | bytearray, base: int, batch: pa.RecordBatch, where: str) -> torch.Tensor | None:
+    if "pooled" not in batch.schema.names:
+        return None
+    offsets, flat = list_values(content, base, batch.column("pooled"), torch.float32, where)
+    if len(set(np.diff(offsets).tolist())) > 1:
+        raise InputError(f"{where}: pooled vectors of several widths; run lidit verify")
+    return flat.view(batch.num_rows, -1) if batch.num_rows else flat.view(0, 0)

@@ -23,6 +23,8 @@ from lidit.store import (
     channel_statistics,
     shared_table,
     spec_differences,
+    with_empty_pooled,
+    with_pooled,
 )
 from lidit.store.packing import TORCH_TYPES, encode
 from lidit.store.states import not_finite, stored_table
@@ -67,7 +69,8 @@ def require_prefix(encoder: PromptEncoder, stored: SharedStates, where: str) -> 
     The spec's files determine them, but for what a chat template asks of the clock or of the installed transformers.
     """
     ids, _ = encoder.prefix_states()
-    if tuple(ids) != stored.prefix_ids:
+    # Without a caption there is the suffix, where it is stored, and what stands for no caption.
+    if tuple(ids) != stored.prefix_ids or encoder.tokenizer.empty_ids != stored.empty_ids:
         raise InputError(
             f"{where}: computed behind an instruction of other tokens ({len(stored.prefix_ids)} stored, {len(ids)} "
             f"of encoder {encoder.spec.name}, or as many others): another transformers renders the chat template "
@@ -91,7 +94,9 @@ def ensure_shared(encoder: PromptEncoder, writer: FamilyWriter, token_budget: in
     empty_ids, empty = encoder.empty_states()
     sample = [found.states for found in encoder.encode(calibration_captions(writer.corpus), token_budget)]
     mean, deviation = channel_statistics(sample or [empty])
-    return writer.write_shared(shared_table(prefix_ids, prefix, empty_ids, empty, mean, deviation))
+    table = shared_table(prefix_ids, prefix, empty_ids, empty, mean, deviation)
+    pooled = encoder.empty_pooled() if encoder.spec.reading.pooled else None
+    return writer.write_shared(table if pooled is None else with_empty_pooled(table, pooled))
 
 
 def encoded_tables(
@@ -120,8 +125,9 @@ def encoded_tables(
             "truncated": sum(tokens.truncated for tokens in piece),
             "computed_tokens": encoder.padding(ids, token_budget).computed,
         }
-        if control := sum(tokens.control for tokens in piece):  # absent otherwise: records stay the bytes they were
-            counts["control"] = control
+        for name in ("control", "merged"):
+            if count := sum(getattr(tokens, name) for tokens in piece):  # absent otherwise: records stay as they were
+                counts[name] = count
         statistics.add(stored.extremes, counts=counts)
         statistics.add(stored.exact, table.slice(0, ERROR_ROWS), shared.mean, shared.deviation)
         yield table
@@ -142,6 +148,9 @@ class _Stored:
         self.scales = [torch.empty(0)] * len(lengths)  # [T] each, int8 only
         self.exact = [nothing] * min(len(lengths), ERROR_ROWS)  # [T, W] each, whose storage error is measured
         self.extremes: list[torch.Tensor] = []  # [2] each, of a batch
+        vector = shared.empty_pooled  # only where the encoder gives vectors of whole captions
+        self.pooled_width = 0 if vector is None else len(vector)
+        self.pooled = None if vector is None else [torch.zeros_like(vector)] * len(lengths)  # [X] each
 
     def pack(self, rows: list[int], flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """States [N, W] of a batch -> values [N, W], scales [N] or none, extremes [2], states to be measured."""
@@ -157,7 +166,7 @@ class _Stored:
 
     def take(self, rows: list[int], found: tuple[torch.Tensor, ...]) -> None:
         """What `pack` gave, on the CPU. JobError where a state is no number."""
-        values, scale, extremes, exact = found
+        values, scale, extremes, exact, *pooled = found
         for row, part in self._of(rows, values):
             self.values[row] = part
         if self.storage == "int8":
@@ -165,6 +174,9 @@ class _Stored:
                 self.scales[row] = part
         for row, part in self._of([row for row in rows if row < ERROR_ROWS], exact):
             self.exact[row] = part
+        if self.pooled is not None:
+            for row, vector in zip(rows, pooled[0], strict=True):
+                self.pooled[row] = vector
         if not extremes.isfinite().all():
             telling = self.scales if self.storage == "int8" else self._floats()
             raise not_finite(next(row for row in sorted(rows) if not telling[row].isfinite().all()))
@@ -176,7 +188,8 @@ class _Stored:
         kept = [value for value in self.values if len(value)]
         values = torch.cat(kept) if kept else torch.empty(0, width, dtype=TORCH_TYPES[self.storage])
         scale = torch.cat(self.scales or [torch.empty(0)]) if self.storage == "int8" else None
-        return stored_table(token_ids, values, scale, self.storage, width)
+        table = stored_table(token_ids, values, scale, self.storage, width)
+        return table if self.pooled is None else with_pooled(table, self.pooled, self.pooled_width)
 
     def _of(self, rows: list[int], flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         return zip(rows, flat.split([self.lengths[row] for row in rows]), strict=True)

@@ -16,12 +16,13 @@ from lidit.config.shipped import load_encoder_settings
 from lidit.errors import InputError
 from lidit.text.batching import Padding, padding_of, plan_batches, plan_packed
 from lidit.text.specs import EncoderSpec, default_device, resolve_encoder
-from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
+from lidit.text.tokenizer import PromptTokenizer
 from lidit.text.trunk import Trunk
 
 TOKEN_BUDGET = 8192
 Finish = Callable[[list[int], torch.Tensor], tuple[torch.Tensor, ...]]
 PADDING_TRIAL = ("a cat", "two red circles and a blue square on a green field, photographed in the evening light")
+CONTEXT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # what forgets a part of its context is off by half and more
 PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # rounding alone stays below a tenth of it
 
 
@@ -33,11 +34,13 @@ class CaptionStates:
         token_ids: T ids, without the instruction's.
         states: [T, W] on the CPU, in the dtype they were computed in.
         truncated: Whether the caption was cut to the encoder's `max_tokens`.
+        pooled: [X], where the encoder gives a vector of the whole caption.
     """
 
     token_ids: tuple[int, ...]
     states: torch.Tensor
     truncated: bool
+    pooled: torch.Tensor | None = None
 
 
 class PromptEncoder:
@@ -51,12 +54,15 @@ class PromptEncoder:
         self.spec, self.tokenizer, self.trunk = spec, tokenizer, trunk
         self._prefix: torch.Tensor | None = None
         trunk.require_positions(len(tokenizer.context_ids), tokenizer.longest)
-        if spec.kind == "causal":
+        if spec.kind == "causal" and tokenizer.context_ids:
             states = self.trunk.read_context(self._padded([tokenizer.context_ids]))  # [1, C, W]
             self._prefix = states[0, : len(tokenizer.prefix_ids)].cpu()  # [P, W]; P = 0 with BOS as context
+            self._check_context()
             # On a CPU padded batches are as fast, and their states are those of the families stored so far.
-            trunk.packs = trunk.device.type == "cuda" and trunk.packing_agrees(tokenizer.longest)
-        else:
+            masked = spec.text.padding is not None and spec.text.padding.masked
+            packs = trunk.device.type == "cuda" and not masked
+            trunk.packs = packs and trunk.packing_agrees(tokenizer.longest)
+        elif spec.kind != "causal" and spec.text.padding is None:
             self._check_padding()
 
     @classmethod
@@ -99,11 +105,18 @@ class PromptEncoder:
         """The states of the empty caption, for guidance.
 
         Returns:
-            Token ids and states [T, W], T at least 1.
+            Token ids and states [T, W].
         """
         ids = self.tokenizer.empty_ids
-        _, states = next(self.encode_tokens([ids]))
-        return ids, states
+        return ids, self.encode([""])[0].states
+
+    def empty_pooled(self) -> torch.Tensor | None:
+        """The vector of the empty caption.
+
+        Returns:
+            [X]; None where the encoder gives no vectors of whole captions.
+        """
+        return self.encode([""])[0].pooled
 
     def encode(self, captions: Sequence[str], token_budget: int = TOKEN_BUDGET) -> list[CaptionStates]:
         """Encode captions.
@@ -116,12 +129,33 @@ class PromptEncoder:
             The states of each caption, in the captions' order.
         """
         tokens = self.tokenizer.tokenize(captions)
-        found: list[torch.Tensor | None] = [None] * len(tokens)
         ids = [row.token_ids for row in tokens]
-        for rows, flat in self.encode_tokens(ids, token_budget):
-            for row, states in zip(rows, flat.split([len(ids[row]) for row in rows]), strict=True):
+        states, pooled = self.encode_rows(ids, token_budget)
+        vectors: Sequence[torch.Tensor | None] = pooled or [None] * len(tokens)
+        found = zip(tokens, states, vectors, strict=True)
+        return [CaptionStates(row.token_ids, own, row.truncated, vector) for row, own, vector in found]
+
+    def encode_rows(
+        self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Encode captions that are tokens already, in their order.
+
+        Args:
+            token_ids: Ids of each caption; one without any has no states.
+            token_budget: Most tokens of one forward pass, padding included.
+
+        Returns:
+            States [T, W] of each caption, and the pooled vectors [X], none where the encoder gives no such.
+        """
+        nothing = torch.zeros(0, self.spec.width, dtype=getattr(torch, self.spec.dtype))
+        found = [nothing] * len(token_ids)
+        vectors: dict[int, torch.Tensor] = {}
+        for rows, (flat, *pooled) in self.run(token_ids, token_budget, lambda _rows, flat: (flat,)):
+            for row, states in zip(rows, flat.split([len(token_ids[row]) for row in rows]), strict=True):
                 found[row] = states
-        return [_caption_states(row, states) for row, states in zip(tokens, found, strict=True)]
+            for vector in pooled:
+                vectors.update(zip(rows, vector, strict=True))
+        return found, [vectors[row] for row in range(len(token_ids))] if vectors else []
 
     def encode_tokens(
         self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
@@ -137,7 +171,7 @@ class PromptEncoder:
         Returns:
             Pairs: the rows of a batch, and their states one after the other, [N, W] on the CPU.
         """
-        for rows, (flat,) in self.run(token_ids, token_budget, lambda _rows, flat: (flat,)):
+        for rows, (flat, *_) in self.run(token_ids, token_budget, lambda _rows, flat: (flat,)):
             yield rows, flat
 
     def run(
@@ -146,18 +180,22 @@ class PromptEncoder:
         """Encode captions, work on a batch's states where they were computed, and bring the result to the CPU.
 
         Args:
-            token_ids: Ids of each caption, at least one.
+            token_ids: Ids of each caption; one without any is in no batch.
             token_budget: Most tokens of one forward pass, padding included.
             finish: From the rows of a batch and their states [N, W] to the tensors that are wanted of them.
 
         Returns:
-            Pairs: the rows of a batch, and its tensors on the CPU.
+            Pairs: the rows of a batch, and its tensors on the CPU, behind them the pooled vectors [B, X] where the
+            encoder gives such.
         """
-        lengths = [len(ids) for ids in token_ids]
+        written = [row for row, ids in enumerate(token_ids) if ids]
         waiting: tuple[list[int], tuple[torch.Tensor, ...], torch.cuda.Event | None] | None = None
-        for rows in self.plan(lengths, token_budget):
+        for places in self.plan([len(token_ids[row]) for row in written], token_budget):
+            rows = [written[place] for place in places]
             with torch.no_grad():
                 found = finish(rows, self._forward([token_ids[row] for row in rows]))
+            if self.trunk.pooled is not None:
+                found = (*found, self.trunk.pooled)
             done = None
             if self.trunk.device.type == "cuda":
                 found = tuple(_to_host(tensor) for tensor in found)
@@ -179,7 +217,7 @@ class PromptEncoder:
         Returns:
             Useful and computed tokens.
         """
-        lengths = [len(ids) for ids in token_ids]
+        lengths = [len(ids) for ids in token_ids if ids]
         if self.trunk.packs:
             return Padding(sum(lengths), sum(lengths))
         return padding_of(lengths, plan_batches(lengths, token_budget))
@@ -202,16 +240,52 @@ class PromptEncoder:
             return self.trunk.after_context_packed(rows)
         lengths = torch.tensor([len(row) for row in rows])
         if self.spec.kind == "causal":
-            states = self.trunk.after_context(self._padded(rows))  # [B, T, W]
+            states = self.trunk.after_context(self._padded(rows), self._padding_mask(rows))  # [B, T, W]
             start = 0
         else:
-            context = self.tokenizer.context_ids
+            context, suffix = self.tokenizer.context_ids, self._unstored_suffix
             start = len(context)
-            ids = self._padded([(*context, *row) for row in rows])  # [B, C + T]
-            valid = torch.arange(ids.shape[1]) < (lengths + start)[:, None]  # [B, C + T]
+            ids = self._padded([(*context, *row, *suffix) for row in rows])  # [B, C + T]
+            valid = self._padding_mask(rows)
+            if valid is None:
+                valid = torch.arange(ids.shape[1]) < (lengths + start + len(suffix))[:, None]  # [B, C + T]
             states = self.trunk.whole(ids, valid.to(ids.device))[:, start:]  # [B, T, W]
         keep = torch.arange(states.shape[1]) < lengths[:, None]  # [B, T]
         return states[keep.to(states.device)]  # [N, W]
+
+    @property
+    def _unstored_suffix(self) -> tuple[int, ...]:
+        return self.tokenizer.suffix_ids if self.spec.text.suffix == "dropped" else ()
+
+    def _padding_mask(self, rows: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """[B, C + T]: what rows attend to, where they hold padding that is masked; else None."""
+        rule = self.spec.text.padding
+        if rule is None or not rule.masked:
+            return None
+        context, longest = len(self.tokenizer.context_ids), max(map(len, rows))
+        place = torch.arange(context + longest)  # [C + T]
+        if rule.side == "left":
+            first = torch.tensor([self.tokenizer.padding_before(row) for row in rows])  # [B]
+            mask = place >= first[:, None]
+        else:
+            mask = place < torch.tensor([context + self.tokenizer.without_padding(row) for row in rows])[:, None]
+        return mask.to(self.trunk.device)
+
+    def _check_context(self) -> None:
+        """Some models cut their cache to a window that their attention does not have, where the config names one."""
+        row = self.tokenizer.tokenize(PADDING_TRIAL[:1])[0].token_ids
+        start = len(self.tokenizer.context_ids)
+        ids = self._padded([(*self.tokenizer.context_ids, *row)])
+        with torch.inference_mode():
+            whole = self.trunk.whole(ids, torch.ones_like(ids, dtype=torch.bool))[0, start:].float()  # [T, W]
+            behind = self.trunk.after_context(ids[:, start:])[0].float()
+        difference = float((behind - whole).norm() / whole.norm())
+        if difference > CONTEXT_TOLERANCE[self.spec.dtype]:
+            raise InputError(
+                f"encoder {self.spec.name}: {self.spec.folder}: {self.spec.model_type}: behind an instruction that was "
+                f"read ahead, this model's states are off by {difference:.0%}; choose another model, or a template of "
+                "{} alone"
+            )
 
     def _check_padding(self) -> None:
         """Some models mix padding into the captions beside it (FNet, MobileBERT): states would depend on the batch."""
@@ -264,8 +338,3 @@ def _arrived(
     if done is not None:
         done.synchronize()
     return rows, found
-
-
-def _caption_states(tokens: CaptionTokens, states: torch.Tensor | None) -> CaptionStates:
-    assert states is not None
-    return CaptionStates(tokens.token_ids, states, tokens.truncated)

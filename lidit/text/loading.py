@@ -15,8 +15,11 @@ from lidit.errors import InputError, one_line
 from lidit.text.specs import EncoderSpec
 
 
-def load_model(spec: EncoderSpec, device: torch.device) -> Any:
-    """The text part of a spec's model with `spec.blocks` blocks. InputError where the folder lacks a tensor of it."""
+def load_model(spec: EncoderSpec, device: torch.device) -> tuple[Any, nn.Module | None]:
+    """The text part of a spec's model with `spec.blocks` blocks, and the projection of its pooled output, if asked for.
+
+    InputError where the folder lacks a tensor of them.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -42,22 +45,31 @@ def load_model(spec: EncoderSpec, device: torch.device) -> Any:
     finally:
         logging.set_verbosity(verbosity)
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    absent = [name for name in absent if not _needless(model, name, encoder)]
+    absent = [name for name in absent if not _needless(model, name, spec)]
     if absent:
         raise InputError(
             f"encoder {spec.name}: {spec.folder}: the weight files lack {len(absent)} tensors of the model, such as "
             f"{absent[0]}; fetch the model again"
         )
+    projection = None
+    if spec.reading.pooled == "text_embeds":
+        projection = getattr(model, "text_projection", None)
+        if not isinstance(projection, nn.Module):
+            raise InputError(
+                f"encoder {spec.name}: {spec.folder}: {spec.model_type}: this model projects no pooled output; set "
+                "pooled: pooler_output, or leave it out"
+            )
+        projection = projection.eval().requires_grad_(False)
     part: Any = _text_part(model, encoder)
-    return part.eval().requires_grad_(False)
+    return part.eval().requires_grad_(False), projection
 
 
-def _needless(model: nn.Module, tensor: str, encoder: bool) -> bool:
+def _needless(model: nn.Module, tensor: str, spec: EncoderSpec) -> bool:
     """Whether the states are right without a tensor in the files: many checkpoints lack such."""
     *modules, _ = tensor.split(".")
-    if "pooler" in modules:  # it reads the states, and changes none
+    if "pooler" in modules and spec.reading.pooled is None:  # it reads the states, and changes none
         return True
-    if encoder and modules[:1] == ["decoder"] and model.config.is_encoder_decoder:  # type: ignore[union-attr]
+    if spec.kind == "encoder" and modules[:1] == ["decoder"] and model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return True
     try:
         holder = type(model.get_submodule(".".join(modules))).__name__
@@ -72,10 +84,12 @@ def _auto_class(config: Any, spec: EncoderSpec) -> Any:
     They are taken out of the model, which has no storage yet when it is built, and not out of its config: fewer blocks
     there mean other blocks where a model counts from its end, forces the kind of its last one or packs them together.
     """
-    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers import AutoModel, AutoModelForTextEncoding, CLIPTextConfig, CLIPTextModelWithProjection
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 
     encoder = spec.kind == "encoder"
+    if spec.reading.pooled == "text_embeds" and isinstance(config, CLIPTextConfig):
+        return CLIPTextModelWithProjection  # no AutoModel stands for it
     texts = encoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
     auto, mapping = (AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING) if texts else (AutoModel, MODEL_MAPPING)
     if texts and config.is_encoder_decoder:

@@ -19,6 +19,16 @@ from lidit.errors import InputError, one_line
 from lidit.hub import fetch_snapshot, is_hub_id
 from lidit.store.schema import canonical_json, digest_of
 from lidit.text.packaged import PREFIX, cache_folder, packaged_model_folder
+from lidit.text.rules import (
+    ONE_BLOCK,
+    PLAIN_TEXT,
+    Reading,
+    TextRules,
+    joined_width,
+    resolve_reading,
+    set_fields,
+    text_rules,
+)
 
 ENCODER_VERSION = 1  # raise when the same settings and files begin to give other states
 TOKENIZER_FILES = (
@@ -63,13 +73,16 @@ class EncoderSpec:
     weights_sha256: str
     tokenizer_sha256: str
     template_date: str | None = None
+    reading: Reading = ONE_BLOCK
+    text: TextRules = PLAIN_TEXT
 
     def to_dict(self) -> dict[str, Any]:
         """The identity, as `family.json` stores it."""
-        fields = {key: value for key, value in self.__dict__.items() if key not in ("name", "folder", "fingerprint")}
-        later = {"template_date"}  # absent where it is not set: families of earlier releases keep their fingerprints
-        fields = {key: value for key, value in fields.items() if key not in later or value is not None}
-        return {**fields, "code": ENCODER_VERSION}
+        apart = ("name", "folder", "fingerprint", "reading", "text")
+        fields = {key: value for key, value in self.__dict__.items() if key not in apart}
+        if self.template_date is None:
+            del fields["template_date"]
+        return {**fields, **set_fields(self.reading), **set_fields(self.text), "code": ENCODER_VERSION}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -78,7 +91,18 @@ class EncoderSpec:
 
     @property
     def final(self) -> bool:
+        """Whether the last block runs."""
         return self.blocks == self.total_blocks
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks whose outputs are taken, counted from 1; 0 stands for the embeddings."""
+        return self.reading.layers or (self.blocks,)
+
+    @property
+    def model_width(self) -> int:
+        """Width of the model's own states, of which a stored one may join several."""
+        return self.width // joined_width(self.reading, 1)
 
 
 def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> EncoderSpec:
@@ -96,17 +120,13 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
             f"encoder {settings.name}: {settings.model} is an encoder-decoder model: set kind: encoder for its encoder"
         )
     text = config.get_text_config(decoder=True) if settings.kind != "encoder" else _encoder_config(config)
-    total, width = _shape(text, folder)
-    blocks = settings.layer if settings.layer >= 0 else total + 1 + settings.layer
-    if not 1 <= blocks <= total:
-        raise InputError(
-            f"encoder {settings.name}: layer {settings.layer}: {settings.model} has {total} blocks; choose 1 to "
-            f"{total}, or -1 (the last, with the final norm) to {-total}"
-        )
+    total, model_width = _shape(text, folder)
+    blocks, reading = resolve_reading(settings, total)
     if settings.dtype != "auto":
         dtype = settings.dtype
     else:
         dtype = "bfloat16" if (device or default_device()).startswith("cuda") else "float32"
+    whole = settings.kind == "encoder" or settings.template is not None
     if settings.kind == "encoder" and (settings.system_prompt or settings.chat_template or settings.instruction):
         raise InputError(
             f"encoder {settings.name}: kind 'encoder' reads the bare caption: leave instruction, system_prompt and "
@@ -118,14 +138,14 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
         )
     instruction = settings.instruction
     if instruction is None:
-        instruction = "" if settings.kind == "encoder" else PAPER_INSTRUCTION
+        instruction = "" if whole else PAPER_INSTRUCTION
     digests = _Digests(folder)
     return EncoderSpec(
         name=settings.name,
         folder=str(folder),
         kind=settings.kind,
         model_type=str(text.model_type),
-        width=width,
+        width=joined_width(reading, model_width),
         blocks=blocks,
         total_blocks=total,
         system_prompt=settings.system_prompt,
@@ -138,6 +158,8 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
         weights_sha256=digests.of(weight_files(folder)),
         tokenizer_sha256=digests.of([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]),
         template_date=settings.template_date,
+        reading=reading,
+        text=text_rules(settings),
     )
 
 
@@ -184,8 +206,8 @@ def _read_config(folder: Path) -> Any:
 
 
 def _encoder_config(config: Any) -> Any:
-    half = getattr(config, "encoder", None) if config.is_encoder_decoder else None  # T5Gemma has a config for each half
-    whole = config if half is None or isinstance(half, dict) else half
+    half = getattr(config, "encoder", None)  # T5Gemma has a config for each half
+    whole = half if hasattr(half, "num_hidden_layers") else config
     return getattr(whole, "text_config", whole)
 
 

@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from lidit.errors import InputError, one_line
+from lidit.text.cleaning import clean, split_quoted
 from lidit.text.control import ControlWords, flagged, unflagged
 from lidit.text.specs import EncoderSpec
-from lidit.text.template_date import render_dated
-
-CAPTION_MARK = "\N{LEFT WHITE LENTICULAR BRACKET}caption\N{RIGHT WHITE LENTICULAR BRACKET}"
+from lidit.text.template import Template, template_of
 
 
 @dataclass(frozen=True)
 class CaptionTokens:
-    """token_ids: at least one, at most the spec's max_tokens; truncated: whether the caption was longer; control:
-    whether it spells a control word, which was read as text."""
+    """token_ids: the caption's, and the suffix's and padding's where the spec stores them; truncated: whether the
+    caption was longer than the spec's max_tokens; control: whether it spells a control word, which was read as text;
+    merged: whether the tokenizer makes other tokens of the caption and the text around it, taken together."""
 
     token_ids: tuple[int, ...]
     truncated: bool
     control: bool = False
+    merged: bool = False
 
 
 class PromptTokenizer:
@@ -35,6 +36,8 @@ class PromptTokenizer:
     prefix_ids: stored and seen by the refiner. context_ids: what the model reads before a caption; the prefix or, where
     there is none, the beginning-of-sequence token. The first token of a sequence is an attention sink with states a
     hundred times larger than any other's: without a token before it, that would be the first word of the caption.
+    A bare template has neither: its captions are read with the tokenizer's own special tokens alone. suffix_ids: what
+    follows every caption.
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
@@ -49,10 +52,17 @@ class PromptTokenizer:
             reason = one_line(error, 200)
             raise InputError(f"{spec.folder}: no tokenizer could be loaded ({reason})") from None
         self.control_words = self._flag_control_words()
-        self.prefix_ids = self._prefix()
-        self.context_ids: tuple[int, ...] = ()
-        if spec.kind != "encoder":
-            self.context_ids = self.prefix_ids or (self._first_special("bos_token_id", "eos_token_id"),)
+        self.template: Template | None = template_of(spec, self.tokenizer)
+        self._own_first, self._own_last = self._own_specials()
+        # Padding on the left stands before the instruction, which then has no place of its own.
+        self._in_rows = spec.text.padding is not None and spec.text.padding.side == "left"
+        self._before = self._prefix()
+        self.suffix_ids = self._suffix()
+        self.prefix_ids = () if self._in_rows else self._before
+        self.context_ids = self.prefix_ids
+        if spec.kind != "encoder" and not self.prefix_ids and not self._in_rows and not self._is_bare:
+            self.context_ids = (self._first_special("bos_token_id", "eos_token_id"),)
+        self._filling = self._filling_id()
         self.empty_ids = self.tokenize([""])[0].token_ids
 
     @property
@@ -60,11 +70,45 @@ class PromptTokenizer:
         """Stands behind the mask; any valid id would do."""
         return int(self.tokenizer.pad_token_id or 0)
 
+    def _filling_id(self) -> int:
+        """The token of the padding that the spec stores; -1 without such."""
+        rule = self.spec.text.padding
+        if rule is None:
+            return -1
+        found = getattr(self.tokenizer, f"{rule.token}_token_id")
+        if found is None:
+            raise InputError(
+                f"{self.spec.folder}: the tokenizer has no {rule.token} token to make this encoder's padding of; take "
+                "the tokenizer that the system comes with, or set padding.token"
+            )
+        return int(found)
+
     @property
-    def longest(self) -> int:
+    def _is_bare(self) -> bool:
+        """Whether nothing but the tokenizer's own special tokens stands around a caption."""
+        template = self.template
+        return template is not None and template.specials and not (template.before or template.after or template.gap)
+
+    @property
+    def _limit(self) -> int:
         """Most tokens of a caption, the model's own special tokens included where they count."""
         own = self.tokenizer.model_max_length if self.spec.kind == "encoder" else self.spec.max_tokens
         return int(min(self.spec.max_tokens, own))
+
+    @property
+    def longest(self) -> int:
+        """Most tokens behind the context."""
+        rules = self.spec.text
+        if rules.counted == "whole":
+            longest = self._limit - len(self.context_ids)
+        else:
+            behind = len(self._stored_suffix) if rules.counted == "caption" else 0
+            longest = self._limit + behind + (len(self._before) if self._in_rows else 0)
+        return longest + (rules.padding.multiple_of or 1) - 1 if rules.padding else longest
+
+    @property
+    def _stored_suffix(self) -> tuple[int, ...]:
+        return self.suffix_ids if self.spec.text.suffix == "kept" else ()
 
     def _flag_control_words(self) -> ControlWords:
         """Marks what is special by function as special, so that captions cannot reach it; the prefix still does."""
@@ -82,20 +126,30 @@ class PromptTokenizer:
         """Token ids of each caption. What spells a control word is read as plain text, and told in `control`."""
         if not captions:
             return []
-        whole = self.spec.kind == "encoder"
-        rows = self._tokenize_whole(list(captions)) if whole else self._tokenize_bare(list(captions))
+        texts = [clean(caption, self.spec.text.clean) for caption in captions]
+        if self.spec.kind == "encoder" or self._is_bare:
+            rows = self._tokenize_whole([text or "" for text in texts])
+        elif self.template is not None and (self.template.specials or self.spec.text.suffix is not None):
+            rows = self._tokenize_between([text or "" for text in texts])
+        else:
+            rows = self._tokenize_bare([text or "" for text in texts])
+        if self.spec.text.padding is not None:
+            rows = [replace(row, token_ids=self._filled(row.token_ids)) for row in rows]
+        rows = [CaptionTokens((), False) if text is None else row for text, row in zip(texts, rows, strict=True)]
         spelled = [self.control_words.spelled_in(caption) for caption in captions]
-        return [replace(row, control=True) if found else row for row, found in zip(rows, spelled, strict=True)]
+        return [
+            replace(row, control=True, merged=False) if found else row for row, found in zip(rows, spelled, strict=True)
+        ]
 
     def _tokenize_bare(self, captions: list[str]) -> list[CaptionTokens]:
         """The captions' own tokens; what stands before them is the prefix."""
-        rows = self.tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rows = self._ids(captions)
         limit = self.spec.max_tokens
-        return [CaptionTokens(tuple(ids[:limit]) or (self._nothing(),), len(ids) > limit) for ids in rows]
+        return [CaptionTokens(tuple(ids[:limit]) or self._nothing(), len(ids) > limit) for ids in rows]
 
     def _tokenize_whole(self, captions: list[str]) -> list[CaptionTokens]:
         """With the model's own special tokens around the caption, as encoders expect it; they count as tokens."""
-        longest = self.longest
+        longest = self._limit
         options = {"truncation": True, "max_length": longest, "split_special_tokens": True}
         rows = self.tokenizer(captions, **options)["input_ids"]
         full = [i for i, ids in enumerate(rows) if len(ids) >= longest]  # only these can have been longer
@@ -105,11 +159,94 @@ class PromptTokenizer:
             else []
         )
         cut = {i for i, ids in zip(full, whole, strict=True) if len(ids) > longest}
-        return [CaptionTokens(tuple(ids) or (self._nothing(),), i in cut) for i, ids in enumerate(rows)]
+        empty = self._nothing() if any(not ids for ids in rows) else ()
+        replaced = self.spec.text.empty is not None  # then whatever the tokenizer makes of no text
+        return [
+            CaptionTokens(self._nothing() if replaced and not text else tuple(ids) or empty, i in cut)
+            for i, (text, ids) in enumerate(zip(captions, rows, strict=True))
+        ]
 
-    def _nothing(self) -> int:
-        """What an empty caption is read as: the end of the text."""
-        return self._first_special("eos_token_id", "bos_token_id")
+    def _tokenize_between(self, captions: list[str]) -> list[CaptionTokens]:
+        """The captions' tokens and those of the template behind them."""
+        assert self.template is not None
+        rules, suffix = self.spec.text, self._stored_suffix
+        texts = [self.template.gap + caption for caption in captions]
+        rows = [self._spelled(text) for text in texts] if rules.spell_quoted else self._ids(texts)
+        merged = [False] * len(rows) if rules.spell_quoted else self._merged(captions, rows)
+        limit = self.spec.max_tokens - (len(self._before) if rules.counted == "whole" else 0)
+        found = []
+        for ids, joint in zip(rows, merged, strict=True):
+            row = ids or list(self._nothing())
+            if rules.counted == "caption":
+                stored, cut = [*row[:limit], *suffix], len(row) > limit
+            else:
+                stored, cut = [*row, *suffix][:limit], len(row) + len(suffix) > limit
+            before = self._before if self._in_rows else ()
+            found.append(CaptionTokens((*before, *stored), cut, merged=joint))
+        return found
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts alone; what looks like a control word is text."""
+        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return rows
+
+    def _spelled(self, text: str) -> list[int]:
+        return [number for ids in self._ids(split_quoted(text)) for number in ids] if text else []
+
+    def _merged(self, captions: list[str], rows: list[list[int]]) -> list[bool]:
+        """Whether the text around a caption and the caption give other tokens together than apart."""
+        template = self.template
+        assert template is not None
+        texts = [template.before + template.gap + caption + template.after for caption in captions]
+        whole = self.tokenizer(texts, add_special_tokens=template.specials, verbose=False)["input_ids"]
+        return [list(ids) != [*self._before, *row, *self.suffix_ids] for ids, row in zip(whole, rows, strict=True)]
+
+    def _filled(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """With the padding that the spec stores."""
+        rule = self.spec.text.padding
+        assert rule is not None
+        own = 0 if self._in_rows or self.spec.text.counted != "whole" else len(self._before)
+        if rule.multiple_of is not None:
+            missing = -(len(ids) + own) % rule.multiple_of
+        else:
+            missing = self.longest - len(ids)
+        padding = (self._filling,) * missing
+        return (*padding, *ids) if rule.side == "left" else (*ids, *padding)
+
+    def without_padding(self, ids: Sequence[int]) -> int:
+        """Tokens of a row before the padding that the spec stores behind it."""
+        end = len(ids)
+        while end and ids[end - 1] == self._filling:
+            end -= 1
+        own = [*self._own_last, *self._stored_suffix] if self._is_whole else list(self._stored_suffix)
+        while own and own[-1] == self._filling:  # a tokenizer may end texts with the token that it pads with
+            own.pop()
+            end += 1
+        return min(end, len(ids))
+
+    def padding_before(self, ids: Sequence[int]) -> int:
+        """Tokens of the padding that a row begins with."""
+        return next((place for place, number in enumerate(ids) if number != self._filling), len(ids))
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.spec.kind == "encoder" or self._is_bare
+
+    def _nothing(self) -> tuple[int, ...]:
+        """What an empty caption is read as: by default the end of the text, where nothing else is stored."""
+        empty = self.spec.text.empty
+        if isinstance(empty, int):
+            return (empty,)
+        if empty == "nothing" or (empty is None and self._stored_suffix):
+            return ()
+        if empty == "bos":
+            if self.tokenizer.bos_token_id is None:
+                raise InputError(
+                    f"{self.spec.folder}: the tokenizer has no beginning-of-text token, which empty: bos asks for; set "
+                    "empty to the id of a token"
+                )
+            return (int(self.tokenizer.bos_token_id),)
+        return (self._first_special("eos_token_id", "bos_token_id"),)
 
     def _first_special(self, *names: str) -> int:
         for name in (*names, "cls_token_id", "pad_token_id", "unk_token_id"):
@@ -121,11 +258,21 @@ class PromptTokenizer:
             "a prompt without instruction; choose a model whose tokenizer has an end-of-text token"
         )
 
+    def _own_specials(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the tokenizer puts before and behind every text."""
+        text, bare = self.tokenizer("x")["input_ids"], self.tokenizer("x", add_special_tokens=False)["input_ids"]
+        for start in range(len(text) - len(bare) + 1):
+            if text[start : start + len(bare)] == bare:
+                return tuple(text[:start]), tuple(text[start + len(bare) :])
+        return (), ()
+
     def _prefix(self) -> tuple[int, ...]:
-        spec = self.spec
-        if spec.chat_template:
-            ids = self.tokenizer(self._templated(), add_special_tokens=False)["input_ids"]
-            return tuple(ids)
+        spec, template = self.spec, self.template
+        if template is not None:
+            if not template.before:
+                return () if self._is_bare or not template.specials else self._own_first
+            ids = self.tokenizer(template.before, add_special_tokens=False)["input_ids"]
+            return (*(self._own_first if template.specials else ()), *ids)
         parts = [part for part in (spec.system_prompt, spec.instruction) if part]
         if not parts:
             return ()
@@ -135,30 +282,10 @@ class PromptTokenizer:
             ids = ids[:-1]  # the text goes on with the caption
         return tuple(ids)
 
-    def _templated(self) -> str:
-        """The conversation up to where the caption begins."""
-        spec = self.spec
-        if not self.tokenizer.chat_template:
-            raise InputError(
-                f"encoder {spec.name}: {spec.folder} has no chat template (a base model?); set chat_template: false"
-            )
-        user = {"role": "user", "content": "\n".join(part for part in (spec.instruction, CAPTION_MARK) if part)}
-        system = [{"role": "system", "content": spec.system_prompt}] if spec.system_prompt else []
-
-        def render(template: str) -> str:
-            try:
-                conversation = [*system, user]
-                return str(self.tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False))
-            except Exception as error:  # a template raises whatever its author chose
-                remedy = "leave system_prompt empty" if system else "set system_prompt"
-                raise InputError(
-                    f"encoder {spec.name}: the model's chat template refuses this conversation "
-                    f"({one_line(error, 200)}); {remedy} or set chat_template: false"
-                ) from None
-
-        where = f"encoder {spec.name}: {spec.folder}"
-        text = render_dated(render, self.tokenizer.get_chat_template(), spec.template_date, where)
-        before, mark, _ = text.partition(CAPTION_MARK)
-        if not mark:
-            raise InputError(f"encoder {spec.name}: the chat template drops the user's text; set chat_template: false")
-        return before
+    def _suffix(self) -> tuple[int, ...]:
+        """What follows a caption; nothing where a spec does not read it."""
+        template = self.template
+        if template is None or self._is_bare or not (template.specials or self.spec.text.suffix):
+            return ()
+        ids = self.tokenizer(template.after, add_special_tokens=False)["input_ids"] if template.after else []
+        return (*ids, *(self._own_last if template.specials else ()))

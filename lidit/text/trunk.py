@@ -3,7 +3,7 @@
 The blocks behind it and the output head are never read from disk. The block's output is taken by a hook, so it is the
 raw residual stream whatever the model calls its final norm; with all blocks it is the model's own last state.
 
-Legend: B batch, T tokens, P context tokens, H heads, D head width, W width.
+Legend: B batch, T tokens, C or P context tokens, H heads, D head width, W width, X width of pooled vectors.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import copy
 import logging
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lidit.errors import InputError, one_line
+from lidit.text.joining import join_layers
 from lidit.text.loading import block_list, load_model
 from lidit.text.packed import Packing, packed
 from lidit.text.specs import EncoderSpec
@@ -38,21 +40,20 @@ PACKING_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # rounding alone stays 
 class Trunk:
     """A truncated model and the ways of running it. All tensors are on `device`, states in the spec's dtype.
 
-    `packs`: captions behind a context run without padding, by `after_context_packed`.
+    packs: captions behind a context run without padding, by `after_context_packed`.
+
+    pooled: [B, X] of the last run, for specs that ask for it.
     """
 
-    def __init__(self, spec: EncoderSpec, model: Any) -> None:
+    def __init__(self, spec: EncoderSpec, model: Any, projection: nn.Module | None = None) -> None:
         """`model` has `spec.blocks` blocks already; `load` makes one from the spec's folder."""
         self.spec = spec
         self.model: Any = model
+        self.projection = projection
+        self.pooled: torch.Tensor | None = None
         self.device = next(model.parameters()).device
-        self._output: torch.Tensor | None = None
-        if not spec.final:
-            last = block_list(self.model, spec.blocks)[-1]
-            if spec.blocks == 1 and getattr(getattr(self.model, "encoder", None), "conv", None) is not None:
-                # DeBERTa-v2's: what the second block reads is not what the first one gives.
-                raise self._refusal("a convolution follows the first block", "choose layer: 2 or higher, or layer: -1")
-            last.register_forward_hook(self._keep_output)
+        self._outputs: dict[int, torch.Tensor] = {}
+        self._keep_outputs()
         if spec.kind == "unmasked":  # LLM2Vec's first step, arXiv 2404.05961
             self.model.config.is_causal = False
         self._try()
@@ -60,16 +61,18 @@ class Trunk:
         self._context_tokens = 0
         self.packs = False
         # Some models let later layers read an earlier layer's keys and values from the cache.
-        self._release_keys = not getattr(self.model.config, "num_kv_shared_layers", 0)
+        self._release_keys = not getattr(getattr(self.model, "config", None), "num_kv_shared_layers", 0)
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str) -> Trunk:
         """Read the blocks the spec needs. InputError where the folder lacks one of their tensors."""
-        return cls(spec, load_model(spec, torch.device(device)))
+        return cls(spec, *load_model(spec, torch.device(device)))
 
     def to(self, device: str | torch.device) -> None:
         """Moves the blocks and the context's keys and values."""
         self.model.to(device)
+        if self.projection is not None:
+            self.projection.to(device)
         self.device = next(self.model.parameters()).device
         for layer in [] if self._context is None else self._context.layers:
             if layer.keys is not None:
@@ -79,17 +82,49 @@ class Trunk:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def _keep_output(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._output = output[0] if isinstance(output, tuple | list) else output
+    def _keep_outputs(self) -> None:
+        """Hooks that note what the wanted blocks give, and what the first one reads."""
+        wanted = {layer for layer in self.spec.layers if layer != self._normed}
+        if not wanted:
+            return
+        blocks = block_list(self.model, self.spec.blocks)
+        if 1 in wanted and getattr(getattr(self.model, "encoder", None), "conv", None) is not None:
+            # DeBERTa-v2's: what the second block reads is not what the first one gives.
+            raise self._refusal("a convolution follows the first block", "choose layer: 2 or higher, or layer: -1")
+        for layer in wanted:
+            if layer == 0:
+                blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            else:
+                blocks[layer - 1].register_forward_hook(partial(self._keep_output, layer))
+
+    @property
+    def _normed(self) -> int | None:
+        """The block whose output is the model's own last state, behind the final norm."""
+        return self.spec.total_blocks if self.spec.reading.final_norm else None
+
+    def _keep_output(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._outputs[layer] = output[0] if isinstance(output, tuple | list) else output
+
+    def _keep_input(self, _module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+        self._outputs[0] = inputs[0] if inputs else named["hidden_states"]
 
     def _states(self, **inputs: Any) -> torch.Tensor:
         result = self.model(**inputs)
-        if self.spec.final:
-            last: torch.Tensor = result.last_hidden_state
-            return last
-        kept, self._output = self._output, None
-        assert isinstance(kept, torch.Tensor), "the block gives no tensor"
-        return kept
+        kept, self._outputs = self._outputs, {}
+        if self._normed is not None and self.spec.final:
+            kept[self._normed] = result.last_hidden_state
+        if self.spec.reading.pooled:
+            pooled: torch.Tensor = result.pooler_output
+            self.pooled = pooled if self.projection is None else self.projection(pooled)
+        if self.spec.reading.layers is None:
+            return self._tensor(kept[self.spec.blocks])
+        states = [self._tensor(kept[layer]) for layer in self.spec.layers]
+        return join_layers(states, self.spec.reading)
+
+    @staticmethod
+    def _tensor(output: Any) -> torch.Tensor:
+        assert isinstance(output, torch.Tensor), "the block gives no tensor"
+        return output
 
     def _refusal(self, reason: str, remedy: str) -> InputError:
         spec = self.spec
@@ -190,13 +225,17 @@ class Trunk:
                 )
 
     @torch.inference_mode()
-    def after_context(self, ids: torch.Tensor) -> torch.Tensor:
-        """States [B, T, W] of right-padded captions [B, T] behind the context.
+    def after_context(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """States [B, T, W] of right-padded captions [B, T] behind the context, if there is one.
 
         Needs no padding mask: a causal model never looks at what stands to the right, and padding only stands there.
+        mask [B, C + T] is for padding whose own states are wanted.
         """
+        inputs: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
+        if self._context is None:
+            return self._states(input_ids=ids, use_cache=False, **inputs)
         cache = _shared_context(self._context, ids.shape[0], self._release_keys)
-        return self._states(input_ids=ids, past_key_values=cache, use_cache=True)
+        return self._states(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
 
     @torch.inference_mode()
     def after_context_packed(self, rows: Sequence[Sequence[int]], longest: int = 0) -> torch.Tensor:
@@ -237,7 +276,7 @@ class Trunk:
     def whole(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States [B, T, W] of right-padded sequences [B, T] with a boolean padding mask [B, T]."""
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
-        if self.spec.kind == "unmasked":
+        if self.spec.kind != "encoder":
             inputs["use_cache"] = False
         return self._states(**inputs)
 

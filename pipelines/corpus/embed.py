@@ -46,6 +46,7 @@ TOKENIZED = pa.schema(
         ("token_ids", pa.list_(pa.list_(pa.int32()))),
         ("truncated", pa.list_(pa.bool_())),
         ("control", pa.list_(pa.bool_())),
+        ("merged", pa.list_(pa.bool_())),
         PROBLEM,
     ]
 )
@@ -74,6 +75,7 @@ class EmbedSummary:
     tokens: int
     truncated: int
     control: int
+    merged: int
     max_tokens: int
     bytes: int
     seconds: float
@@ -127,6 +129,7 @@ def run_embed(
         tokens=manifest["tokens"],
         truncated=counts.get("truncated", 0),
         control=counts.get("control", 0),
+        merged=counts.get("merged", 0),
         max_tokens=spec.max_tokens,
         bytes=manifest["bytes"],
         seconds=time.monotonic() - started,
@@ -297,7 +300,8 @@ def tokenize_units(batch: pa.Table, job: EncodeJob) -> pa.Table:
         except (InputError, JobError) as error:
             rows.append(_problem(unit, error))
             continue
-        columns = {name: [getattr(t, name) for t in tokens] for name in ("token_ids", "truncated", "control")}
+        names = ("token_ids", "truncated", "control", "merged")
+        columns = {name: [getattr(t, name) for t in tokens] for name in names}
         rows.append({"unit": unit, **columns})
     return pa.Table.from_pylist(rows, schema=TOKENIZED)
 
@@ -338,8 +342,8 @@ class EncodeUnits:
 
     def _encode(self, row: dict[str, Any]) -> CommitRecord:
         statistics = UnitStatistics()
-        columns = (row["token_ids"], row["truncated"], row["control"])
-        captions = [CaptionTokens(tuple(ids), cut, control) for ids, cut, control in zip(*columns, strict=True)]
+        columns = (row["token_ids"], row["truncated"], row["control"], row["merged"])
+        captions = [CaptionTokens(tuple(ids), *marks) for ids, *marks in zip(*columns, strict=True)]
         tables = encoded_tables(
             self.encoder, self.shared, captions, statistics, self.job.pool.token_budget, self.device
         )

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lidit.config import EncoderSettings, Recipe
 from lidit.config.shipped import load_recipe
-from lidit.errors import StorageError
+from lidit.errors import InputError, StorageError
 from lidit.models import LIDiT, TextStates
 from lidit.plan.facts import encoder_shape, gather_facts
 from lidit.plan.plan import (
@@ -124,6 +124,13 @@ def test_embedding_flops_are_those_of_the_encoder(tmp_path: Path) -> None:
     assert shape.width == 256
     expected = embedding_flops(settings, shape, tokens, prefix, tokens / 8)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_an_encoder_of_several_layers_is_not_planned() -> None:
+    encoder = EncoderSettings(name="two", model="nowhere", layers=(1, 2))
+    recipe = Recipe(name="x", corpus="x", encoders=(encoder,), plan={"samples": 8})
+    with pytest.raises(InputError, match="encoder two: plans are made for encoders of one layer"):
+        gather_facts(recipe)
 
 
 def test_a_corpus_that_is_there_is_measured(small_world: SmallWorld) -> None:

@@ -175,3 +175,45 @@ def test_plots_show_lengths_and_norms(corpus: Path, tmp_path: Path) -> None:
     for path in paths:
         image = Image.open(io.BytesIO(path.read_bytes()))
         assert min(image.size) > 300
+
+
+def conditioned(corpus: Path, **condition: object) -> None:
+    """The corpus's family, as of an encoder that names a pipeline."""
+    family = Corpus.open(corpus).text_family("fake")
+    writer = FamilyWriter(str(corpus), "text", "fake", family.spec)
+    writer.folder.remove("MANIFEST.json")
+    layout = {
+        "pipeline": "FluxPipeline", "states": "prompt_embeds", "mask": "prompt_embeds_mask", "pooled": None,
+        "mask_dtype": "int64", "mask_if_full": True, "instruction": 0, "layout": "batch", "side": "right", "bundles": 1,
+    }  # fmt: skip
+    writer.finish({"encoder": {"condition": {**layout, **condition}}})
+
+
+def test_diffusers_export_holds_the_calls_arguments_and_an_index(corpus: Path, tmp_path: Path) -> None:
+    conditioned(corpus, instruction="all")
+    names = export_corpus(str(corpus), str(tmp_path / "out"), "diffusers", ["fake"])
+    assert names == ["00000.safetensors", "00001.safetensors"]
+    prefix = Corpus.open(corpus).text_family("fake").shared().prefix.bfloat16()
+    index = pq.read_table(tmp_path / "out" / "index.parquet").to_pylist()
+    assert [line["caption"] for line in index] == [caption for unit in UNITS for caption in unit]
+    for line in index:
+        tensors = load((tmp_path / "out" / line["file"]).read_bytes())
+        states = tensors[f"{line['row']:06d}.prompt_embeds"]
+        expected = torch.cat([prefix, family_job.states_of(line["caption"])[1].bfloat16()])
+        assert torch.equal(states, expected[None])
+        assert tensors[f"{line['row']:06d}.prompt_embeds_mask"].tolist() == [[1] * len(expected)]
+        assert tensors["negative_prompt_embeds"].shape[0] == 1
+    assert export_corpus(str(corpus), str(tmp_path / "out"), "diffusers", ["fake"]) == names
+
+
+def test_diffusers_export_needs_families_that_name_a_pipeline(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="names no pipeline"):
+        export_corpus(str(corpus), str(tmp_path / "out"), "diffusers", ["fake"])
+    with pytest.raises(InputError, match="at least one"):
+        export_corpus(str(corpus), str(tmp_path / "out"), "diffusers")
+    conditioned(corpus)
+    with pytest.raises(InputError, match="both prompt_embeds"):
+        export_corpus(str(corpus), str(tmp_path / "out"), "diffusers", ["fake", "fake"])
+    with pytest.raises(InputError, match="no images"):
+        export_corpus(str(corpus), str(tmp_path / "out"), "diffusers", ["fake"], images)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ Make = Callable[..., EncoderSettings]
 UNITS = [WORDS, (), ("one", "two and three " * 9)]
 
 
-def embed(corpus: Corpus, encoder: PromptEncoder) -> FamilyWriter:
+def embed(corpus: Corpus, encoder: PromptEncoder, extra: dict[str, Any] | None = None) -> FamilyWriter:
     spec = encoder.spec
     writer = FamilyWriter.open_or_create(corpus.folder.location, "text", spec.name, spec.to_dict())
     shared = ensure_shared(encoder, writer)
@@ -24,7 +25,7 @@ def embed(corpus: Corpus, encoder: PromptEncoder) -> FamilyWriter:
         tokens = encoder.tokenizer.tokenize(corpus.captions(unit)["text"].to_pylist())
         statistics = UnitStatistics()
         writer.publish(unit, encoded_tables(encoder, shared, tokens, statistics), statistics=statistics)
-    writer.finish()
+    writer.finish(extra)
     return writer
 
 

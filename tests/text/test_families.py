@@ -140,6 +140,13 @@ def test_a_checkpoint_without_the_unused_pooler_is_whole(
         assert relative(row.states, output.hidden_states[layer][0]) < 1e-5
 
 
+def test_a_cache_of_another_window_than_the_models_is_refused(tmp_path: Path, settings: Make) -> None:
+    shape = {"sliding_window": 8, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    make(tmp_path, "qwen3_vl_moe_text", moe_intermediate_size=32, **shape)
+    assert "read ahead" in refusal(settings(tmp_path, layer=-1))
+    load(settings(tmp_path, layer=-1, template="{}")).encode(CAPTIONS)
+
+
 # -- padding, layouts, convolutions ----------------------------------------------------------------------------------
 
 
