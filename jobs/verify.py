@@ -37,7 +37,7 @@ def command(
         print(json.dumps({"sound": True, "checked": found}) if as_json else f"{corpus}: sound, {found}")
         return
     report = check(corpus, deep, encode)
-    changed = changed_sources(corpus) if sources and report.sound else []
+    changed, compared = changed_sources(corpus) if sources and report.sound else ([], 0)
     if as_json:
         print(json.dumps({"sound": report.sound and not changed, **asdict(report), "sources": changed}, indent=1))
     for line in () if as_json else (*report.notes, *report.problems, *changed):
@@ -47,8 +47,8 @@ def command(
         raise JobError(f"{corpus}: {count} problem{'s'[: count != 1]} in {report.files} files; lidit repair {corpus}")
     if changed:
         raise JobError(
-            f"{corpus}: {len(changed)} source files are not what was ingested; put the old files back before lidit "
-            "latents reads them, or ingest anew"
+            f"{corpus}: {len(changed)} of {compared} source files are not what was ingested; put the old files back "
+            "before lidit latents reads them, or ingest anew"
         )
     if not as_json:
         again = f", {report.rows_encoded_again} rows computed again" if encode else ""
@@ -90,8 +90,8 @@ def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
         return verify_corpus(corpus, deep, computed_again if encode else None, encode, progress)
 
 
-def changed_sources(corpus: str) -> list[str]:
-    """What is another now of the files that the corpus was ingested from: a line each, with a progress bar."""
+def changed_sources(corpus: str) -> tuple[list[str], int]:
+    """Which of the files that the corpus was ingested from are others now, a line each, and how many were compared."""
     from lidit.sources.changes import compare_sources
     from lidit.store import Corpus
     from pipelines.runtime.progress import ProgressBar
@@ -102,7 +102,7 @@ def changed_sources(corpus: str) -> list[str]:
         for path, reason in compare_sources(opened):
             changed += [f"{path}: {reason}"] if reason else []
             progress.advance(1)
-    return changed
+    return changed, opened.sources.num_rows
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Shapes:
 
     def event(self, order: Order, tokens: int, event: Happened) -> dict[str, Any] | None:
         """A stream's event in OpenAI's words; None for one that they have no word for."""
-        shared = {**self.common(order), "created_at": int(time.time())}
+        shared = {**self.common(order), "created_at": int(event.at)}
         if event.preview is not None:
             seen = event.preview
             return {

@@ -35,6 +35,7 @@ class Happened:
     picture: Picture | None = None
     link: str | None = None
     problem: Problem | None = None
+    at: float = field(default_factory=time.time)  # when; told again later, an event is the same
 
 
 @dataclass(frozen=True)

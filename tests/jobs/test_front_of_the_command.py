@@ -34,7 +34,7 @@ MAY_BE_LOADED = {
     "typing_extensions",
     "typing_inspection",
 }
-OURS = {"lidit", "lidit.errors"}
+OURS = {"lidit", "lidit.errors", "lidit.serving", "lidit.serving.keys"}  # which import no library
 ROOT = Path(__file__).parents[2]
 
 
