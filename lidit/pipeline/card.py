@@ -57,7 +57,8 @@ image = pipe({prompt}, height={settings.height}, width={settings.width}, seed=0)
 ```
 
 With `pip install lidit-pipeline` diffusers loads it, too:
-`DiffusionPipeline.from_pretrained("this/folder", custom_pipeline="this/folder", trust_remote_code=True)`.
+`DiffusionPipeline.from_pretrained("this/folder", custom_pipeline="this/folder", trust_remote_code=True)`. The code that
+it asks to be trusted is this folder's pipeline.py, which only imports lidit: read it first, or use the lines above.
 
 ## Encoders
 The states a prompt is turned into must be the ones of the training; an LLM with another fingerprint is refused.

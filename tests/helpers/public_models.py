@@ -29,6 +29,15 @@ from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2EncoderC
 from tests.helpers.tiny_models import CORPUS
 
 WIDTH = 32
+SIGLIP = {  # a vision tower, of which texts need nothing
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 WORDS = (
     *CORPUS,
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment",
@@ -178,15 +187,7 @@ def multimodal(family: str, blocks: int, body: bool = False) -> torch.nn.Module:
         numbers = {"image_token_index": 7}
     else:
         text = text | {"sliding_window": 16, "query_pre_attn_scalar": 8}
-        vision = {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        }
+        vision = SIGLIP
         numbers = {"mm_tokens_per_image": 4, "image_token_index": 3, "boi_token_index": 1000, "eoi_token_index": 1001}
     config = AutoConfig.for_model(family, text_config=text, vision_config=vision, **numbers)
     auto = AutoModel if body else AutoModelForImageTextToText
@@ -212,16 +213,7 @@ def clip_text(projected: bool, longest: int = 77) -> torch.nn.Module:
 def t5gemma2() -> torch.nn.Module:
     text = {**TEXT, "num_hidden_layers": 4, "vocab_size": 1024, "sliding_window": 16, "query_pre_attn_scalar": 8}
     text |= {"dropout_rate": 0.0, "attention_dropout": 0.0}
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    config = T5Gemma2EncoderConfig(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    config = T5Gemma2EncoderConfig(text_config=text, vision_config=SIGLIP, mm_tokens_per_image=4)
     return lively(T5Gemma2Encoder(config))
 
 
@@ -237,3 +229,20 @@ def saved(folder: Path, model: torch.nn.Module, tokens: Any) -> Path:
 
 
 Build = Callable[[], tuple[torch.nn.Module, Any]]
+
+
+class Processor:
+    """A processor of a vision-language model that is given texts alone; the real ones need pictures' packages."""
+
+    def __init__(self, tokens: Any) -> None:
+        self.tokenizer = tokens
+        self.decode = tokens.decode
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+        found = self.tokenizer.apply_chat_template(messages, **options)
+        return [found] if options.get("tokenize") else found
+
+    def __call__(self, text: Any, images: Any = None, videos: Any = None, **options: Any) -> Any:
+        assert images is None
+        assert videos is None
+        return self.tokenizer(text, **options)

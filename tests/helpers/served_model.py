@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,16 @@ def small_model(folder: Path, side: int = 16) -> Path:
         _encoder(EncoderSettings(name=name, model=str(tiny_llm(folder / name, family, 4, width)), max_tokens=LONGEST))
         for name, family, width in (("llama", "llama", 32), ("qwen", "qwen2", 48))
     ]
+    model = random_network(encoders)
+    settings = PipelineSettings(
+        ObjectiveSettings(kind="clean"), SamplerSettings(steps=4, guidance_scale=2.0), CodecSettings(), side, side
+    )
+    save_pipeline(folder / "small" / "model", model, encoders, settings, {})
+    return folder / "small" / "model"
+
+
+def random_network(encoders: Sequence[ModelEncoder]) -> LIDiT:
+    """A small network for these LLMs, every weight moved off its start, so that no gate is closed."""
     torch.manual_seed(0)
     shape = ModelSettings.model_validate({"width": 32, "depth": 2, "heads": 4, "patch_size": 4})
     model = LIDiT.from_settings(shape, {e.name: e.mean.shape[0] for e in encoders}, 3).eval()
@@ -32,11 +43,7 @@ def small_model(folder: Path, side: int = 16) -> Path:
             parameter.add_(0.05 * torch.randn_like(parameter))
     for encoder in encoders:
         model.conditioner.set_statistics(encoder.name, encoder.mean, encoder.deviation)
-    settings = PipelineSettings(
-        ObjectiveSettings(kind="clean"), SamplerSettings(steps=4, guidance_scale=2.0), CodecSettings(), side, side
-    )
-    save_pipeline(folder / "small" / "model", model, encoders, settings, {})
-    return folder / "small" / "model"
+    return model
 
 
 def _encoder(settings: EncoderSettings) -> ModelEncoder:

@@ -1,15 +1,14 @@
 """A trained model's folder with small random LLMs, and the pipeline that is loaded from it."""
 
 import pytest
-import torch
 
-from lidit.config import CodecSettings, EncoderSettings, ModelSettings, ObjectiveSettings, SamplerSettings
-from lidit.models import LIDiT
+from lidit.config import CodecSettings, EncoderSettings, ObjectiveSettings, SamplerSettings
 from lidit.pipeline import LIDiTPipeline, PipelineSettings, save_pipeline
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.store import channel_statistics
 from lidit.text import PromptEncoder, resolve_encoder
 from tests.helpers.prompts import PROMPTS
+from tests.helpers.served_model import random_network
 from tests.helpers.tiny_models import tiny_llm
 
 
@@ -40,15 +39,8 @@ def trained_on(settings):
 @pytest.fixture(scope="package")
 def saved(llms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "folder"
-    torch.manual_seed(0)
     encoders = [trained_on(settings) for settings in llms]
-    shape = ModelSettings.model_validate({"width": 32, "depth": 2, "heads": 4, "patch_size": 4})
-    model = LIDiT.from_settings(shape, {e.name: e.mean.shape[0] for e in encoders}, 3).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    for encoder in encoders:
-        model.conditioner.set_statistics(encoder.name, encoder.mean, encoder.deviation)
+    model = random_network(encoders)
     save_pipeline(
         folder,
         model,
