@@ -74,6 +74,7 @@ class Trunk:
         if self.projection is not None:
             self.projection.to(device)
         self.device = next(self.model.parameters()).device
+        self.packs = self.packs and self.device.type == "cuda"  # a CPU would compare every token with every other
         for layer in [] if self._context is None else self._context.layers:
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys.to(self.device), layer.values.to(self.device)

@@ -8,7 +8,7 @@ import torch
 
 from lidit.config import EncoderSettings
 from lidit.text import PromptEncoder, resolve_encoder
-from lidit.text.batching import plan_packed
+from lidit.text.batching import plan_batches, plan_packed
 from tests.helpers.tiny_models import WINDOW
 
 Make = Callable[..., EncoderSettings]
@@ -54,6 +54,13 @@ def test_a_caption_sees_neither_its_neighbours_nor_less_than_its_context(
     torch.testing.assert_close(behind, alone, rtol=1e-4, atol=1e-5)
     without = trunk.model(input_ids=torch.tensor([[7, 8]]), use_cache=False).last_hidden_state[0]
     assert not torch.allclose(without, alone, atol=1e-2)
+
+
+def test_a_model_that_moves_to_the_cpu_runs_padded_there(model_of: Callable[[str], Path], settings: Make) -> None:
+    encoder = load(model_of, settings, "llama")
+    encoder.trunk.packs = True
+    encoder.to("cpu")
+    assert encoder.plan([5, 3, 5], 100) == plan_batches([5, 3, 5], 100)
 
 
 def test_packed_batches_keep_order_and_budget() -> None:
