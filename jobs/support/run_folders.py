@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lidit.errors import InputError
 
 RECIPE, POSITION = "recipe.json", "position.json"
+FACTS = "run.json"  # what a run is made of; the tracker's copy of a recipe has none beside it
 STEP = re.compile(r"step-(\d{9})$")
 
 
@@ -34,7 +35,7 @@ def runs_below(folder: Path) -> Iterator[RunFolder]:
     for path in sorted(folder.rglob(RECIPE)):
         # Checkpoints and evaluations have files of their own: a run's recipe lies beside its steps.
         if not any(part.startswith(("step-", ".")) for part in path.relative_to(folder).parts):
-            found = read_run(path.parent)
+            found = read_run(path.parent) if (path.parent / FACTS).is_file() else None
             if found is not None:
                 yield found
 

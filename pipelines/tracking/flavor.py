@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,8 @@ def write_flavor(folder: Path, prompt: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as place:
         made = Path(place, "flavor")
+        # It would tell that the example was not drawn: the weights are elsewhere, and the types say the signature.
+        logging.getLogger("mlflow.models.signature").setLevel(logging.ERROR)
         mlflow.pyfunc.save_model(
             made,
             python_model=str(CODE),

@@ -120,11 +120,16 @@ def test_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (folder / "step-000000008").mkdir()  # being written when the run died
         recipe = {"name": name, "train": {"steps": steps}, "encoders": [], "tracking": {"uri": None}}
         (folder / "recipe.json").write_text(json.dumps(recipe))
+        (folder / "run.json").write_text("{}")
+        tracked = tmp_path / "runs" / "artifacts" / name  # as MLflow copies a run's files
+        tracked.mkdir(parents=True)
+        (tracked / "recipe.json").write_text(json.dumps(recipe))
         if finished:
             (folder / "model").mkdir()
             (folder / "model" / "finished.json").write_text(json.dumps({"step": finished}))
     (tmp_path / "runs" / "torn").mkdir()
     (tmp_path / "runs" / "torn" / "recipe.json").write_text("{")
+    (tmp_path / "runs" / "torn" / "run.json").write_text("{}")
     assert lidit("runs", tmp_path, "--json") == 0
     done, half = json.loads(capsys.readouterr().out)
     assert (done["name"], done["state"], done["step"]) == ("done", "finished", 8)
