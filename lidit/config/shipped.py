@@ -15,7 +15,7 @@ from lidit.errors import InputError
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"  # beside the commands that take them
 ENCODERS = RECIPES / "encoders"
-LISTED = 8  # names that a message holds
+LISTED = 16  # names that a message holds
 # What a recipe is called -> as others call it, the command that takes it, a section that no other kind has.
 KINDS = {
     "recipe": ("a training recipe", "train", "encoders"),
@@ -89,7 +89,7 @@ def find(name: str, shipped: Path, what: str) -> Path:
         if not path.is_file():
             known = [p.stem for p in sorted(shipped.glob("*.yaml")) if what not in KINDS or _kind(p) in (what, None)]
             if len(known) > LISTED:  # of many the near ones
-                known = [*difflib.get_close_matches(name, known, LISTED), f"those of lidit {what}s"]
+                known = [*difflib.get_close_matches(name, known, LISTED), "those that lidit recipes list names"]
             raise InputError(f"{name!r}: no such {what}; give a YAML file or one of {', '.join(known)}")
     if what in KINDS and (kind := _kind(path)) not in (what, None):
         said, command, _ = KINDS[kind]
