@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,14 @@ def tracking_of(model: Path) -> TrackingSettings:
 
 
 def run_recipe(folder: Path) -> Recipe | None:
-    """The recipe of the run in this folder, OUTPUT/NAME; None for a model that came without one."""
+    """The recipe of the run in this folder, OUTPUT/NAME; None for a model that came without one.
+
+    A training with another loss has sections of its own besides, which are left out.
+    """
     try:
-        return Recipe.model_validate_json((folder / "recipe.json").read_text())
-    except (OSError, ValueError):
+        tree = json.loads((folder / "recipe.json").read_text())
+        return Recipe.model_validate({key: value for key, value in tree.items() if key in Recipe.model_fields})
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 

@@ -26,7 +26,7 @@ from lidit.store import Corpus
 from pipelines.evaluation.models import read_index
 from pipelines.training.driver import FREE_ENGINE, TrainResult, open_run
 from pipelines.training.engine import Engine, set_up_device
-from pipelines.training.loop import TrainingLoop, reports_failure
+from pipelines.training.loop import TrainingLoop, TrainWorker, reports_failure
 from pipelines.training.sample_prompts import prompt_states, sample_grid
 from pipelines.training.validation import validation_loss
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 # Settings that decide where and how fast a run goes, never what it computes.
 FREE_SETTINGS = {
     "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ..., "evaluate": ...,
-    "tracking": ..., "plan": ...,
+    "tracking": ..., "plan": ..., "teacher": ...,
     "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
     "engine": FREE_ENGINE,
     "data": {"prefetch_batches"},
@@ -46,7 +46,13 @@ FREE_SETTINGS = {
 # -- the driver -----------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | None = None) -> TrainResult:
+def train(
+    recipe: Recipe,
+    allow_drift: bool = False,
+    tags: Mapping[str, str] | None = None,
+    worker: TrainWorker | None = None,
+    lineage: Mapping[str, str] | None = None,
+) -> TrainResult:
     """Train a recipe's model to its last step and publish it, from wherever its run stands.
 
     The corpus, its text families and its latents must be there. After an interruption the same call goes on from the
@@ -55,7 +61,11 @@ def train(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | N
     Args:
         recipe: What `load_recipe` returns. Results go to its `output` and `name`: OUTPUT/NAME.
         allow_drift: Continue a run although settings or data are not those it was started with.
-        tags: Tags for the run in the tracker, besides its own.
+        tags: Tags for the run in the tracker, besides its own or in their place.
+        worker: Runs on every worker in place of `train_worker`, with the same config: of a training
+            whose loss is another.
+        lineage: Facts of the run besides recipe and corpus, such as the digest of a model that it
+            learns from.
 
     Returns:
         `model`, the folder that `LIDiTPipeline.from_pretrained` reads; `step`, the last step; `tracking_uri` and
@@ -67,16 +77,16 @@ def train(recipe: Recipe, allow_drift: bool = False, tags: Mapping[str, str] | N
         JobError: The training failed; its checkpoints are kept.
     """
     corpus = Corpus.open(recipe.corpus)
-    facts = run_facts(recipe, corpus)
+    facts = {**run_facts(recipe, corpus), **(lineage or {})}
     if recipe.train.validate_every:
         require_held_out(corpus, recipe.data, recipe.train.batch_size)
 
-    with open_run(recipe, corpus, facts, {**(tags or {}), **_tags(facts)}, allow_drift) as run:
+    with open_run(recipe, corpus, facts, {**_tags(facts), **(tags or {})}, allow_drift) as run:
         if not run.finished:
             if recipe.train.init_from:
                 check_model(Path(recipe.train.init_from))
             prompts = prompt_states(run.recipe, corpus, facts["text"], run.folder / "prompts")
-            run.launch(train_worker, {"facts": facts, "prompts": prompts})
+            run.launch(worker or train_worker, {"facts": facts, "prompts": prompts})
             run.publish_model()
 
     if not run.trained:
@@ -117,7 +127,11 @@ def _warn_of_another_sampler(recipe: Recipe, model: Path) -> None:
 @reports_failure
 def train_worker(config: dict[str, Any]) -> None:
     """What every worker runs. `config`: recipe, facts, prompt states, tracking handle, board."""
-    job = TrainingJob(config)
+    take_all_steps(TrainingJob(config))
+
+
+def take_all_steps(job: TrainingJob) -> None:
+    """From where the run stands to its last step."""
     try:
         for batch in job.batches():
             job.take_step(batch)
@@ -129,22 +143,39 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
-    """One worker's data, engine and position. Steps and checkpoints are `TrainingLoop`'s."""
+    """One worker's data, engine and position. Steps and checkpoints are `TrainingLoop`'s.
+
+    A training with another loss is a job of its own that says which recipe it reads, which network
+    it starts from and which engine takes its steps.
+    """
 
     recipe: Recipe
     engine: Engine
+    reads: type[Recipe] = Recipe
 
     def __init__(self, config: dict[str, Any]) -> None:
-        recipe, facts = Recipe.model_validate(config["recipe"]), config["facts"]
+        recipe, facts = self.reads.model_validate(config["recipe"]), config["facts"]
         device = set_up_device(recipe.engine)
 
         # The families are named by fingerprint: the corpus may have others of the same name.
         self.corpus = Corpus.open(recipe.corpus)
         self.families = Families.open(self.corpus, recipe.data, facts["latents"], facts["text"])
 
-        engine = Engine(recipe, initial_model(recipe, self.families), build_objective(recipe.objective), device)
-        fresh = untrained_model(recipe, self.families) if engine.rank == 0 else None
+        engine = self.make_engine(recipe, self.initial(recipe), device)
+        fresh = self.untrained(recipe) if engine.rank == 0 else None
         super().__init__(config, engine, self._feed(engine, "train"), fresh)
+
+    def untrained(self, recipe: Recipe) -> LIDiT:
+        """A network of the recipe's shape, for weights that are put into it."""
+        return untrained_model(recipe, self.families)
+
+    def initial(self, recipe: Recipe) -> LIDiT:
+        """The network before the first step."""
+        return initial_model(recipe, self.families)
+
+    def make_engine(self, recipe: Recipe, model: LIDiT, device: torch.device) -> Engine:
+        """What takes steps; its loss is what the training is about."""
+        return Engine(recipe, model, build_objective(recipe.objective), device)
 
     def _feed(self, engine: Engine, part: Part) -> Feed[TrainingBatch]:
         """This worker's part of the global batches; without history, so it begins at any step."""
