@@ -14,7 +14,7 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
-from pipelines.runtime.embedded import when_lost
+from pipelines.runtime.watch import when_lost
 
 STDERR = 2
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130

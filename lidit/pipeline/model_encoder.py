@@ -22,7 +22,7 @@ from lidit.config.json_object import read_object
 from lidit.config.settings import validate
 from lidit.errors import InputError, one_line
 from lidit.models import TextStates
-from lidit.store import SharedStates, TextFamily, digest_of, spec_differences
+from lidit.store import SharedStates, TextFamily, digest_of, normalise, spec_differences
 from lidit.store.packing import decode, encode
 from lidit.text import PromptEncoder, resolve_encoder
 
@@ -110,8 +110,9 @@ class ModelEncoder:
         return self.loaded
 
     def encode(self, captions: Sequence[str], device: str | None = None) -> list[torch.Tensor]:
-        """States [T_i, W] of each caption, rounded as the corpus stores them: the same as training saw."""
+        """States [T_i, W] of each caption, read and rounded as the corpus stores it: the same as training saw."""
         storage = self.spec["storage"]
+        captions = [normalise(text.strip()) for text in captions]  # as ingest does
         rows = []
         for text, caption in zip(captions, self.encoder(device).encode(captions), strict=True):
             if caption.truncated:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import select
-import threading
-from collections.abc import Callable
 from typing import Any
 
 from lidit.errors import JobError, one_line
-from pipelines.runtime.children import Child, end, ray_children
 from pipelines.runtime.places import RayFolder, own_token, ray_folder
+from pipelines.runtime.processes import Process, end, ray_children
+from pipelines.runtime.watch import watch_processes
 
 TRIES = 3
 PATIENCE = "RAY_gcs_server_port_wait_time_s"  # how long Ray waits for its own first process
@@ -20,22 +18,6 @@ HEAD = ("gcs_server", "raylet")  # the processes without which the cluster canno
 GIGABYTE = 1e9
 
 log = logging.getLogger(__name__)
-
-
-def _only_say(reason: str) -> None:
-    log.error("%s; call ray.shutdown() and start again", reason)
-
-
-_when_lost: Callable[[str], None] = _only_say
-
-
-def when_lost(act: Callable[[str], None]) -> None:
-    """What to do when a process of Ray's head dies: `act` gets the reason, in a thread of its own.
-
-    Ray ends this process then, without a word, at once or after a minute; a program that says more must be first.
-    """
-    global _when_lost
-    _when_lost = act
 
 
 def start(cpus: int, temp_dir: str | None, settings: dict[str, Any]) -> None:
@@ -72,7 +54,7 @@ def start(cpus: int, temp_dir: str | None, settings: dict[str, Any]) -> None:
                 os.environ.pop(name, None)
     head = [child for child in ray_children() if child.name in HEAD and child.pid not in before]
     _tell_slow_store(head)
-    _watch(head)
+    watch_processes({child.pid: child.name for child in head})
 
 
 def _start(cpus: int, folder: str | None, settings: dict[str, Any]) -> None:
@@ -95,7 +77,7 @@ def _clear(before: set[int]) -> None:
     end([child for child in ray_children() if child.pid not in before])
 
 
-def _tell_slow_store(head: list[Child]) -> None:
+def _tell_slow_store(head: list[Process]) -> None:
     """Say that objects live in files because /dev/shm is too small: Ray decides so and only logs it."""
     for raylet in head:
         store, wanted = raylet.option("plasma_directory"), raylet.option("object_store_memory")
@@ -110,42 +92,3 @@ def _tell_slow_store(head: list[Child]) -> None:
             store,
             1.1 * size / 2**30 + 1,
         )
-
-
-def _watch(head: list[Child]) -> None:
-    """Call what `when_lost` was given as soon as a process of the head dies while this process is connected to it."""
-    import ray
-
-    if not hasattr(os, "pidfd_open"):  # Linux has it
-        return
-    address = ray.get_runtime_context().gcs_address
-    watched: dict[int, str] = {}
-    try:
-        for child in head:
-            watched[os.pidfd_open(child.pid)] = child.name
-    except OSError:  # an old kernel, or a process that is gone: then Ray itself says so
-        pass
-
-    ends = select.poll()
-    for descriptor in watched:
-        ends.register(descriptor, select.POLLIN)
-
-    def wait() -> None:
-        names = " and ".join(watched[descriptor] for descriptor, _ in ends.poll())
-        for descriptor in watched:
-            os.close(descriptor)
-        if _connected(address):
-            _when_lost(f"Ray's own process {names} died (killed, or out of memory)")
-
-    if watched:
-        threading.Thread(target=wait, name="ray-watch", daemon=True).start()
-
-
-def _connected(address: str) -> bool:
-    """Whether this process still uses the cluster: at its own ending Ray disconnects before it ends its processes."""
-    import ray
-
-    try:
-        return ray.is_initialized() and ray.get_runtime_context().gcs_address == address
-    except Exception:  # an attribute of a connection that is being closed by the main thread
-        return False

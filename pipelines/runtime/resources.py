@@ -14,8 +14,7 @@ from typing import Any
 from lidit.config import EngineSettings, PoolSettings
 from lidit.errors import InputError, JobError, one_line
 from pipelines.runtime import embedded
-
-CLUSTER_ADDRESS = "RAY_ADDRESS"
+from pipelines.runtime.joined import CLUSTER_ADDRESS, join
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +41,7 @@ def connect(cpus: int = 1, temp_dir: str | None = None) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
     if os.environ.get(CLUSTER_ADDRESS):
-        # Only here: an embedded Ray makes its own token, but refuses to start when the mode is set and none exists.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        ray.init(address="auto", logging_level=logging.ERROR)
+        join(os.environ[CLUSTER_ADDRESS])
     else:
         embedded.start(max(cpus, os.cpu_count() or 1), temp_dir, quiet)
 

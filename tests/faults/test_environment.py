@@ -3,13 +3,16 @@
 Every test runs the command in a process of its own, with the very fault.
 """
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -191,6 +194,58 @@ def test_a_waiting_driver_learns_that_ray_died(name: str, tmp_path: Path) -> Non
     assert told.startswith(f"failed: Ray's own process {name} died")
 
 
+JOINED = """
+import logging, ray
+from jobs.support.abrupt import end_when_ray_dies
+from pipelines.runtime.resources import connect
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+end_when_ray_dies()
+connect()
+print("up", file=__import__("sys").stderr, flush=True)
+__import__("threading").Event().wait()
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, psutil.Process]]:
+    """A cluster of one node, which RAY_ADDRESS names: its processes by name."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+    ray = str(Path(sys.executable).with_name("ray"))
+    words = ["start", "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
+    subprocess.run([ray, *words, "--node-ip-address=127.0.0.1"], stdout=subprocess.DEVNULL, check=True)
+    mark = re.compile(rf"--(gcs-address=[^ ]*:|gcs_server_port=){port}")
+    seen = psutil.process_iter(["cmdline"])
+    processes = [process for process in seen if any(map(mark.fullmatch, process.info["cmdline"] or ()))]
+    yield {process.name(): process for process in processes}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_driver_learns_that_the_cluster_it_joined_died(
+    name: str, cluster: dict[str, psutil.Process], tmp_path: Path
+) -> None:
+    process = started([sys.executable, "-c", JOINED], tmp_path)
+    assert process.stderr is not None
+    assert next(line for line in process.stderr if line == "up\n")
+    cluster[name].kill()
+    assert process.wait(20) == 1
+    _, told = ended(process)
+    if name == "raylet":
+        assert told.startswith("failed: Ray's own process raylet died (killed, or out of memory); everything finished")
+    else:
+        assert "does not answer; " in told
+        assert "has not answered for " in told.splitlines()[-1]
+        assert told.splitlines()[-1].endswith("everything finished is kept: run the same command again")
+
+
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
@@ -206,3 +261,21 @@ def test_ctrl_c_while_ray_starts(times: int, model: Path, tmp_path: Path) -> Non
     code, told = ended(process)
     assert code == 130, told
     assert [line for line in told.splitlines() if "interrupted again" not in line] == []
+
+
+EARLY = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "jobs.train":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["lidit", "--help"]
+from jobs.entry import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_command_is_being_read(tmp_path: Path) -> None:
+    code, told = ended(started([sys.executable, "-c", EARLY], tmp_path))
+    assert (code, told) == (130, "interrupted: nothing was begun\n")

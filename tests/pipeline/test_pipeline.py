@@ -111,6 +111,12 @@ def test_llms_and_codec_go_where_the_pipeline_goes(pipe):
     pipe.unload_encoders()
 
 
+def test_a_prompt_is_read_in_the_form_in_which_captions_are_stored(pipe):
+    encoder = next(iter(pipe.encoders.values()))
+    stored, typed = encoder.encode(["a caf\u00e9", "  a cafe\u0301\n"])
+    assert torch.equal(stored, typed)
+
+
 def test_a_prompt_that_is_cut_is_told(pipe, caplog):
     limit = pipe.encoders["qwen"].spec["max_tokens"]
     pipe.encode_prompts([PROMPTS[0], "red " * 2 * limit])

@@ -1,10 +1,12 @@
 """Meeting Ray: what an embedded cluster lacks is said before anything waits for it."""
 
+import re
+
 import pytest
 
 from lidit.config import PoolSettings
 from lidit.errors import InputError
-from pipelines.runtime import resources
+from pipelines.runtime import joined, resources
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -29,3 +31,20 @@ def test_a_cluster_may_grow_and_is_not_measured(
     resources.connect(999)
     resources.check_resources(PoolSettings(actors=999))
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:1", "nobody answers ([Errno 111] Connection refused); start the cluster"),
+        ("127.0.0.1:70000", "is no host:port"),
+        ("nonsense", "is no host:port"),
+        ("ray://127.0.0.1:10001", "a job runs inside its cluster; give the head's host:port (6379)"),
+    ],
+)
+def test_an_address_at_which_no_cluster_is_is_refused_at_once(
+    address: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined, "BETWEEN", 0.01)
+    with pytest.raises(InputError, match=f"^RAY_ADDRESS={re.escape(address)}: {re.escape(reason)}"):
+        joined.join(address)
