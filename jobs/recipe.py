@@ -13,6 +13,7 @@ from jobs.support.start import HELP_OPTIONS
 from lidit.errors import InputError
 
 if TYPE_CHECKING:
+    from lidit.config import EncoderSettings, Recipe
     from lidit.config.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
@@ -90,24 +91,29 @@ def schema(kind: Annotated[str, typer.Argument(help=f"One of: {KINDS}.")] = "rec
     print(json.dumps(SETTINGS[kind].model_json_schema(), indent=1))
 
 
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """A run's recipe, a file or the name of a shipped one, with overrides as on a command line."""
+    from lidit.config import shipped
+
+    return shipped.load_recipe(name, overrides)
+
+
+def load_encoder(name: str, overrides: list[str] | None = None) -> EncoderSettings:
+    """An encoder's settings, a file or the name of shipped ones, with overrides as on a command line."""
+    from lidit.config import shipped
+
+    return shipped.load_encoder_settings(name, overrides)
+
+
 def load(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
     """A file of any kind: the kind, one of `SETTINGS`, and what the file says with overrides."""
-    from lidit.config.shipped import (
-        ENCODERS,
-        RECIPES,
-        find,
-        kind_of,
-        load_ablation,
-        load_codec_recipe,
-        load_encoder_settings,
-        load_recipe,
-    )
+    from lidit.config.shipped import ENCODERS, RECIPES, find, kind_of, load_ablation, load_codec_recipe
 
     loaders: dict[str, Callable[[str, list[str] | None], Settings]] = {
         "recipe": load_recipe,
         "ablation recipe": load_ablation,
         "codec recipe": load_codec_recipe,
-        "encoder": load_encoder_settings,
+        "encoder": load_encoder,
     }
     is_path = name.endswith((".yaml", ".yml")) or "/" in name
     encoder = not is_path and not (RECIPES / f"{name}.yaml").is_file() and (ENCODERS / f"{name}.yaml").is_file()
