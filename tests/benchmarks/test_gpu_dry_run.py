@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu.parts import PARTS
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,7 @@ def lines_of(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_bare_box(tmp_path: Path) -> None:
     file = tmp_path / "figures.jsonl"
     done = python(BARE, str(file))

@@ -249,7 +249,7 @@ def test_a_driver_learns_that_the_cluster_it_joined_died(
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_while_ray_starts(times: int, model: Path, tmp_path: Path) -> None:
     process = started(embed(tmp_path, model, units=4), tmp_path)
     wait_for_child(process, "gcs_server")
