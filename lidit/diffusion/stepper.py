@@ -81,14 +81,11 @@ class Stepper:
         self, model: LIDiT, objective: Objective, empty: Mapping[str, TextStates], padding: Padding | None = None
     ) -> None:
         self.model, self.objective = model, objective
+        self.device = torch.device(model.device)  # asked once: diffusers looks through all modules for it
         self.empty = dict(empty)
         self.padding = padding or Padding()
         self._schedules: OrderedDict[tuple[str, int], PromptCondition] = OrderedDict()
         self._collated: tuple[list[str], dict[str, TextStates]] = ([], {})
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
 
     def row(
         self,

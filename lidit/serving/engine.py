@@ -18,7 +18,7 @@ from lidit.diffusion.stepper import Padding
 from lidit.errors import JobError
 from lidit.pipeline import LIDiTPipeline
 from lidit.serving.admission import accept, stepper_of
-from lidit.serving.loop import Counts, Job, StepLoop
+from lidit.serving.loop import Counts, Job, OnPass, StepLoop
 from lidit.serving.profile import Capacity, Size
 from lidit.serving.request import Request
 
@@ -32,6 +32,7 @@ class Engine:
         pipeline: a loaded model, on its device for good: no part of it may be offloaded.
         sizes: (height, width) in pixels whose row caps are measured now rather than at their first request.
         padding: what passes are padded to. cap_of: latent size -> rows of a pass, in place of measured caps.
+        on_pass: told (latent size, rows, seconds) of each pass, in the engine's thread; it must return, and not raise.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Engine:
         sizes: Sequence[tuple[int, int]] = (),
         padding: Padding | None = None,
         cap_of: Callable[[Size], int] | None = None,
+        on_pass: OnPass | None = None,
     ) -> None:
         self.pipeline = pipeline
         _ = pipeline.codec  # loaded here, not by whichever threads come first
         stepper = stepper_of(pipeline, padding)
-        self._loop = StepLoop(stepper, cap_of or Capacity(stepper))
+        self._loop = StepLoop(stepper, cap_of or Capacity(stepper), on_pass)
         for height, width in sizes:
             self._loop.cap_of(pipeline.latent_shape(height, width)[1:])
         self._changed = Condition()

@@ -1,5 +1,7 @@
 """API keys and their quotas, in one sqlite file that any number of processes on a machine may share.
 
+`lidit.serving.shared_keys` keeps the same in Redis.
+
 A key's text is `lidit_<id>_<secret>`: the prefix lets scanners of repositories recognise it, the id finds its row, and
 only a sha256 of the whole text is stored. The secret has 160 random bits, so a fast hash is enough.
 """
@@ -15,7 +17,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +42,7 @@ CREATE TABLE IF NOT EXISTS used (
 
 
 class KeysUnavailable(Exception):
-    """The file of keys cannot be used: nobody may enter until it can. The gateway answers 503."""
+    """The keys cannot be used: nobody may enter until it can. The gateway answers 503."""
 
 
 class KeyDenied(Exception):
@@ -98,18 +100,11 @@ class KeyStore:
         period: int = DAY,
     ) -> tuple[str, Key]:
         """A new key: its text, which nothing keeps, and its row. Raises InputError for what makes no sense."""
-        if not name.strip() or not name.isprintable() or len(name) > 100:
-            raise InputError("a key needs a name of 1 to 100 printable characters, such as its owner's")
-        if unknown := sorted(set(scopes) - set(SCOPES)):
-            raise InputError(f"scope {unknown[0]!r}: scopes are {', '.join(SCOPES)}")
-        now = self._clock()
-        if not scopes or period < 1 or (quota is not None and quota < 1):
-            raise InputError("a key needs a scope, a period of at least a second and a quota of at least one unit")
-        if expires is not None and expires <= now:
-            raise InputError("the key would have expired already; give a time to come")
-        key = Key(secrets.token_hex(ID_BYTES), name, frozenset(scopes), now, expires, None, quota, period)
+        key = new_key(Key("", name, frozenset(scopes), self._clock(), expires, None, quota, period))
         text = f"{PREFIX}{key.id}_{secrets.token_hex(SECRET_BYTES)}"
-        row = (key.id, name, _digest(text), " ".join(sorted(key.scopes)), now, expires, None, quota, period)
+        row = (
+            key.id, name, digest_of(text), " ".join(sorted(key.scopes)), key.created, expires, None, quota, period
+        )  # fmt: skip
         with self._transaction() as database:
             database.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         return text, key
@@ -130,23 +125,11 @@ class KeyStore:
 
     def check(self, text: str, scope: str) -> Key:
         """The key with this text. Raises KeyDenied for a key that is not known, not valid, or lacks the scope."""
-        match = WRITTEN.fullmatch(text)
         row = None
-        if match:
+        if key_id := id_in(text):
             with self._transaction(write=False) as database:
-                row = database.execute("SELECT * FROM keys WHERE id = ?", (match[1],)).fetchone()
-        # An unknown id takes as long as a wrong secret.
-        same = hmac.compare_digest(_digest(text), row["digest"] if row else "0" * 64)
-        if row is None or not same:
-            raise KeyDenied("unknown")
-        key = _key(row)
-        if key.revoked is not None:
-            raise KeyDenied("revoked", key.id)
-        if key.expires is not None and key.expires <= self._clock():
-            raise KeyDenied("expired", key.id)
-        if scope not in key.scopes:
-            raise KeyDenied("scope", key.id)
-        return key
+                row = database.execute("SELECT * FROM keys WHERE id = ?", (key_id,)).fetchone()
+        return admitted(text, None if row is None else (_key(row), row["digest"]), scope, self._clock())
 
     def charge(self, key_id: str, units: int) -> int | None:
         """Take compute units from the key's quota; what is left after them, None without a quota.
@@ -160,12 +143,10 @@ class KeyStore:
             if row is None or row["revoked"] is not None:
                 raise KeyDenied("unknown" if row is None else "revoked", key_id)
             key, now = _key(row), self._clock()
-            start = _period_start(now, key.period)
-            used = _used(database, key_id, start)
-            if key.quota is not None and used + units > key.quota:
-                raise QuotaExceeded(max(key.quota - used, 0), start + key.period - now)
+            start = period_start(now, key.period)
+            left = left_after(key, units, _used(database, key_id, start), now)
             _add(database, key_id, start, units)
-        return None if key.quota is None else key.quota - used - units
+        return left
 
     def refund(self, key_id: str, units: int, charged: float) -> None:
         """Give units back that were charged at time `charged`: of work that was cancelled or failed.
@@ -175,13 +156,13 @@ class KeyStore:
         with self._transaction() as database:
             row = database.execute("SELECT * FROM keys WHERE id = ?", (key_id,)).fetchone()
             if row is not None:
-                start = _period_start(charged, row["period"])
+                start = period_start(charged, row["period"])
                 _add(database, key_id, start, -min(units, _used(database, key_id, start)))
 
     def used(self, key: Key) -> int:
         """Compute units of the key's present period."""
         with self._transaction(write=False) as database:
-            return _used(database, key.id, _period_start(self._clock(), key.period))
+            return _used(database, key.id, period_start(self._clock(), key.period))
 
     def _create(self) -> None:
         try:
@@ -215,7 +196,51 @@ class KeyStore:
             raise KeysUnavailable(f"{self.path}: the keys cannot be used ({one_line(error, 200)})") from None
 
 
-def _digest(text: str) -> str:
+def new_key(asked: Key) -> Key:
+    """The key that is asked for, with an id. Raises InputError for what makes no sense."""
+    if not asked.name.strip() or not asked.name.isprintable() or len(asked.name) > 100:
+        raise InputError("a key needs a name of 1 to 100 printable characters, such as its owner's")
+    if unknown := sorted(asked.scopes - set(SCOPES)):
+        raise InputError(f"scope {unknown[0]!r}: scopes are {', '.join(SCOPES)}")
+    if not asked.scopes or asked.period < 1 or (asked.quota is not None and asked.quota < 1):
+        raise InputError("a key needs a scope, a period of at least a second and a quota of at least one unit")
+    if asked.expires is not None and asked.expires <= asked.created:
+        raise InputError("the key would have expired already; give a time to come")
+    return replace(asked, id=secrets.token_hex(ID_BYTES))
+
+
+def id_in(text: str) -> str | None:
+    """The id in a key's text, for which there may be no key."""
+    match = WRITTEN.fullmatch(text)
+    return match[1] if match else None
+
+
+def admitted(text: str, found: tuple[Key, str] | None, scope: str, now: float) -> Key:
+    """The key, of which `found` are the facts and the digest that its id led to. Raises KeyDenied."""
+    # An unknown id takes as long as a wrong secret.
+    same = hmac.compare_digest(digest_of(text), found[1] if found else "0" * 64)
+    if found is None or not same:
+        raise KeyDenied("unknown")
+    key = found[0]
+    if key.revoked is not None:
+        raise KeyDenied("revoked", key.id)
+    if key.expires is not None and key.expires <= now:
+        raise KeyDenied("expired", key.id)
+    if scope not in key.scopes:
+        raise KeyDenied("scope", key.id)
+    return key
+
+
+def left_after(key: Key, units: int, used: int, now: float) -> int | None:
+    """What is left of the quota when `units` more are used; None without a quota. Raises QuotaExceeded."""
+    if key.quota is None:
+        return None
+    if used + units > key.quota:
+        raise QuotaExceeded(max(key.quota - used, 0), period_start(now, key.period) + key.period - now)
+    return key.quota - used - units
+
+
+def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -224,7 +249,7 @@ def _key(row: sqlite3.Row) -> Key:
     return Key(scopes=frozenset(row["scopes"].split()), **values)
 
 
-def _period_start(now: float, period: int) -> int:
+def period_start(now: float, period: int) -> int:
     return int(now // period) * period
 
 

@@ -5,6 +5,7 @@ Shapes: C latent channels, H x W latent size, n images of a request.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ from lidit.diffusion.stepper import Caption, Row, Stepper
 from lidit.serving.profile import Size
 from lidit.serving.request import OnPreview
 from lidit.serving.turns import DeficitRoundRobin
+
+# (latent size, rows, seconds) of a pass that was made. On a GPU, whose work is only begun here, seconds are right on
+# average: its queue is short, so whoever fills it waits for it.
+OnPass = Callable[[Size, int, float], None]
 
 
 @dataclass(eq=False)
@@ -74,11 +79,11 @@ class StepLoop:
     """Images in queues by latent size; `turn` takes one step of some of them.
 
     Within a size the first to come are served, as many as `cap_of` allows; sizes share the device by compute units,
-    pixels x rows of a pass.
+    pixels x rows of a pass. `on_pass` must not raise.
     """
 
-    def __init__(self, stepper: Stepper, cap_of: Callable[[Size], int]) -> None:
-        self.stepper, self.cap_of = stepper, cap_of
+    def __init__(self, stepper: Stepper, cap_of: Callable[[Size], int], on_pass: OnPass | None = None) -> None:
+        self.stepper, self.cap_of, self.on_pass = stepper, cap_of, on_pass
         self.counts = Counts()
         self._queues: dict[Size, list[Image]] = {}
         self._turns: DeficitRoundRobin[Size] = DeficitRoundRobin()
@@ -147,14 +152,17 @@ class StepLoop:
     def _step(self, images: Sequence[Image]) -> None:
         rows = [image.row for image in images if image.row is not None]
         shown = [image for image in images if image.row and image.row.walk.number + 1 in image.job.preview_steps]
+        size, weight, began = images[0].job.shape[1:], _weight(images), time.perf_counter()
         self.counts.passes += 1
-        self.counts.rows += _weight(images)
+        self.counts.rows += weight
         try:
             estimates = self.stepper.advance(rows, {image.row for image in shown if image.row})
         except Exception as error:  # of these images alone: the others go on
             self._fail({image.job for image in images}, error)
             return
         self.counts.steps += len(images)
+        if self.on_pass is not None:
+            self.on_pass(size, weight, time.perf_counter() - began)
         for image, estimate in zip(shown, estimates, strict=True):
             self._show(image, estimate)
         for image in images:

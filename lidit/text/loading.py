@@ -20,16 +20,45 @@ def load_model(spec: EncoderSpec, device: torch.device) -> tuple[Any, nn.Module 
 
     InputError where the folder lacks a tensor of them.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig
-    from transformers.utils import logging
 
     config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
     encoder = spec.kind == "encoder"
+    model, absent = _loaded(_auto_class(config, spec), config, spec, device)
+    _check_whole([name for name in absent if not _needless(model, name, spec)], spec)
+    projection = None
+    if spec.reading.pooled == "text_embeds":
+        projection = getattr(model, "text_projection", None)
+        if not isinstance(projection, nn.Module):
+            raise InputError(
+                f"encoder {spec.name}: {spec.folder}: {spec.model_type}: this model projects no pooled output; set "
+                "pooled: pooler_output, or leave it out"
+            )
+        projection = projection.eval().requires_grad_(False)
+    part: Any = _text_part(model, encoder)
+    return part.eval().requires_grad_(False), projection
+
+
+def load_language_model(spec: EncoderSpec, device: torch.device) -> nn.Module:
+    """A spec's whole model with its output head, for its answers. InputError where the folder lacks a tensor of it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
+    model, absent = _loaded(AutoModelForCausalLM, config, spec, device)
+    _check_whole(absent, spec)
+    whole: nn.Module = model.eval().requires_grad_(False)
+    return whole
+
+
+def _loaded(auto: Any, config: Any, spec: EncoderSpec, device: torch.device) -> tuple[Any, list[str]]:
+    """What a class of transformers makes of the spec's folder, and the tensors that it did not find there."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of the blocks that are left out on purpose
     try:
-        model, report = _auto_class(config, spec).from_pretrained(
+        model, report = auto.from_pretrained(
             spec.folder,
             config=config,
             dtype=getattr(torch, spec.dtype),
@@ -44,24 +73,15 @@ def load_model(spec: EncoderSpec, device: torch.device) -> tuple[Any, nn.Module 
         raise InputError(f"encoder {spec.name}: {spec.folder}: the model cannot be loaded ({reason})") from None
     finally:
         logging.set_verbosity(verbosity)
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    absent = [name for name in absent if not _needless(model, name, spec)]
+    return model, sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+
+
+def _check_whole(absent: list[str], spec: EncoderSpec) -> None:
     if absent:
         raise InputError(
             f"encoder {spec.name}: {spec.folder}: the weight files lack {len(absent)} tensors of the model, such as "
             f"{absent[0]}; fetch the model again"
         )
-    projection = None
-    if spec.reading.pooled == "text_embeds":
-        projection = getattr(model, "text_projection", None)
-        if not isinstance(projection, nn.Module):
-            raise InputError(
-                f"encoder {spec.name}: {spec.folder}: {spec.model_type}: this model projects no pooled output; set "
-                "pooled: pooler_output, or leave it out"
-            )
-        projection = projection.eval().requires_grad_(False)
-    part: Any = _text_part(model, encoder)
-    return part.eval().requires_grad_(False), projection
 
 
 def _needless(model: nn.Module, tensor: str, spec: EncoderSpec) -> bool:
