@@ -11,6 +11,10 @@ clean-image prediction. No LLM runs and no picture is decoded on either side.
   steps, in an order that chance decided, the same on both sides. The peer batches statically: whatever has arrived, up
   to eight, is one batch, drawn by one call of the pipeline per number of steps and answered together. `short_p95` says
   how much longer than alone a request of 8 steps takes at the 95th percentile.
+- `steps_after_cancel`: the most steps, over many cancellations, that were taken for a cancelled request before the one
+  that waited for its place took its first.
+- `overhead_ms`, `first_preview_share`: over HTTP, see `benchmarks/served.py`; `--model` names a trained model's folder,
+  in place of the demo's shape with random weights.
 
 Both sides in turns, one thread of torch; a ratio is the median over rounds of the peer's processor time over ours,
 which other processes on the machine do not stretch and in which nobody's waiting counts. Latencies are wall time. A
@@ -22,18 +26,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import random
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import served
 from benchmarks.model import keep_memory
 from lidit.config import EncoderSettings, ModelSettings, SamplerChanges
 from lidit.models import LIDiT
@@ -222,6 +230,43 @@ def compare(pipeline: LIDiTPipeline, engine: Engine, rounds: int, mixed: int) ->
     }
 
 
+def after_cancel(pipeline: LIDiTPipeline, tries: int) -> dict[str, Any]:
+    """One place for two requests: the first is cancelled in the middle of its steps, and the second moves up."""
+    wasted, waits = [], []
+    with Engine(pipeline, cap_of=lambda size: 2) as engine:
+        for number in range(tries):
+            first, second = requests(2, (25,), number)
+            begun, moved = threading.Event(), threading.Event()
+            told: dict[str, float] = {}
+
+            def seen(image: int, step: int, latents: torch.Tensor, begun: threading.Event = begun) -> None:
+                if step == 3:
+                    begun.set()
+
+            def up(
+                image: int,
+                step: int,
+                latents: torch.Tensor,
+                moved: threading.Event = moved,
+                told: dict[str, float] = told,
+            ) -> None:
+                if not moved.is_set():
+                    told["steps"], told["at"] = engine.counts.steps, time.perf_counter()
+                    moved.set()
+
+            changes = SamplerChanges(steps=25)
+            running = engine.submit(Request(first.states, [0], changes, previews=24, on_preview=seen))
+            waiting = engine.submit(Request(second.states, [1], changes, previews=24, on_preview=up))
+            begun.wait()
+            steps, began = engine.counts.steps, time.perf_counter()
+            running.cancel()
+            moved.wait()
+            waiting.cancel()
+            wasted.append(int(told["steps"]) - steps - 1)  # its own first step is not wasted
+            waits.append(1000 * (told["at"] - began))
+    return {"steps_after_cancel": max(wasted), "place_after_cancel_ms": round(statistics.median(waits), 1)}
+
+
 def check(pipeline: LIDiTPipeline, engine: Engine) -> None:
     """Both draw the same pictures; and what only a first call pays is paid."""
     asked = requests(CLIENTS, STEPS, 0)
@@ -236,17 +281,26 @@ def ratio(theirs: list[float], ours: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three rounds, below five minutes")
+    parser.add_argument("--model", type=Path, help="a trained model's folder, for the part over HTTP")
+    parser.add_argument("--part", choices=["all", "engine", "http"], default="all")
     arguments = parser.parse_args()
     rounds, mixed = (3, 48) if arguments.quick else (15, 96)
     torch.set_num_threads(1)
     keep_memory()
-    pipeline = demo_model()
-    with Engine(pipeline, sizes=[(PIXELS, PIXELS)]) as engine:
-        cap = engine.row_cap()
-        found = compare(pipeline, engine, rounds, mixed)
-    parameters = sum(parameter.numel() for parameter in pipeline.model.parameters())
-    facts = {"parameters": parameters, "threads": torch.get_num_threads(), "row_cap": cap, "torch": torch.__version__}
-    print(json.dumps({"benchmark": "serving", "peer": "LIDiTPipeline", **facts, **found}))
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if arguments.part != "http":
+        pipeline = demo_model()
+        found["parameters"] = sum(parameter.numel() for parameter in pipeline.model.parameters())
+        with Engine(pipeline, sizes=[(PIXELS, PIXELS)]) as engine:
+            found["row_cap"] = engine.row_cap()
+            found |= compare(pipeline, engine, rounds, mixed)
+        found |= after_cancel(pipeline, 10 * rounds)
+    if arguments.part != "engine":
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the platform's processes, too
+        with tempfile.TemporaryDirectory() as folder:
+            model = arguments.model or served.demo_folder(Path(folder))
+            found |= served.measure(model, Path(folder), 10 * rounds)
+    print(json.dumps({"benchmark": "serving", "peer": "LIDiTPipeline", **found}))
 
 
 if __name__ == "__main__":
