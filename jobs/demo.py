@@ -47,6 +47,7 @@ def command(
     print(f"pictures   {scores.folder / 'grid.png'}")
     print(f"draw       lidit sample {result.model} --prompt 'a red circle left of a blue square'")
     print(f"compare    {open_command(result.tracking_uri)}")
+    print(f"serve      lidit serve {result.model}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,15 @@ import typer
 
 from jobs.support.start import HELP_OPTIONS
 from lidit.errors import InputError, plain
-from lidit.serving.keys import SCOPES, Key, KeyStore, KeysUnavailable
+from lidit.serving.keys import SCOPES, Key, KeysUnavailable
+from lidit.serving.shared_keys import Keys, open_keys
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
-File = Annotated[Path, typer.Option(help="File of keys, in the folder of `lidit serve`.")]
-DEFAULT = Path("serving") / "keys.sqlite"
+File = Annotated[
+    str,
+    typer.Option(help="File of keys, in the folder of `lidit serve`, or the address of a Redis: redis://host:6379/0."),
+]
+DEFAULT = str(Path("serving") / "keys.sqlite")
 DAY = 86400
 
 
@@ -73,9 +77,9 @@ def revoke(
     print(_line(store.revoke(key_id), 0))
 
 
-def _open(file: Path, create: bool = False) -> KeyStore:
+def _open(file: str, create: bool = False) -> Keys:
     try:
-        return KeyStore(file, create)
+        return open_keys(file, create)
     except KeysUnavailable as error:
         raise InputError(f"{error}; give the file of keys by --file, or make it with lidit keys add") from None
 

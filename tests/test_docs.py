@@ -19,6 +19,7 @@ from lidit.config.settings import apply_overrides, load_yaml, validate
 from lidit.config.shipped import RECIPES, load_encoder_settings, load_recipe
 from lidit.errors import InputError
 from lidit.store import Corpus
+from pipelines.serving.settings import ServeSettings
 from tests.helpers.corpus_factory import make_corpus
 from tests.helpers.embed_job import captions, embed_here, encoder
 from tests.helpers.tiny_models import tiny_llm
@@ -106,6 +107,9 @@ def test_settings_in_the_pages_are_valid(page: Path) -> None:
         tree = yaml.safe_load(block)
         if {"name", "model"} <= set(tree) and isinstance(tree["model"], str):
             validate(EncoderSettings, tree, page.name)
+            continue
+        if "guards" in tree:
+            validate(ServeSettings, {"model": "x", **tree}, page.name)
             continue
         names = list(tree.get("pools", {})) or demo["encoders"]
         base = {**demo, "encoders": [{"name": name, "model": "x"} for name in names]}

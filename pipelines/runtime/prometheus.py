@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-STEP_SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0]
+PASS_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """One metric: `kind` is counter, gauge or histogram; `tag` names its one label."""
+    """One metric: `kind` is counter, gauge or histogram; `tag` names its one label; boundaries: a histogram's."""
 
     kind: str
     tag: str
     description: str
+    boundaries: tuple[float, ...] = STEP_SECONDS
 
 
 METRICS = {
@@ -46,8 +48,12 @@ METRICS = {
     "lidit_request_seconds": Declaration("histogram", "size", "Time from a request to its last picture"),
     "lidit_first_preview_seconds": Declaration("histogram", "model", "Time from a request to its first preview"),
     "lidit_queue_units": Declaration("gauge", "model", "Compute units, pixels x steps, that wait or are in work"),
+    "lidit_pass_seconds": Declaration("histogram", "size", "Time of a forward pass: a step", PASS_SECONDS),
     "lidit_passes_total": Declaration("counter", "model", "Forward passes of the network"),
     "lidit_pass_rows_total": Declaration("counter", "model", "Rows of those passes; a guided picture has two"),
+    "lidit_verdicts_total": Declaration(
+        "counter", "verdict", "Prompts and pictures judged: GUARD passed, refused, failed"
+    ),
     "lidit_unused_steps_total": Declaration("counter", "model", "Steps of pictures that nobody got"),
     "lidit_prompt_states_total": Declaration("counter", "source", "States of prompts, from the cache or an LLM"),
 }
@@ -61,7 +67,7 @@ def _metric(name: str) -> Any:
     declared = METRICS[name]
     tags = (declared.tag,)
     if declared.kind == "histogram":
-        return Histogram(name, declared.description, boundaries=STEP_SECONDS, tag_keys=tags)
+        return Histogram(name, declared.description, boundaries=list(declared.boundaries), tag_keys=tags)
     return {"counter": Counter, "gauge": Gauge}[declared.kind](name, declared.description, tag_keys=tags)
 
 
@@ -165,9 +171,11 @@ class EngineMetrics:
         self.model = model
         self._told: dict[str, int] = {}
 
-    def passes(self, passes: int, rows: int) -> None:
-        self._count("lidit_passes_total", passes, self.model)
-        self._count("lidit_pass_rows_total", rows, self.model)
+    def passed(self, size: str, rows: int, seconds: float) -> None:
+        """A forward pass was made; size: of its pictures, in pixels."""
+        _record("lidit_passes_total", 1, self.model)
+        _record("lidit_pass_rows_total", rows, self.model)
+        _record("lidit_pass_seconds", seconds, size)
 
     def prompt_states(self, hits: int, misses: int) -> None:
         """Of a cache of prompts' states."""
@@ -179,3 +187,8 @@ class EngineMetrics:
         key = f"{name} {tag}"
         _record(name, total - self._told.get(key, 0), tag)
         self._told[key] = total
+
+
+def judged(guard: str, verdict: str, count: int) -> None:
+    """A guard looked at so many things. verdict: "passed", "refused", or "failed" where it could not."""
+    _record("lidit_verdicts_total", count, f"{guard} {verdict}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 TITLE = "LI-DiT images"
 REPEAT = "idempotency-key"
 LONGEST_REPEAT = 255
+FACTS_S = 2.0
 
 
 class LedgerStage(Protocol):
@@ -47,19 +48,26 @@ class LedgerStage(Protocol):
     async def file(self, job_id: str, image: int, words: dict[str, str]) -> tuple[Picture, str]: ...
 
 
-@dataclass(frozen=True)
 class Desk:
     """What every route needs."""
 
-    ledger: LedgerStage
-    settings: ServeSettings
+    def __init__(self, ledger: LedgerStage, settings: ServeSettings) -> None:
+        self.ledger, self.settings = ledger, settings
+        self._facts: ModelFacts | None = None
+        self._asked = 0.0
+
+    async def facts(self) -> ModelFacts:
+        """The model's, a few seconds old at most: each request needs them twice, and the way to the ledger is long."""
+        if self._facts is None or time.monotonic() > self._asked + FACTS_S:
+            self._facts, self._asked = await self.ledger.facts(), time.monotonic()
+        return self._facts
 
     async def shapes(self, request: Request) -> Shapes:
         base = self.settings.public_url or str(request.base_url)
-        return Shapes(await self.ledger.facts(), base.rstrip("/"))
+        return Shapes(await self.facts(), base.rstrip("/"))
 
     async def order(self, body: DrawBody) -> Order:
-        return order_of(body, await self.ledger.facts(), self.settings.limits)
+        return order_of(body, await self.facts(), self.settings.limits)
 
 
 def build_api(ledger: LedgerStage, settings: ServeSettings) -> Edge:

@@ -1,7 +1,7 @@
 """The platform as a Ray Serve application: gateway, ledger, and what draws, in one process a replica or in stages.
 
 gateway -> ledger -> studio                                          (together)
-gateway -> ledger -> encoder-NAME..., denoiser, codec, finisher      (apart)
+gateway -> ledger -> guards, encoder-NAME..., denoiser, codec, finisher      (apart)
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from lidit.config.settings import validate
 from lidit.errors import InputError
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.pipeline.pipeline import ENCODERS
+from lidit.serving.shared_keys import open_keys
 from lidit.text.specs import default_device
 from pipelines.evaluation.models import load_pipeline, weights_digest
 from pipelines.serving.api import build_api
 from pipelines.serving.edge import Edge
 from pipelines.serving.finisher import Finisher
 from pipelines.serving.flow import Flow, Stages
+from pipelines.serving.guarding import PromptGuards
 from pipelines.serving.ledger import Ledger
 from pipelines.serving.orders import ModelFacts
 from pipelines.serving.remote import (
     RemoteDecoder,
     RemoteDenoiser,
     RemoteFinisher,
+    RemoteGuards,
     RemoteLedger,
     RemoteReader,
     RemoteStudio,
@@ -43,10 +46,10 @@ from pipelines.serving.studio import (
     facts_of,
     finisher_of,
     probe_of,
+    prompt_guards_of,
     register_of,
     sizes_of,
     studio_of,
-    words_of,
 )
 from pipelines.serving.workers import Decoder, Denoiser, Reader
 
@@ -62,12 +65,20 @@ class Studio(Flow):
 
     def __init__(self, settings: ServeSettings) -> None:
         whole = studio_of(settings)
-        super().__init__(whole.known, whole.stages, whole.words)
+        super().__init__(whole.known, whole.stages)
 
     def check_health(self) -> None:
         network = self.stages.denoiser
         if not isinstance(network, Denoiser) or not network.engine.alive:
             raise RuntimeError("the step loop has ended")
+
+
+@serve.deployment
+class Guards(PromptGuards):
+    """What looks at prompts before anything is computed for them."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        super().__init__(prompt_guards_of(settings).guards)
 
 
 @serve.deployment
@@ -129,20 +140,33 @@ class Accounts(Ledger):
 
     # Serve awaits it.
     async def __init__(self, settings: ServeSettings, *stages: DeploymentHandle) -> None:  # type: ignore[misc]
-        studio = RemoteStudio(stages[0]) if settings.together else await _apart(settings, *stages)
-        super().__init__(Path(settings.folder), studio, settings.limits, register_of(settings))
+        studio = RemoteStudio(stages[0]) if settings.together else await _apart(*stages)
+        keys = None if settings.keys is None else open_keys(settings.keys)
+        super().__init__(Path(settings.folder), studio, settings.limits, register_of(settings), keys)
 
     async def __del__(self) -> None:
         await self.close()
 
 
-async def _apart(settings: ServeSettings, *handles: DeploymentHandle) -> Flow:
-    """A flow of which every stage is a deployment: network, codec and finishing, then the encoders in their order."""
-    network, codec, finishing, *encoders = handles
+class Apart(Flow):
+    """A flow of deployments. Its facts are the network's own, which an update may replace."""
+
+    def __init__(self, network: DeploymentHandle, facts: ModelFacts, stages: Stages) -> None:
+        super().__init__(facts, stages)
+        self._network = RemoteStudio(network)
+
+    async def facts(self) -> ModelFacts:
+        return await self._network.facts()
+
+
+async def _apart(*handles: DeploymentHandle) -> Flow:
+    """A flow of which every stage is a deployment: guards, network, codec, finishing, then the encoders in their
+    order."""
+    guards, network, codec, finishing, *encoders = handles
     facts: ModelFacts = await network.facts.remote()
     readers = {name: RemoteReader(handle) for name, handle in zip(facts.encoders, encoders, strict=True)}
-    stages = Stages(readers, RemoteDenoiser(network), RemoteDecoder(codec), RemoteFinisher(finishing))
-    return Flow(facts, stages, words_of(settings))
+    drawing = RemoteDenoiser(network), RemoteDecoder(codec), RemoteFinisher(finishing)
+    return Apart(network, facts, Stages(RemoteGuards(guards), readers, *drawing))
 
 
 @serve.deployment
@@ -176,12 +200,13 @@ def places_of(settings: ServeSettings) -> list[PlaceSettings]:
     """What is asked of the cluster, by each deployment."""
     apart = settings.apart
     encoders = [apart.encoder] * len(encoder_names(Path(settings.model)))
-    drawing = [settings.studio] if settings.together else [apart.denoiser, apart.codec, apart.finisher, *encoders]
-    return [settings.ledger, *drawing]
+    stages = [apart.guard, apart.denoiser, apart.codec, apart.finisher, *encoders]
+    return [settings.ledger, *([settings.studio] if settings.together else stages)]
 
 
 def _stages(settings: ServeSettings) -> list[Application]:
     places = settings.apart
+    guards = _placed(Guards, places.guard, settings, settings)
     network = _placed(Network, places.denoiser, settings, settings)
     codec = _placed(Codec, places.codec, settings, settings)
     finishing = _placed(Finishing, places.finisher, settings, settings)
@@ -190,7 +215,7 @@ def _stages(settings: ServeSettings) -> list[Application]:
         _placed(encoder.options(name=f"Encoder-{name}"), places.encoder, settings, settings, name)
         for name in encoder_names(Path(settings.model))
     ]
-    return [network, codec, finishing, *encoders]
+    return [guards, network, codec, finishing, *encoders]
 
 
 def _placed(deployment: Any, place: PlaceSettings, settings: ServeSettings, *arguments: Any) -> Application:

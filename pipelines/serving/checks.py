@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from lidit.serving.guards.guard import Guard, Verdict
+from pipelines.runtime.prometheus import judged
 from pipelines.serving.errors import Found, blocked, unsafe_to_answer
 
 Item = TypeVar("Item")
@@ -21,7 +22,11 @@ async def judge(guard: Guard[Item], items: Sequence[Item]) -> list[Verdict]:
     except Exception:  # SafetyUnavailable as it should be, or a guard's own: nothing was judged
         whole = False
     if not whole:
+        judged(guard.name, "failed", len(items))
         raise unsafe_to_answer() from None
+    refused = sum(verdict.flagged for verdict in verdicts)
+    judged(guard.name, "refused", refused)
+    judged(guard.name, "passed", len(items) - refused)
     return verdicts
 
 

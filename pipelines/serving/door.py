@@ -13,17 +13,19 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving.errors import ApiError, Problem
+from pipelines.serving.traces import traceparent
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PLACE = f"{__name__}:middlewares"
-REQUEST_ID = "x-request-id"
+REQUEST_ID, TRACE = "x-request-id", "traceparent"
 OWN = "/-/"  # Serve's own addresses: the list of applications, and its health
 HEALTH = "/-/healthz"
 MOST_BYTES = 32 << 20  # of any body; the gateway has narrower limits of its own
 # Serve reads these from clients: a deadline that may be switched off, whether to notice that a client has gone, and
 # where a request goes. Names are compared with hyphens for underscores, as Serve does.
+# A client's trace would join requests that have nothing to do with each other: a request's own id is its trace.
 STEERING = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve-", "x-serve-", "x-session-id",
-            REQUEST_ID)  # fmt: skip
+            TRACE, "tracestate", "baggage", REQUEST_ID)  # fmt: skip
 
 
 class Door:
@@ -41,7 +43,9 @@ class Door:
             return
         request_id = f"req_{secrets.token_hex(16)}"
         headers = [(name, value) for name, value in scope["headers"] if not _steers(name)]
-        scope = {**scope, "headers": [*headers, (REQUEST_ID.encode(), request_id.encode())]}
+        ours = {REQUEST_ID: request_id, TRACE: traceparent(request_id)}
+        headers += [(name.encode(), value.encode()) for name, value in ours.items()]
+        scope = {**scope, "headers": headers}
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":

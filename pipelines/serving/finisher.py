@@ -28,10 +28,12 @@ Pixels = NDArray[np.uint8]  # [height, width, 3]
 
 @dataclass(frozen=True)
 class File:
-    """A picture's final bytes, and by what it will be known again. mark: the watermark's payload."""
+    """A picture's final bytes, and by what it will be known again. model: digest of the weights that drew it, which
+    during an update are not everybody's; mark: the watermark's payload."""
 
     data: bytes
     sha256: str
+    model: str
     mark: int | None = None
     manifest: str | None = None
 
@@ -73,7 +75,7 @@ class Finisher:
         data, manifest = encode(pixels, delivery), None
         if self.signer is not None:
             data, manifest = self.signer.sign(data, KINDS[delivery.format], title, self.digest)
-        return File(data, hashlib.sha256(data).hexdigest(), mark, manifest)
+        return File(data, hashlib.sha256(data).hexdigest(), self.digest, mark, manifest)
 
 
 def encode(pixels: Pixels, delivery: Delivery) -> bytes:

@@ -8,12 +8,19 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lidit.serving.guards.guard import Guard, Verdict
-from pipelines.serving.checks import demand, judge
-from pipelines.serving.errors import ApiError
+from lidit.serving.guards.guard import Verdict
 from pipelines.serving.finisher import File
 from pipelines.serving.orders import Delivery, ModelFacts, Order
 from pipelines.serving.parts import Accepted, Part, Picture, Preview, Step
+from pipelines.serving.traces import stage
+
+
+class PromptStage(Protocol):
+    """What looks at prompts as they are written."""
+
+    def demand(self, texts: list[str]) -> Awaitable[None]: ...
+
+    def moderate(self, texts: list[str]) -> Awaitable[list[list[Verdict]]]: ...
 
 
 class ReaderStage(Protocol):
@@ -44,6 +51,7 @@ class FinisherStage(Protocol):
 class Stages:
     """readers: by the encoders' names, in the model's order."""
 
+    guards: PromptStage
     readers: Mapping[str, ReaderStage]
     denoiser: DenoiserStage
     decoder: DecoderStage
@@ -51,40 +59,45 @@ class Stages:
 
 
 class Flow:
-    """Draws orders. `facts`: what they are checked against. `words`: the guard of prompts as they are written."""
+    """Draws orders. `facts`: what they are checked against."""
 
-    def __init__(self, facts: ModelFacts, stages: Stages, words: Guard[str] | None = None) -> None:
-        self.known, self.stages, self.words = facts, stages, words
+    def __init__(self, facts: ModelFacts, stages: Stages) -> None:
+        self.known, self.stages = facts, stages
 
     async def facts(self) -> ModelFacts:
         return self.known
 
     async def moderate(self, texts: Sequence[str]) -> list[list[Verdict]]:
         """The verdicts on each text, of all guards that look at words. Raises ApiError where none can."""
-        if self.words is None:
-            raise ApiError.of(503, "safety_unavailable", "this server was started without a guard of prompts")
-        return [[verdict] for verdict in await judge(self.words, texts)]
+        return await self.stages.guards.moderate(list(texts))
 
     async def draw(self, order: Order, request_id: str) -> AsyncGenerator[Part, None]:
         """The order's parts. Closing the generator ends the work at the next step. Raises ApiError."""
+        stages, texts = self.stages, [order.prompt, *([order.negative] if order.negative else [])]
         # 1. The words, before anything is computed for them: what is refused here costs no LLM and no network.
-        texts = [order.prompt, *([order.negative] if order.negative else [])]
-        await demand(self.words, texts, "prompt")
-        tokens = await asyncio.gather(*(reader.tokens(texts) for reader in self.stages.readers.values()))
+        with stage(request_id, "guard prompts"):
+            await stages.guards.demand(texts)
+        with stage(request_id, "count tokens"):
+            tokens = await asyncio.gather(*(reader.tokens(texts) for reader in stages.readers.values()))
         # 2. All LLMs at once; the network's stage waits for them.
-        states = [reader.encode(text) for text in texts for reader in self.stages.readers.values()]
+        states = [reader.encode(text) for text in texts for reader in stages.readers.values()]
         yield Accepted(tokens[0])
         # 3. Steps, and what is to be seen of them.
-        advances = self.stages.denoiser.draw(order, *states)
-        async with aclosing(advances) as steps:  # type: ignore[type-var]
-            async for advance in steps:
-                if advance.latents is None:
-                    yield Step(advance.image, advance.number, advance.total)
-                    continue
-                pixels = await self.stages.decoder.decode(advance.latents)
-                if advance.preview is not None:
-                    data = await self.stages.finisher.preview(pixels, order.delivery)
-                    yield Preview(advance.image, advance.preview, data)
-                    continue
-                file = await self.stages.finisher.finish(pixels, order.delivery, request_id)
-                yield Picture(advance.image, order.seeds[advance.image], file)
+        with stage(request_id, "draw", images=len(order.seeds), units=order.units):
+            async with aclosing(stages.denoiser.draw(order, *states)) as advances:  # type: ignore[type-var]
+                async for advance in advances:
+                    if advance.latents is None:
+                        yield Step(advance.image, advance.number, advance.total)
+                    else:
+                        yield await self._shown(advance, order, request_id)
+
+    async def _shown(self, advance: Any, order: Order, request_id: str) -> Part:
+        """The preview or picture of latents that have come out of the network."""
+        with stage(request_id, "decode", image=advance.image):
+            pixels = await self.stages.decoder.decode(advance.latents)
+        with stage(request_id, "finish", image=advance.image):
+            if advance.preview is not None:
+                data = await self.stages.finisher.preview(pixels, order.delivery)
+                return Preview(advance.image, advance.preview, data)
+            file = await self.stages.finisher.finish(pixels, order.delivery, request_id)
+            return Picture(advance.image, order.seeds[advance.image], file)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from lidit.serving.audit import AuditLog, AuditUnavailable, Entry, Event, load_key
 from lidit.serving.guards.guard import Verdict
 from lidit.serving.keys import KeyDenied, KeyStore, KeysUnavailable, QuotaExceeded
+from lidit.serving.shared_keys import Keys
 from pipelines.runtime.prometheus import RequestMetrics
 from pipelines.serving.admission import Admission
 from pipelines.serving.errors import ApiError, broken, missing, quota_spent, too_late
@@ -29,6 +30,7 @@ from pipelines.serving.parts import Accepted, Part, Picture, Preview, Step
 from pipelines.serving.settings import LimitSettings
 
 log = logging.getLogger(__name__)
+FACTS_S = 5.0
 KEYS, AUDIT, AUDIT_KEY = "keys.sqlite", "audit.jsonl", "audit.key"
 
 
@@ -52,15 +54,19 @@ class Studio(Protocol):
 
 
 class Ledger:
-    """folder: of the files that survive a restart. Everything a client gets passes here once."""
+    """folder: of the files that survive a restart. keys: kept elsewhere. Everything a client gets passes here once."""
 
-    def __init__(self, folder: Path, studio: Studio, limits: LimitSettings, register: Register) -> None:
+    def __init__(
+        self, folder: Path, studio: Studio, limits: LimitSettings, register: Register, keys: Keys | None = None
+    ) -> None:
         self.studio, self.limits, self.register = studio, limits, register
         folder.mkdir(parents=True, exist_ok=True)
-        self.keys = KeyStore(folder / KEYS, create=True)
+        self.keys: Keys = keys or KeyStore(folder / KEYS, create=True)
         self.audit = AuditLog(folder / AUDIT, load_key(folder / AUDIT_KEY))
         self.admission, self.board, self.links = Admission(limits), JobBoard(limits), Links(limits.keep_s)
         self._facts: ModelFacts | None = None
+        self._asked = 0.0
+        self._asking: asyncio.Task[None] | None = None
         self._metrics = RequestMetrics("")
         self.audit.append(Entry(event="started"))
 
@@ -82,10 +88,23 @@ class Ledger:
         return key.id
 
     async def facts(self) -> ModelFacts:
+        """What the studios tell of their model; asked anew every few seconds: an update replaces them one by one."""
         if self._facts is None:
-            self._facts = await self.studio.facts()
-            self._metrics = RequestMetrics(self._facts.name)
+            self._facts = await self._ask()
+        elif time.monotonic() > self._asked + FACTS_S:
+            self._asked = time.monotonic()
+            # Nobody waits for it, least of all while there is no studio; a context of its own, as jobs have.
+            self._asking = asyncio.get_running_loop().create_task(self._ask_again(), context=contextvars.Context())
         return self._facts
+
+    async def _ask(self) -> ModelFacts:
+        facts = await self.studio.facts()
+        self._asked, self._metrics = time.monotonic(), RequestMetrics(facts.name)
+        return facts
+
+    async def _ask_again(self) -> None:
+        with contextlib.suppress(ApiError):  # a studio that is lost: what it told is true until another one tells
+            self._facts = await self._ask()
 
     async def moderate(self, texts: list[str]) -> list[list[Verdict]]:
         return await self.studio.moderate(texts)
@@ -268,8 +287,7 @@ class Ledger:
             log.exception("request %s: the picture cannot be registered", job.request)
             unmarked = "the picture could not be registered, so it is not delivered"
             raise ApiError.of(503, "provenance_unavailable", unmarked) from None
-        facts = await self.facts()
-        more = {"seed": picture.seed, "image": file.sha256, "manifest": file.manifest, "model": facts.digest}
+        more = {"seed": picture.seed, "image": file.sha256, "manifest": file.manifest, "model": file.model}
         await self._write("issued", job, **more)
         job.tell(Happened(job.next, "picture", picture=picture, link=self.links.make(job.key, job.id, picture.image)))
 

@@ -54,6 +54,18 @@ async def _many(response: Any) -> AsyncGenerator[Any, None]:
         response.cancel()
 
 
+class RemoteGuards:
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle = handle
+
+    async def demand(self, texts: list[str]) -> None:
+        await _one(self.handle.demand.remote(texts))
+
+    async def moderate(self, texts: list[str]) -> list[list[Verdict]]:
+        verdicts: list[list[Verdict]] = await _one(self.handle.moderate.remote(texts))
+        return verdicts
+
+
 class RemoteReader:
     """`encode` gives a reference: the states go from the LLM's process to the network's, and not through this one."""
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from lidit.config.fields import Place
 from lidit.config.settings import Settings
 from lidit.serving.guards.images import OnnxSettings
+from lidit.serving.guards.language import LanguageGuardSettings
 
 Positive = Annotated[float, Field(gt=0)]
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -44,6 +45,7 @@ class PlaceSettings(Settings):
 class ApartSettings(Settings):
     """Deployments of their own for each stage, where `together` is false."""
 
+    guard: PlaceSettings = PlaceSettings(cpus=1)
     encoder: PlaceSettings = PlaceSettings(cpus=1)
     denoiser: PlaceSettings = PlaceSettings(cpus=1)
     codec: PlaceSettings = PlaceSettings(cpus=1)
@@ -63,6 +65,7 @@ class GuardSettings(Settings):
 
     words: Place | None = Field(None, description="text file: one forbidden word or phrase a line")
     probe: Place | None = Field(None, description="what `lidit guard train` wrote")
+    language_model: LanguageGuardSettings | None = Field(None, description="Llama Guard or ShieldGemma, of prompts")
     classifier: OnnxSettings | None = None
     pixel_rule: PixelRuleSettings | None = None
     image_threshold: float = Field(0.5, gt=0, le=1)
@@ -90,6 +93,9 @@ class ServeSettings(Settings):
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="of the model, for clients"
     )
     folder: Place = "serving"
+    keys: Place | None = Field(
+        None, pattern=r"^(rediss?|unix)://", description="Redis for keys and quotas, in place of FOLDER/keys.sqlite"
+    )
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     public_url: str | None = Field(None, pattern=r"^https?://[^\s?#]+$", description="where clients reach the host")
@@ -102,4 +108,5 @@ class ServeSettings(Settings):
     limits: LimitSettings = LimitSettings()
     guards: GuardSettings = GuardSettings()
     provenance: ProvenanceSettings = ProvenanceSettings()
+    traces: bool = Field(False, description="spans to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"

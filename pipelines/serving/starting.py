@@ -16,16 +16,19 @@ from typing import Any
 
 import yaml
 from ray import serve
+from ray.serve.schema import TracingConfig
 
 from lidit.errors import InputError, JobError, one_line
 from lidit.pipeline import INDEX
-from lidit.serving.keys import KeyStore, KeysUnavailable
+from lidit.serving.keys import KeysUnavailable
+from lidit.serving.shared_keys import open_keys
 from pipelines.runtime.resources import CLUSTER_ADDRESS, connect, total
 from pipelines.serving.application import IMPORT_PATH, NAME, application, places_of
 from pipelines.serving.door import CALLBACK, PLACE
 from pipelines.serving.ledger import KEYS
 from pipelines.serving.settings import ServeSettings
 from pipelines.serving.studio import check_guards, words_of
+from pipelines.serving.traces import EXPORTER
 
 FIRST_SCOPES = ("generate", "moderate", "verify")
 NET_S = 60.0  # Serve's own deadline stands so far behind ours
@@ -53,7 +56,7 @@ def serve_here(settings: ServeSettings) -> None:
     # Every process of Serve inherits this: without it, clients could steer Serve by headers.
     os.environ[CALLBACK] = PLACE
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    key = first_key(Path(settings.folder))
+    key = first_key(settings)
     # Processes that wait for each other need a logical CPU each: with too few, they would wait for ever.
     connect(cpus=max(1, math.ceil(sum(place.replicas * place.cpus for place in places_of(settings)))))
     check_places(settings)
@@ -68,7 +71,7 @@ def serve_here(settings: ServeSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
-        serve.start(proxy_location="HeadOnly", http_options=options)
+        serve.start(proxy_location="HeadOnly", http_options=options, tracing_config=tracing(settings))
         serve.run(application(settings), name=NAME, route_prefix="/")
         ready.set()
         _tell(settings, key)
@@ -77,6 +80,11 @@ def serve_here(settings: ServeSettings) -> None:
         raise JobError(f"the platform did not start: {one_line(error, 300)}") from None
     finally:
         serve.shutdown()
+
+
+def tracing(settings: ServeSettings) -> TracingConfig:
+    """What Serve makes spans of: every request, or none."""
+    return TracingConfig(enabled=settings.traces, exporter_import_path=EXPORTER, sampling_ratio=1.0)
 
 
 def check_places(settings: ServeSettings) -> None:
@@ -95,10 +103,10 @@ def check_places(settings: ServeSettings) -> None:
             )
 
 
-def first_key(folder: Path) -> str | None:
+def first_key(settings: ServeSettings) -> str | None:
     """The text of a new key where there is none yet. Raises JobError where keys cannot be kept."""
     try:
-        store = KeyStore(folder / KEYS, create=True)
+        store = open_keys(settings.keys or Path(settings.folder) / KEYS, create=True)
         return None if store.list() else store.add("first", FIRST_SCOPES)[0]
     except KeysUnavailable as error:
         raise JobError(str(error)) from None
@@ -113,6 +121,7 @@ def write_config(settings: ServeSettings, path: Path) -> None:
             "port": settings.port,
             "request_timeout_s": settings.limits.deadline_s + NET_S,
         },
+        "tracing_config": tracing(settings).model_dump(mode="json"),
         "applications": [
             {
                 "name": NAME,

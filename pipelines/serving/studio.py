@@ -16,6 +16,7 @@ from lidit.pipeline.pipeline import VAE
 from lidit.serving.audit import load_key
 from lidit.serving.guards.guard import Guard
 from lidit.serving.guards.images import OnnxClassifier, PixelRule
+from lidit.serving.guards.language import LanguageGuard
 from lidit.serving.guards.probe import Probe, States
 from lidit.serving.guards.words import WordList
 from lidit.serving.provenance.manifest import ManifestSigner
@@ -23,6 +24,7 @@ from lidit.serving.provenance.watermark import Watermark
 from pipelines.evaluation.models import load_pipeline, read_index, weights_digest
 from pipelines.serving.finisher import Finisher, Pixels
 from pipelines.serving.flow import Flow, Stages
+from pipelines.serving.guarding import PromptGuards
 from pipelines.serving.issued import Register
 from pipelines.serving.orders import ModelFacts
 from pipelines.serving.settings import ServeSettings
@@ -37,12 +39,13 @@ def studio_of(settings: ServeSettings) -> Flow:
     facts = facts_of(settings, pipeline)
     device = str(pipeline.model.device)
     stages = Stages(
+        prompt_guards_of(settings),
         {name: Reader(encoder, device) for name, encoder in pipeline.encoders.items()},
         Denoiser(facts.name, pipeline, sizes_of(settings, pipeline), probe_of(settings, pipeline)),
         Decoder(pipeline.codec, device),
         finisher_of(settings, facts.digest),
     )
-    return Flow(facts, stages, words_of(settings))
+    return Flow(facts, stages)
 
 
 def sizes_of(settings: ServeSettings, pipeline: LIDiTPipeline) -> tuple[tuple[int, int], ...]:
@@ -117,6 +120,14 @@ def words_of(settings: ServeSettings) -> Guard[str] | None:
     return Guard("words", WordList(Path(guards.words)), 1.0, guards.deadline_s)
 
 
+def prompt_guards_of(settings: ServeSettings) -> PromptGuards:
+    """The list first: it costs nothing, and what it refuses no language model need judge."""
+    asked, found = settings.guards.language_model, [words_of(settings)]
+    if asked is not None:
+        found.append(Guard("language_model", LanguageGuard(asked), asked.threshold, asked.deadline_s))
+    return PromptGuards([guard for guard in found if guard is not None])
+
+
 def probe_of(settings: ServeSettings, pipeline: LIDiTPipeline) -> Guard[States] | None:
     guards = settings.guards
     if guards.probe is None:
@@ -142,7 +153,10 @@ def check_guards(settings: ServeSettings) -> None:
     guards = settings.guards
     if not guards.needed:
         return
-    if guards.words is None and guards.probe is None:
-        raise InputError("guards: no guard of prompts; give guards.words or guards.probe, or guards.needed=false")
+    if guards.words is None and guards.probe is None and guards.language_model is None:
+        raise InputError(
+            "guards: no guard of prompts; give guards.words, guards.probe or guards.language_model, or "
+            "guards.needed=false"
+        )
     if guards.classifier is None and guards.pixel_rule is None:
         raise InputError("guards: no guard of pictures; give guards.classifier, or guards.needed=false")

@@ -84,8 +84,8 @@ class Denoiser:
         probe: Guard[States] | None = None,
     ) -> None:
         self.pipeline, self.probe = pipeline, probe
-        self.engine = Engine(pipeline, sizes)
         self._metrics = EngineMetrics(name)
+        self.engine = Engine(pipeline, sizes, on_pass=self._passed)
 
     async def draw(self, order: Order, *states: torch.Tensor | Awaitable[torch.Tensor]) -> AsyncIterator[Advance]:
         """Steps as they are taken, then every image's latents. `states`: of the model's encoders, in their order, and
@@ -132,8 +132,10 @@ class Denoiser:
                 yield Advance(image, total, total, latents)
         finally:
             future.cancel()
-            counts = self.engine.counts
-            self._metrics.passes(counts.passes, counts.rows)
+
+    def _passed(self, size: tuple[int, int], rows: int, seconds: float) -> None:
+        height, width = (side * self.pipeline.codec.factor for side in size)
+        self._metrics.passed(f"{width}x{height}", rows, seconds)
 
 
 class Decoder:

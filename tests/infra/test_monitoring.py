@@ -25,6 +25,11 @@ from tests.helpers.tiny_models import tiny_llm
 
 MONITORING = REPOSITORY / "infra" / "monitoring"
 OURS = re.compile(r"\bray_(lidit_\w+)")
+# Metrics of a served model begin with these, all others are those of a job.
+SERVED = (
+    "lidit_request", "lidit_first_preview", "lidit_queue", "lidit_pass", "lidit_unused", "lidit_prompt_states",
+    "lidit_verdicts",
+)  # fmt: skip
 HISTOGRAM_SUFFIXES = ("_bucket", "_count", "_sum")
 
 
@@ -185,7 +190,9 @@ JOB = """
 import sys, threading, urllib.request
 import ray
 from tests.helpers.waiting import wait_until
-from pipelines.runtime.prometheus import EmbedMetrics, IngestMetrics, TrainMetrics
+from pipelines.runtime.prometheus import (
+    EmbedMetrics, EngineMetrics, IngestMetrics, RequestMetrics, TrainMetrics, judged
+)
 
 ray.init(num_cpus=2, include_dashboard=True, dashboard_port=0, _temp_dir=sys.argv[1], logging_level=40)
 
@@ -204,6 +211,14 @@ metrics.units_left(10)
 metrics.unit_done(captions=5, tokens=45, padded_tokens=60, seconds=2.0, left=9)
 metrics.unit_done(captions=5, tokens=45, padded_tokens=50, seconds=2.0, left=8)
 IngestMetrics("pictures").source_read(kept=7, refused=2)
+requests, engine = RequestMetrics("demo"), EngineMetrics("demo")
+requests.queue(5000)
+requests.ended("drawn", "32x32", 0.4, unused_steps=3)
+requests.previewed(0.1)
+engine.passed("32x32", rows=8, seconds=0.02)
+engine.passed("32x32", rows=6, seconds=0.01)
+engine.prompt_states(hits=3, misses=1)
+judged("words", "refused", 2)
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
@@ -258,6 +273,11 @@ def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_f
     assert values["lidit_loss"] == 1.5
     assert values["lidit_loss_nonfinite_total"] == 1
     assert values["lidit_last_checkpoint_timestamp_seconds"] == 1.0e9
+    assert (values["lidit_passes_total"], values["lidit_pass_rows_total"]) == (2, 14)
+    assert values["lidit_pass_seconds_count"] == 2
+    assert 'size="32x32"' in samples["lidit_pass_seconds_count"][0]
+    assert 'verdict="words refused"' in samples["lidit_verdicts_total"][0]
+    assert values["lidit_unused_steps_total"] == 3
     assert 'encoder="smollm2"' in samples["lidit_captions_total"][0]
     assert 'run="run-1"' in samples["lidit_loss"][0]
 
@@ -318,7 +338,8 @@ def test_a_real_embedding_and_training_are_seen(tmp_path_factory: pytest.TempPat
     assert done.returncode == 0, done.stderr[-3000:]
     samples = scraped(done.stdout)
     # No card, so no utilisation of one; and every loss was finite.
-    assert set(samples) == exported_names() - {"lidit_mfu", "lidit_loss_nonfinite_total"}
+    served = {name for name in exported_names() if name.startswith(SERVED)}
+    assert set(samples) == exported_names() - served - {"lidit_mfu", "lidit_loss_nonfinite_total"}
     values = {name: value for name, (_, value) in samples.items()}
     corpus = Corpus.open(folder / "corpus")
     manifest = corpus.text_family("llama").manifest

@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ from PIL import Image
 from lidit.pipeline import LIDiTPipeline
 from lidit.serving.keys import KeyStore
 from pipelines.serving.api import build_api
+from pipelines.serving.finisher import Finisher
+from pipelines.serving.flow import Flow
 from pipelines.serving.ledger import AUDIT, KEYS
 from pipelines.serving.settings import ServeSettings
 from tests.helpers.one_process import FORBIDDEN, LONG, Answer, Platform, platform, settings_for
@@ -269,6 +272,24 @@ def test_links_need_no_key_and_end_with_theirs(served: Platform) -> None:
         assert served.call("GET", other, key=None).error == (404, "not_found", None, "false")
     KeyStore(served.folder / KEYS).revoke(key.split("_")[1])
     assert served.call("GET", place, key=None).status == 404
+
+
+def test_an_update_is_seen_in_what_is_told_and_what_is_written(
+    served: Platform, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A studio that takes the place of another has its own model, under the same ledger."""
+    for place in ("ledger", "api"):
+        monkeypatch.setattr(f"pipelines.serving.{place}.FACTS_S", 0.0)
+    stages = served.flow.stages
+    flow = Flow(served.flow.known, stages)
+    with platform(settings_for(model, tmp_path), flow) as running:
+        assert running.draw(seed=1).json["model"] == "small"
+        flow.known = replace(flow.known, name="newer", digest="1" * 64)
+        flow.stages = replace(stages, finisher=Finisher("1" * 64))
+        until(lambda: running.call("GET", "/v1/models").json["data"][0]["id"] == "newer")
+        assert running.draw(seed=1).json["model"] == "newer"
+        entries = [json.loads(line)["entry"] for line in (tmp_path / AUDIT).read_text().splitlines()]
+        assert [e["model"] for e in entries if e["event"] == "issued"] == [served.flow.known.digest, "1" * 64]
 
 
 def test_a_picture_is_known_again(served: Platform) -> None:

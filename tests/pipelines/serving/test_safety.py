@@ -18,6 +18,7 @@ from lidit.serving.guards.guard import Guard
 from lidit.serving.guards.images import PixelRule
 from pipelines.serving.finisher import Finisher
 from pipelines.serving.flow import Flow
+from pipelines.serving.guarding import PromptGuards
 from pipelines.serving.ledger import AUDIT
 from pipelines.serving.settings import ServeSettings
 from pipelines.serving.studio import check_guards, studio_of
@@ -65,11 +66,8 @@ def with_guards(served: Platform, words: Guard[str] | None = None, images: Guard
     """The small platform's flow with other guards."""
     stages, old = served.flow.stages, served.flow.stages.finisher
     assert isinstance(old, Finisher)
-    return Flow(
-        served.flow.known,
-        replace(stages, finisher=Finisher(old.digest, images or old.guard)),
-        words or served.flow.words,
-    )
+    prompts = stages.guards if words is None else PromptGuards([words])
+    return Flow(served.flow.known, replace(stages, guards=prompts, finisher=Finisher(old.digest, images or old.guard)))
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -130,7 +128,7 @@ def test_the_guard_of_states_reads_what_the_network_would(served: Platform, mode
     assert isinstance(old, Denoiser)
     with_probe = copy.copy(old)  # another one's loop would measure its row caps anew
     with_probe.probe = Guard("probe", Probe(), 0.5)
-    flow = Flow(served.flow.known, replace(served.flow.stages, denoiser=with_probe), served.flow.words)
+    flow = Flow(served.flow.known, replace(served.flow.stages, denoiser=with_probe))
     with platform(settings_for(model, tmp_path), flow) as running:
         assert running.draw("a cube").status == 200
         before = running.steps
