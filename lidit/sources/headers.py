@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from lidit.sources.base import BadRecordError, FieldNames, lines, open_binary, parse_json
 from lidit.sources.tables import schema_of
+from lidit.sources.text_files import delimiter_of
 from lidit.sources.walk import problem_of
 from lidit.store.files.folder import is_url
 
@@ -32,18 +33,18 @@ def image_field(kind: str, path: str, fields: FieldNames) -> str | None:
                 return None
             kind_of_values = schema.field(name).type
             return PATHS if pa.types.is_string(kind_of_values) or pa.types.is_large_string(kind_of_values) else BYTES
-        return PATHS if set(_first_fields(kind, path)) & set(fields.images) else None
+        return PATHS if set(_first_fields(kind, path, fields)) & set(fields.images) else None
     except (OSError, pa.ArrowException, BadRecordError, csv.Error):
         return None
 
 
-def _first_fields(kind: str, path: str) -> list[Any]:
+def _first_fields(kind: str, path: str, fields: FieldNames) -> list[Any]:
     """The fields of the first row, or the header."""
     with open_binary(path) as file:
         stream = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, file))
         first = next((line for _, line in lines(stream) if line is None or line.strip()), None) or b""
     if kind == "csv":
-        delimiter = "\t" if path.lower().endswith(".tsv") else ","
-        return next(csv.reader([first.decode("utf-8-sig", "replace")], delimiter=delimiter), [])
+        header = first.decode("utf-8-sig", "replace")
+        return next(csv.reader([header], delimiter=delimiter_of(path, header, fields)), [])
     record = parse_json(first) if kind == "jsonl" and first else {}
     return list(record) if isinstance(record, dict) else []

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -93,8 +94,14 @@ def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
     csv.field_size_limit(MAX_TEXT_BYTES)
     # Invalid bytes become surrogates, which the caption check refuses row by row; strict decoding would lose the file.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.DictReader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",")
-    image_field = _image_field(dict.fromkeys(rows.fieldnames or [], ""), fields)
+    header = text.readline()
+    try:
+        rows = csv.DictReader(chain([header], text), delimiter=delimiter_of(name, header, fields))
+        image_field = _image_field(dict.fromkeys(rows.fieldnames or [], ""), fields)
+    except csv.Error as error:
+        yield Refusal("", name, f"invalid CSV: the header cannot be read: {error}", "file")
+        text.detach()
+        return
     while True:
         key = f"{name}:{rows.line_num + 1}"
         try:
@@ -111,6 +118,26 @@ def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
             continue
         yield _row(opened, {k: v for k, v in record.items() if k}, key, image_field, fields)
     text.detach()
+
+
+def delimiter_of(name: str, header: str, fields: FieldNames) -> str:
+    """What separates the cells of a CSV or TSV file: a comma, or what spreadsheets of other languages write.
+
+    header: the first line. Another separator is believed only where a comma separates nothing and the other one gives a
+    field that is read.
+    """
+    if name.lower().endswith(".tsv"):
+        return "\t"
+    if len(_cells(header, ",")) == 1:
+        for delimiter in (";", "\t", "|"):
+            cells = _cells(header, delimiter)
+            if len(cells) > 1 and not {*fields.captions, *fields.images}.isdisjoint(cells):
+                return delimiter
+    return ","
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line], delimiter=delimiter), [])
 
 
 def _packed(name: str, packed: str) -> Refusal:

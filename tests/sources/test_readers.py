@@ -261,6 +261,37 @@ def test_csv_rows_and_invalid_bytes(tmp_path: Path) -> None:
     assert [s.captions[0][0] for s in samples] == ["two, parts", "bad \udcff", "over\ntwo lines"]
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_csv_of_other_spreadsheets(delimiter: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    rows = [("file_name", "caption"), ("a.png", "zwei, drei"), ("b.png", "vier")]
+    path.write_text("\ufeff" + "".join(delimiter.join(row) + "\n" for row in rows), encoding="utf-8")
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encoded(picture()))
+    samples, refused = read(path)
+    assert not refused
+    assert [s.captions[0][0] for s in samples] == ["zwei, drei", "vier"]
+    assert all(s.image for s in samples)
+
+
+def test_a_caption_that_holds_a_semicolon_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("caption\na cat; a dog\n")
+    assert [s.captions[0][0] for s in read(path)[0]] == ["a cat; a dog"]
+    path.write_text("caption;x,id\na cat; a dog,1\n")  # a comma separates: nothing else is tried
+    assert [s.captions for s in read(path)[0]] == [()]
+
+
+def test_a_header_that_cannot_be_read_is_one_refusal(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("caption," + "x" * (17 << 20) + "\na,b\n")
+    samples, refused = read(path)
+    assert not samples
+    assert [r.reason for r in refused] == [
+        "invalid CSV: the header cannot be read: field larger than field limit (16777216)"
+    ]
+
+
 def test_plain_text_is_one_caption_per_line(tmp_path: Path) -> None:
     path = tmp_path / "c.txt"
     path.write_bytes("first\r\n两只猫\n".encode() + b"\xff\n" + b"x" * (17 << 20) + b"\nlast")
