@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import errno
 import io
@@ -36,13 +37,15 @@ from lidit.store.files.folder import is_url
 # What the path itself is to blame for. Others, such as an I/O error, end the reading: the next file may fail likewise.
 _OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what a spreadsheet calls Unicode
+
 
 def read_text(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
     """One caption per line; no images."""
     name = opened.source.name
     stream = opened.stream()
-    if packed := packed_as(stream):
-        yield _packed(name, packed)
+    if refusal := _no_text(name, stream):
+        yield refusal
         return
     for number, line in lines(stream):
         key = f"{name}:{number}"
@@ -61,8 +64,8 @@ def read_jsonl(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample |
     image_field: str | None = None
     first = True
     stream = opened.stream()
-    if packed := packed_as(stream):
-        yield _packed(name, packed)
+    if refusal := _no_text(name, stream):
+        yield refusal
         return
     for number, line in lines(stream):
         key = f"{name}:{number}"
@@ -88,8 +91,8 @@ def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
     """Rows of a CSV or TSV file with a header line."""
     name = opened.source.name
     stream = opened.stream()
-    if packed := packed_as(stream):
-        yield _packed(name, packed)
+    if refusal := _no_text(name, stream):
+        yield refusal
         return
     csv.field_size_limit(MAX_TEXT_BYTES)
     # Invalid bytes become surrogates, which the caption check refuses row by row; strict decoding would lose the file.
@@ -140,9 +143,15 @@ def _cells(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter), [])
 
 
-def _packed(name: str, packed: str) -> Refusal:
-    reason = f"not a text file: {shown(name)} is {packed} inside; unpack it, or give it the suffix of its kind"
-    return Refusal("", name, reason, "file")
+def _no_text(name: str, stream: io.BufferedReader) -> Refusal | None:
+    """Why a file's first bytes, which stay unread, are no text in UTF-8; None for what they may be."""
+    if packed := packed_as(stream):
+        remedy = "unpack it, or give it the suffix of its kind"
+        return Refusal("", name, f"not a text file: {shown(name)} is {packed} inside; {remedy}", "file")
+    if stream.peek(2)[:2] in UTF_16:
+        remedy = "save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8"
+        return Refusal("", name, f"not in UTF-8: {shown(name)} is UTF-16; {remedy}", "file")
+    return None
 
 
 def _image_field(record: dict[str, Any], fields: FieldNames) -> str | None:

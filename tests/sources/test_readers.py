@@ -282,6 +282,16 @@ def test_a_caption_that_holds_a_semicolon_is_one(tmp_path: Path) -> None:
     assert [s.captions for s in read(path)[0]] == [()]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt"])
+def test_utf_16_is_told(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"d.{kind}"
+    path.write_text("caption\na cat\n", encoding="utf-16")
+    samples, refused = read(path)
+    assert not samples
+    remedy = "save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8"
+    assert [(r.reason, r.what) for r in refused] == [(f"not in UTF-8: d.{kind} is UTF-16; {remedy}", "file")]
+
+
 def test_a_header_that_cannot_be_read_is_one_refusal(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_text("caption," + "x" * (17 << 20) + "\na,b\n")
