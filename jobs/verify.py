@@ -57,9 +57,12 @@ def command(
 
 def check_model_folder(folder: Path) -> str:
     """What was checked of a model folder. JobError where a file is not the one that was saved, or does not load."""
+    import diffusers
+
     from lidit.pipeline import LIDiTPipeline
     from lidit.pipeline.checksums import check_model
 
+    diffusers.utils.logging.disable_progress_bar()  # it counts loaded parts, of which there is one
     try:
         checked = check_model(folder, True)
         LIDiTPipeline.from_pretrained(folder, check_files=False)
