@@ -23,6 +23,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="As JSON instea
 
     **Example:** `lidit embed corpus --encoder qwen-image --set model=./Qwen2.5-VL-7B-Instruct`
     """
+    from lidit.config.left_out import LEFT_OUT
     from lidit.config.shipped import ENCODERS, load_encoder_settings
 
     found = [row(load_encoder_settings(path.stem)) for path in sorted(ENCODERS.glob("*.yaml"))]
@@ -36,6 +37,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="As JSON instea
         print(
             f"{line['name']:21} {line['width']:7} {line['bytes']:7}  {layers:24} {line['model']:45} {line['licence']}"
         )
+    print(f"\nleft out, with the reason when asked for: {', '.join(LEFT_OUT)}")
 
 
 def row(settings: EncoderSettings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from lidit.config.ablation import Ablation
 from lidit.config.codec import CodecRecipe
 from lidit.config.encoder import EncoderSettings
+from lidit.config.left_out import LEFT_OUT
 from lidit.config.recipe import Recipe
 from lidit.config.settings import Settings, apply_overrides, load_yaml, validate
 from lidit.errors import InputError
@@ -86,6 +87,8 @@ def find(name: str, shipped: Path, what: str) -> Path:
             raise InputError(f"{name}: no such {what} file")
     else:
         path = shipped / f"{name}.yaml"
+        if not path.is_file() and what == "encoder" and name in LEFT_OUT:
+            raise InputError(f"{name}: left out, because {LEFT_OUT[name].reason}; lidit encoders lists what is there")
         if not path.is_file():
             known = [p.stem for p in sorted(shipped.glob("*.yaml")) if what not in KINDS or _kind(p) in (what, None)]
             if len(known) > LISTED:  # of many the near ones

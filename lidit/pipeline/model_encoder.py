@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -114,14 +113,15 @@ class ModelEncoder:
         storage = self.spec["storage"]
         captions = [normalise(text.strip()) for text in captions]  # as ingest does
         rows = []
-        for text, caption in zip(captions, self.encoder(device).encode(captions), strict=True):
-            if caption.truncated:
-                log.warning(
-                    "encoder %s: the prompt %r is cut to its first %d tokens, more were not used in training either",
-                    self.name, shorten(text, 60), self.spec["max_tokens"],
-                )  # fmt: skip
+        encoded = self.encoder(device).encode(captions)
+        for caption in encoded:
             values, scale = encode(caption.states, storage, self.mean, self.deviation)
             rows.append(decode(values, storage, scale, self.mean, self.deviation))
+        if cut := sum(caption.truncated for caption in encoded):  # never a word of a prompt: logs outlive requests
+            log.warning(
+                "encoder %s: cut to their first %d tokens, more were not used in training either: %d of %d prompts",
+                self.name, self.spec["max_tokens"], cut, len(encoded),
+            )  # fmt: skip
         return rows
 
     def require_instruction(self, prefix: torch.Tensor) -> None:

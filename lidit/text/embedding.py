@@ -29,8 +29,8 @@ from lidit.store import (
 from lidit.store.packing import TORCH_TYPES, encode
 from lidit.store.states import not_finite, stored_table
 from lidit.text.encoder import TOKEN_BUDGET, PromptEncoder
-from lidit.text.specs import resolve_encoder
-from lidit.text.tokenizer import CaptionTokens
+from lidit.text.specs import EncoderSpec, resolve_encoder
+from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
 
 CALIBRATION_CAPTIONS = 1024
 CALIBRATION_UNITS = 64
@@ -48,6 +48,16 @@ def calibration_captions(corpus: Corpus) -> list[str]:
         texts = corpus.captions(unit)["text"]
         captions += [texts[row].as_py() for row in _spread(list(range(len(texts))), share)]
     return captions
+
+
+def check_tokenizer(corpus: Corpus, spec: EncoderSpec) -> None:
+    """InputError for a tokenizer or template that cannot serve a spec, before a model is loaded and a folder made.
+
+    A finished family needs neither.
+    """
+    families = corpus.text_families()
+    if not any(handle.complete and handle.fingerprint == spec.fingerprint for handle in families):
+        PromptTokenizer(spec)
 
 
 def family_encoder(family: TextFamily, device: str = "cpu") -> PromptEncoder:

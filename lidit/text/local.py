@@ -8,7 +8,7 @@ from __future__ import annotations
 from lidit.config import EncoderSettings
 from lidit.progress import SILENT, Progress
 from lidit.store import Corpus, FamilyWriter, TextFamily, UnitStatistics
-from lidit.text.embedding import encoded_tables, ensure_shared
+from lidit.text.embedding import check_tokenizer, encoded_tables, ensure_shared
 from lidit.text.encoder import TOKEN_BUDGET, PromptEncoder
 from lidit.text.specs import resolve_encoder
 
@@ -26,6 +26,7 @@ def embed_here(
     """
     opened = Corpus.open(corpus)
     spec = resolve_encoder(settings, device)
+    check_tokenizer(opened, spec)
     writer = FamilyWriter.open_or_create(opened.folder.location, "text", spec.name, spec.to_dict())
     if not writer.complete():
         _compute(opened, writer, PromptEncoder.load(spec, device), token_budget, progress)

@@ -145,7 +145,10 @@ class PromptTokenizer:
         """The captions' own tokens; what stands before them is the prefix."""
         rows = self._ids(captions)
         limit = self.spec.max_tokens
-        return [CaptionTokens(tuple(ids[:limit]) or self._nothing(), len(ids) > limit) for ids in rows]
+        return [
+            CaptionTokens(tuple(ids[:limit]) or self._nothing(), len(ids) > limit, merged=joint)
+            for ids, joint in zip(rows, self._merged(captions, rows), strict=True)
+        ]
 
     def _tokenize_whole(self, captions: list[str]) -> list[CaptionTokens]:
         """With the model's own special tokens around the caption, as encoders expect it; they count as tokens."""
@@ -175,8 +178,9 @@ class PromptTokenizer:
         merged = [False] * len(rows) if rules.spell_quoted else self._merged(captions, rows)
         limit = self.spec.max_tokens - (len(self._before) if rules.counted == "whole" else 0)
         found = []
-        for ids, joint in zip(rows, merged, strict=True):
-            row = ids or list(self._nothing())
+        replaced = rules.empty is not None  # then whatever spaces of the template stand for no text
+        for caption, ids, joint in zip(captions, rows, merged, strict=True):
+            row = list(self._nothing()) if not ids or (replaced and not caption) else ids
             if rules.counted == "caption":
                 stored, cut = [*row[:limit], *suffix], len(row) > limit
             else:
@@ -196,10 +200,21 @@ class PromptTokenizer:
     def _merged(self, captions: list[str], rows: list[list[int]]) -> list[bool]:
         """Whether the text around a caption and the caption give other tokens together than apart."""
         template = self.template
-        assert template is not None
-        texts = [template.before + template.gap + caption + template.after for caption in captions]
-        whole = self.tokenizer(texts, add_special_tokens=template.specials, verbose=False)["input_ids"]
-        return [list(ids) != [*self._before, *row, *self.suffix_ids] for ids, row in zip(whole, rows, strict=True)]
+        if template is None and not self._before:
+            return [False] * len(rows)
+        before, after = (template.before + template.gap, template.after) if template else (self._instruction, "")
+        specials = template is None or template.specials
+        whole = self.tokenizer([before + text + after for text in captions], add_special_tokens=specials, verbose=False)
+        behind = self._own_last if template is None else self.suffix_ids
+        joined = zip(whole["input_ids"], rows, strict=True)
+        return [list(ids) != [*self._before, *row, *behind] for ids, row in joined]
+
+    @property
+    def _instruction(self) -> str:
+        """The text before a caption that no template writes."""
+        parts = [part for part in (self.spec.system_prompt, self.spec.instruction) if part]
+        # The line break keeps the last word of the prefix and the first of the caption apart in every tokenizer.
+        return "\n".join(parts) + "\n" if parts else ""
 
     def _filled(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """With the padding that the spec stores."""
@@ -267,17 +282,15 @@ class PromptTokenizer:
         return (), ()
 
     def _prefix(self) -> tuple[int, ...]:
-        spec, template = self.spec, self.template
+        template = self.template
         if template is not None:
             if not template.before:
                 return () if self._is_bare or not template.specials else self._own_first
             ids = self.tokenizer(template.before, add_special_tokens=False)["input_ids"]
             return (*(self._own_first if template.specials else ()), *ids)
-        parts = [part for part in (spec.system_prompt, spec.instruction) if part]
-        if not parts:
+        if not self._instruction:
             return ()
-        # The line break keeps the last word of the prefix and the first of the caption apart in every tokenizer.
-        ids = self.tokenizer("\n".join(parts) + "\n", add_special_tokens=True)["input_ids"]
+        ids = self.tokenizer(self._instruction, add_special_tokens=True)["input_ids"]
         if ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
             ids = ids[:-1]  # the text goes on with the caption
         return tuple(ids)

@@ -24,7 +24,7 @@ from lidit.errors import InputError, JobError, one_line
 from lidit.progress import SILENT, Progress
 from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics, spec_differences
 from lidit.text import CaptionTokens, EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
-from lidit.text.embedding import encoded_tables, ensure_shared
+from lidit.text.embedding import check_tokenizer, encoded_tables, ensure_shared
 from pipelines.runtime import resources
 from pipelines.runtime.kernels import avoid_plan_building
 from pipelines.runtime.prometheus import EmbedMetrics
@@ -102,8 +102,10 @@ def run_embed(
     pool = pool or PoolSettings()
     started = time.monotonic()
     # Before any model is fetched; and absolute, for workers that were started in another folder.
-    corpus = Corpus.open(corpus).folder.location
+    opened = Corpus.open(corpus)
+    corpus = opened.folder.location
     spec = resolve_encoder(settings, _device(pool))
+    check_tokenizer(opened, spec)
     writer = _writer(corpus, spec)
     computed: list[int] = []
     relatives = writer.relatives()

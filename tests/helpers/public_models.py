@@ -21,6 +21,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Gemma2Encoder,
+    T5GemmaConfig,
+    T5GemmaEncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -215,6 +217,12 @@ def t5gemma2() -> torch.nn.Module:
     text |= {"dropout_rate": 0.0, "attention_dropout": 0.0}
     config = T5Gemma2EncoderConfig(text_config=text, vision_config=SIGLIP, mm_tokens_per_image=4)
     return lively(T5Gemma2Encoder(config))
+
+
+def t5gemma() -> torch.nn.Module:
+    half = {**TEXT, "num_hidden_layers": 4, "vocab_size": 1024, "sliding_window": 16, "query_pre_attn_scalar": 8}
+    config = T5GemmaConfig(encoder=half, decoder=half, is_encoder_decoder=False)
+    return lively(T5GemmaEncoderModel(config))
 
 
 def byt5() -> Any:

@@ -1,6 +1,8 @@
 """What the pipelines of public systems make of captions: each asked in its own words, around tiny models."""
 
+import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -299,10 +301,12 @@ def masked_t5(name: str) -> Any:
     def ask(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
         checker = {"safety_checker": tokens} if name.startswith("Cosmos") else {}  # its package is not needed here
         pipe = bare(name, text_encoder=model, tokenizer=tokens, **checker)
+        if name in ("HeliosPipeline", "SkyReelsV2Pipeline"):
+            without_ftfy(sys.modules[type(pipe).__module__])
         found = pipe._get_t5_prompt_embeds(captions, max_sequence_length=encoder.spec.max_tokens)
         states, mask = found if isinstance(found, tuple) else (found, None)
         answer = {"prompt_embeds": states}
-        return answer if mask is None else {**answer, "prompt_attention_mask": mask}
+        return answer if mask is None or name == "HeliosPipeline" else {**answer, "prompt_attention_mask": mask}
 
     return ask
 
@@ -316,6 +320,33 @@ def motif(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) 
     pipe = bare("MotifVideoPipeline", text_encoder=model, tokenizer=tokens)
     found = pipe.encode_prompt(captions, max_sequence_length=encoder.spec.max_tokens)
     return {"prompt_embeds": found[0], "prompt_attention_mask": found[2]}
+
+
+def without_ftfy(module: Any) -> None:
+    """Some pipelines do not run without this package, which mends broken text: these captions are whole."""
+    module.ftfy = SimpleNamespace(fix_text=str)
+
+
+def prx(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+    without_ftfy(importlib.import_module("diffusers.pipelines.prx.pipeline_prx"))
+    pipe = bare("PRXPipeline", text_encoder=model, tokenizer=tokens)
+    states, mask, *_ = pipe._encode_prompt_standard(
+        captions, torch.device("cpu"), False, tokenizer_max_length=encoder.spec.max_tokens, skip_text_cleaning=True
+    )
+    return {"prompt_embeds": states, "prompt_attention_mask": mask}
+
+
+def lumina(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+    pipe = bare("LuminaPipeline", text_encoder=model, tokenizer=tokens)
+    states, mask = pipe._get_gemma_prompt_embeds(captions)
+    longest = int(mask.sum(1).max())  # the mask hides what makes it a multiple of 8
+    return {"prompt_embeds": states[:, :longest], "prompt_attention_mask": mask[:, :longest]}
+
+
+def allegro(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+    pipe = bare("AllegroPipeline", text_encoder=model, tokenizer=tokens)
+    states, mask, *_ = pipe.encode_prompt(captions, False, clean_caption=False)
+    return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
 def q25() -> Any:
@@ -388,5 +419,11 @@ SYSTEMS = {
     "ltx-video": System(t5, ltx_video),
     "wan": System(umt5, masked_t5("WanPipeline"), padded=512),
     "cosmos1": System(t5, masked_t5("CosmosTextToWorldPipeline"), padded=512),
+    "helios": System(umt5, masked_t5("HeliosPipeline"), padded=512),
+    "skyreels-v2": System(umt5, masked_t5("SkyReelsV2Pipeline"), padded=512),
+    "prx": System(lambda: (tiny.t5gemma(), tiny.gemma()), prx, padded=256),
+    "lumina": System(lambda: (tiny.trunk("gemma", 4), tiny.gemma()), lumina),
+    "cogview3-plus": System(t5, masked_t5("CogView3PlusPipeline")),
+    "allegro": System(t5, allegro, padded=512),
     "motif-video": System(lambda: (tiny.t5gemma2(), tiny.gemma()), motif, padded=512),
 }

@@ -190,11 +190,17 @@ def test_without_a_causal_mask_a_dropped_suffix_is_read(model_of: Callable[[str]
 # -- what an empty caption is, padding ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("template", ["photo:\n{}", "photo: {}"])
 @pytest.mark.parametrize(("empty", "expected"), [(9, (9,)), ("bos", (1,)), ("nothing", ())])
 def test_an_empty_caption(
-    empty: Any, expected: tuple[int, ...], tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+    template: str,
+    empty: Any,
+    expected: tuple[int, ...],
+    tmp_path: Path,
+    model_of: Callable[[str], Path],
+    settings: Make,
 ) -> None:
-    encoder = load(settings(model_of("qwen2"), template="photo:\n{}", empty=empty, storage="float32"))
+    encoder = load(settings(model_of("qwen2"), template=template, empty=empty, storage="float32"))
     assert encoder.tokenizer.empty_ids == expected
     embed(make_corpus(tmp_path, [CAPTIONS]), encoder)
     assert len(Corpus.open(tmp_path).text_family("tiny").shared().empty) == len(expected)

@@ -1,0 +1,51 @@
+"""Systems that are left out: asked for by name each is refused in one line, and its reason holds."""
+
+import inspect
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+from lidit.config import EncoderSettings
+from lidit.config.left_out import LEFT_OUT
+from lidit.config.shipped import ENCODERS
+from lidit.errors import InputError
+from lidit.text import resolve_encoder
+from tests.helpers import public_models as tiny
+from tests.helpers.command import lidit
+from tests.helpers.corpus_factory import make_corpus
+from tests.helpers.public_pipelines import bare
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_it_is_refused_with_its_reason(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_corpus(tmp_path / "corpus", [["a"]])
+    assert lidit("embed", tmp_path / "corpus", "--encoder", name) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith(f"error: {name}: left out, because {LEFT_OUT[name].reason}; ")
+    assert "\n" not in told
+    assert hasattr(diffusers, LEFT_OUT[name].pipeline)
+    assert not (ENCODERS / f"{name}.yaml").exists()
+
+
+def test_kolors_has_a_model_that_transformers_lacks(tmp_path: Path) -> None:
+    ChatGLMConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"cannot read this config.json .* code that comes with a model is never run"):
+        resolve_encoder(EncoderSettings(name="kolors", model=str(tmp_path)), "cpu")
+
+
+@torch.no_grad()
+def test_glm_image_reads_several_texts_of_a_caption() -> None:
+    pipe = bare("GlmImagePipeline", text_encoder=tiny.t5_encoder(words=384), tokenizer=tiny.byt5())
+    alone = [pipe._get_glyph_embeds([f'a sign "{text}"']).shape[1] for text in ("stop", "go")]
+    assert pipe._get_glyph_embeds(['signs "stop" and "go"']).shape[1] > max(alone)
+
+
+def test_prompts_of_an_editor_hold_pictures() -> None:
+    assert "image" in inspect.signature(diffusers.QwenImageEditPipeline.encode_prompt).parameters
+
+
+def test_omnigen_has_no_text_encoder() -> None:
+    assert not [part for part in inspect.signature(diffusers.OmniGenPipeline).parameters if "text_encoder" in part]
