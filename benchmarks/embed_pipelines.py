@@ -92,6 +92,12 @@ def peer(ask: Ask, captions: Sequence[str], batch: int, prefix: int) -> tuple[li
     return found, written // min(batch, len(captions))
 
 
+def spread(ids: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Rows evenly over all lengths, in their order: a peer that pads nothing costs what its captions' lengths say."""
+    by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    return sorted(by_length[(2 * i + 1) * len(ids) // (2 * count)] for i in range(count))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rule", choices=sorted(RULES))
@@ -123,14 +129,15 @@ def main() -> None:
     peer(ask, captions[:1], 1, prefix)
     seconds, states = timed(arguments.device, functools.partial(ours, encoder, ids, arguments.budget))
     mine = Rate(seconds, len(ids), sum(map(len, ids)))
-    # Every caption costs the peers about the same: a part of them is enough.
-    ones, batches = captions[: max(8, count // 10)], captions[: max(arguments.batch, count // 5)]
+    # The peers are slow: a part of the captions, as long as all of them on average, is enough.
+    ones, batches = spread(ids, max(8, count // 5)), spread(ids, 2 * arguments.batch)
     rates, errors, written = {}, [], 0
-    for name, some, size in (("one", ones, 1), ("padded", batches, arguments.batch)):
+    for name, rows, size in (("one", ones, 1), ("padded", batches, arguments.batch)):
+        some, mine_of_them = [captions[row] for row in rows], [states[row] for row in rows]
         seconds, (found, written) = timed(arguments.device, functools.partial(peer, ask, some, size, prefix))
         rates[name] = Rate(seconds, len(some))
-        errors.append(worst_error(states[: len(found)], found))
-        assert [len(row) for row in states[: len(found)]] == [len(row) for row in found]
+        errors.append(worst_error(mine_of_them, found))
+        assert [len(row) for row in mine_of_them] == [len(row) for row in found]
     tokens = mine.tokens / mine.captions
     result = {
         "benchmark": "embed_pipelines",
