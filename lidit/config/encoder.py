@@ -122,3 +122,8 @@ class EncoderSettings(Settings):
         if self.kind == "unmasked" and self.padding is not None:
             raise ValueError("padding is for the kinds causal and encoder")
         return self
+
+    @property
+    def keeps_layers_apart(self) -> bool:
+        """Whether a token's state is several layers, each with a place of its own."""
+        return self.join == "separate" and self.layers is not None and len(self.layers) > 1  # "all" is several

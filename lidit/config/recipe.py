@@ -108,6 +108,9 @@ class ModelSettings(Settings):
     visible_tokens: int | None = Field(
         None, ge=1, description="the transformer sees the first N caption tokens only, the refiners all (control)"
     )
+    layers: Literal["one", "mean", "learned", "per_block"] = Field(
+        "one", description="how layers that an encoder keeps apart (join: separate) become one state per token"
+    )
     activation_checkpointing: bool = False
 
 
@@ -368,6 +371,17 @@ class Recipe(RunRecipe):
             raise ValueError(f"pools: no encoder is called {unknown[0]!r}; encoders: {', '.join(names)}")
         if self.model.fusion.mode == "none" and len(names) != 1:
             raise ValueError(f"model.fusion.mode: 'none' takes exactly one encoder, found {len(names)}: {names}")
+        apart = [encoder.name for encoder in self.encoders if encoder.keeps_layers_apart]
+        if self.model.layers == "one" and len(apart) == len(names):  # of an ablation's, an arm may read another
+            raise ValueError(
+                f"model.layers: 'one' reads one state per token, but encoder {apart[0]} keeps its layers apart; set "
+                "mean, learned or per_block, or give the encoder join: concatenate"
+            )
+        if self.model.layers != "one" and not apart:
+            raise ValueError(
+                f"model.layers: {self.model.layers!r} needs several layers of a token; give an encoder layers and "
+                "join: separate"
+            )
         return self
 
     def placed(self, output: str, corpus: str) -> Self:

@@ -49,9 +49,22 @@ class Families:
         return {name: family.width for name, family in self.texts.items()}
 
     @property
+    def stored_layers(self) -> dict[str, int]:
+        """Encoder name -> how many layers of a token its states keep apart."""
+        return stored_layers(self.texts)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the corpus's first latent."""
         return self.latents.shapes(0)[0]
+
+
+def stored_layers(texts: Mapping[str, TextFamily]) -> dict[str, int]:
+    """How many layers of a token each family keeps apart, which a model averages; others hold one state per token."""
+    return {
+        name: len(family.spec.get("layers", (0,))) if family.spec.get("join") == "separate" else 1
+        for name, family in texts.items()
+    }
 
 
 def _only_latents(corpus: Corpus) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from lidit.config import SamplerSettings
 from lidit.diffusion.guidance import acts_at, rescale
@@ -160,9 +159,9 @@ class Stepper:
                 of_row.append(places[row.negative.key, row.level])
                 continue
             assert row.empty is not None
-            parts.append(_at(row.empty, row.walk.number))
+            parts.append(row.empty.take(slice(row.walk.number, row.walk.number + 1)))
             of_row.append(len(captions) + fill + len(parts) - 2)
-        return _joined(parts).take(torch.tensor(of_row).to(self.device))
+        return PromptCondition.join(parts).take(torch.tensor(of_row).to(self.device))
 
     def _text(self, captions: Sequence[Caption]) -> dict[str, TextStates]:
         """The captions' states as one padded batch, kept until a row joins, leaves or parts from its caption."""
@@ -195,26 +194,9 @@ class Stepper:
                     for name, entry in self.empty.items()
                 }
                 parts.append(self.model.conditioner(text, t))
-            self._schedules[key] = _joined(parts)
+            self._schedules[key] = PromptCondition.join(parts)
             # Requests choose their steps: what is kept must not grow with their inventiveness.
             while len(self._schedules) > 1 and self._levels_kept() > LEVELS_KEPT:
                 self._schedules.popitem(last=False)
         self._schedules.move_to_end(key)
         return self._schedules[key]
-
-
-def _at(condition: PromptCondition, number: int) -> PromptCondition:
-    """One row of a condition, [1, S, D]."""
-    one = slice(number, number + 1)
-    return PromptCondition(condition.tokens[one], condition.mask[one], condition.pooled[one])
-
-
-def _joined(parts: Sequence[PromptCondition]) -> PromptCondition:
-    """The rows of all parts, padded with masked tokens to the longest."""
-    longest = max(part.tokens.shape[1] for part in parts)
-    missing = [longest - part.tokens.shape[1] for part in parts]
-    return PromptCondition(
-        torch.cat([F.pad(part.tokens, (0, 0, 0, more)) for part, more in zip(parts, missing, strict=True)]),
-        torch.cat([F.pad(part.mask, (0, more)) for part, more in zip(parts, missing, strict=True)]),
-        torch.cat([part.pooled for part in parts]),
-    )

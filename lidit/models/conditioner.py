@@ -2,12 +2,13 @@
 
 projection -> linguistic refiner, per LLM; collaborative refiner over all; cut the instruction; concatenate; pool.
 
-Shapes: B batch, P prefix tokens, T caption tokens, W width of an LLM, S condition tokens, D width.
+Shapes: B batch, P prefix tokens, T caption tokens, W width of an LLM, S condition tokens, D width; of LLMs whose layers
+are kept apart L layers, R averages of a token (mixture.py), K transformer blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 
 from lidit.errors import InputError
 from lidit.models.fusion import CollaborativeRefiner
-from lidit.models.layers import TimestepEmbedder
+from lidit.models.layers import TimestepEmbedder, normalise
+from lidit.models.mixture import LayerMixture, Layers, check_layers
 from lidit.models.refiner import LinguisticRefiner
 from lidit.models.states import PromptCondition, TextStates, attendable, masked_mean
 
@@ -28,17 +30,20 @@ CONSTANT = 1e-6
 class StateProjection(nn.Module):
     """Raw states of one LLM, standardised per channel and clamped, then projected to the transformer's width.
 
-    An LLM's residual stream has channels hundreds of deviations wide; the statistics are the family's own.
+    An LLM's residual stream has channels hundreds of deviations wide; the statistics are the family's own. With a
+    `mixture` a state holds L layers one behind the other, each normalised over its width before they are averaged.
     """
 
     mean: torch.Tensor
     deviation: torch.Tensor
 
-    def __init__(self, encoder_width: int, width: int) -> None:
+    def __init__(self, encoder_width: int, width: int, layers: int = 1, mixture: LayerMixture | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(encoder_width))
         self.register_buffer("deviation", torch.ones(encoder_width))
-        self.linear = nn.Linear(encoder_width, width)
+        self.layers = layers
+        self.mixture = mixture
+        self.linear = nn.Linear(encoder_width // layers, width)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Casts the weights but never the statistics below float32: a mean of 500 is off by 2 in bfloat16."""
@@ -52,10 +57,17 @@ class StateProjection(nn.Module):
         return self
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """[..., W] of any floating dtype -> [..., D] in the weights' dtype."""
+        """[..., W] of any floating dtype -> [..., R, D] in the weights' dtype; R is 1 without a mixture."""
         standardised = (states - self.mean) / self.deviation
         standardised = standardised.clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
-        return self.linear(standardised.to(self.linear.weight.dtype))
+        layers = standardised.unflatten(-1, (self.layers, -1))  # [..., L, W]
+        if self.mixture is None:
+            return self.linear(layers.to(self.linear.weight.dtype))
+        layers = normalise(layers)
+        # The projection is linear and weights sum to 1: it comes before or behind the average, where it costs less.
+        if self.mixture.averages == 1:
+            return self.linear(self.mixture(layers).to(self.linear.weight.dtype))
+        return self.mixture(self.linear(layers.to(self.linear.weight.dtype)))
 
 
 class AdaptiveCondition(nn.Module):
@@ -76,28 +88,31 @@ class EncoderBranch(nn.Module):
     """Everything that belongs to one LLM alone: projection, adaptive condition, linguistic refiner."""
 
     def __init__(
-        self, encoder_width: int, width: int, heads: int, refiner: LinguisticRefiner | None, adaptive: bool
+        self, projection: StateProjection, width: int, refiner: LinguisticRefiner | None, adaptive: bool
     ) -> None:
         super().__init__()
-        self.projection = StateProjection(encoder_width, width)
+        self.projection = projection
         self.condition = AdaptiveCondition(width) if adaptive else None
         self.refiner = refiner
 
     def forward(
         self, text: TextStates, timestep: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """-> refined tokens [B, P + T, D], their mask, the adaptive condition [B, D] (None where nothing needs it)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """-> refined tokens [B, P + T, D], their mask, the adaptive condition [B, D] (None where nothing needs it), and
+        how far each block's own average of a caption token is from the refiners' [B, K or 0, T, D]."""
         batch, prefix_length = len(text.states), len(text.prefix)
         hidden = ~text.mask[..., None]
         # Zeros before the arithmetic, so that even a NaN behind the mask stays there; and after it, for the bias.
-        caption = self.projection(text.states.masked_fill(hidden, 0)).masked_fill(hidden, 0)  # [B, T, D]
+        averages = self.projection(text.states.masked_fill(hidden, 0)).masked_fill(hidden[..., None], 0)  # [B, T, R, D]
+        caption = averages[..., 0, :]  # [B, T, D]
+        apart = (averages[..., 1:, :] - caption[..., None, :]).transpose(1, 2)  # [B, R - 1, T, D]
         condition = None if self.condition is None else self.condition(caption, text.mask, timestep)
-        prefix = self.projection(text.prefix).expand(batch, -1, -1)  # [B, P, D]
+        prefix = self.projection(text.prefix)[..., 0, :].expand(batch, -1, -1)  # [B, P, D]
         tokens = torch.cat([prefix, caption], dim=1)
         mask = torch.cat([text.mask.new_ones(batch, prefix_length), text.mask], dim=1)
         if self.refiner is not None:
             tokens = self.refiner(tokens, mask, condition)
-        return tokens, mask, condition
+        return tokens, mask, condition, apart
 
 
 class PromptConditioner(ModelMixin, ConfigMixin):
@@ -112,8 +127,12 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         fusion_depth: blocks of the collaborative refiner.
         visible_tokens: caption tokens per encoder that leave the conditioner, from the first; None leaves all. The
             refiners see every token whatever it is: what reaches the transformer from behind was carried by them.
+        layers, stored_layers: how the layers that an encoder keeps apart become one (mixture.py), and how many they are
+            by the encoder's name; one where it is not named.
+        blocks: of the transformer, for layers "per_block": the refiners read an average of their own, and what they
+            change in it is added to each block's.
     Raises:
-        InputError: no encoder, or several with fusion mode "none".
+        InputError: no encoder, several with fusion mode "none", or layers that no encoder has.
     """
 
     _keep_in_fp32_modules = ["mean", "deviation"]
@@ -132,21 +151,31 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         fusion_mode: Literal["none", "concatenation", "refiner"] = "refiner",
         fusion_depth: int = 1,
         visible_tokens: int | None = None,
+        layers: Layers = "one",
+        stored_layers: dict[str, int] | None = None,
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         if not encoders:
             raise InputError("the model needs at least one encoder")
         if fusion_mode == "none" and len(encoders) > 1:
             raise InputError(f"fusion mode 'none' takes exactly one encoder, found {sorted(encoders)}")
+        stored = {name: (stored_layers or {}).get(name, 1) for name in encoders}
+        check_layers(layers, stored)
         self.visible_tokens = visible_tokens
+        self.blocks = blocks if layers == "per_block" else 0
         self.names = sorted(encoders)  # a saved configuration sorts its keys, so no other order would survive
         fuse = fusion_mode == "refiner" and len(encoders) > 1
         adaptive = fuse or (refiner_depth > 0 and refiner_gated)
         self.branches = nn.ModuleList(
             EncoderBranch(
-                encoders[name],
+                StateProjection(
+                    encoders[name],
+                    width,
+                    stored[name],
+                    LayerMixture(stored[name], layers, blocks) if stored[name] > 1 else None,
+                ),
                 width,
-                heads,
                 LinguisticRefiner(width, heads, refiner_depth, refiner_causal, refiner_gated, refiner_mixing)
                 if refiner_depth > 0
                 else None,
@@ -187,19 +216,30 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         Raises InputError naming the encoder whose states are missing, unknown or of a wrong shape.
         """
         self.check(text)
-        states, masks, conditions = [], [], []
+        states, masks, conditions, apart = [], [], [], []
         for name, branch in zip(self.names, self.branches, strict=True):
-            tokens, mask, condition = branch(text[name], timestep)
+            tokens, mask, condition, differences = branch(text[name], timestep)
             states.append(tokens)
             masks.append(mask)
             conditions.append(condition)
+            apart.append(differences)
         if self.fusion is not None:
             states = self.fusion(states, masks, conditions)
         # Only now the instruction is cut off: both refiners have seen it.
         captions = [states[i][:, len(text[name].prefix) :] for i, name in enumerate(self.names)]  # each [B, T, D]
         tokens = torch.cat([caption[:, : self.visible_tokens] for caption in captions], dim=1)  # [B, S, D]
         mask = torch.cat([text[name].mask[:, : self.visible_tokens] for name in self.names], dim=1)  # [B, S]
-        return PromptCondition(tokens, attendable(mask), masked_mean(tokens, mask).to(tokens.dtype))
+        of_blocks = self._of_blocks(captions, apart) if self.blocks else None
+        return PromptCondition(tokens, attendable(mask), masked_mean(tokens, mask).to(tokens.dtype), of_blocks)
+
+    def _of_blocks(self, captions: Sequence[torch.Tensor], apart: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Each block's tokens [B, K, S, D]: its own average in the place of the refiners'; an encoder of one layer has
+        none."""
+        own = [
+            refined[:, None] + (differences if differences.shape[1] else differences.new_zeros(self.blocks, 1, 1))
+            for refined, differences in zip(captions, apart, strict=True)
+        ]  # each [B, K, T, D]
+        return torch.cat([tokens[:, :, : self.visible_tokens] for tokens in own], dim=2)
 
     def check(self, text: Mapping[str, TextStates]) -> None:
         """Raises InputError unless `text` fits this model."""
@@ -209,7 +249,7 @@ class PromptConditioner(ModelMixin, ConfigMixin):
             found = f"states of {missing} are missing" if missing else f"states of {unknown} are not used by this model"
             raise InputError(f"{found}; it was built for the encoders {', '.join(self.names)}")
         for name in self.names:
-            entry, width = text[name], self.branch(name).projection.linear.in_features
+            entry, width = text[name], len(self.branch(name).projection.mean)
             for label, tensor in (("states", entry.states), ("prefix", entry.prefix)):
                 if tensor.shape[-1] != width:
                     raise InputError(

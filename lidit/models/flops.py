@@ -3,13 +3,14 @@
 A multiply-add counts as 2 FLOPs; norms, activations and softmax are left out, as MFU figures usually do. A training
 step costs three times the forward pass.
 
-Symbols: D width, N image tokens, S condition tokens, L = P + T prefix and caption tokens of one LLM, W its width.
+Symbols: D width, N image tokens, S condition tokens, L = P + T prefix and caption tokens of one LLM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lidit.models.conditioner import StateProjection
 from lidit.models.layers import FREQUENCIES
 from lidit.models.lidit import LIDiT
 
@@ -42,9 +43,9 @@ def forward_flops(
     lengths = {name: caption_tokens[name] + prefix_tokens[name] for name in config.encoders}
     fused = model.conditioner.fusion is not None
     conditioner = 0.0
-    for name, encoder_width in config.encoders.items():
+    for name in config.encoders:
         length, others = lengths[name], sum(lengths.values()) - lengths[name]
-        conditioner += 2.0 * caption_tokens[name] * encoder_width * width
+        conditioner += caption_tokens[name] * _projection(model.conditioner.branch(name).projection, width)
         if model.conditioner.branch(name).condition is not None:
             conditioner += vector + square
         gates = 2 if config.refiner_gated else 0
@@ -53,3 +54,12 @@ def forward_flops(
             attention = (2 * length + 2 * others) * square + 4.0 * length * others * width
             conditioner += config.fusion_depth * (attention + 8 * length * square + 6 * square)
     return {"conditioner": conditioner, "transformer": transformer}
+
+
+def _projection(projection: StateProjection, width: int) -> float:
+    """FLOPs of one token's projection, with the averages over its layers; a mean is no product."""
+    mixture, layer_width = projection.mixture, projection.linear.in_features
+    if mixture is None or mixture.averages == 1:
+        averaging = 2.0 * projection.layers * layer_width if mixture and mixture.scores is not None else 0.0
+        return averaging + 2.0 * layer_width * width
+    return 2.0 * projection.layers * (layer_width + mixture.averages) * width

@@ -1,7 +1,7 @@
 """LI-DiT: conditioner and transformer as one trainable model (paper 3.1 and 3.2).
 
     instruction + caption -> frozen LLM, one or several       lidit/text/encoder.py
-      -> states, standardised and projected, per LLM          conditioner.py, StateProjection
+      -> states, standardised and projected, per LLM          conditioner.py, StateProjection (layers: mixture.py)
       -> linguistic token refiner, per LLM                    refiner.py
       -> collaborative refiner, over all LLMs                 fusion.py
       -> instruction cut off, captions joined: the condition  conditioner.py, PromptConditioner
@@ -31,6 +31,7 @@ from lidit.config.json_object import read_object
 from lidit.errors import InputError, one_line
 from lidit.models.conditioner import PromptConditioner
 from lidit.models.layers import initialise
+from lidit.models.mixture import Layers
 from lidit.models.presets import resolve_shape
 from lidit.models.states import TextStates
 from lidit.models.transformer import LIDiTTransformer
@@ -55,6 +56,8 @@ class LIDiT(ModelMixin, ConfigMixin):
         fusion_mode: How several encoders become one condition.
         fusion_depth: Blocks of the collaborative refiner.
         visible_tokens: Caption tokens the model may see; None shows all.
+        layers: How the layers that an encoder keeps apart become one.
+        stored_layers: Encoder name -> how many layers it keeps apart; one where it is not named.
     """
 
     _supports_gradient_checkpointing = True
@@ -78,6 +81,8 @@ class LIDiT(ModelMixin, ConfigMixin):
         fusion_mode: Literal["none", "concatenation", "refiner"] = "refiner",
         fusion_depth: int = 1,
         visible_tokens: int | None = None,
+        layers: Layers = "one",
+        stored_layers: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.conditioner = PromptConditioner(
@@ -91,6 +96,9 @@ class LIDiT(ModelMixin, ConfigMixin):
             fusion_mode,
             fusion_depth,
             visible_tokens,
+            layers,
+            stored_layers,
+            blocks=depth,
         )
         self.transformer = LIDiTTransformer(channels, width, depth, heads, patch_size)
         initialise(self)
@@ -98,19 +106,27 @@ class LIDiT(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.transformer.final_linear.weight)
 
     @classmethod
-    def from_settings(cls, settings: ModelSettings, encoders: Mapping[str, int], channels: int) -> LIDiT:
+    def from_settings(
+        cls,
+        settings: ModelSettings,
+        encoders: Mapping[str, int],
+        channels: int,
+        stored_layers: Mapping[str, int] | None = None,
+    ) -> LIDiT:
         """Make a new model; its weights come from torch's global seed.
 
         Args:
             settings: A recipe's `model` section.
             encoders: Encoder name -> width of its states.
             channels: Channels of the latents.
+            stored_layers: Encoder name -> how many layers of a token its states keep apart: a family with
+                `join: separate`. One where it is not named.
 
         Returns:
             The model, on the CPU in float32. It predicts zero until it is trained.
 
         Raises:
-            InputError: Sizes that do not fit each other.
+            InputError: Sizes that do not fit each other, or `model.layers` that the encoders do not have.
         """
         shape = resolve_shape(settings)
         model = cls(
@@ -127,6 +143,8 @@ class LIDiT(ModelMixin, ConfigMixin):
             fusion_mode=settings.fusion.mode,
             fusion_depth=settings.fusion.depth,
             visible_tokens=settings.visible_tokens,
+            layers=settings.layers,
+            stored_layers=dict(stored_layers) if stored_layers else None,
         )
         if settings.activation_checkpointing:
             model.enable_gradient_checkpointing()

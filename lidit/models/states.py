@@ -104,15 +104,44 @@ class TextStates:
 
 @dataclass(frozen=True)
 class PromptCondition:
-    """`tokens` [B, S, D] refined caption tokens of all encoders, `mask` bool [B, S], `pooled` [B, D] their mean."""
+    """`tokens` [B, S, D] refined caption tokens of all encoders, `mask` bool [B, S], `pooled` [B, D] their mean.
+
+    `of_blocks` [B, K, S, D]: the tokens that each transformer block reads, where they differ.
+    """
 
     tokens: torch.Tensor
     mask: torch.Tensor
     pooled: torch.Tensor
+    of_blocks: torch.Tensor | None = None
 
-    def take(self, rows: torch.Tensor) -> PromptCondition:
-        """Row `rows[i]` for sample i; `rows` long, of any length."""
-        return PromptCondition(self.tokens[rows], self.mask[rows], self.pooled[rows])
+    def of_block(self, number: int) -> torch.Tensor:
+        """What the transformer's block `number` reads, [B, S, D]."""
+        return self.tokens if self.of_blocks is None else self.of_blocks[:, number]
+
+    def take(self, rows: torch.Tensor | slice) -> PromptCondition:
+        """Row `rows[i]` for sample i; `rows` long, of any length, or a slice."""
+        of_blocks = None if self.of_blocks is None else self.of_blocks[rows]
+        return PromptCondition(self.tokens[rows], self.mask[rows], self.pooled[rows], of_blocks)
+
+    @classmethod
+    def join(cls, parts: Sequence[PromptCondition]) -> PromptCondition:
+        """The rows of all parts, padded with masked tokens to the longest."""
+        longest = max(part.tokens.shape[1] for part in parts)
+        padded = [part.pad_to(longest) for part in parts]
+        of_blocks = [part.of_blocks for part in padded if part.of_blocks is not None]  # all parts have them, or none
+        return cls(
+            torch.cat([part.tokens for part in padded]),
+            torch.cat([part.mask for part in padded]),
+            torch.cat([part.pooled for part in padded]),
+            torch.cat(of_blocks) if of_blocks else None,
+        )
+
+    def pad_to(self, tokens: int) -> PromptCondition:
+        """Lengthen every row to S = `tokens` with masked tokens."""
+        more = tokens - self.tokens.shape[1]
+        pad = torch.nn.functional.pad
+        of_blocks = None if self.of_blocks is None else pad(self.of_blocks, (0, 0, 0, more))
+        return PromptCondition(pad(self.tokens, (0, 0, 0, more)), pad(self.mask, (0, more)), self.pooled, of_blocks)
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

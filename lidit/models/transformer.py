@@ -124,8 +124,8 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
         tokens = self.position(image).flatten(2).transpose(1, 2)  # [B, N, D]
 
         vector = self.timestep_embedder(timestep) + self.pooled_embedder(condition.pooled)  # [B, D]
-        for block in self.blocks:
-            tokens = call_block(self, block, tokens, condition.tokens, condition.mask, vector)
+        for number, block in enumerate(self.blocks):
+            tokens = call_block(self, block, tokens, condition.of_block(number), condition.mask, vector)
 
         shift, scale = self.final_modulation(vector)
         patches = self.final_linear(shift_scale(normalise(tokens), shift, scale))  # [B, N, C p p]

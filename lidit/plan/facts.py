@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from lidit.config import EncoderSettings, EncoderShape, Recipe
 from lidit.data.matching import matching_family
 from lidit.errors import InputError, StorageError
-from lidit.plan import Facts, kept_blocks
+from lidit.plan import Facts, PlannedEncoder
 from lidit.store import Corpus, TextFamily
 from lidit.store.corpus import CORPUS_FILE
 from lidit.store.files.folder import Folder
 from lidit.text.packaged import MODELS, PREFIX, cache_folder
+from lidit.text.rules import joined_width, resolve_reading
 
 
 def gather_facts(recipe: Recipe) -> Facts:
@@ -22,34 +24,50 @@ def gather_facts(recipe: Recipe) -> Facts:
         raise InputError(f"the corpus {recipe.corpus} does not exist yet; give plan.samples=NUMBER")
     samples = assumed.samples or (corpus.num_samples if corpus else 0)
     per_sample = corpus.facts["totals"]["captions"] / corpus.num_samples if corpus else assumed.captions_per_sample
-    tokens, prefixes, shapes = {}, {}, {}
+    tokens, prefixes, encoders = {}, {}, {}
     for encoder in recipe.encoders:
-        if encoder.layers is not None:
-            raise InputError(f"encoder {encoder.name}: plans are made for encoders of one layer; set layer, not layers")
-        shapes[encoder.name] = encoder_shape(encoder, recipe)
-        if not 1 <= kept_blocks(shapes[encoder.name], encoder.layer) <= shapes[encoder.name].blocks:
-            raise InputError(
-                f"encoder {encoder.name}: layer {encoder.layer} does not exist; "
-                f"the model has {shapes[encoder.name].blocks} blocks"
-            )
+        encoders[encoder.name] = planned_encoder(encoder, recipe)
         family = _family(corpus, encoder)
         if family is not None:
             tokens[encoder.name] = family.manifest["tokens"] / max(1, family.manifest["rows"])
             prefixes[encoder.name] = len(family.shared().prefix)
         else:
-            tokens[encoder.name] = min(assumed.caption_tokens, encoder.max_tokens)
             prefixes[encoder.name] = 0 if encoder.kind == "encoder" else assumed.prefix_tokens
+            tokens[encoder.name] = _stored_tokens(encoder, assumed.caption_tokens, prefixes[encoder.name])
     pixels = recipe.codec.model is None
     return Facts(
         samples=samples,
         captions=max(samples, round(samples * per_sample)),
         caption_tokens=tokens,
         prefix_tokens=prefixes,
-        encoders=shapes,
+        encoders=encoders,
         latent=_latent(recipe, corpus),
         latent_storage="uint8" if pixels else recipe.codec.storage,
         posterior=not pixels and recipe.codec.posterior == "sample",
     )
+
+
+def planned_encoder(encoder: EncoderSettings, recipe: Recipe) -> PlannedEncoder:
+    """What of an encoder's model runs and is stored. InputError for a layer that the model lacks."""
+    shape = encoder_shape(encoder, recipe)
+    blocks, reading = resolve_reading(encoder, shape.blocks)
+    return PlannedEncoder(
+        shape=shape,
+        blocks=blocks,
+        width=joined_width(reading, shape.width),
+        layers=len(reading.layers or ()) if encoder.keeps_layers_apart else 1,
+        pooled=shape.width if encoder.pooled else 0,
+    )
+
+
+def _stored_tokens(encoder: EncoderSettings, caption_tokens: float, prefix: int) -> float:
+    """Tokens of a caption on disk, where a caption has `caption_tokens`; padding is there where states depend on it."""
+    longest = max(1, encoder.max_tokens - (prefix if encoder.counted == "whole" else 0))
+    if encoder.padding is None:
+        return min(caption_tokens, longest)
+    if encoder.padding.multiple_of is None:
+        return longest
+    return min(longest, math.ceil(caption_tokens / encoder.padding.multiple_of) * encoder.padding.multiple_of)
 
 
 def _corpus(recipe: Recipe) -> Corpus | None:

@@ -30,6 +30,18 @@ LIVE_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
+class PlannedEncoder:
+    """An LLM of `shape` of which `blocks` run. `width`: of a stored token, `layers` of which are kept apart; `pooled`:
+    of a caption's own vector."""
+
+    shape: EncoderShape
+    blocks: int
+    width: int
+    layers: int = 1
+    pooled: int = 0
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a plan is about, measured from a corpus or assumed in the recipe.
 
@@ -40,7 +52,7 @@ class Facts:
     captions: int
     caption_tokens: Mapping[str, float]
     prefix_tokens: Mapping[str, int]
-    encoders: Mapping[str, EncoderShape]
+    encoders: Mapping[str, PlannedEncoder]
     latent: tuple[int, int, int]
     latent_storage: str
     posterior: bool
@@ -54,7 +66,8 @@ def build_on_meta(settings: ModelSettings, facts: Facts) -> LIDiT:
     """The model without its numbers."""
     with torch.device("meta"):
         widths = {name: encoder.width for name, encoder in facts.encoders.items()}
-        return LIDiT.from_settings(settings, widths, facts.latent[0])
+        layers = {name: encoder.layers for name, encoder in facts.encoders.items()}
+        return LIDiT.from_settings(settings, widths, facts.latent[0], layers)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -160,16 +173,13 @@ def step_flops(model: LIDiT, facts: Facts, batch_size: int) -> float:
     return 3.0 * batch_size * sum(forward.values())
 
 
-def kept_blocks(shape: EncoderShape, layer: int) -> int:
-    """Blocks that run for the states of `layer` (see EncoderSettings.layer)."""
-    return layer if layer >= 0 else shape.blocks + 1 + layer
+def embedding_flops(encoder: PlannedEncoder, tokens: float, prefix: int, length: float) -> float:
+    """FLOPs of the states of `tokens` caption tokens in captions of mean `length`, the prefix computed once.
 
-
-def embedding_flops(settings: EncoderSettings, shape: EncoderShape, tokens: float, prefix: int, length: float) -> float:
-    """FLOPs of the states of `tokens` caption tokens in captions of mean `length`, the prefix computed once."""
-    blocks = kept_blocks(shape, settings.layer)
-    attention = 4.0 * shape.width * (prefix + length / 2)  # scores and weighted sums over what a token sees
-    return tokens * blocks * (2.0 * shape.block_parameters + attention)
+    Several layers are read in one pass.
+    """
+    attention = 4.0 * encoder.shape.width * (prefix + length / 2)  # scores and weighted sums over what a token sees
+    return tokens * encoder.blocks * (2.0 * encoder.shape.block_parameters + attention)
 
 
 def gpu_hours(flops: float, tflops: float, utilisation: float) -> float:
@@ -179,10 +189,12 @@ def gpu_hours(flops: float, tflops: float, utilisation: float) -> float:
 # -- storage ----------------------------------------------------------------------------------------------------------
 
 
-def text_bytes(captions: int, tokens: float, width: int, storage: str) -> float:
-    """Bytes of a text family's unit files: states, token ids and offsets of captions with `tokens` each on average."""
+def text_bytes(captions: int, tokens: float, width: int, storage: str, pooled: int = 0) -> float:
+    """Bytes of a text family's unit files: states, token ids and offsets of captions with `tokens` each on average, and
+    their pooled vectors in float32."""
     scale = 4 if storage == "int8" else 0
     row = 4 + 4 + 8 + (8 if scale else 0)  # tokens, offsets of token_ids, states and scale
+    row += 8 + 4 * pooled if pooled else 0
     return captions * (tokens * (width * STATE_BYTES[storage] + 4 + scale) + row)
 
 
@@ -193,11 +205,15 @@ def latent_bytes(samples: int, latent: tuple[int, int, int], storage: str, poste
     return samples * (copies * math.prod(latent) * LATENT_BYTES[storage] + row)
 
 
+def family_bytes(captions: int, facts: Facts, name: str, storage: str) -> float:
+    """`text_bytes` of one of a plan's encoders."""
+    encoder = facts.encoders[name]
+    return text_bytes(captions, facts.caption_tokens[name], encoder.width, storage, encoder.pooled)
+
+
 def sample_bytes(recipe: Recipe, facts: Facts) -> float:
     """What training reads for one sample: one caption's states per encoder, and the latents."""
-    text = sum(
-        text_bytes(1, facts.caption_tokens[e.name], facts.encoders[e.name].width, _storage(e)) for e in recipe.encoders
-    )
+    text = sum(family_bytes(1, facts, encoder.name, _storage(encoder)) for encoder in recipe.encoders)
     return text + latent_bytes(1, facts.latent, facts.latent_storage, facts.posterior)
 
 
@@ -254,7 +270,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     for encoder in recipe.encoders:
         length = facts.caption_tokens[encoder.name]
         needed = embedding_flops(
-            encoder, facts.encoders[encoder.name], facts.captions * length, facts.prefix_tokens[encoder.name], length
+            facts.encoders[encoder.name], facts.captions * length, facts.prefix_tokens[encoder.name], length
         )
         embed[encoder.name] = gpu_hours(needed, setting.peak_tflops, setting.embed_mfu)
     per_sample = sample_bytes(recipe, facts)
@@ -269,11 +285,8 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         train_gpu_hours=train,
         embed_gpu_hours=embed,
         text_bytes={
-            name: {
-                storage: text_bytes(facts.captions, facts.caption_tokens[name], shape.width, storage)
-                for storage in STATE_BYTES
-            }
-            for name, shape in facts.encoders.items()
+            name: {storage: family_bytes(facts.captions, facts, name, storage) for storage in STATE_BYTES}
+            for name in facts.encoders
         },
         latent_bytes=latent_bytes(facts.samples, facts.latent, facts.latent_storage, facts.posterior),
         bytes_per_sample=per_sample,

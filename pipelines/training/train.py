@@ -13,12 +13,13 @@ import torch
 from lidit.codecs import load_codec
 from lidit.config import Recipe
 from lidit.data.assembler import TrainingBatch
-from lidit.data.families import Families
+from lidit.data.families import Families, stored_layers
 from lidit.data.feed import Feed, open_feed
 from lidit.data.matching import matching_family, matching_latents
 from lidit.data.rows import Part, require_held_out
 from lidit.diffusion import build_objective
 from lidit.models import LIDiT
+from lidit.models.mixture import check_layers
 from lidit.pipeline import PipelineSettings, save_pipeline
 from lidit.pipeline.checksums import check_model
 from lidit.pipeline.model_encoder import ModelEncoder
@@ -97,11 +98,16 @@ def train(
 def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     """What a run is made of: config, corpus digest, family fingerprints.
 
-    Raises InputError for a family that is missing or was made with other settings, and for a codec that is none.
+    Raises InputError for a family that is missing or was made with other settings, for layers that the model does not
+    read, and for a codec that is none.
     """
     texts = {encoder.name: matching_family(corpus, encoder) for encoder in recipe.encoders}
+    check_layers(recipe.model.layers, stored_layers(texts))
+    config = recipe.model_dump(mode="json", exclude=FREE_SETTINGS)  # type: ignore[arg-type]
+    if recipe.model.layers == "one":  # runs of earlier releases, which had no other, go on
+        del config["model"]["layers"]
     return {
-        "config": recipe.model_dump(mode="json", exclude=FREE_SETTINGS),  # type: ignore[arg-type]
+        "config": config,
         "corpus": corpus.digest,
         "text": {name: family.fingerprint for name, family in sorted(texts.items())},
         "latents": matching_latents(corpus, recipe.codec),
@@ -236,7 +242,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
 
 def untrained_model(recipe: Recipe, families: Families) -> LIDiT:
     """The recipe's model for the families' widths and latents."""
-    return LIDiT.from_settings(recipe.model, families.widths, families.latent_shape[0])
+    return LIDiT.from_settings(recipe.model, families.widths, families.latent_shape[0], families.stored_layers)
 
 
 def initial_model(recipe: Recipe, families: Families) -> LIDiT:

@@ -21,10 +21,17 @@ def _seed() -> None:
 def make_model() -> Callable[..., LIDiT]:
     """A model of `count` encoders with random statistics; `awake` opens every gate that starts at zero."""
 
-    def build(count: int = 2, awake: bool = True, dtype: torch.dtype = torch.float32, **settings: object) -> LIDiT:
+    def build(
+        count: int = 2,
+        awake: bool = True,
+        dtype: torch.dtype = torch.float32,
+        stored_layers: dict[str, int] | None = None,
+        **settings: object,
+    ) -> LIDiT:
         shape = {"width": 32, "depth": 2, "heads": 4, "patch_size": 2, **settings}
         names = list(WIDTHS)[:count]
-        model = LIDiT.from_settings(ModelSettings.model_validate(shape), {n: WIDTHS[n] for n in names}, 3)
+        sizes = {name: WIDTHS[name] for name in names}
+        model = LIDiT.from_settings(ModelSettings.model_validate(shape), sizes, 3, stored_layers)
         for name in names:
             model.conditioner.set_statistics(name, torch.randn(WIDTHS[name]), torch.rand(WIDTHS[name]) + 0.5)
         if awake:

@@ -41,7 +41,7 @@ def test_refiner_and_fusion_start_as_the_plain_projection(make_model, make_text)
     model, text = make_model(awake=False), make_text()
     condition = model.conditioner(text, torch.rand(3))
     parts = [
-        branch.projection(text[name].states).masked_fill(~text[name].mask[..., None], 0)
+        branch.projection(text[name].states)[..., 0, :].masked_fill(~text[name].mask[..., None], 0)
         for name, branch in zip(model.conditioner.names, model.conditioner.branches, strict=True)
     ]
     torch.testing.assert_close(condition.tokens, torch.cat(parts, dim=1), **EXACT)
@@ -300,7 +300,7 @@ def test_standardisation_is_clamped_at_ten_and_constant_channels_are_centred(mak
     states[0, 0], states[0, 1], states[0, 4] = 1e6, -1e6, 7.000001
     expected = torch.zeros(1, width)
     expected[0, 0], expected[0, 1] = 10, -10
-    torch.testing.assert_close(projection(states), projection.linear(expected), **ROUNDING)
+    torch.testing.assert_close(projection(states)[..., 0, :], projection.linear(expected), **ROUNDING)
 
 
 def test_wrong_states_are_refused_by_the_encoders_name(make_model, make_text):

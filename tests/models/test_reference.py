@@ -174,9 +174,9 @@ def block(w: Weights, x: torch.Tensor, context: torch.Tensor, condition: torch.T
 
 
 def transformer(
-    w: Weights, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor, heads: int
+    w: Weights, latents: torch.Tensor, t: torch.Tensor, contexts: list, pooled: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Latents [C, H, W], patch size 2."""
+    """Latents [C, H, W], patch size 2; a context for each of the two blocks."""
     channels, height, width = latents.shape
     rows, columns = height // 2, width // 2
     patches = torch.stack(
@@ -188,7 +188,7 @@ def transformer(
     text = linear(w, "pooled_embedder.2", silu(linear(w, "pooled_embedder.0", pooled)))
     condition = embed_timestep(part(w, "timestep_embedder"), t) + text
     for index in range(2):
-        x = block(part(w, f"blocks.{index}"), x, context, condition, heads)
+        x = block(part(w, f"blocks.{index}"), x, contexts[index], condition, heads)
     shift, scale = modulation(part(w, "final_modulation"), condition, 2)
     patches = linear(w, "final_linear", standardise(x) * (1 + scale) + shift)
     result = torch.empty_like(latents)
@@ -250,5 +250,82 @@ def test_whole_model_is_the_papers(make_model, make_text, size):
     weights = model.state_dict()
     for sample in range(3):
         tokens, pooled = conditioner(part(weights, "conditioner"), text, sample, timestep[sample], 4, "full", True)
-        expected = transformer(part(weights, "transformer"), latents[sample], timestep[sample], tokens, pooled, heads=4)
+        expected = transformer(
+            part(weights, "transformer"), latents[sample], timestep[sample], [tokens, tokens], pooled, heads=4
+        )
+        torch.testing.assert_close(prediction[sample], expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# -- several layers of an LLM -----------------------------------------------------------------------------------------
+
+STORED = {"first": 4, "second": 3}  # of 20 and 12 channels: layers of 5 and 4
+
+
+def averages(branch: Weights, raw: torch.Tensor, layers: int) -> list[torch.Tensor]:
+    """Each layer standardised over its width; sum_l softmax(scores)_l layer_l for every row of scores, projected."""
+    normal = ((raw - branch["projection.mean"]) / branch["projection.deviation"]).clamp(-10, 10)
+    size = raw.shape[1] // layers
+    parts = [standardise(normal[:, size * i : size * (i + 1)]) for i in range(layers)]
+    scores = branch.get("projection.mixture.scores", torch.zeros(1, layers, dtype=torch.float64))
+    weights = [torch.exp(row) / torch.exp(row).sum() for row in scores]
+    return [linear(branch, "projection.linear", sum(w * x for w, x in zip(row, parts, strict=True))) for row in weights]
+
+
+def layered_conditioner(w: Weights, text: dict, sample: int, t: torch.Tensor, stored: dict) -> list[torch.Tensor]:
+    """What each block reads, [S, D], the refiners' own average first: x_block + (refined(x_own) - x_own)."""
+    xs, conditions, prefixes, all_averages = [], [], [], []
+    for index, name in enumerate(sorted(text)):
+        branch, entry = part(w, f"branches.{index}"), text[name]
+        raw = torch.cat([entry.prefix, entry.states[sample][entry.mask[sample]]])
+        if stored.get(name, 1) > 1:
+            found = averages(branch, raw, stored[name])
+        else:
+            normal = ((raw - branch["projection.mean"]) / branch["projection.deviation"]).clamp(-10, 10)
+            found = [linear(branch, "projection.linear", normal)]
+        conditions.append(condition_of(part(branch, "condition"), found[0][len(entry.prefix) :], t))
+        xs.append(refiner(part(branch, "refiner"), found[0], conditions[-1], 4, "full"))
+        prefixes.append(len(entry.prefix))
+        all_averages.append(found)
+    if len(xs) > 1:
+        xs = fuse(part(w, "fusion"), xs, conditions, 4)
+    number = max(len(found) for found in all_averages)
+    blocks = []
+    for k in range(number):
+        own = [
+            (x + (found[k] if len(found) > 1 else found[0]) - found[0])[prefix:]
+            for x, found, prefix in zip(xs, all_averages, prefixes, strict=True)
+        ]
+        blocks.append(torch.cat(own))
+    return blocks
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])  # the third has one layer
+@pytest.mark.parametrize("layers", ["mean", "learned", "per_block"])
+def test_several_layers_of_an_llm(make_model, make_text, layers, count):
+    stored = {name: STORED[name] for name in list(STORED)[:count]}
+    model = make_model(count, dtype=torch.float64, stored_layers=stored, layers=layers)
+    text, timestep = make_text(count=count, dtype=torch.float64), torch.tensor([0.2, 0.3, 0.4])
+    condition = model.conditioner(text, timestep)
+    assert (condition.of_blocks is None) == (layers != "per_block")
+    for sample in range(3):
+        mask = condition.mask[sample]
+        shared, *own = layered_conditioner(model.conditioner.state_dict(), text, sample, timestep[sample], stored)
+        torch.testing.assert_close(condition.tokens[sample][mask], shared, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(condition.pooled[sample], shared.mean(0), rtol=TOLERANCE, atol=TOLERANCE)
+        assert len(own) == (2 if layers == "per_block" else 0)
+        for number, tokens in enumerate(own):
+            found = condition.of_block(number)[sample][mask]
+            torch.testing.assert_close(found, tokens, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_each_block_of_the_whole_model_reads_its_own_layers(make_model, make_text):
+    model = make_model(1, dtype=torch.float64, stored_layers={"first": 4}, layers="per_block")
+    text, latents = make_text(count=1, dtype=torch.float64), torch.randn(3, 3, 8, 4, dtype=torch.float64)
+    timestep, weights = torch.tensor([0.05, 0.6, 1.0]), model.state_dict()
+    prediction = model(latents, timestep, text)
+    for sample in range(3):
+        shared, *own = layered_conditioner(part(weights, "conditioner"), text, sample, timestep[sample], {"first": 4})
+        expected = transformer(
+            part(weights, "transformer"), latents[sample], timestep[sample], own, shared.mean(0), heads=4
+        )
         torch.testing.assert_close(prediction[sample], expected, rtol=TOLERANCE, atol=TOLERANCE)

@@ -16,6 +16,7 @@ from lidit.models import LIDiT, TextStates
 from lidit.plan.facts import encoder_shape, gather_facts
 from lidit.plan.plan import (
     Facts,
+    PlannedEncoder,
     activation_bytes,
     embedding_flops,
     latent_bytes,
@@ -122,15 +123,54 @@ def test_embedding_flops_are_those_of_the_encoder(tmp_path: Path) -> None:
         tokens = sum(len(caption.token_ids) for caption in encoder.encode(captions))
     shape = encoder_shape(settings, Recipe(name="x", corpus="x", encoders=(settings,)))
     assert shape.width == 256
-    expected = embedding_flops(settings, shape, tokens, prefix, tokens / 8)
+    expected = embedding_flops(PlannedEncoder(shape, encoder.spec.blocks, shape.width), tokens, prefix, tokens / 8)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
-def test_an_encoder_of_several_layers_is_not_planned() -> None:
-    encoder = EncoderSettings(name="two", model="nowhere", layers=(1, 2))
-    recipe = Recipe(name="x", corpus="x", encoders=(encoder,), plan={"samples": 8})
-    with pytest.raises(InputError, match="encoder two: plans are made for encoders of one layer"):
-        gather_facts(recipe)
+@pytest.mark.parametrize("layers", ["mean", "learned", "per_block"])
+def test_flops_and_activations_of_a_model_that_reads_several_layers(layers: str) -> None:
+    batch, tokens, prefix, shape = 6, 20, 9, {"width": 256, "blocks": 6, "block_parameters": 1000}
+    recipe = Recipe.model_validate(
+        {"name": "x", "corpus": "nowhere", "encoders": [{"name": "llm", "model": "nowhere", "layers": [2, 4, 6],
+         "join": "separate"}], "plan": {"samples": 8, "encoders": {"llm": shape}, "caption_tokens": tokens,
+         "prefix_tokens": prefix}, "ingest": {"resolution": 32},
+         "model": {"width": 64, "depth": 3, "patch_size": 8, "layers": layers}}
+    )  # fmt: skip
+    facts = gather_facts(recipe)
+    assert (facts.encoders["llm"].width, facts.encoders["llm"].layers, facts.encoders["llm"].blocks) == (768, 3, 6)
+    model = LIDiT.from_settings(recipe.model, {"llm": 768}, 3, {"llm": 3}).train()
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    text = {"llm": TextStates(torch.randn(batch, tokens, 768), mask, torch.randn(prefix, 768))}
+    inputs = (torch.randn(batch, 3, 32, 32), torch.rand(batch), text)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*inputs).square().mean().backward()
+    assert step_flops(model, facts, batch) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert activation_bytes(recipe, facts, batch) == pytest.approx(saved_bytes(model, *inputs), rel=0.15)
+
+
+def test_a_plan_of_several_layers_padding_and_pooled_vectors() -> None:
+    shape = {"width": 64, "blocks": 8, "block_parameters": 1000}
+
+    def facts(**changes: object) -> Facts:
+        encoder = {"name": "llm", "model": "nowhere", "max_tokens": 100, **changes}
+        plan = {"samples": 8, "encoders": {"llm": shape}, "caption_tokens": 30, "prefix_tokens": 12}
+        tree = {"name": "x", "corpus": "nowhere", "encoders": [encoder], "plan": plan}
+        return gather_facts(Recipe.model_validate(tree))
+
+    several = facts(layers=[2, -3, 4])
+    assert (several.encoders["llm"].width, several.encoders["llm"].blocks) == (3 * 64, 6)
+    assert several.encoders["llm"].layers == 1  # side by side
+    assert facts(layers="all", join="mean", normalise="rms").encoders["llm"].width == 64
+    one = facts(layer=6)
+    needed = [embedding_flops(f.encoders["llm"], 300, 12, 30) for f in (one, several)]
+    assert needed[0] == needed[1] > 0
+    assert facts(padding={}).caption_tokens == {"llm": 100}
+    assert facts(padding={"multiple_of": 16}).caption_tokens == {"llm": 32}
+    assert facts(padding={}, template="see {}", counted="whole").caption_tokens == {"llm": 88}
+    vectors = facts(kind="encoder", layer=-1, pooled="pooler_output")
+    assert vectors.encoders["llm"].pooled == 64
+    with pytest.raises(InputError, match="encoder llm: layer 9: nowhere has 8 blocks"):
+        facts(layers=[2, 9])
 
 
 def test_a_corpus_that_is_there_is_measured(small_world: SmallWorld) -> None:

@@ -41,6 +41,11 @@ MEANING = {
     "refiner-ungated": "refiner without gates",
     "second-llm": "instruction and refiner on the second LLM alone",
     "concatenation": "both LLMs, concatenated without collaborative refiner",
+    "one-layer": "one layer, the template's tokens behind the caption dropped (ours)",
+    "layers-mean": "four layers, each normalised, averaged (ours)",
+    "layers-learned": "four layers by learned weights (ours)",
+    "layers-per-block": "four layers by learned weights of each transformer block (ours)",
+    "suffix-kept": "one layer, the template's tokens behind the caption kept (ours)",
     "control": "the transformer sees the caption's first words only, a full-attention refiner all of them (ours)",
     "control-causal": "the same with a causal refiner, which cannot carry anything back",
     "control-none": "the same without a refiner",
@@ -51,7 +56,8 @@ MEANING = {
 class Claim:
     """`better` scores higher than `worse`; `table`: where the paper says so.
 
-    "ours" compares with an arm the paper has not; "control" is the demonstration of the mechanism (docs/evidence.md).
+    "ours" compares with an arm the paper has not, "layers" arms of several layers of an LLM, which it has not either;
+    "control" is the demonstration of the mechanism (docs/evidence.md).
     by: what decides. Arms that all learn differ in how fast; the control asks what can be learned at all.
     """
 
@@ -79,6 +85,10 @@ CLAIMS = (
     Claim("6", "two-llms", "concatenation"),
     Claim("ours", "refiner", "own-token"),
     Claim("ours", "unmasked", "baseline"),
+    Claim("layers", "layers-mean", "one-layer"),
+    Claim("layers", "layers-learned", "one-layer"),
+    Claim("layers", "layers-per-block", "layers-learned"),
+    Claim("layers", "suffix-kept", "one-layer"),
     Claim("control", "control", "control-causal", by="final"),
     Claim("control", "control", "control-none", by="final"),
 )

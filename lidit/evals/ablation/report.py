@@ -81,7 +81,7 @@ def words(comparisons: Sequence[Comparison]) -> str:
 
 def _source(comparison: Comparison) -> str:
     table = comparison.claim.table
-    return {"ours": "our own arm", "control": "the control"}.get(table, f"table {table}")
+    return {"ours": "our own arm", "layers": "our own arm", "control": "the control"}.get(table, f"table {table}")
 
 
 def _facts_table(facts: Mapping[str, str]) -> str:

@@ -100,7 +100,7 @@ def test_the_page_puts_our_figures_beside_the_papers(tmp_path: Path) -> None:
 
 def test_the_papers_orderings_agree_with_its_figures() -> None:
     for claim in CLAIMS:
-        if claim.table not in ("ours", "control"):
+        if claim.table not in ("ours", "layers", "control"):
             assert PAPER[claim.better][0] > PAPER[claim.worse][0], claim
     assert summaries([result("x", 0, (0.5,))])["x"].final == Interval(0.5, float("-inf"), float("inf"))
 
@@ -108,7 +108,9 @@ def test_the_papers_orderings_agree_with_its_figures() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_hold_every_arm_of_the_tables(name: str) -> None:
     ablation = load_ablation(name)
-    compared = {arm for claim in CLAIMS for arm in (claim.better, claim.worse) if claim.table != "control"}
+    compared = {
+        arm for claim in CLAIMS for arm in (claim.better, claim.worse) if claim.table not in ("layers", "control")
+    }
     assert compared <= set(ablation.arms)
     assert len(ablation.seeds) >= 3
     for arm in ablation.arms:
@@ -135,6 +137,20 @@ def test_the_shipped_control_differs_in_the_refiner_only() -> None:
     assert [models[arm].refiner.causal for arm in ("control", "control-causal")] == [False, True]
     assert models["control-none"].refiner.depth == 0
     assert {arm.encoders for arm in ablation.arms.values()} == {("smollm2-bare",)}
+
+
+def test_the_shipped_layers_differ_in_the_states_read_only() -> None:
+    ablation = load_ablation("ablate-layers")
+    assert {arm for c in CLAIMS for arm in (c.better, c.worse) if c.table == "layers"} == set(ablation.arms)
+    recipes = {arm: ablation.arm_recipe(arm, 0) for arm in ablation.arms}
+    assert {arm: recipe.model.layers for arm, recipe in recipes.items()} == {
+        "one-layer": "one", "layers-mean": "mean", "layers-learned": "learned", "layers-per-block": "per_block",
+        "suffix-kept": "one",
+    }  # fmt: skip
+    assert {recipe.encoders[0].suffix for arm, recipe in recipes.items() if arm != "suffix-kept"} == {"dropped"}
+    assert len({recipe.model.model_copy(update={"layers": "one"}) for recipe in recipes.values()}) == 1
+    shared, usual = ablation.recipe, load_ablation("ablate-2cores").recipe
+    assert (shared.train, shared.data, shared.objective) == (usual.train, usual.data, usual.objective)
 
 
 def test_settings_an_arm_would_not_obey_are_refused() -> None:
