@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 PASS_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+REPEAT_S = 1.0
 STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -81,8 +83,31 @@ def _record(name: str, value: float, tag: str) -> None:
             metric.inc(float(value), tags)
     elif kind == "gauge":
         metric.set(float(value), tags)
+        _gauges[name, tag] = float(value)
+        _repeat_gauges()
     else:
         metric.observe(float(value), tags)
+
+
+# Ray exports a gauge once for each time it is set. What does not change, such as a queue that stands, would be gone
+# from Prometheus when somebody should be told of it.
+_gauges: dict[tuple[str, str], float] = {}
+
+
+@cache
+def _repeat_gauges() -> None:
+    """Set every gauge of this process again and again, from now on."""
+
+    def repeat() -> None:
+        while True:
+            time.sleep(REPEAT_S)
+            ray = sys.modules["ray"]
+            if not ray.is_initialized():  # another Ray of this process begins without them
+                _gauges.clear()
+            for (name, tag), value in list(_gauges.items()):
+                _metric(name).set(value, {METRICS[name].tag: tag})
+
+    threading.Thread(target=repeat, name="gauges", daemon=True).start()
 
 
 class IngestMetrics:

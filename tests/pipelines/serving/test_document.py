@@ -24,7 +24,6 @@ def test_nothing_that_fuzzing_sends_is_a_server_error(served: Platform, model: P
             sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json",
             "--header", f"Authorization: Bearer {running.key}", "--checks", CHECKS, "--max-examples", "60",
             "--generation-deterministic", "--continue-on-failure", "--no-color", "--request-timeout", "60",
-            "--generation-database", "none",
         ]  # fmt: skip
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3000, check=False)
         told = done.stdout[-8000:] + done.stderr[-2000:]
