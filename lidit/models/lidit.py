@@ -23,6 +23,7 @@ from typing import Literal, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -37,7 +38,7 @@ from lidit.models.states import TextStates
 from lidit.models.transformer import LIDiTTransformer
 
 
-class LIDiT(ModelMixin, ConfigMixin):
+class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The network: noisy latents, timesteps and the captions' LLM states in, prediction out. A torch module.
 
     Build it with `from_settings` or `load`; the arguments are what a saved model's config.json holds.

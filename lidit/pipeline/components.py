@@ -27,6 +27,7 @@ from lidit.config.settings import validate
 from lidit.diffusion import build_objective, check_scheduler
 from lidit.errors import InputError
 from lidit.models import LIDiT, LIDiTTransformer, TextStates
+from lidit.pipeline.adapters import PipelineAdapters
 from lidit.pipeline.checksums import check_model
 from lidit.pipeline.model_encoder import ModelEncoder
 
@@ -34,7 +35,7 @@ ENCODERS, VAE = "encoders", "vae"
 INDEX = "model_index.json"
 
 
-class PipelineParts(DiffusionPipeline):
+class PipelineParts(PipelineAdapters, DiffusionPipeline):
     """The parts of a pipeline, where they are and what is loaded of them; `LIDiTPipeline` draws with them."""
 
     model: LIDiT

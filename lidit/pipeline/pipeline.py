@@ -127,6 +127,7 @@ class LIDiTPipeline(PipelineParts):
         """
         if not safe_serialization:
             raise InputError("safe_serialization=False would write pickles, which can run code; leave it out")
+        self.require_no_adapters()
         folder = Path(save_directory)
         if self.codec_settings.model is not None:
             exact = load_codec(self._found_codec.model_copy(update={"dtype": "float32"}))
