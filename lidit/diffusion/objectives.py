@@ -59,6 +59,19 @@ class Objective(ABC):
         """The data x0 [B, C, H, W] that a prediction at x_t and t [B] points to, float32."""
 
     @abstractmethod
+    def prediction(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The prediction at x_t and t [B] that points to the data x0, float32: the inverse of `estimate`."""
+
+    @abstractmethod
+    def path(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares of data and of noise in x_t at t [B], float32; `clean_end` has no noise."""
+
+    @property
+    def clean_end(self) -> float:
+        """Where the last step of a walk lands: below the lowest timestep where that one has noise."""
+        return 0.0
+
+    @abstractmethod
     def scheduler(self, sampler: SamplerSettings) -> Any:
         """A diffusers scheduler with its timesteps set. Raises InputError for one that cannot run this objective."""
 
@@ -111,6 +124,19 @@ class NoisePrediction(Objective):
     def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         signal = self._signal(t, x_t)
         return (x_t.float() - (1 - signal).sqrt() * prediction.float()) / signal.sqrt()
+
+    def prediction(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        signal = self._signal(t, x_t)
+        return (x_t.float() - signal.sqrt() * x0.float()) / (1 - signal).sqrt()
+
+    def path(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Step 0 has a little noise; what lies below it has none, as where diffusers' last step lands.
+        signal = torch.where(t < 0, torch.ones_like(t), self._signal(t, t))
+        return signal.sqrt(), (1 - signal).sqrt()
+
+    @property
+    def clean_end(self) -> float:
+        return -1 / self.train_steps
 
     def scheduler(self, sampler: SamplerSettings) -> Any:
         name = self.scheduler_name(sampler)
@@ -169,6 +195,12 @@ class RectifiedFlow(Objective):
     def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x_t.float() - _per_sample(t.float(), x_t) * prediction.float()
 
+    def prediction(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (x_t.float() - x0.float()) / _per_sample(t.float(), x_t)
+
+    def path(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 1 - t.float(), t.float()
+
     def scheduler(self, sampler: SamplerSettings) -> Any:
         if self.scheduler_name(sampler) == "dpm_solver":
             solver = DPMSolverMultistepScheduler(
@@ -207,6 +239,9 @@ class CleanPrediction(RectifiedFlow):
 
     def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return prediction.float()
+
+    def prediction(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x0.float()
 
 
 def build_objective(settings: ObjectiveSettings) -> Objective:
