@@ -3,8 +3,6 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,26 +12,7 @@ import torch
 from lidit.text import PromptEncoder
 from tests.helpers import public_models as tiny
 
-CAPTIONS = (
-    "a red circle",
-    "x",
-    "two yellow triangles left of a large white star, photographed in the evening light " * 2,
-    "A sign that says \"red circle\", and 'green field' on Anna's wall",
-    "  一个红色的圆形 in  brackets &amp; more ",
-)
 Answer = dict[str, Any]  # what the pipeline's call takes, by name; "mask" where another name has no mask of its own
-
-
-@dataclass(frozen=True)
-class System:
-    """One shipped encoder. build: model and tokenizer; ask: the pipeline's own answer for captions."""
-
-    build: tiny.Build
-    ask: Callable[[torch.nn.Module, Any, PromptEncoder, list[str]], Answer]
-    padded: int | None = None
-    changes: dict[str, Any] = field(default_factory=dict)
-    captions: tuple[str, ...] = CAPTIONS
-    one_by_one: bool = False
 
 
 def bare(name: str, **parts: Any) -> Any:
@@ -347,83 +326,3 @@ def allegro(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]
     pipe = bare("AllegroPipeline", text_encoder=model, tokenizer=tokens)
     states, mask, *_ = pipe.encode_prompt(captions, False, clean_caption=False)
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
-
-
-def q25() -> Any:
-    return tiny.multimodal("qwen2_5_vl", 4), tiny.qwen()
-
-
-def q3vl(blocks: int, body: bool = False) -> tiny.Build:
-    return lambda: (tiny.multimodal("qwen3_vl", blocks, body), tiny.qwen())
-
-
-def t5() -> Any:
-    return tiny.t5_encoder(), tiny.t5()
-
-
-def umt5() -> Any:
-    return tiny.t5_encoder(umt5=True), tiny.t5()
-
-
-SHORT = {"max_tokens": 160}
-SYSTEMS = {
-    "qwen-image": System(q25, qwen_image),
-    "qwen-image-2.1": System(q3vl(4), qwen_image_21),
-    "dreamlite": System(q3vl(4), dreamlite),
-    "flux2-klein": System(lambda: (tiny.decoder("qwen3", 30), tiny.qwen(tiny.QWEN3)), flux2_klein, changes=SHORT),
-    "flux2-dev": System(
-        lambda: (tiny.multimodal("mistral3", 32), tiny.mistral("left")),
-        flux2_dev,
-        changes={"max_tokens": 224},
-        captions=(*CAPTIONS, "two [IMG] marks [IMG]"),
-    ),
-    "krea2": System(q3vl(36, body=True), krea2, padded=None),
-    "ideogram4": System(q3vl(36, body=True), ideogram4, padded=200),
-    "hunyuan-image": System(q25, hunyuan_image, padded=160, changes=SHORT),
-    "hunyuan-image-glyphs": System(lambda: (tiny.t5_encoder(words=384), tiny.byt5()), hunyuan_image_glyphs, padded=128),
-    "hunyuan-video": System(lambda: (tiny.trunk("llama", 4), tiny.llama3()), hunyuan_video, padded=256),
-    "hunyuan-video-1.5": System(
-        lambda: (tiny.multimodal("qwen2_5_vl", 4, body=True).language_model, tiny.qwen()),
-        hunyuan_video_15,
-        padded=160,
-        changes=SHORT,
-    ),
-    "kandinsky5": System(q25, kandinsky5),
-    "kandinsky6": System(q25, kandinsky6, padded=160, changes=SHORT),
-    "longcat-image": System(q25, longcat, changes=SHORT),
-    "z-image": System(lambda: (tiny.trunk("qwen3", 4), tiny.qwen(tiny.QWEN3)), z_image, changes=SHORT),
-    "ovis-image": System(lambda: (tiny.trunk("qwen3", 4), tiny.qwen(tiny.QWEN3)), ovis, padded=256),
-    "nucleus-image": System(q3vl(10), nucleus),
-    "ernie-image": System(lambda: (tiny.trunk("ministral3", 4), tiny.mistral("left")), ernie),
-    "cogview4": System(lambda: (tiny.trunk("glm", 4, pad_token_id=0), tiny.glm()), cogview4, one_by_one=True),
-    "lumina2": System(lambda: (tiny.trunk("gemma2", 4), tiny.gemma()), lumina2, padded=256),
-    "sana": System(lambda: (tiny.trunk("gemma2", 4), tiny.gemma()), sana, padded=300),
-    "hidream-llama": System(lambda: (tiny.decoder("llama", 4), tiny.llama3()), hidream_llama),
-    "hidream-t5": System(t5, hidream_t5),
-    "hidream-clip": System(lambda: (tiny.clip_text(projected=True, longest=248), tiny.clip(longest=248)), hidream_clip),
-    "fibo": System(lambda: (tiny.decoder("smollm3", 4, words=128_004, pad_token_id=0), tiny.smollm3()), fibo),
-    "fibo-layers": System(lambda: (tiny.decoder("smollm3", 4, words=128_004, pad_token_id=0), tiny.smollm3()), fibo),
-    "fibo2": System(q3vl(36), fibo2),
-    "cosmos-predict2.5": System(q25, cosmos25, changes=SHORT),
-    "ltx2": System(lambda: (tiny.multimodal("gemma3", 4), tiny.gemma()), ltx2, padded=1024),
-    "sd3-clip-l": System(lambda: (tiny.clip_text(projected=True), tiny.clip()), sd3_clip),
-    "sd3-clip-g": System(lambda: (tiny.clip_text(projected=True), tiny.clip("!!")), sd3_clip),
-    "sd3-t5": System(t5, sd3_t5),
-    "clip-l": System(lambda: (tiny.clip_text(projected=False), tiny.clip()), flux1_clip),
-    "flux1-t5": System(t5, flux1_t5, changes=SHORT),
-    "chroma": System(t5, chroma, changes=SHORT),
-    "pixart": System(t5, pixart, padded=300),
-    "auraflow": System(umt5, auraflow, padded=256),
-    "mochi": System(t5, masked_t5("MochiPipeline"), padded=256),
-    "cogvideox": System(t5, masked_t5("CogVideoXPipeline")),
-    "ltx-video": System(t5, ltx_video),
-    "wan": System(umt5, masked_t5("WanPipeline"), padded=512),
-    "cosmos1": System(t5, masked_t5("CosmosTextToWorldPipeline"), padded=512),
-    "helios": System(umt5, masked_t5("HeliosPipeline"), padded=512),
-    "skyreels-v2": System(umt5, masked_t5("SkyReelsV2Pipeline"), padded=512),
-    "prx": System(lambda: (tiny.t5gemma(), tiny.gemma()), prx, padded=256),
-    "lumina": System(lambda: (tiny.trunk("gemma", 4), tiny.gemma()), lumina),
-    "cogview3-plus": System(t5, masked_t5("CogView3PlusPipeline")),
-    "allegro": System(t5, allegro, padded=512),
-    "motif-video": System(lambda: (tiny.t5gemma2(), tiny.gemma()), motif, padded=512),
-}

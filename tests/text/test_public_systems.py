@@ -10,7 +10,8 @@ from lidit.store import Corpus, TextFamily
 from lidit.text import PromptEncoder, resolve_encoder
 from tests.helpers import public_models as tiny
 from tests.helpers.corpus_factory import make_corpus
-from tests.helpers.public_pipelines import SYSTEMS, Answer, System, ideogram4
+from tests.helpers.public_pipelines import Answer, ideogram4
+from tests.helpers.public_systems import SYSTEMS, System
 from tests.text.test_embedding import embed
 
 TOLERANCE = 1e-5
