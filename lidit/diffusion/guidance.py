@@ -19,7 +19,8 @@ class GuidedPredictor:
     """predict(x_t, t) for `sample`: unconditional + scale * (conditional - unconditional).
 
     Both run as the two halves of one batch, in which a caption of several images, such as the empty one, is refined
-    once. Outside the guidance interval (its ends belong to it), or at scale 1, only the captions run.
+    once. Outside the guidance interval (its ends belong to it), or at scale 1, only the captions run. A model that
+    takes the scale as an input is asked once.
 
     Args:
         model: the network. text: states of R captions per encoder.
@@ -51,13 +52,16 @@ class GuidedPredictor:
         count = max((len(entry.states) for entry in empty.values()), default=1)  # N
         if count != 1 and empty_rows is None:
             raise ValueError("the empty caption is one for all images: give its states once")
-        if sampler.guidance_scale != 1:
+        if sampler.guidance_scale != 1 and not model.takes_guidance:
             away = torch.zeros_like(own) if empty_rows is None else torch.tensor(empty_rows)  # [B]
             self.both = {name: empty[name].stack(text[name]) for name in text}  # N + R captions
             self.both_rows = torch.cat([away, count + own]).to(states.device)  # [2 B]
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W], t [B] the same value throughout -> float32 prediction [B, C, H, W]."""
+        if self.model.takes_guidance:
+            scale = self.sampler.guidance_scale if self._guided_at(t) else 1.0
+            return self.model(x_t, t, self.text, self.rows, torch.full_like(t, scale)).float()
         if not self.both or not self._guided_at(t):
             return self.model(x_t, t, self.text, self.rows).float()
         doubled = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), self.both, self.both_rows)
@@ -71,6 +75,12 @@ class GuidedPredictor:
         if self.sampler.guidance_interval == (0, 1):
             return True  # without waiting for the GPU to tell t
         return acts_at(self.sampler, float(t[0]))
+
+
+NO_NEGATIVE = (
+    "this model takes the guidance scale as an input and has nothing that a negative prompt could lead away from: "
+    "leave it out, or draw with the model that it was distilled from"
+)
 
 
 def acts_at(sampler: SamplerSettings, level: float) -> bool:

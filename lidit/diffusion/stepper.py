@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from lidit.config import SamplerSettings
-from lidit.diffusion.guidance import acts_at, rescale
+from lidit.diffusion.guidance import NO_NEGATIVE, acts_at, rescale
 from lidit.diffusion.objectives import Objective
 from lidit.diffusion.samplers import Walk, initial_noise, seeded_generators
+from lidit.errors import InputError
 from lidit.models import LIDiT, PromptCondition, TextStates
 
 LEVELS_AT_ONCE = 64  # a schedule may have a thousand steps: the refiners take them in parts
@@ -49,7 +50,8 @@ class Caption:
 @dataclass(frozen=True, eq=False)
 class Row:
     """One image on its way. Guidance leads away from `negative`, or from nothing: `empty`, the condition of the empty
-    caption at each step, is None where guidance never acts or has a negative caption.
+    caption at each step, is None where guidance never acts or has a negative caption. told: the network takes the scale
+    as an input, in one pass.
     """
 
     caption: Caption
@@ -57,6 +59,7 @@ class Row:
     walk: Walk
     empty: PromptCondition | None
     negative: Caption | None = None
+    told: bool = False
 
     @property
     def level(self) -> float:
@@ -66,7 +69,12 @@ class Row:
     @property
     def guided(self) -> bool:
         """Whether the next step needs the prediction that guidance leads away from, too."""
-        return acts_at(self.sampler, self.level)
+        return not self.told and acts_at(self.sampler, self.level)
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale of the next step; 1 where guidance does not act."""
+        return self.sampler.guidance_scale if acts_at(self.sampler, self.level) else 1.0
 
 
 class Stepper:
@@ -94,12 +102,18 @@ class Stepper:
         shape: tuple[int, int, int],
         negative: Caption | None = None,
     ) -> Row:
-        """A row of latents [C, H, W] before its first step. Raises InputError for a sampler that does not fit."""
+        """A row of latents [C, H, W] before its first step.
+
+        Raises InputError for a sampler that does not fit, and for a negative caption that nothing would read.
+        """
+        told = self.model.takes_guidance
+        if told and negative is not None:
+            raise InputError(NO_NEGATIVE)
         generators = seeded_generators([seed])
         walk = Walk(self.objective, initial_noise(generators, shape, self.device), sampler, generators)
-        guided = any(acts_at(sampler, level) for level in walk.levels)
+        guided = not told and any(acts_at(sampler, level) for level in walk.levels)
         empty = self._empty_condition(sampler, walk.levels) if guided and negative is None else None
-        return Row(caption, sampler, walk, empty, negative)
+        return Row(caption, sampler, walk, empty, negative, told)
 
     @torch.no_grad()
     def advance(self, rows: Sequence[Row], previewed: Collection[Row] = ()) -> list[torch.Tensor]:
@@ -116,7 +130,10 @@ class Stepper:
         t = torch.tensor([row.level for row in both]).to(self.device)  # [F]
         fill = torch.zeros(self._missing(len(both)), dtype=torch.long)
         places = torch.cat([torch.arange(len(both)), fill]).to(self.device)
-        predicted = self.model.transformer(latents[places], t[places], condition.take(places)).float()
+        scales = (
+            torch.tensor([row.scale for row in both]).to(self.device)[places] if self.model.takes_guidance else None
+        )
+        predicted = self.model.transformer(latents[places], t[places], condition.take(places), scales).float()
         # 3. Each row's own guidance, then a step of its own scheduler.
         estimates = []
         for row, prediction in zip(rows, self._guide(rows, guided, predicted), strict=True):

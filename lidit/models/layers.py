@@ -46,11 +46,18 @@ class CrossAttention(nn.Module):
         self.key_norm = nn.RMSNorm(width // heads, eps=EPSILON)
         self.output = nn.Linear(width, width)
 
-    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`mask` bool [B, S], True at keys that exist, at least one per row."""
+    def forward(
+        self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`mask` bool [B, S], True at keys that exist, at least one per row.
+
+        rows: [B] long, each query's place in a `context` and `mask` of fewer rows, whose keys and values are shared.
+        """
         query = self.query_norm(split(self.query(hidden_states), self.heads))  # [B, L, H, E]
         key, value = self.key_value(context).chunk(2, dim=-1)  # each [B, S, D]
         key = self.key_norm(split(key, self.heads))  # [B, S, H, E]
+        if rows is not None:
+            key, value, mask = key[rows], value[rows], mask[rows]
         return self.output(attend(query, key, split(value, self.heads), mask[:, None, None, :]))
 
 
@@ -126,6 +133,22 @@ class TimestepEmbedder(nn.Module):
         return self.contract(F.silu(self.expand(frequencies.to(self.expand.weight.dtype))))
 
 
+class GuidanceEmbedder(TimestepEmbedder):
+    """A guidance scale as an input, zero at start: the network then draws as without it. [B] -> [B, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.contract.weight)
+        nn.init.zeros_(self.contract.bias)
+
+    def forward(self, guidance: torch.Tensor) -> torch.Tensor:
+        # Scales are tens of what timesteps are; the fastest sinusoid should not turn between two that are alike.
+        return super().forward(guidance / 100)
+
+
 def call_block(owner: Any, block: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
     """`block(*inputs)`, computed again in the backward pass where diffusers' `enable_gradient_checkpointing` reached
     `owner`, whose flag it sets."""
@@ -137,7 +160,7 @@ def call_block(owner: Any, block: nn.Module, *inputs: torch.Tensor | None) -> to
 def initialise(module: nn.Module) -> None:
     """Starting weights of the whole model; call once, on the root.
 
-    Xavier-uniform linear layers with zero bias as in DiT; then every `Modulation` back to zero.
+    Xavier-uniform linear layers with zero bias as in DiT; then every `Modulation` and `GuidanceEmbedder` back to zero.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -145,5 +168,5 @@ def initialise(module: nn.Module) -> None:
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
     for part in module.modules():
-        if isinstance(part, Modulation):
+        if isinstance(part, Modulation | GuidanceEmbedder):
             part.reset_parameters()

@@ -59,6 +59,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         visible_tokens: Caption tokens the model may see; None shows all.
         layers: How the layers that an encoder keeps apart become one.
         stored_layers: Encoder name -> how many layers it keeps apart; one where it is not named.
+        guidance_input: Whether the guidance scale is an input, as of a distilled model that needs no second pass.
     """
 
     _supports_gradient_checkpointing = True
@@ -84,6 +85,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         visible_tokens: int | None = None,
         layers: Layers = "one",
         stored_layers: dict[str, int] | None = None,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         self.conditioner = PromptConditioner(
@@ -101,7 +103,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             stored_layers,
             blocks=depth,
         )
-        self.transformer = LIDiTTransformer(channels, width, depth, heads, patch_size)
+        self.transformer = LIDiTTransformer(channels, width, depth, heads, patch_size, guidance_input)
         initialise(self)
         # The model starts by predicting zero, as DiT does.
         nn.init.zeros_(self.transformer.final_linear.weight)
@@ -187,12 +189,18 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         return model
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input: a guided prediction is then one evaluation."""
+        return self.transformer.guidance_embedder is not None
+
     def forward(
         self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         text: Mapping[str, TextStates],
         rows: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict what the objective asks for: clean data, noise or velocity.
 
@@ -203,6 +211,8 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             rows: [B] long, the caption of each latent, where several latents share captions: each of the R captions
                 is refined once. Latents of one caption must have the same timestep, because the refiners depend on
                 it: true in sampling, not in training.
+            guidance: [B] float, the guidance scale of each latent, for a model that takes it (`takes_guidance`); None
+                is 1, no guidance.
 
         Returns:
             [B, C, H, W] in the dtype of the latents.
@@ -213,10 +223,10 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         captions = len(next(iter(text.values())).states) if text else 0
         if rows is not None:
             of_caption = timestep.new_zeros(captions).scatter(0, rows, timestep)  # [R]
-            return self.transformer(latents, timestep, self.conditioner(text, of_caption).take(rows))
+            return self.transformer(latents, timestep, self.conditioner(text, of_caption).shared(rows), guidance)
         if captions not in (0, len(latents)):
             raise InputError(
                 f"{len(latents)} latents need states of as many captions, got {captions}; pass `rows`, "
                 "the caption of each latent, where latents share captions"
             )
-        return self.transformer(latents, timestep, self.conditioner(text, timestep))
+        return self.transformer(latents, timestep, self.conditioner(text, timestep), guidance)

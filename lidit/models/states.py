@@ -107,19 +107,22 @@ class PromptCondition:
     """`tokens` [B, S, D] refined caption tokens of all encoders, `mask` bool [B, S], `pooled` [B, D] their mean.
 
     `of_blocks` [B, K, S, D]: the tokens that each transformer block reads, where they differ.
+    rows: each sample's place among them, long, where samples share captions: what depends on the caption alone, such
+    as its keys and values in every block, is then computed once. None: one sample each.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor
     pooled: torch.Tensor
     of_blocks: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     def of_block(self, number: int) -> torch.Tensor:
         """What the transformer's block `number` reads, [B, S, D]."""
         return self.tokens if self.of_blocks is None else self.of_blocks[:, number]
 
     def take(self, rows: torch.Tensor | slice) -> PromptCondition:
-        """Row `rows[i]` for sample i; `rows` long, of any length, or a slice."""
+        """Row `rows[i]` for sample i, copied; `rows` long, of any length, or a slice."""
         of_blocks = None if self.of_blocks is None else self.of_blocks[rows]
         return PromptCondition(self.tokens[rows], self.mask[rows], self.pooled[rows], of_blocks)
 
@@ -142,6 +145,10 @@ class PromptCondition:
         pad = torch.nn.functional.pad
         of_blocks = None if self.of_blocks is None else pad(self.of_blocks, (0, 0, 0, more))
         return PromptCondition(pad(self.tokens, (0, 0, 0, more)), pad(self.mask, (0, more)), self.pooled, of_blocks)
+
+    def shared(self, rows: torch.Tensor) -> PromptCondition:
+        """The same without a copy: samples that share a row share what is computed of it."""
+        return replace(self, rows=rows)
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

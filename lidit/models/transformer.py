@@ -18,6 +18,7 @@ from lidit.errors import InputError
 from lidit.models.layers import (
     CrossAttention,
     FeedForward,
+    GuidanceEmbedder,
     Modulation,
     SelfAttention,
     TimestepEmbedder,
@@ -59,9 +60,14 @@ class LIDiTBlock(nn.Module):
         self.feed_forward = FeedForward(width)
 
     def forward(
-        self, hidden_states: torch.Tensor, context: torch.Tensor, context_mask: torch.Tensor, condition: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        context_mask: torch.Tensor,
+        condition: torch.Tensor,
+        context_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, N, D], [B, S, D], bool [B, S], [B, D] -> [B, N, D]."""
+        """[B, N, D], [B, S, D], bool [B, S], [B, D] -> [B, N, D]; context_rows as `PromptCondition.rows`."""
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition)
 
         seen = shift_scale(normalise(hidden_states), shift1, scale1)
@@ -69,7 +75,7 @@ class LIDiTBlock(nn.Module):
         hidden_states = gated_add(hidden_states, gate1, attended)
 
         seen = shift_scale(normalise(hidden_states), shift2, scale2)
-        attended = self.cross_attention(seen, context, context_mask)
+        attended = self.cross_attention(seen, context, context_mask, context_rows)
         hidden_states = gated_add(hidden_states, gate2, attended)
 
         seen = shift_scale(normalise(hidden_states), shift3, scale3)
@@ -83,6 +89,7 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
     Args:
         channels: latent channels C, in and out. width, depth, heads: D, number of blocks, attention heads.
         patch_size: p; heights and widths must be divisible by it, any such size works.
+        guidance_input: whether the guidance scale is an input, as of a distilled model that needs no second pass.
     Raises:
         InputError: width not divisible by heads.
     """
@@ -92,7 +99,9 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
     _repeated_blocks = ["LIDiTBlock"]
 
     @register_to_config
-    def __init__(self, channels: int, width: int, depth: int, heads: int, patch_size: int) -> None:
+    def __init__(
+        self, channels: int, width: int, depth: int, heads: int, patch_size: int, guidance_input: bool = False
+    ) -> None:
         super().__init__()
         if width % heads:
             raise InputError(f"width {width} is not divisible by {heads} heads")
@@ -102,15 +111,23 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
         self.position = PositionBlock(width)
         self.timestep_embedder = TimestepEmbedder(width)
         self.pooled_embedder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.guidance_embedder = GuidanceEmbedder(width) if guidance_input else None
         self.blocks = nn.ModuleList(LIDiTBlock(width, heads) for _ in range(depth))
         self.final_modulation = Modulation(width, 2)
         self.final_linear = nn.Linear(width, patch_values)
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, condition: PromptCondition) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: PromptCondition,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """`hidden_states` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise) -> [B, C, H, W].
 
-        The result has the weights' dtype. Raises InputError where height or width is not divisible by the patch size.
+        guidance: scale of each sample, [B], for a model that takes it; None is 1, no guidance. The result has the
+        weights' dtype. Raises InputError where height or width is not divisible by the patch size.
         """
         height, width = (side // self.patch_size for side in hidden_states.shape[2:])
         if (height * self.patch_size, width * self.patch_size) != tuple(hidden_states.shape[2:]):
@@ -123,9 +140,14 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
         image = tokens.transpose(1, 2).unflatten(2, (height, width))  # [B, D, h, w], channels last in memory
         tokens = self.position(image).flatten(2).transpose(1, 2)  # [B, N, D]
 
-        vector = self.timestep_embedder(timestep) + self.pooled_embedder(condition.pooled)  # [B, D]
+        pooled = condition.pooled if condition.rows is None else condition.pooled[condition.rows]
+        vector = self.timestep_embedder(timestep) + self.pooled_embedder(pooled)  # [B, D]
+        if self.guidance_embedder is not None:
+            scale = torch.ones_like(timestep) if guidance is None else guidance
+            vector = vector + self.guidance_embedder(scale)
         for number, block in enumerate(self.blocks):
-            tokens = call_block(self, block, tokens, condition.of_block(number), condition.mask, vector)
+            read = condition.of_block(number)
+            tokens = call_block(self, block, tokens, read, condition.mask, vector, condition.rows)
 
         shift, scale = self.final_modulation(vector)
         patches = self.final_linear(shift_scale(normalise(tokens), shift, scale))  # [B, N, C p p]

@@ -141,13 +141,13 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
     def codec(self) -> Codec:
         """The codec, loaded when the first latents are decoded."""
         if self._codec is None:
-            self._codec = load_codec(self._found_codec, str(self._execution_device))
+            self._codec = load_codec(self.found_codec, str(self._execution_device))
             if self._offloads:
                 self._codec.to("cpu")
         return self._codec
 
     @property
-    def _found_codec(self) -> CodecSettings:
+    def found_codec(self) -> CodecSettings:
         """The codec's settings, with the place of an autoencoder that lies in the model folder."""
         settings, folder = self.codec_settings, self._folder
         if settings.model != VAE or folder is None:

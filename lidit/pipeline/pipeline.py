@@ -20,6 +20,7 @@ from lidit.config import SamplerChanges, SamplerSettings
 from lidit.config.json_object import read_object
 from lidit.config.settings import validate
 from lidit.diffusion import GuidedPredictor, Schedule, Walk
+from lidit.diffusion.guidance import NO_NEGATIVE
 from lidit.errors import InputError, one_line
 from lidit.models import LIDiT, TextStates
 from lidit.pipeline.callback import OnStep, StepCallback
@@ -130,7 +131,7 @@ class LIDiTPipeline(PipelineParts):
         self.require_no_adapters()
         folder = Path(save_directory)
         if self.codec_settings.model is not None:
-            exact = load_codec(self._found_codec.model_copy(update={"dtype": "float32"}))
+            exact = load_codec(self.found_codec.model_copy(update={"dtype": "float32"}))
             assert isinstance(exact, AutoencoderCodec)
             exact.model.save_pretrained(folder / VAE, safe_serialization=True)
             inside = self.codec_settings.model_copy(update={"model": VAE, "revision": None})
@@ -316,6 +317,8 @@ class LIDiTPipeline(PipelineParts):
         self, negative: Captions | None, each: int, sampler: SamplerSettings
     ) -> tuple[dict[str, TextStates], list[int] | None]:
         """States that guidance leads away from, and each image's among them; of the empty caption unless told."""
+        if negative is not None and self.model.takes_guidance:
+            raise InputError(NO_NEGATIVE)
         if negative is not None and sampler.guidance_scale != 1:
             return self._text(negative), negative.repeated(each).rows
         device = self._execution_device

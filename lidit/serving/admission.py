@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from lidit.diffusion.guidance import NO_NEGATIVE
 from lidit.diffusion.stepper import Caption, Padding, Stepper
 from lidit.errors import InputError
 from lidit.models import TextStates
@@ -33,6 +34,8 @@ def accept(pipeline: LIDiTPipeline, request: Request) -> Job:
     if not request.seeds:
         raise InputError("a request needs at least one seed, one per image")
     seeds = seed_per_image(list(request.seeds), len(request.seeds))
+    if request.negative is not None and pipeline.model.takes_guidance:
+        raise InputError(NO_NEGATIVE)
     if request.previews < 0:
         raise InputError(f"{request.previews} previews: give 0 or more")
     return Job(
@@ -44,6 +47,7 @@ def accept(pipeline: LIDiTPipeline, request: Request) -> Job:
         preview_steps=preview_steps(sampler.steps, request.previews),
         on_preview=request.on_preview,
         negative=None if request.negative is None else _caption(pipeline, request.negative),
+        told=pipeline.model.takes_guidance,
     )
 
 

@@ -35,13 +35,14 @@ class Job:
     preview_steps: frozenset[int] = frozenset()
     on_preview: OnPreview | None = None
     negative: Caption | None = None
+    told: bool = False  # the network takes the guidance scale as an input
     future: Future[torch.Tensor] = field(default_factory=Future)
     finished: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def units_of_step(self) -> int:
-        """Compute units of one step of one image: its pixels, twice where the sampler guides."""
-        return self.pixels * (1 if self.sampler.guidance_scale == 1 else 2)
+        """Compute units of one step of one image: its pixels, twice where the sampler guides in two passes."""
+        return self.pixels * (1 if self.told or self.sampler.guidance_scale == 1 else 2)
 
     @property
     def units(self) -> int:

@@ -95,7 +95,8 @@ class Capacity:
         # The first one pays for what later ones find ready: kernels, plans, memory.
         memory = peak_memory(self.stepper.device, lambda: self.stepper.advance(rows))
         seconds = [self._seconds(rows) for _ in range(REPETITIONS)]
-        return Pass(2 * images, min(seconds), memory)
+        each = 1 if self.stepper.model.takes_guidance else 2
+        return Pass(each * images, min(seconds), memory)
 
     def _seconds(self, rows: Sequence[Row]) -> float:
         """Of one pass. On a CPU this thread's own time: other processes must not make up the cap."""

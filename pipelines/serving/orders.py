@@ -91,6 +91,7 @@ class ModelFacts:
     guidance_scale: float
     schedulers: tuple[str, ...]
     encoders: tuple[str, ...]
+    guidance_input: bool = False  # a guided step is one pass of the network
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def order_of(body: DrawBody, facts: ModelFacts, limits: LimitSettings) -> Order:
         sampler,
         body.partial_images or 0,
         _delivery(body),
-        height * width * steps * count * (1 if scale == 1 else 2),
+        height * width * steps * count * (1 if scale == 1 or facts.guidance_input else 2),
     )
 
 

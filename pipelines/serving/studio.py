@@ -79,6 +79,7 @@ def facts_of(settings: ServeSettings, pipeline: LIDiTPipeline) -> ModelFacts:
         pipeline.sampler.guidance_scale,
         tuple(pipeline.objective.schedulers),
         tuple(pipeline.encoders),
+        pipeline.model.takes_guidance,
     )
 
 

@@ -8,14 +8,15 @@ import torch
 from lidit.config import ObjectiveSettings, SamplerSettings
 from lidit.diffusion import build_objective
 from lidit.diffusion.stepper import Caption, Padding, Row, Stepper
+from lidit.errors import InputError
 from lidit.models import TextStates
 from tests.helpers.random_pipeline import random_pipeline, random_states
 
 SHAPE = (3, 16, 16)
 
 
-def stepper(padding: Padding | None = None) -> Stepper:
-    pipeline = random_pipeline("clean")
+def stepper(padding: Padding | None = None, guidance_input: bool = False) -> Stepper:
+    pipeline = random_pipeline("clean", guidance_input=guidance_input)
     empty = {name: entry.collate([entry.empty]) for name, entry in pipeline.encoders.items()}
     return Stepper(pipeline.model, pipeline.objective, empty, padding)
 
@@ -59,6 +60,27 @@ def test_outside_its_interval_a_row_has_no_second_half() -> None:
     for _ in range(4):
         owner.advance([entry])
     assert passes.rows == [1, 1, 2, 1]
+
+
+def test_a_row_of_a_model_that_takes_the_scale_has_no_second_half_and_is_the_pipelines_own() -> None:
+    owner, pipeline = stepper(guidance_input=True), random_pipeline("clean", guidance_input=True)
+    passes = Passes(owner)
+    rows = [row(owner, 1, guidance_scale=scale, guidance_interval=(0.4, 1.0)) for scale in (1.0, 2.0, 5.0)]
+    for _ in range(4):
+        owner.advance(rows)
+    assert passes.rows == [3] * 4
+    for entry, scale in zip(rows, (1.0, 2.0, 5.0), strict=True):
+        states = {name: pipeline.encoders[name].collate([one]) for name, one in random_states(4, 1).items()}
+        alone = pipeline(
+            states=states, seed=0, guidance_scale=scale, guidance_interval=(0.4, 1.0), output_type="latent"
+        )
+        torch.testing.assert_close(entry.walk.latents, alone.images, rtol=0, atol=1e-3)
+    assert not torch.allclose(rows[1].walk.latents, rows[2].walk.latents, atol=1e-2)
+    away = Caption("away", random_states(2, 9))
+    with pytest.raises(InputError, match="leave it out, or draw with the model that it was distilled from"):
+        owner.row(away, SamplerSettings(steps=4, guidance_scale=2.0), 0, SHAPE, negative=away)
+    with pytest.raises(InputError, match="takes the guidance scale as an input"):
+        pipeline(states=states, negative_prompt_embeds=states, seed=0)
 
 
 def test_the_empty_caption_is_refined_once_per_schedule() -> None:

@@ -10,11 +10,14 @@ from lidit.pipeline.model_encoder import ModelEncoder
 WIDTHS = {"first": 12, "second": 20}
 
 
-def random_pipeline(kind: str, seed: int = 0) -> LIDiTPipeline:
+def random_pipeline(kind: str, seed: int = 0, guidance_input: bool = False) -> LIDiTPipeline:
     """A model of objective `kind` for images of 16 pixels, of whom no prediction is zero."""
     torch.manual_seed(seed)
     shape = {"width": 16, "depth": 1, "heads": 2, "patch_size": 4, "refiner": {"depth": 1}}
     model = LIDiT.from_settings(ModelSettings.model_validate(shape), WIDTHS, 3).eval()
+    if guidance_input:
+        config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        model = LIDiT(**{**config, "guidance_input": True}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
