@@ -1,0 +1,152 @@
+"""A race of samplers: which settings draw best for how many evaluations of the network.
+
+All candidates of a round draw the same prompts from the same seeds, so two are compared picture by picture. After a
+round a candidate leaves that another one beats surely, for no more evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lidit.config import SamplerSettings
+from lidit.config.tune import TuneSettings
+from lidit.diffusion import Objective
+from lidit.diffusion.guidance import acts_at
+from lidit.errors import InputError
+from lidit.evals.statistics import Interval, bootstrap_overall
+from lidit.plots import add_grid, new_figure, save_figure
+
+LEAST_PROMPTS = 4
+
+
+@dataclass
+class Candidate:
+    """A sampler, what a picture costs with it, and its pictures' scores so far, in the prompts' order."""
+
+    sampler: SamplerSettings
+    evaluations: int
+    scores: list[float] = field(default_factory=list)
+    running: bool = True
+
+    @property
+    def label(self) -> str:
+        s = self.sampler
+        low, high = s.guidance_interval
+        inside = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
+        guidance = "no guidance" if s.guidance_scale == 1 else f"guidance {s.guidance_scale:g}{inside}"
+        return f"{s.steps} steps, {s.scheduler}, {guidance}"
+
+    def score(self, tags: Sequence[str]) -> Interval:
+        """Unweighted mean over categories, as `lidit evaluate` has it; one picture per prompt."""
+        count = len(self.scores)
+        return bootstrap_overall(self.scores, tags[:count], list(range(count)))
+
+
+def evaluations_of(objective: Objective, sampler: SamplerSettings, takes_guidance: bool = False) -> int:
+    """Evaluations of the network for one picture: a step where guidance acts has two, unless it is an input."""
+    levels = objective.sampling_timesteps(objective.scheduler(sampler)).tolist()
+    return sum(2 if acts_at(sampler, level) and not takes_guidance else 1 for level in levels)
+
+
+def candidates(settings: TuneSettings, objective: Objective, takes_guidance: bool = False) -> list[Candidate]:
+    """Every combination once: without guidance there are no intervals, and two that guide the same steps are one.
+
+    Raises InputError where no scheduler of the settings can run the objective.
+    """
+    found: dict[tuple[object, ...], Candidate] = {}
+    for name in settings.schedulers:
+        resolved = objective.schedulers[0] if name == "auto" else name
+        if resolved not in objective.schedulers:
+            continue
+        for steps in settings.steps:
+            for scale in settings.guidance_scales:
+                for interval in settings.guidance_intervals:
+                    sampler = SamplerSettings(
+                        steps=steps, scheduler=resolved, guidance_scale=scale, guidance_interval=interval
+                    )
+                    levels = objective.sampling_timesteps(objective.scheduler(sampler)).tolist()
+                    guided = tuple(acts_at(sampler, level) for level in levels)
+                    key = (resolved, steps, scale if any(guided) else 1.0, guided)
+                    cost = evaluations_of(objective, sampler, takes_guidance)
+                    found.setdefault(key, Candidate(sampler, cost))
+    if not found:
+        raise InputError(
+            f"schedulers: none of these can sample the objective; it has {', '.join(objective.schedulers)}"
+        )
+    return sorted(found.values(), key=lambda candidate: candidate.evaluations)
+
+
+def drop_beaten(running: Sequence[Candidate], tags: Sequence[str]) -> None:
+    """End the race for every candidate that another one beats surely on the same pictures, for no more evaluations.
+
+    Of too few prompts of a category an interval says nothing: nobody leaves.
+    """
+    if min(tags.count(tag) for tag in set(tags)) < LEAST_PROMPTS:
+        return
+    for candidate in running:
+        for other in running:
+            if other is candidate or not other.running or other.evaluations > candidate.evaluations:
+                continue
+            if gain(other, candidate, tags).low > 0:
+                candidate.running = False
+                break
+
+
+def gain(one: Candidate, other: Candidate, tags: Sequence[str]) -> Interval:
+    """How much better `one` draws than `other`, over the pictures that both have drawn."""
+    count = min(len(one.scores), len(other.scores))
+    difference = np.array(one.scores[:count]) - np.array(other.scores[:count])
+    return bootstrap_overall(difference, tags[:count], list(range(count)))
+
+
+def front(finalists: Sequence[Candidate], tags: Sequence[str]) -> list[Candidate]:
+    """Those of which no other has a higher score for no more evaluations, by rising evaluations."""
+    best, chosen = -np.inf, []
+    for candidate in sorted(finalists, key=lambda c: (c.evaluations, -c.score(tags).value)):
+        if (value := candidate.score(tags).value) > best:
+            best = value
+            chosen.append(candidate)
+    return chosen
+
+
+def recommended(finalists: Sequence[Candidate], tags: Sequence[str]) -> Candidate:
+    """The cheapest that the best one does not surely beat."""
+    best = max(finalists, key=lambda candidate: candidate.score(tags).value)
+    even = [c for c in finalists if c is best or gain(best, c, tags).low <= 0]
+    return min(even, key=lambda c: (c.evaluations, -c.score(tags).value))
+
+
+def pareto_table(shown: Sequence[Candidate], chosen: Candidate, tags: Sequence[str]) -> str:
+    """Markdown: evaluations against score, a row each."""
+    lines = ["| evaluations | sampler | strict score | prompts |", "|---|---|---|---|"]
+    for candidate in shown:
+        mark = "**" if candidate is chosen else ""
+        lines.append(
+            f"| {candidate.evaluations} | {mark}{candidate.label}{mark} | {candidate.score(tags)} "
+            f"| {len(candidate.scores)} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_pareto(path: Path, groups: Mapping[str, Sequence[Candidate]], line: str, tags: Sequence[str]) -> None:
+    """Evaluations against score with 95 % intervals; the candidates of the group `line` are joined."""
+    figure = new_figure((7, 4.5), dpi=120)
+    axes = figure.add_subplot()
+    for name, group in groups.items():
+        scores = [candidate.score(tags) for candidate in group]
+        if not scores:
+            continue
+        values = np.array([score.value for score in scores])
+        spread = [values - [s.low for s in scores], np.array([s.high for s in scores]) - values]
+        style = (
+            {"marker": "o", "linewidth": 1.5} if name == line else {"marker": ".", "linestyle": "none", "alpha": 0.4}
+        )
+        axes.errorbar([c.evaluations for c in group], values, yerr=spread, capsize=2, label=name, **style)
+    axes.set(xscale="log", xlabel="evaluations of the network per picture", ylabel="strict score", ylim=(-0.02, 1.02))
+    add_grid(axes)
+    axes.legend()
+    save_figure(figure, path)
