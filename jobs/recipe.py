@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lidit.config.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
-KINDS = "recipe, ablation recipe, codec recipe, encoder"
+KINDS = "recipe, ablation recipe, codec recipe, distillation recipe, encoder"
 File = Annotated[str, typer.Argument(help="Recipe or encoder file, or the name of a shipped one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON instead.")]
 
@@ -47,7 +47,7 @@ def list_shipped(as_json: AsJson = False) -> None:
         return
     wide = max(len(row["name"]) for row in rows)
     for row in rows:
-        print(f"{row['name']:{wide}}  {row['kind']:15}  {row['about']}")
+        print(f"{row['name']:{wide}}  {row['kind']:19}  {row['about']}")
 
 
 @app.command("show", context_settings=HELP_OPTIONS)
@@ -107,12 +107,21 @@ def load_encoder(name: str, overrides: list[str] | None = None) -> EncoderSettin
 
 def load(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
     """A file of any kind: the kind, one of `SETTINGS`, and what the file says with overrides."""
-    from lidit.config.shipped import ENCODERS, RECIPES, find, kind_of, load_ablation, load_codec_recipe
+    from lidit.config.shipped import (
+        ENCODERS,
+        RECIPES,
+        find,
+        kind_of,
+        load_ablation,
+        load_codec_recipe,
+        load_distillation,
+    )
 
     loaders: dict[str, Callable[[str, list[str] | None], Settings]] = {
         "recipe": load_recipe,
         "ablation recipe": load_ablation,
         "codec recipe": load_codec_recipe,
+        "distillation recipe": load_distillation,
         "encoder": load_encoder,
     }
     is_path = name.endswith((".yaml", ".yml")) or "/" in name

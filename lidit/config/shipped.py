@@ -8,6 +8,7 @@ from typing import Any
 
 from lidit.config.ablation import Ablation
 from lidit.config.codec import CodecRecipe
+from lidit.config.distill import Distillation
 from lidit.config.encoder import EncoderSettings
 from lidit.config.left_out import LEFT_OUT
 from lidit.config.recipe import Recipe
@@ -22,12 +23,14 @@ KINDS = {
     "recipe": ("a training recipe", "train", "encoders"),
     "ablation recipe": ("an ablation recipe", "ablate", "arms"),
     "codec recipe": ("a codec recipe", "train-codec", "loss"),
+    "distillation recipe": ("a distillation recipe", "distill", "stages"),
 }
 # Of every kind of file that ships.
 SETTINGS: dict[str, type[Settings]] = {
     "recipe": Recipe,
     "ablation recipe": Ablation,
     "codec recipe": CodecRecipe,
+    "distillation recipe": Distillation,
     "encoder": EncoderSettings,
 }
 
@@ -71,6 +74,12 @@ def load_codec_recipe(recipe: str, overrides: list[str] | None = None) -> CodecR
     """A codec recipe by path or shipped name, with overrides."""
     tree = apply_overrides(load_yaml(find(recipe, RECIPES, "codec recipe")), overrides or [])
     return validate(CodecRecipe, tree, str(recipe))
+
+
+def load_distillation(recipe: str, overrides: list[str] | None = None) -> Distillation:
+    """A distillation recipe by path or shipped name, with overrides; a stage by its place: stages.0.train_steps=200."""
+    tree = apply_overrides(load_yaml(find(recipe, RECIPES, "distillation recipe")), overrides or [])
+    return validate(Distillation, tree, str(recipe))
 
 
 def kind_of(path: Path) -> str:
