@@ -120,6 +120,7 @@ def test_steps_that_the_objective_cannot_take_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three trainings, one after the other
 def test_a_chain_of_students_ends_in_an_ordinary_folder_and_goes_on_bit_by_bit(
     small_world: SmallWorld, teacher: Path, tmp_path: Path
 ) -> None:
