@@ -47,7 +47,7 @@ def tune_sampler(model: Path, settings: TuneSettings, tracker: TrackingSettings,
     """
     # The model's own sampler is none of what this depends on: candidates bring theirs.
     identified = {name: value for name, value in model_identity(model).items() if name != "sampler"}
-    made_with = {"model": identified, "settings": settings.model_dump(mode="json") | RULES}
+    made_with: dict[str, Any] = {"model": identified, "settings": settings.model_dump(mode="json") | RULES}
     if settings.captions is not None:
         made_with["captions"] = digest_of(read_lines(Path(settings.captions)))
     job = Job.of_model("tune sampler", model, "tune-sampler", flatten(settings), "tune_sampler", SCORES)

@@ -118,6 +118,7 @@ def _shape_of(model: LIDiT, checkpointing: bool) -> ModelSettings:
         ),
         fusion=FusionSettings(mode=config.fusion_mode, depth=config.fusion_depth),
         visible_tokens=config.visible_tokens,
+        layers=config.layers,
         activation_checkpointing=checkpointing,
     )
 
