@@ -148,6 +148,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             visible_tokens=settings.visible_tokens,
             layers=settings.layers,
             stored_layers=dict(stored_layers) if stored_layers else None,
+            guidance_input=False,  # a student's alone
         )
         if settings.activation_checkpointing:
             model.enable_gradient_checkpointing()

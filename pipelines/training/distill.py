@@ -184,7 +184,7 @@ class DistillJob(TrainingJob):
         objective = build_objective(recipe.objective)
         sampler = LIDiTPipeline.from_pretrained(recipe.teacher, check_files=False).sampler
         low = recipe.engine.precision == "bfloat16" and device.type == "cuda"
-        network = _network(recipe).to(device, torch.bfloat16 if low else torch.float32)
+        network = _network(recipe, torch.bfloat16 if low else None).to(device)
         shared = {name: family.shared() for name, family in self.families.texts.items()}
         empty = {name: TextStates.collate([it.empty], it.prefix).to(device) for name, it in shared.items()}
         return DistillEngine(recipe, model, objective, Teacher(network, objective, empty, sampler))
@@ -202,5 +202,5 @@ def student_network(teacher: LIDiT, recipe: StudentRecipe) -> LIDiT:
     return student
 
 
-def _network(recipe: StudentRecipe) -> LIDiT:
-    return LIDiT.load(Path(recipe.teacher) / "model")
+def _network(recipe: StudentRecipe, dtype: torch.dtype | None = None) -> LIDiT:
+    return LIDiT.load(Path(recipe.teacher) / "model", dtype)
