@@ -11,6 +11,8 @@ import typer
 from jobs.support.start import run
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lidit.config import Recipe
     from lidit.plan import Facts, Plan
 
@@ -73,7 +75,7 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
     console.print(table)
 
     table = Table(title="\nGigabytes on disk, by storage dtype", title_justify="left")
-    for column in ("family", "float32", "bfloat16", "8 bits"):
+    for column in ("family", "float32", "bfloat16", "8 bits", "int4", "coded"):
         table.add_column(column, justify="left" if column == "family" else "right")
     for encoder in recipe.encoders:
         sizes = plan.text_bytes[encoder.name]
@@ -83,6 +85,7 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
     held = {facts.latent_storage: f"{plan.latent_bytes / 1e9:,.1f}"}
     table.add_row(f"latents/{recipe.codec.name}", *(held.get(name, "") for name in ("float32", "bfloat16", "uint8")))
     console.print(table)
+    _show_states(recipe, plan, console)
 
     embedding = ", ".join(f"{name} {hours:,.1f}" for name, hours in plan.embed_gpu_hours.items())
     bandwidth = plan.read_bytes_per_second_per_node / 1e6
@@ -98,9 +101,33 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
         ("cost", f"{plan.cost:,.0f} at {setting.price_per_gpu_hour:g} per GPU-hour"),
     ):
         console.print(f"  {label:<10} {text}", highlight=False)
+    console.print(f"\n  text states: {plan.states.advice}", highlight=False)
     console.print(
         "\nMFU counts three forward passes a step, without recomputation. Captions are counted at their mean length.",
         style="dim",
+    )
+
+
+def _show_states(recipe: Recipe, plan: Plan, console: Console) -> None:
+    """What the text states cost when they are stored, and when they are computed as training needs them."""
+    from rich.table import Table
+
+    states, setting = plan.states, recipe.plan
+    table = Table(title=f"\nText states, {states.passes:.1f} passes over the captions", title_justify="left")
+    for column in ("", "TB", "a month", f"encoding + {setting.months:g} mo.", "GB/s per node"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, size in states.terabytes.items():
+        money = (states.monthly[name], states.totals[name])
+        table.add_row(
+            f"store {name}", f"{size:,.3g}", *(f"{m:,.0f}" for m in money), f"{states.gigabytes_per_second[name]:,.3g}"
+        )
+    rolling = states.roll_terabytes * setting.price_per_terabyte_month
+    table.add_row("roll", f"{states.roll_terabytes:,.3g}", f"{rolling:,.0f}", f"{states.roll_total:,.0f}", "")
+    console.print(table)
+    console.print(
+        f"  rolling needs {states.encoders_per_trainer:.2g} encoder GPUs for each training GPU, and online.ahead of at "
+        f"least {states.ahead}",
+        highlight=False,
     )
 
 

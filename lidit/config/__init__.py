@@ -1,6 +1,7 @@
 """What a person may set: the recipe and its sections, the other kinds of recipe, the files that ship with us."""
 
 from lidit.config.encoder import PAPER_INSTRUCTION, EncoderSettings
+from lidit.config.online import OnlineSettings
 from lidit.config.recipe import (
     CodecSettings,
     DataSettings,
@@ -38,6 +39,7 @@ __all__ = [
     "LoopSettings",
     "ModelSettings",
     "ObjectiveSettings",
+    "OnlineSettings",
     "OptimizerSettings",
     "PlanSettings",
     "PoolSettings",

@@ -281,6 +281,9 @@ class PlanSettings(Settings):
     mfu: float = Field(0.4, gt=0, le=1, description="share of the peak that training reaches")
     embed_mfu: float = Field(0.4, gt=0, le=1)
     price_per_gpu_hour: float = Field(2.5, ge=0)
+    price_per_terabyte_month: float = Field(20.0, ge=0, description="of stored states")
+    months: float = Field(1.0, ge=0, description="how long states are stored")
+    coded_bits: float = Field(3.2, gt=0, description="bits per value of coded states")
 
 
 def _absolute(place: str | None) -> str | None:

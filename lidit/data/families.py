@@ -9,6 +9,7 @@ from lidit.config import DataSettings
 from lidit.errors import InputError
 from lidit.store import Corpus, LatentFamily, TextFamily
 from lidit.store.families import OPEN_FILES
+from lidit.store.rolling import RollingTextFamily
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,18 @@ class Families:
         keep_open = max(OPEN_FILES, 2 * settings.window_units)
         return cls(
             corpus.latent_family(latents or _only_latents(corpus), keep_open),
-            {name: corpus.text_family(wanted, keep_open) for name, wanted in texts.items()},
+            {name: corpus.text_family(wanted, keep_open, rolling=True) for name, wanted in texts.items()},
         )
+
+    @property
+    def rolling(self) -> list[RollingTextFamily]:
+        """Those whose units are computed while they are read."""
+        return [family for family in self.texts.values() if isinstance(family, RollingTextFamily)]
+
+    def stop_waiting(self, stop: bool = True) -> None:
+        """Let nobody wait for a unit of a rolling family any longer; `stop=False` takes it back."""
+        for family in self.rolling:
+            family.stop_waiting(stop)
 
     @property
     def widths(self) -> dict[str, int]:

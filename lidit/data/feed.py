@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -52,6 +52,7 @@ class Feed(Generic[AnyBatch_co]):
         share = shares(order.batch_size, world_size)[rank]
         self.start, self.stop = share.start, share.stop
         self.waited = 0.0  # seconds the training loop spent waiting for data
+        self.stop_waiting: Callable[[bool], None] = lambda stop: None  # for units of a rolling family
 
     def _make(self, step: int) -> AnyBatch_co:
         with self._ordering:
@@ -75,7 +76,9 @@ class Feed(Generic[AnyBatch_co]):
 
         Raises:
             InputError: A file of the corpus is missing or damaged.
+            JobError: A unit of a rolling family did not come in time.
         """
+        self.stop_waiting(False)
         with ThreadPoolExecutor(max_workers=self.readers, thread_name_prefix="feed") as pool:
             queue: deque[Future[AnyBatch_co]] = deque()
             upcoming = iter(range(start, stop))
@@ -90,6 +93,9 @@ class Feed(Generic[AnyBatch_co]):
                     self.waited += time.perf_counter() - began
                     yield batch
             finally:
+                # Who leaves early must not wait for units that nobody will read.
+                if queue:
+                    self.stop_waiting(True)
                 for future in queue:
                     future.cancel()
 
@@ -139,7 +145,9 @@ def open_feed(
         )
     families = families or Families.open(corpus, settings)
     assembler = Assembler(families, rows, settings)
-    return Feed(rows.order(batch_size), assembler, rank, world_size, settings.prefetch_batches)
+    feed = Feed(rows.order(batch_size), assembler, rank, world_size, settings.prefetch_batches)
+    feed.stop_waiting = families.stop_waiting
+    return feed
 
 
 class FeedDataset(IterableDataset[Any]):

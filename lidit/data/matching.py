@@ -34,7 +34,7 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
         if found == asked:
             matches.append(handle)
         differences += [f"{handle.directory}: {line}" for line in spec_differences(found, asked)]
-    complete = [handle for handle in matches if handle.complete]
+    complete = [handle for handle in matches if handle.complete] or [handle for handle in matches if handle.rolling]
     if len(complete) > 1:
         listed = "\n  ".join(spec_differences(complete[0].spec, complete[1].spec))
         raise InputError(
@@ -42,7 +42,7 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
             f"{encoder.name!r}; they differ in:\n  {listed}\ndelete the one that is not meant"
         )
     if matches:
-        return corpus.text_family((complete or matches)[0].fingerprint)
+        return corpus.text_family((complete or matches)[0].fingerprint, rolling=True)
     if differences:
         raise _no_match(corpus, "text", encoder.name, differences, "compute it with lidit embed", "encoder")
     return corpus.text_family(encoder.name)  # raises InputError, listing the families

@@ -89,30 +89,53 @@ class Order:
 
     def batch(self, step: int) -> GlobalBatch:
         """Global batch number `step`, counted from 0 over all epochs."""
-        epoch = self.epoch_of(step)
-        schedule = self._schedule(epoch)
-        # Windows complete batches in order, so the window of a step is a search among running
-        # totals.
-        done = (self.per_epoch * epoch + schedule.before) // self.batch_size  # [W + 1, K] batches of each bucket
-        totals = done.sum(1)  # [W + 1]
-        window = int(np.searchsorted(totals, step, side="right")) - 1
+        epoch, window, done = self._completing(step)
         emitted = done[window + 1] - done[window]  # [K] batches each bucket completes in this window
         # Within a window, batches of all buckets come in permuted order.
         shuffled = permutation(int(emitted.sum()), self.seed, Purpose.BATCHES, epoch, window)
-        place = int(shuffled[step - totals[window]])
+        place = int(shuffled[step - done[window].sum()])
         bucket = int(np.searchsorted(np.cumsum(emitted), place, side="right"))
         number = int(done[window, bucket] + place - emitted[:bucket].sum())
         return self._chunk(step, bucket, number * self.batch_size)
+
+    def _completing(self, step: int) -> tuple[int, int, Ints]:
+        """Epoch and window that complete batch `step`, and the epoch's [W + 1, K] batches before each window."""
+        epoch = self.epoch_of(step)
+        # Windows complete batches in order, so the window of a step is a search among running
+        # totals.
+        done = (self.per_epoch * epoch + self._schedule(epoch).before) // self.batch_size
+        return epoch, int(np.searchsorted(done.sum(1), step, side="right")) - 1, done
+
+    # -- windows, counted over all epochs: which units a step needs --------------------------------
+
+    def window_of(self, step: int) -> int:
+        """The window that completes batch `step`: the last one whose rows the batch reads."""
+        epoch, window, _ = self._completing(step)
+        return epoch * self.num_windows + window
+
+    def window_units_of(self, window: int) -> Ints:
+        """The units of a window."""
+        epoch, within = divmod(window, self.num_windows)
+        return self._schedule(epoch).units[within * self.window_units : (within + 1) * self.window_units]
+
+    def rows_before(self, window: int) -> Ints:
+        """Rows [K] of each bucket's stream that lie before a window."""
+        epoch, within = divmod(window, self.num_windows)
+        return self.per_epoch * epoch + self._schedule(epoch).before[within]
+
+    def window_at(self, bucket: int, position: int) -> int:
+        """The window that holds one row of a bucket's stream."""
+        epoch, within = divmod(position, int(self.per_epoch[bucket]))
+        before = self._schedule(epoch).before[:, bucket]
+        return epoch * self.num_windows + int(np.searchsorted(before, within, side="right")) - 1
 
     def _chunk(self, step: int, bucket: int, position: int) -> GlobalBatch:
         """The batch_size rows of one bucket's endless stream that start at `position`."""
         epochs, units, rows, wanted = [], [], [], self.batch_size
         while wanted:
-            epoch, within = divmod(position, int(self.per_epoch[bucket]))
-            before = self._schedule(epoch).before[:, bucket]
-            window = int(np.searchsorted(before, within, side="right")) - 1
+            epoch, window = divmod(self.window_at(bucket, position), self.num_windows)
             unit, row = self._window(epoch, window)[bucket]
-            start = within - int(before[window])
+            start = position - int(self.rows_before(epoch * self.num_windows + window)[bucket])
             taken = min(wanted, len(unit) - start)
             epochs.append(np.full(taken, epoch))
             units.append(unit[start : start + taken])

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     NOISE = 7
     LATENT = 8
     HOLDOUT = 9
+    KEEP = 10
 
 
 def draw(seed: int, purpose: Purpose, *keys: ArrayLike) -> NDArray[np.uint64]:

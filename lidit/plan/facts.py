@@ -12,6 +12,7 @@ from lidit.plan import Facts, PlannedEncoder
 from lidit.store import Corpus, TextFamily
 from lidit.store.corpus import CORPUS_FILE
 from lidit.store.files.folder import Folder
+from lidit.store.rolling import RollingTextFamily
 from lidit.text.packaged import MODELS, PREFIX, cache_folder
 from lidit.text.rules import joined_width, resolve_reading
 
@@ -24,12 +25,14 @@ def gather_facts(recipe: Recipe) -> Facts:
         raise InputError(f"the corpus {recipe.corpus} does not exist yet; give plan.samples=NUMBER")
     samples = assumed.samples or (corpus.num_samples if corpus else 0)
     per_sample = corpus.facts["totals"]["captions"] / corpus.num_samples if corpus else assumed.captions_per_sample
-    tokens, prefixes, encoders = {}, {}, {}
+    tokens, prefixes, encoders, coded_bits = {}, {}, {}, {}
     for encoder in recipe.encoders:
         encoders[encoder.name] = planned_encoder(encoder, recipe)
         family = _family(corpus, encoder)
         if family is not None:
             tokens[encoder.name] = family.manifest["tokens"] / max(1, family.manifest["rows"])
+            if family.spec["storage"] == "coded":
+                coded_bits[encoder.name] = 8 * family.manifest["bytes"] / (family.manifest["tokens"] * family.width)
             prefixes[encoder.name] = len(family.shared().prefix)
         else:
             prefixes[encoder.name] = 0 if encoder.kind == "encoder" else assumed.prefix_tokens
@@ -44,6 +47,7 @@ def gather_facts(recipe: Recipe) -> Facts:
         latent=_latent(recipe, corpus),
         latent_storage="uint8" if pixels else recipe.codec.storage,
         posterior=not pixels and recipe.codec.posterior == "sample",
+        coded_bits=coded_bits,
     )
 
 
@@ -90,9 +94,10 @@ def _family(corpus: Corpus | None, encoder: EncoderSettings) -> TextFamily | Non
     A plan works without it.
     """
     try:
-        return None if corpus is None else matching_family(corpus, encoder)
+        family = None if corpus is None else matching_family(corpus, encoder)
     except InputError:
         return None
+    return None if isinstance(family, RollingTextFamily) else family  # it knows no totals
 
 
 def _latent(recipe: Recipe, corpus: Corpus | None) -> tuple[int, int, int]:

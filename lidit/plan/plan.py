@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from lidit.config import EncoderSettings, EncoderShape, ModelSettings, Recipe
+from lidit.config import EncoderSettings, EncoderShape, ModelSettings, OnlineSettings, Recipe
 from lidit.models import LIDiT, TextStates
 from lidit.models.flops import forward_flops
+from lidit.plan.states import STATE_BITS, Run, StatesPlan, encoders_per_trainer, plan_states, text_bytes
 
-STATE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 LATENT_BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
 # In elements, DeepSpeed's defaults: gradients reduced together, and gathered parameters ZeRO-3 may keep for reuse.
 REDUCE_BUCKET = 500_000_000
@@ -56,6 +56,7 @@ class Facts:
     latent: tuple[int, int, int]
     latent_storage: str
     posterior: bool
+    coded_bits: Mapping[str, float] = field(default_factory=dict)  # per value, of encoders whose coded states are there
 
     def __post_init__(self) -> None:
         if self.captions < self.samples or min(self.samples, *self.latent) < 1:
@@ -189,15 +190,6 @@ def gpu_hours(flops: float, tflops: float, utilisation: float) -> float:
 # -- storage ----------------------------------------------------------------------------------------------------------
 
 
-def text_bytes(captions: int, tokens: float, width: int, storage: str, pooled: int = 0) -> float:
-    """Bytes of a text family's unit files: states, token ids and offsets of captions with `tokens` each on average, and
-    their pooled vectors in float32."""
-    scale = 4 if storage == "int8" else 0
-    row = 4 + 4 + 8 + (8 if scale else 0)  # tokens, offsets of token_ids, states and scale
-    row += 8 + 4 * pooled if pooled else 0
-    return captions * (tokens * (width * STATE_BYTES[storage] + 4 + scale) + row)
-
-
 def latent_bytes(samples: int, latent: tuple[int, int, int], storage: str, posterior: bool) -> float:
     """Bytes of a latents family's unit files; with a posterior mean and deviation are both there."""
     copies = 2 if posterior else 1
@@ -205,16 +197,16 @@ def latent_bytes(samples: int, latent: tuple[int, int, int], storage: str, poste
     return samples * (copies * math.prod(latent) * LATENT_BYTES[storage] + row)
 
 
-def family_bytes(captions: int, facts: Facts, name: str, storage: str) -> float:
+def sample_text_bytes(recipe: Recipe, facts: Facts, storage: str | None = None) -> float:
+    """Bytes of one caption's states of all encoders; None: each encoder's own storage."""
+    return sum(family_bytes(1, recipe, facts, encoder, storage or _storage(encoder)) for encoder in recipe.encoders)
+
+
+def family_bytes(captions: int, recipe: Recipe, facts: Facts, encoder: EncoderSettings, storage: str) -> float:
     """`text_bytes` of one of a plan's encoders."""
-    encoder = facts.encoders[name]
-    return text_bytes(captions, facts.caption_tokens[name], encoder.width, storage, encoder.pooled)
-
-
-def sample_bytes(recipe: Recipe, facts: Facts) -> float:
-    """What training reads for one sample: one caption's states per encoder, and the latents."""
-    text = sum(family_bytes(1, facts, encoder.name, _storage(encoder)) for encoder in recipe.encoders)
-    return text + latent_bytes(1, facts.latent, facts.latent_storage, facts.posterior)
+    planned, tokens = facts.encoders[encoder.name], facts.caption_tokens[encoder.name]
+    bits = facts.coded_bits.get(encoder.name, recipe.plan.coded_bits) if storage == "coded" else None
+    return text_bytes(captions, tokens, planned.width, storage, planned.pooled, bits)
 
 
 def _storage(encoder: EncoderSettings) -> str:
@@ -242,6 +234,7 @@ class Plan:
     bytes_per_sample: float
     read_bytes_per_second_per_node: float
     cost: float
+    states: StatesPlan
 
     @property
     def train_days(self) -> float:
@@ -273,7 +266,8 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             facts.encoders[encoder.name], facts.captions * length, facts.prefix_tokens[encoder.name], length
         )
         embed[encoder.name] = gpu_hours(needed, setting.peak_tflops, setting.embed_mfu)
-    per_sample = sample_bytes(recipe, facts)
+    latent = latent_bytes(1, facts.latent, facts.latent_storage, facts.posterior)
+    per_sample = sample_text_bytes(recipe, facts) + latent
     nodes = max(1, math.ceil(gpus / setting.gpus_per_node))
     return Plan(
         parameters=count,
@@ -285,11 +279,40 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         train_gpu_hours=train,
         embed_gpu_hours=embed,
         text_bytes={
-            name: {storage: family_bytes(facts.captions, facts, name, storage) for storage in STATE_BYTES}
-            for name in facts.encoders
+            encoder.name: {
+                storage: family_bytes(facts.captions, recipe, facts, encoder, storage) for storage in STATE_BITS
+            }
+            for encoder in recipe.encoders
         },
         latent_bytes=latent_bytes(facts.samples, facts.latent, facts.latent_storage, facts.posterior),
         bytes_per_sample=per_sample,
         read_bytes_per_second_per_node=per_sample * batch / seconds / nodes,
         cost=(train + sum(embed.values())) * setting.price_per_gpu_hour,
+        states=_states(recipe, facts, train, sum(embed.values()), batch / seconds),
     )
+
+
+def _states(recipe: Recipe, facts: Facts, train: float, embed: float, samples_per_second: float) -> StatesPlan:
+    """Where the states should live. train, embed: GPU-hours; samples_per_second: of the whole run."""
+    setting, online = recipe.plan, OnlineSettings()
+    samples = recipe.train.batch_size * recipe.train.steps
+    window = recipe.data.window_units * recipe.ingest.unit_samples
+    storages = {_storage(encoder) for encoder in recipe.encoders}
+    run = Run(
+        epochs=samples / facts.samples,
+        embed_cost=embed * setting.price_per_gpu_hour,
+        train_cost=train * setting.price_per_gpu_hour,
+        sizes={name: facts.captions * sample_text_bytes(recipe, facts, name) for name in STATE_BITS},
+        # Encoders of several storages are compared at the widest of theirs.
+        storage=max(storages, key=lambda name: STATE_BITS[name]),
+        window=window / facts.samples,
+        ahead=online.ahead,
+        keep=online.keep,
+        months=setting.months,
+        price_per_terabyte_month=setting.price_per_terabyte_month,
+        unit_seconds=3600 * embed / facts.samples * recipe.ingest.unit_samples,
+        window_seconds=window / samples_per_second,
+    )
+    nodes = max(1, math.ceil((setting.gpus or recipe.engine.workers) / setting.gpus_per_node))
+    read = {name: sample_text_bytes(recipe, facts, name) * samples_per_second / nodes / 1e9 for name in STATE_BITS}
+    return plan_states(run, encoders_per_trainer(embed / facts.samples, train / samples), read)

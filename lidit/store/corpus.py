@@ -15,7 +15,16 @@ from lidit.errors import InputError
 from lidit.store.families import OPEN_FILES, LatentFamily, TextFamily
 from lidit.store.files.atomic import publish_bytes, publish_table
 from lidit.store.files.folder import Folder, is_url
-from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, FamilyHandle, named, read_named_table, spec_differences
+from lidit.store.manifest import (
+    FAMILY_FILE,
+    MANIFEST_FILE,
+    ROLLING_FILE,
+    FamilyHandle,
+    named,
+    read_named_table,
+    spec_differences,
+)
+from lidit.store.rolling import RollingTextFamily
 from lidit.store.schema import FORMAT_VERSION, UNITS, digest_of, seal, unit_name, unseal
 
 CORPUS_FILE = "corpus.json"
@@ -203,7 +212,9 @@ class Corpus:
             except (FileNotFoundError, IsADirectoryError, ValueError):
                 continue  # nothing was ever computed here (the spec is written first), or `verify` names the damage
             complete = parent.exists(f"{directory}/{MANIFEST_FILE}")
-            found.append(FamilyHandle(kind, directory, facts["name"], facts["fingerprint"], facts["spec"], complete))
+            rolling = not complete and parent.exists(f"{directory}/{ROLLING_FILE}")
+            identity = (facts["name"], facts["fingerprint"], facts["spec"])
+            found.append(FamilyHandle(kind, directory, *identity, complete, rolling))
         return found
 
     def text_families(self) -> list[FamilyHandle]:
@@ -222,12 +233,13 @@ class Corpus:
         """
         return self.families("latents")
 
-    def text_family(self, wanted: str, keep_open: int = OPEN_FILES) -> TextFamily:
+    def text_family(self, wanted: str, keep_open: int = OPEN_FILES, rolling: bool = False) -> TextFamily:
         """Open a finished text family.
 
         Args:
             wanted: Its name, directory, or at least 12 digits of its fingerprint.
             keep_open: Unit files kept open at once; at least as many as a reader moves among.
+            rolling: Whether to accept a rolling family too, whose reader waits for units that are not there.
 
         Returns:
             The family, ready to read.
@@ -235,7 +247,9 @@ class Corpus:
         Raises:
             InputError: No such family, an unfinished one, or several that fit.
         """
-        return TextFamily(self.folder, self._find("text", wanted), self.digest, self.num_units, keep_open)
+        handle = self._find("text", wanted, rolling)
+        opened = RollingTextFamily if handle.rolling else TextFamily
+        return opened(self.folder, handle, self.digest, self.num_units, keep_open)
 
     def latent_family(self, wanted: str, keep_open: int = OPEN_FILES) -> LatentFamily:
         """Open a finished latents family.
@@ -252,7 +266,7 @@ class Corpus:
         """
         return LatentFamily(self.folder, self._find("latents", wanted), self.digest, self.num_units, keep_open)
 
-    def _find(self, kind: str, wanted: str) -> FamilyHandle:
+    def _find(self, kind: str, wanted: str, rolling: bool = False) -> FamilyHandle:
         families = self.families(kind)
         job = "embed" if kind == "text" else "latents"
         matches = [
@@ -267,6 +281,8 @@ class Corpus:
                 f"{self.folder.location}: no {kind} family {wanted!r}; there are: {known}. Make it with: lidit {job}"
             )
         complete = [family for family in matches if family.complete]
+        if rolling and not complete:
+            complete = [family for family in matches if family.rolling]
         if not complete:
             raise InputError(
                 f"{self.folder.location}/{kind}/{matches[0].directory}: incomplete (no {MANIFEST_FILE}); run the same "

@@ -44,11 +44,11 @@ class Family:
         self.keep_open = keep_open
         self._verified: set[int] = set()
         facts = self._json(FAMILY_FILE)
-        self.manifest = self._json(MANIFEST_FILE)
+        self.manifest = self._json(self._manifest_file)
         where = self.folder.location
         if digest_of(self.spec) != self.fingerprint or self.manifest.get("fingerprint") != self.fingerprint:
             raise InputError(f"{where}: the fingerprint does not belong to the spec in {FAMILY_FILE}; run lidit verify")
-        for name, found in ((FAMILY_FILE, facts), (MANIFEST_FILE, self.manifest)):
+        for name, found in ((FAMILY_FILE, facts), (self._manifest_file, self.manifest)):
             if found.get("corpus") != corpus_digest:
                 raise InputError(f"{where}/{name}: made for another corpus; delete this directory and compute it again")
         self.digest: str = self.manifest["digest"]
@@ -155,6 +155,7 @@ class Family:
         return file
 
     _file_type: type[TextFile] | type[LatentFile]
+    _manifest_file = MANIFEST_FILE
 
 
 class TextFamily(Family):

@@ -15,11 +15,12 @@ from lidit.store.files.folder import Folder
 
 FAMILY_FILE = "family.json"
 MANIFEST_FILE = "MANIFEST.json"
+ROLLING_FILE = "ROLLING.json"  # of a rolling family, in place of a manifest
 
 
 @dataclass(frozen=True)
 class FamilyHandle:
-    """A family's directory as it stands, complete or not."""
+    """A family's directory as it stands, complete or not. rolling: its units come and go (`store.rolling`)."""
 
     kind: str
     directory: str
@@ -27,6 +28,7 @@ class FamilyHandle:
     fingerprint: str
     spec: dict[str, Any]
     complete: bool
+    rolling: bool = False
 
 
 def spec_differences(one: Any, other: Any, path: str = "") -> list[str]:

@@ -19,7 +19,7 @@ from lidit.store.families import TextFamily
 from lidit.store.files.atomic import FileDigest
 from lidit.store.files.folder import Folder
 from lidit.store.latent_file import LatentFile
-from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE
+from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, ROLLING_FILE
 from lidit.store.records import CommitRecord
 from lidit.store.samples import caption_digest
 from lidit.store.schema import digest_of, unseal
@@ -205,6 +205,9 @@ class _Checker:
         folder = self.corpus.folder.child(kind).child(directory)
         family = (kind, directory)
         remedy = f"run lidit repair, then lidit {JOBS[kind]} to compute what is missing"
+        if not folder.exists(MANIFEST_FILE) and folder.exists(ROLLING_FILE):
+            self._rolling(folder, family, remedy)
+            return
         facts, manifest = (self._sealed(folder, name, family, remedy) for name in (FAMILY_FILE, MANIFEST_FILE))
         if facts is None or manifest is None:
             return
@@ -223,6 +226,24 @@ class _Checker:
         self._expect(len(records))
         for record in records:
             self._family_unit(folder, family, record, manifest, remedy)
+
+    def _rolling(self, folder: Folder, family: tuple[str, str], remedy: str) -> None:
+        """A rolling family: the units that are there, each against its own record."""
+        facts, manifest = (self._sealed(folder, name, family, remedy) for name in (FAMILY_FILE, ROLLING_FILE))
+        if facts is None or manifest is None or self._foreign(folder, family, facts, manifest, remedy):
+            return
+        self.file(folder, _recorded(manifest["shared"]), remedy, family)
+        names = {f"{self.corpus.unit_name(unit)}.json": unit for unit in range(self.corpus.num_units)}
+        there = 0
+        for name in sorted(names.keys() & folder.sizes().keys()):
+            record = CommitRecord.from_json(folder.read_bytes(name))
+            if record is None or record.unit != names[name]:
+                problem = Problem(folder.where(name), "is no commit record of its unit", remedy, family, names[name])
+                self.report.problems.append(problem)
+                continue
+            there += 1
+            self.file(folder, FileDigest(record.file, record.bytes, record.sha256), remedy, family, record.unit)
+        self.report.notes.append(f"{folder.location}: rolling, {there} of {self.corpus.num_units} units are there")
 
     def _sealed(self, folder: Folder, name: str, family: tuple[str, str], remedy: str) -> dict[str, Any] | None:
         """A sealed JSON file of a family; None, with what is wrong noted, where it cannot be used."""

@@ -140,7 +140,8 @@ class FamilyWriter:
             return None
 
     @property
-    def _shared_sha256(self) -> str | None:
+    def shared_sha256(self) -> str | None:
+        """sha256 of the shared states that stand; None before them, and for latents."""
         if self.kind == "text" and self._known_shared is None and (content := self._shared_bytes()) is not None:
             self._known_shared = hashlib.sha256(content).hexdigest()
         return self._known_shared
@@ -197,7 +198,7 @@ class FamilyWriter:
                 seconds=round(time.monotonic() - started if seconds is None else seconds, 3),
                 minimum=low,
                 maximum=high,
-                shared=self._shared_sha256,
+                shared=self.shared_sha256,
                 error=statistics.error.to_dict() if statistics.error else None,
                 counts=statistics.counts,
                 of=self._made_from(unit),
@@ -238,7 +239,7 @@ class FamilyWriter:
     def _fits(self, record: CommitRecord, size: int | None) -> bool:
         if record.of not in (None, self._made_from(record.unit)):
             return False
-        return size == record.bytes and record.rows == self._rows[record.unit] and record.shared == self._shared_sha256
+        return size == record.bytes and record.rows == self._rows[record.unit] and record.shared == self.shared_sha256
 
     def _made_from(self, unit: int) -> str:
         return self.corpus.digest_of_unit(ALIGNED_WITH[self.kind], unit)
@@ -319,11 +320,11 @@ class FamilyWriter:
         file = publish_table(self.folder, lambda sha256: f"MANIFEST-{sha256[:12]}.arrow", table)
         crash_point("table-published")
         shared = None
-        if self._shared_sha256 is not None:
+        if self.shared_sha256 is not None:
             shared = {
                 "file": SHARED_FILE,
                 "bytes": self.folder.size(SHARED_FILE),
-                "sha256": self._shared_sha256,
+                "sha256": self.shared_sha256,
             }
         manifest = {
             "format": FORMAT_VERSION,
@@ -331,7 +332,7 @@ class FamilyWriter:
             "name": self.name,
             "fingerprint": self.fingerprint,
             "corpus": self.corpus.digest,
-            "digest": family_digest(self.fingerprint, self._shared_sha256, table),
+            "digest": family_digest(self.fingerprint, self.shared_sha256, table),
             **totals(records),
             "shared": shared,
             "records": named(file),

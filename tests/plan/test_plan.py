@@ -23,8 +23,8 @@ from lidit.plan.plan import (
     make_plan,
     saved_bytes,
     step_flops,
-    text_bytes,
 )
+from lidit.plan.states import rolling_passes, text_bytes, windows_ahead
 from lidit.store import channel_statistics, latents_table, text_table
 from lidit.store.files.atomic import arrow_writer
 from lidit.store.files.folder import Folder
@@ -235,3 +235,77 @@ def test_a_corpus_that_cannot_be_looked_at_is_not_called_absent(
     capsys.readouterr()
     assert lidit("plan", "lidit-1b", "corpus=s3://bucket/corpus", "plan.samples=null") == 2
     assert "error: s3://bucket/corpus: no credentials" in capsys.readouterr().err
+
+
+# -- store, code or roll ----------------------------------------------------------------------------------------------
+
+PAPERS_LLMS = {
+    "llama3": {"width": 4096, "blocks": 32, "block_parameters": 218_112_000},
+    "qwen": {"width": 4096, "blocks": 32, "block_parameters": 202_387_456},
+}
+
+
+def papers_recipe(name: str, pixels: int, samples: int, steps: int, **plan: object) -> Recipe:
+    """A preset at `pixels`, with the paper's two LLMs and 100 tokens a caption."""
+    side = pixels // 8
+    return Recipe.model_validate(
+        {
+            "name": "paper",
+            "corpus": "nowhere",
+            "encoders": [{"name": encoder, "model": f"models/{encoder}", "storage": "int8"} for encoder in PAPERS_LLMS],
+            "codec": {"name": "sdxl", "model": "models/sdxl", "posterior": "mean"},
+            "model": {"preset": name},
+            "train": {"batch_size": 4096, "steps": steps},
+            "plan": {"samples": samples, "caption_tokens": 100, "prefix_tokens": 40, "latent": [4, side, side],
+                     "encoders": PAPERS_LLMS, **plan},
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "pixels", "encoders"), [("1B", 256, 2.4), ("1B", 512, 0.63), ("10B", 256, 0.25), ("10B", 512, 0.07)]
+)
+def test_how_many_encoders_the_papers_models_need(preset: str, pixels: int, encoders: float) -> None:
+    recipe = papers_recipe(preset, pixels, 10**9, 250_000)
+    assert make_plan(recipe, gather_facts(recipe)).states.encoders_per_trainer == pytest.approx(encoders, rel=0.12)
+
+
+def test_what_is_cheapest_follows_from_passes_and_sizes() -> None:
+    once = papers_recipe("10B", 512, 10**9, 250_000)
+    rolled = make_plan(once, gather_facts(once)).states
+    assert rolled.terabytes["int8"] == pytest.approx(821, rel=0.01)
+    assert rolled.terabytes["coded"] == pytest.approx(821 * 3.2 / 8, rel=0.01)
+    assert rolled.monthly["int8"] == pytest.approx(16_400, rel=0.01)
+    assert rolled.passes == pytest.approx(1.024)
+    # A second pass costs another encoding; the family itself is a few windows.
+    assert rolled.roll_total == pytest.approx(4_430 * 1.024, rel=0.1)
+    assert rolled.way == "roll"
+    assert rolled.advice.startswith("roll: ")
+
+    many = papers_recipe("1B", 256, 60_000_000, 250_000)
+    assert make_plan(many, gather_facts(many)).states.way == "code"
+    # Where storage is nearly free, bits save nothing that is worth a step.
+    cheap = papers_recipe("1B", 256, 60_000_000, 250_000, price_per_terabyte_month=1)
+    assert make_plan(cheap, gather_facts(cheap)).states.way == "store"
+
+
+def test_a_kept_share_is_encoded_once() -> None:
+    assert rolling_passes(5.0, 0.0) == 5.0
+    assert rolling_passes(5.0, 0.4) == pytest.approx(0.4 + 0.6 * 5)
+    assert rolling_passes(5.0, 1.0) == 1.0
+    assert rolling_passes(0.5, 1.0) == 0.5
+
+
+def test_encoders_are_as_far_ahead_as_a_unit_takes() -> None:
+    assert windows_ahead(6.0, 3.0) == 4
+    assert windows_ahead(6.1, 3.0) == 5
+    # 512 H100: a window of 16 units takes 3 s, one encoder 6.7 s for a unit.
+    recipe = papers_recipe("10B", 512, 10**9, 250_000, gpus=512)
+    assert make_plan(recipe, gather_facts(recipe)).states.ahead == 5
+
+
+def test_a_node_reads_what_its_samples_need() -> None:
+    recipe = papers_recipe("10B", 512, 10**9, 250_000, gpus=512)
+    states = make_plan(recipe, gather_facts(recipe)).states
+    assert states.gigabytes_per_second["bfloat16"] == pytest.approx(8 * 0.017, rel=0.1)
+    assert states.gigabytes_per_second["coded"] == pytest.approx(8 * 0.017 * 3.2 / 16, rel=0.1)

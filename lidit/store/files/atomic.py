@@ -46,6 +46,8 @@ CRASH_POINTS = (
     "table-published",
     "manifest-published",
 )
+# The same for rolling families: where a producer announces them, and where it deletes a unit.
+ROLLING_POINTS = ("rolling-announced", "record-kept", "record-deleted", "data-deleted")
 _passed: dict[str, int] = {}
 
 
@@ -55,8 +57,8 @@ def crash_point(point: str) -> None:
     if not wanted:
         return
     name, _, count = wanted.partition(":")
-    if name not in CRASH_POINTS:
-        raise InputError(f"{CRASH_VARIABLE}={wanted}: no such point; points: {', '.join(CRASH_POINTS)}")
+    if name not in (points := CRASH_POINTS + ROLLING_POINTS):
+        raise InputError(f"{CRASH_VARIABLE}={wanted}: no such point; points: {', '.join(points)}")
     if name == point:
         _passed[point] = _passed.get(point, 0) + 1
         if _passed[point] == int(count or 1):
