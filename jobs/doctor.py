@@ -12,15 +12,21 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from jobs.support.start import run
 from lidit.errors import InputError, JobError, one_line, plain
 
+if TYPE_CHECKING:
+    from pipelines.runtime.network import NetworkProbe
+
 PYTHON = (3, 11)
 LEAST_DISK, LEAST_MEMORY = 20e9, 2e9  # bytes; a demo's, and what Ray's object store needs
+# bytes/s of an all-reduce below which something is not as it should be, bytes of locked memory
+LEAST_IN_MACHINE, LEAST_BETWEEN_MACHINES, LEAST_LOCKED = 50e9, 10e9, 2**30
+MODEL_1B_BYTES = 2.2e9  # LI-DiT-1B's gradients in bfloat16
 PACKAGES = ("torch", "transformers", "diffusers", "ray", "deepspeed", "mlflow", "pyarrow")
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 
@@ -38,18 +44,20 @@ class Finding:
 def command(
     place: Annotated[list[str] | None, typer.Option(help="An s3:// or other address to try; repeat for more.")] = None,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Start an embedded Ray, as jobs do.")] = True,
+    nccl: Annotated[bool, typer.Option("--nccl", help="Time a sum over all free GPUs of the cluster.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list instead of lines.")] = False,
 ) -> None:
     """Try what jobs need of this machine: Python, libraries, GPUs, Ray, memory, disk, object stores, MLflow, encoders.
 
     Exit code 1 when anything is bad. **Reads** nothing of yours, but the addresses given. **Writes** nothing; starts
-    Ray for a moment.
+    Ray for a moment, and with `--nccl` a process on every free GPU.
 
     **Example:** `lidit doctor --place s3://bucket/corpus`
     """
     checks: list[Callable[[], Finding]] = [python, libraries, gpus, shared_memory, disk, tracker, encoders]
     checks += [partial(store, address) for address in place or ()]
-    checks += [starting_ray] if ray else []
+    checks += [starting_ray] if ray or nccl else []
+    checks += [network] if nccl else []
     found = []
     for check in checks:
         found.append(check())
@@ -193,6 +201,41 @@ def starting_ray() -> Finding:
     except (InputError, JobError) as error:
         return Finding("bad", "ray", one_line(error, 300))
     return Finding("ok", "ray", f"{offered.get('CPU', 0):g} CPUs, {offered.get('GPU', 0):g} GPUs: {kind}")
+
+
+def network() -> Finding:
+    from pipelines.runtime.network import probe_network
+
+    try:
+        probe = probe_network()
+    except (InputError, JobError) as error:
+        return Finding("bad", "network", one_line(error, 300), "run it again with NCCL_DEBUG=INFO in the workers")
+    where = "one machine" if probe.nodes == 1 else f"{probe.nodes} machines"
+    step = MODEL_1B_BYTES * 2 * (probe.processes - 1) / probe.processes / max(probe.bandwidth, 1.0)
+    found = (
+        f"{probe.bandwidth / 1e9:.1f} GB/s, {probe.backend} over {probe.processes} processes of {where}; "
+        f"the gradients of LI-DiT-1B take {step * 1e3:,.0f} ms"
+    )
+    return network_finding(probe, found)
+
+
+def network_finding(probe: NetworkProbe, found: str) -> Finding:
+    """What a probe's figures mean, and what to do."""
+    if probe.backend == "gloo":
+        return Finding("note", "network", found, "no free GPU: this is the CPUs' network")
+    if probe.processes == 1:
+        return Finding("note", "network", found, "one free GPU: nothing was sent")
+    if probe.nodes == 1:
+        slow = probe.bandwidth < LEAST_IN_MACHINE
+        remedy = "NVLink gives 100 and more: look at nvidia-smi topo -m, and at the size of /dev/shm" if slow else ""
+        return Finding("note" if slow else "ok", "network", found, remedy)
+    if probe.bandwidth >= LEAST_BETWEEN_MACHINES:
+        return Finding("ok", "network", found)
+    if not probe.least_adapters:
+        return Finding("bad", "network", found, "pods see no RDMA adapter: see infra/kuberay/rdma and docs/cluster.md")
+    if 0 <= probe.least_locked < LEAST_LOCKED:
+        return Finding("bad", "network", found, "raise the limit of locked memory (ulimit -l) of the container runtime")
+    return Finding("bad", "network", found, "NCCL_DEBUG=INFO says which adapters NCCL takes; set NCCL_IB_HCA to them")
 
 
 if __name__ == "__main__":

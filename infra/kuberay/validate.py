@@ -315,9 +315,12 @@ def _container_errors(name: str, container: Document, with_image: bool = True) -
         yield f"{name}: readOnlyRootFilesystem: true is required"
     if context.get("allowPrivilegeEscalation") is not False or context.get("privileged"):
         yield f"{name}: allowPrivilegeEscalation: false is required, privileged is forbidden"
-    if context.get("capabilities") != {"drop": ["ALL"]}:
-        yield f"{name}: capabilities must drop ALL and add none"
     resources = container.get("resources", {})
+    # Adapters of a fast network read memory that may not be swapped: the only capability, and theirs alone.
+    has_adapters = any(resource.startswith("rdma/") for resource in resources.get("limits") or {})
+    allowed = [{"drop": ["ALL"]}, *([{"drop": ["ALL"], "add": ["IPC_LOCK"]}] if has_adapters else [])]
+    if context.get("capabilities") not in allowed:
+        yield f"{name}: capabilities must drop ALL and add none, but IPC_LOCK beside an rdma/ resource"
     if not resources.get("limits") or resources.get("requests") != resources["limits"]:
         yield f"{name}: resource requests must equal limits"
     elif not {"cpu", "memory"} <= set(resources["limits"]):

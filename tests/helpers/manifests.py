@@ -7,6 +7,7 @@ refused.
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,16 @@ def _render(folder: Path) -> list[Document]:
     documents: list[Document] = []
     for name in settings["resources"]:
         path = (folder / name).resolve()
-        documents += render(path) if path.is_dir() else [d for d in yaml.safe_load_all(path.read_text()) if d]
+        documents += render(path) if path.is_dir() else _documents(path)
     for name in settings.get("components", []):
         _transform(documents, _kustomization((folder / name).resolve(), "Component"), folder / name)
     _transform(documents, settings, folder)
     return documents
+
+
+def _documents(path: Path) -> list[Document]:
+    """The file's documents. An alias is a copy, as in kustomize: a patch of one place must not reach the others."""
+    return [json.loads(json.dumps(document)) for document in yaml.safe_load_all(path.read_text()) if document]
 
 
 def _kustomization(folder: Path, kind: str) -> Document:

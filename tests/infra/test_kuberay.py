@@ -196,6 +196,36 @@ def test_every_security_promise_is_checked_on_every_pod(
     assert broken == 16  # two embeddings and train 4 each (submitter, head, two pools), interactive 3, redis 1
 
 
+def test_the_fast_network_is_the_training_pods_alone(small: list[dict[str, Any]]) -> None:
+    """IPC_LOCK comes with an adapter and with nothing else; the queue knows the adapter, or the job waits for ever."""
+    adapter, path = "rdma/rdma_shared_device_a", "spec/rayClusterSpec/workerGroupSpecs/1/template/spec/containers/0/"
+    job = find(render(KUBERAY / "overlays" / "large" / "train"), "RayJob", "lidit-train")
+    locked = {}
+    for where, template in pod_templates(job):
+        for container in template["spec"]["containers"]:
+            assert (adapter in container["resources"]["limits"]) == (where == "worker group train")
+            locked[where] = "IPC_LOCK" in container["securityContext"]["capabilities"].get("add", [])
+    assert [where for where, added in locked.items() if added] == ["worker group train"]
+    queue = next(yaml.safe_load_all((KUBERAY / "kueue" / "queues.yaml").read_text().split("---", 1)[1]))
+    assert adapter in queue["spec"]["resourceGroups"][0]["coveredResources"]
+    env = {entry["name"] for entry in dict(pod_templates(job))["worker group train"]["spec"]["containers"][0]["env"]}
+    assert {"NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG"} <= env
+
+    without = put(find(small, "RayJob", "lidit-train"), path + "securityContext/capabilities/add", ["IPC_LOCK"])
+    assert any("beside an rdma/ resource" in error for error in security_errors(without))
+    more = put(job, path + "securityContext/capabilities/add", ["IPC_LOCK", "SYS_PTRACE"])
+    assert any("capabilities must drop ALL" in error for error in security_errors(more))
+
+
+def test_training_has_the_image_with_a_compiler(documents: list[dict[str, Any]]) -> None:
+    images = {
+        where: template["spec"]["containers"][0]["image"].partition("@")[0].rpartition("/")[2]
+        for where, template in pod_templates(find(documents, "RayJob", "lidit-train"))
+    }
+    assert images.pop("worker group train") == "lidit-cuda-compile"
+    assert set(images.values()) == {"lidit-cpu"}
+
+
 RAY_BREAKAGES: list[tuple[str, Any, str]] = [
     ("authOptions", {"mode": "disabled"}, "authOptions"),
     ("gcsFaultToleranceOptions", None, "gcsFaultToleranceOptions"),

@@ -9,7 +9,7 @@ import torch
 from lidit.config import ModelSettings
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
-from lidit.models.compiled import compile_blocks
+from lidit.models.compiled import compile_blocks, why_not_compiled
 from lidit.models.fusion import FusionBranch
 from lidit.models.refiner import RefinerBlock
 from lidit.models.transformer import LIDiTBlock
@@ -234,6 +234,13 @@ def test_activation_checkpointing_changes_no_gradient(make_model, make_text):
     assert len(repeated) == 2 + 2 * 2 + 2
     for expected, found in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, **ROUNDING)
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch):
+    assert "longer than it saves" in why_not_compiled(torch.device("cpu"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "no C compiler" in why_not_compiled(torch.device("cuda"))
 
 
 def test_any_size_divisible_by_the_patch_in_one_process(make_model, make_text):
