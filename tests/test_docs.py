@@ -231,7 +231,8 @@ def test_the_format_page_reads_a_corpus_without_our_code(tmp_path: Path) -> None
     usual, large = tmp_path / "corpus", tmp_path / "large"  # large: named like one of more than 100,000 units
     make_corpus(usual, captions(units=3, rows=5))
     make_corpus(large, captions(units=3, rows=5), digits=6)
-    for corpus, storage in ((usual, "int8"), (usual, "bfloat16"), (usual, "float32"), (large, "int8")):
+    storages = ("int8", "bfloat16", "float32", "int4", "coded")
+    for corpus, storage in (*((usual, storage) for storage in storages), (large, "int8")):
         settings = encoder(model, name=storage, storage=storage)
         embed_here(corpus, settings)
         done = subprocess.run(
@@ -242,7 +243,8 @@ def test_the_format_page_reads_a_corpus_without_our_code(tmp_path: Path) -> None
         expected = opened.text_family(storage).read(1)
         with np.load(tmp_path / "states.npz") as stored:
             for row, states in enumerate(expected):
-                np.testing.assert_allclose(stored[f"arr_{row}"], states.float().numpy(), rtol=1e-6, atol=1e-6)
+                close = 1e-5 if storage == "coded" else 1e-6  # a matrix product adds up in another order
+                np.testing.assert_allclose(stored[f"arr_{row}"], states.float().numpy(), rtol=close, atol=close)
         assert all(caption in done.stdout for caption in opened.captions(1)["text"].to_pylist())
 
 

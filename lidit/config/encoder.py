@@ -71,7 +71,12 @@ class EncoderSettings(Settings):
     counted: Literal["caption", "with_suffix", "whole"] = Field("caption", description="what max_tokens counts")
     padding: PaddingSettings | None = Field(None, description="for systems that condition on padding")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
-    storage: Literal["compute", "float32", "bfloat16", "int8"] = Field("bfloat16", description="dtype on disk")
+    storage: Literal["compute", "float32", "bfloat16", "int8", "int4", "coded"] = Field(
+        "bfloat16", description="dtype on disk; coded: whole steps, entropy coded"
+    )
+    storage_error: float | None = Field(
+        None, ge=0.03, le=0.5, description="of storage coded: rms in a channel's deviations; None: 0.1"
+    )
     condition: ConditionSettings | None = Field(None, description="what a public pipeline calls these states")
     facts: ModelFacts | None = Field(None, description="of the model, for lists of encoders")
 
@@ -119,6 +124,8 @@ class EncoderSettings(Settings):
             raise ValueError("padding stands behind the suffix: set suffix: kept, or leave it out")
         if self.pooled is not None and self.kind != "encoder":
             raise ValueError("pooled vectors are given by text encoders: set kind: encoder")
+        if self.storage_error is not None and self.storage != "coded":
+            raise ValueError("storage_error: only storage: coded keeps to an error that is asked for")
         if self.kind == "unmasked" and self.padding is not None:
             raise ValueError("padding is for the kinds causal and encoder")
         return self

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lidit.config import DataSettings
 from lidit.data.families import Families
-from lidit.data.order import GlobalBatch, shares
+from lidit.data.order import GlobalBatch, Ints, shares
 from lidit.data.rng import Purpose, draw, fill_gaussian, uniform
 from lidit.data.rows import Rows
 from lidit.models.states import TextStates
+from lidit.store import TextFamily
+from lidit.store.coding.transform import exactly, standardise
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class TrainingBatch:
                 latents=self.latents[cut],
                 noise=self.noise[cut],
                 u=self.u[cut],
-                text={n: replace(s, states=s.states[cut], mask=s.mask[cut]) for n, s in self.text.items()},
+                text={name: states.rows(cut) for name, states in self.text.items()},
                 tokens=self.tokens // parts,
             )
             for cut in shares(len(self.keys), parts)
@@ -79,13 +83,15 @@ class TrainingBatch:
 
 
 class Assembler:
-    """Makes the tensors of any part of a global batch, by (seed, epoch, sample) alone."""
+    """Makes the tensors of any part of a global batch, by (seed, epoch, sample) alone.
 
-    def __init__(self, families: Families, rows: Rows, settings: DataSettings) -> None:
-        self.latents, self.texts = families.latents, families.texts
+    coded: whether states of coded families stay whole steps, for a model that knows their code.
+    """
+
+    def __init__(self, families: Families, rows: Rows, settings: DataSettings, coded: bool = False) -> None:
+        self.latents = families.latents
         self.rows, self.settings = rows, settings
-        self.empty = {name: family.shared().empty for name, family in self.texts.items()}
-        self.prefix = {name: family.shared().prefix for name, family in self.texts.items()}
+        self.texts = {name: CaptionReader(family, coded) for name, family in families.texts.items()}
 
     def assemble(self, batch: GlobalBatch) -> TrainingBatch:
         """The tensors of these rows, the same in a worker's part as in the whole batch."""
@@ -101,27 +107,31 @@ class Assembler:
         latents: list[torch.Tensor] = [torch.empty(0)] * size
         # A dropped caption is dropped for all LLMs: guidance compares with a prediction that has
         # no text at all.
-        states = {name: [self.empty[name]] * size for name in self.texts}
+        states = {name: [reader.empty] * size for name, reader in self.texts.items()}
 
         # Unit by unit, because a unit is one file per family: all its rows are read together.
         by_unit = np.argsort(batch.unit, kind="stable")
-        for places in np.split(by_unit, np.flatnonzero(np.diff(batch.unit[by_unit])) + 1):
+        parts = np.split(by_unit, np.flatnonzero(np.diff(batch.unit[by_unit])) + 1)
+        wanted = {int(batch.unit[places[0]]): self._captions(batch, places[~dropped[places]], pick) for places in parts}
+        for reader in self.texts.values():
+            reader.family.fetch(wanted)
+        for places in parts:
             unit = int(batch.unit[places[0]])
-            self._verify(unit)
+            self.latents.verify_unit(unit)  # against its record, once per process
             info, members = self.rows.unit(unit), batch.row[places].tolist()
             read = self.latents.read(unit, members, seeds=posterior[places].tolist())
             for place, row, latent in zip(places.tolist(), members, read):
                 keys[place], latents[place] = info.keys[row], latent
             kept = places[~dropped[places]]
-            captions = info.choose(batch.row[kept], pick[kept]).tolist()
-            for name, family in self.texts.items():
-                for place, row_states in zip(kept.tolist(), family.read(unit, captions)):
+            captions = wanted[unit]
+            for name, reader in self.texts.items():
+                for place, row_states in zip(kept.tolist(), reader.read(unit, captions)):
                     states[name][place] = row_states
 
         stacked = torch.stack(latents)
         noise = torch.empty_like(stacked)
         fill_gaussian(noise, draw(seed, Purpose.NOISE, batch.epoch, batch.unit, batch.row))
-        text = {name: collate(rows, self.prefix[name]) for name, rows in states.items()}
+        text = {name: collate(rows, self.texts[name].prefix) for name, rows in states.items()}
         return TrainingBatch(
             step=batch.step,
             keys=tuple(keys),
@@ -129,26 +139,61 @@ class Assembler:
             noise=noise,
             u=torch.from_numpy(u).float(),
             text=text,
-            tokens=sum(len(row) for rows in states.values() for row in rows),
+            tokens=sum(len(row.values) for rows in states.values() for row in rows),
         )
 
-    def _verify(self, unit: int) -> None:
-        """Check the unit's files against their records, once per process, before they are used."""
-        for family in (self.latents, *self.texts.values()):
-            family.verify_unit(unit)
+    def _captions(self, batch: GlobalBatch, kept: Ints, pick: NDArray[np.float64]) -> list[int]:
+        """The captions that these samples of one unit are shown with."""
+        if not len(kept):
+            return []
+        info = self.rows.unit(int(batch.unit[kept[0]]))
+        chosen: list[int] = info.choose(batch.row[kept], pick[kept]).tolist()
+        return chosen
 
 
-def collate(rows: list[torch.Tensor], prefix: torch.Tensor) -> TextStates:
+class CaptionRow(NamedTuple):
+    """One caption: its states [T, W], or its whole steps [T, W] and the size [T] of each token's step."""
+
+    values: torch.Tensor
+    size: torch.Tensor | None = None
+
+
+class CaptionReader:
+    """Captions of one text family as a batch takes them, each compared with its checksum."""
+
+    def __init__(self, family: TextFamily, coded: bool) -> None:
+        self.family, shared = family, family.shared()
+        self.prefix = shared.prefix
+        self.coded = coded and shared.code is not None
+        if self.coded:
+            assert shared.code is not None
+            z = standardise(shared.empty, shared.mean, shared.deviation)
+            self.empty = CaptionRow(*exactly(z, shared.code))
+        else:
+            self.empty = CaptionRow(shared.empty)
+
+    def read(self, unit: int, rows: list[int]) -> list[CaptionRow]:
+        """The captions of these rows."""
+        if self.coded:
+            return [CaptionRow(*found) for found in self.family.read_coded(unit, rows, check=True)]
+        return [CaptionRow(found) for found in self.family.read(unit, rows, check=True)]
+
+
+def collate(rows: list[CaptionRow], prefix: torch.Tensor) -> TextStates:
     """`TextStates.collate` for rows of two dtypes, without copying a row twice.
 
     The empty caption is kept at the compute dtype, captions at the storage dtype; a batch has the
     wider one.
     """
-    dtype = max({row.dtype for row in rows}, key=lambda dtype: torch.finfo(dtype).bits)
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(row.values) for row in rows])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, T]
-    states = torch.empty(*mask.shape, rows[0].shape[-1], dtype=dtype)  # [B, T, W]
-    for padded, row in zip(states, rows):
-        padded[: len(row)] = row
-        padded[len(row) :] = 0
-    return TextStates(states, mask, prefix)
+    width = rows[0].values.shape[-1]
+    dtype = max({row.values.dtype for row in rows}, key=lambda dtype: dtype.itemsize)
+    states = torch.empty(*mask.shape, width, dtype=dtype)  # [B, T, W]
+    size = None if rows[0].size is None else torch.zeros(mask.shape)  # [B, T]
+    for place, row in enumerate(rows):
+        states[place, : len(row.values)] = row.values
+        states[place, len(row.values) :] = 0
+        if size is not None and row.size is not None:
+            size[place, : len(row.values)] = row.size
+    return TextStates(states, mask, prefix, size)

@@ -109,6 +109,7 @@ def open_feed(
     rank: int = 0,
     world_size: int = 1,
     families: Families | None = None,
+    coded: bool = False,
 ) -> Feed[TrainingBatch]:
     """Open one worker's stream of training batches over a corpus.
 
@@ -123,6 +124,8 @@ def open_feed(
         rank: This worker's number, from 0 to world_size - 1.
         world_size: Workers that share each global batch.
         families: The latents and text states to read. Default: every text family of the corpus and its only latents.
+        coded: Whether states of coded families stay whole steps, which a model turns into states where it computes
+            (`conditioner.set_code`). Default: they become states here.
 
     Returns:
         A feed whose batches hold, for this worker's B samples: `latents` and `noise` [B, C, H, W] float32, scaled as
@@ -144,7 +147,7 @@ def open_feed(
             f"{corpus.folder.location}: no sample is held out for part {part!r}; raise settings.validation_fraction"
         )
     families = families or Families.open(corpus, settings)
-    assembler = Assembler(families, rows, settings)
+    assembler = Assembler(families, rows, settings, coded)
     feed = Feed(rows.order(batch_size), assembler, rank, world_size, settings.prefetch_batches)
     feed.stop_waiting = families.stop_waiting
     return feed

@@ -31,23 +31,28 @@ class StateProjection(nn.Module):
     """Raw states of one LLM, standardised per channel and clamped, then projected to the transformer's width.
 
     An LLM's residual stream has channels hundreds of deviations wide; the statistics are the family's own. With a
-    `mixture` a state holds L layers one behind the other, each normalised over its width before they are averaged.
+    `mixture` a state holds L layers one behind the other, each normalised over its width before they are averaged. Of a
+    coded family come whole steps, which `steps_to_standard` [W, W] turns into standardised states here, where a product
+    is cheap; it belongs to the family, not to the weights, and is in no checkpoint.
     """
 
     mean: torch.Tensor
     deviation: torch.Tensor
+    steps_to_standard: torch.Tensor | None
 
     def __init__(self, encoder_width: int, width: int, layers: int = 1, mixture: LayerMixture | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(encoder_width))
         self.register_buffer("deviation", torch.ones(encoder_width))
+        self.register_buffer("steps_to_standard", None, persistent=False)
         self.layers = layers
         self.mixture = mixture
         self.linear = nn.Linear(encoder_width // layers, width)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Casts the weights but never the statistics below float32: a mean of 500 is off by 2 in bfloat16."""
-        exact = {name: getattr(self, name) for name in ("mean", "deviation")}
+        names = ("mean", "deviation", "steps_to_standard")
+        exact = {name: held for name in names if (held := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = getattr(self, name)
@@ -56,9 +61,17 @@ class StateProjection(nn.Module):
             setattr(self, name, before.to(after.device, dtype) if movable else after.to(dtype))
         return self
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """[..., W] of any floating dtype -> [..., R, D] in the weights' dtype; R is 1 without a mixture."""
-        standardised = (states - self.mean) / self.deviation
+    def forward(self, states: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., W] of any floating dtype, or whole steps and their size [...] -> [..., R, D] in the weights'
+        dtype; R is 1 without a mixture."""
+        if size is None:
+            standardised = (states - self.mean) / self.deviation
+        else:
+            if self.steps_to_standard is None:
+                raise InputError("coded states need their family's code: call conditioner.set_code before training")
+            # Steps are below 256 but for few, so exact in bfloat16; the size comes after the sum.
+            dtype = self.linear.weight.dtype
+            standardised = (states.to(dtype) @ self.steps_to_standard.to(dtype)).float() * size[..., None]
         standardised = standardised.clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
         layers = standardised.unflatten(-1, (self.layers, -1))  # [..., L, W]
         if self.mixture is None:
@@ -103,7 +116,9 @@ class EncoderBranch(nn.Module):
         batch, prefix_length = len(text.states), len(text.prefix)
         hidden = ~text.mask[..., None]
         # Zeros before the arithmetic, so that even a NaN behind the mask stays there; and after it, for the bias.
-        averages = self.projection(text.states.masked_fill(hidden, 0)).masked_fill(hidden[..., None], 0)  # [B, T, R, D]
+        size = None if text.size is None else text.size.masked_fill(~text.mask, 0)
+        averages = self.projection(text.states.masked_fill(hidden, 0), size)
+        averages = averages.masked_fill(hidden[..., None], 0)  # [B, T, R, D]
         caption = averages[..., 0, :]  # [B, T, D]
         apart = (averages[..., 1:, :] - caption[..., None, :]).transpose(1, 2)  # [B, R - 1, T, D]
         condition = None if self.condition is None else self.condition(caption, text.mask, timestep)
@@ -204,6 +219,24 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         varies = deviation > CONSTANT * mean.abs()
         projection.deviation.copy_(torch.where(varies, deviation, torch.ones_like(deviation)))
 
+    def set_code(self, name: str, steps_to_standard: torch.Tensor) -> None:
+        """What turns the whole steps of encoder `name`'s coded family into standardised states: [W, W] float32.
+
+        Raises InputError for an unknown encoder or a wrong width.
+        """
+        projection = self.branch(name).projection
+        width = len(projection.mean)
+        if steps_to_standard.shape != (width, width):
+            raise InputError(
+                f"encoder {name!r}: the code has shape {list(steps_to_standard.shape)}, the model expects "
+                f"{[width, width]}"
+            )
+        projection.steps_to_standard = steps_to_standard.to(projection.mean.device, copy=True)
+
+    def knows_code(self, name: str) -> bool:
+        """Whether encoder `name`'s states may come as whole steps."""
+        return self.branch(name).projection.steps_to_standard is not None
+
     def branch(self, name: str) -> Any:
         """The branch of encoder `name`. Raises InputError naming what exists."""
         if name not in self.names:
@@ -259,6 +292,10 @@ class PromptConditioner(ModelMixin, ConfigMixin):
                 raise InputError(
                     f"encoder {name!r}: mask must be bool {list(entry.states.shape[:2])}, "
                     f"found {entry.mask.dtype} {list(entry.mask.shape)}"
+                )
+            if entry.size is not None and entry.size.shape != entry.mask.shape:
+                raise InputError(
+                    f"encoder {name!r}: sizes of steps must be {list(entry.mask.shape)}, found {list(entry.size.shape)}"
                 )
         rows = {name: len(text[name].states) for name in self.names}
         if len(set(rows.values())) > 1:

@@ -20,11 +20,14 @@ class TextStates:
         states: [B, T, W], any floating dtype: B captions of up to T tokens, W the LLM's width.
         mask: [B, T] bool, True at real tokens. Values elsewhere never matter.
         prefix: [P, W], the states of the instruction, one copy for all captions; P may be 0.
+        size: None, or [B, T] float32 where `states` are whole steps [B, T, W] of a coded family: what a step of each
+            token is. The prefix is never coded.
     """
 
     states: torch.Tensor
     mask: torch.Tensor
     prefix: torch.Tensor
+    size: torch.Tensor | None = None
 
     @classmethod
     def collate(cls, captions: Sequence[torch.Tensor], prefix: torch.Tensor) -> TextStates:
@@ -69,6 +72,23 @@ class TextStates:
             self.states.to(device, non_blocking=True),
             self.mask.to(device, non_blocking=True),
             self.prefix.to(device, non_blocking=True),
+            None if self.size is None else self.size.to(device, non_blocking=True),
+        )
+
+    def rows(self, cut: slice) -> TextStates:
+        """Some of the captions.
+
+        Args:
+            cut: Which of the B rows.
+
+        Returns:
+            These captions, padded as they were.
+        """
+        return replace(
+            self,
+            states=self.states[cut],
+            mask=self.mask[cut],
+            size=None if self.size is None else self.size[cut],
         )
 
     def stack(self, other: TextStates) -> TextStates:
@@ -79,13 +99,19 @@ class TextStates:
 
         Returns:
             The rows of both, padded to the longer of the two, with the prefix of this batch.
+
+        Raises:
+            ValueError: One of them is coded, the other is not.
         """
+        if (self.size is None) != (other.size is None):
+            raise ValueError("coded states and others do not fit into one batch")
         tokens = max(self.states.shape[1], other.states.shape[1])
         first, second = self.pad_to(tokens), other.pad_to(tokens)
         return TextStates(
             torch.cat([first.states, second.states]),  # of two dtypes the wider one is taken
             torch.cat([first.mask, second.mask]),
             self.prefix,
+            None if first.size is None or second.size is None else torch.cat([first.size, second.size]),
         )
 
     def pad_to(self, tokens: int) -> TextStates:
@@ -99,7 +125,12 @@ class TextStates:
         """
         missing = tokens - self.states.shape[1]
         pad = torch.nn.functional.pad
-        return replace(self, states=pad(self.states, (0, 0, 0, missing)), mask=pad(self.mask, (0, missing)))
+        return replace(
+            self,
+            states=pad(self.states, (0, 0, 0, missing)),
+            mask=pad(self.mask, (0, missing)),
+            size=None if self.size is None else pad(self.size, (0, missing)),
+        )
 
 
 @dataclass(frozen=True)

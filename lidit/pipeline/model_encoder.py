@@ -22,6 +22,7 @@ from lidit.config.settings import validate
 from lidit.errors import InputError, one_line
 from lidit.models import TextStates
 from lidit.store import SharedStates, TextFamily, digest_of, normalise, spec_differences
+from lidit.store.coding.transform import StateCode
 from lidit.store.packing import decode, encode
 from lidit.text import PromptEncoder, resolve_encoder
 
@@ -47,6 +48,7 @@ class ModelEncoder:
     mean: torch.Tensor
     deviation: torch.Tensor
     loaded: PromptEncoder | None = None
+    code: StateCode | None = None
 
     @property
     def name(self) -> str:
@@ -57,7 +59,8 @@ class ModelEncoder:
         """The encoder behind a corpus's text family; dtype and storage are fixed to what the family holds."""
         shared: SharedStates = family.shared()
         fixed = settings.model_copy(update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]})
-        return cls(fixed, family.spec, family.fingerprint, shared.prefix, shared.empty, shared.mean, shared.deviation)
+        found = (shared.prefix, shared.empty, shared.mean, shared.deviation)
+        return cls(fixed, family.spec, family.fingerprint, *found, code=shared.code)
 
     def save(self, folder: Path) -> None:
         """`<name>.json` with spec, fingerprint and settings; `<name>.safetensors` with the shared states."""
@@ -70,6 +73,9 @@ class ModelEncoder:
         }
         (folder / f"{self.name}.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
         tensors = {name: getattr(self, name).cpu().contiguous() for name in SHARED_TENSORS}
+        if self.code is not None:  # what rounds a prompt's states as the corpus stores captions'
+            tensors["basis"] = self.code.basis.cpu().contiguous()
+            tensors["step"] = torch.tensor(self.code.step, dtype=torch.float64)
         save_file(tensors, folder / f"{self.name}.safetensors")
 
     @classmethod
@@ -86,14 +92,17 @@ class ModelEncoder:
             facts = read_object(path, "copy the model folder again")
             spec, fingerprint, settings = facts["spec"], facts["fingerprint"], facts["settings"]
             tensors = load_file(states)
-            prefix, empty, mean, deviation = (tensors[label] for label in SHARED_TENSORS)
+            shared = [tensors[label] for label in SHARED_TENSORS]
+            code = None
+            if spec["storage"] == "coded":
+                code = StateCode(tensors["basis"], float(tensors["step"]))
         except (OSError, ValueError, LookupError, SafetensorError) as error:
             raise InputError(
                 f"{path}: encoder {name!r} cannot be read ({one_line(error, 200)}); copy the model folder again"
             ) from None
         if digest_of(spec) != fingerprint:
             raise InputError(f"{path}: the fingerprint does not belong to the spec; the file was edited")
-        return cls(validate(EncoderSettings, settings, str(path)), spec, fingerprint, prefix, empty, mean, deviation)
+        return cls(validate(EncoderSettings, settings, str(path)), spec, fingerprint, *shared, code=code)
 
     def share(self, encoder: PromptEncoder) -> None:
         """Use an LLM that is already loaded. Raises InputError naming the fields in which it differs."""
@@ -115,8 +124,8 @@ class ModelEncoder:
         rows = []
         encoded = self.encoder(device).encode(captions)
         for caption in encoded:
-            values, scale = encode(caption.states, storage, self.mean, self.deviation)
-            rows.append(decode(values, storage, scale, self.mean, self.deviation))
+            values, scale = encode(caption.states, storage, self.mean, self.deviation, self.code)
+            rows.append(decode(values, storage, scale, self.mean, self.deviation, self.code))
         if cut := sum(caption.truncated for caption in encoded):  # never a word of a prompt: logs outlive requests
             log.warning(
                 "encoder %s: cut to their first %d tokens, more were not used in training either: %d of %d prompts",

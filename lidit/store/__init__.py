@@ -4,20 +4,13 @@ from lidit.store.corpus import Corpus, publish_corpus, publish_root, publish_uni
 from lidit.store.families import LatentFamily, TextFamily
 from lidit.store.files.atomic import CRASH_POINTS, crash_point
 from lidit.store.latent_file import Crop, latents_table
+from lidit.store.loss import StorageLoss, storage_loss
 from lidit.store.manifest import FamilyHandle, spec_differences
 from lidit.store.records import CommitRecord, UnitStatistics
 from lidit.store.samples import ImageReference, Refusal, Sample, caption_digest, normalise, unit_tables
 from lidit.store.schema import canonical_json, digest_of
-from lidit.store.states import (
-    SharedStates,
-    StorageLoss,
-    channel_statistics,
-    shared_table,
-    storage_loss,
-    text_table,
-    with_empty_pooled,
-    with_pooled,
-)
+from lidit.store.shared import SharedStates, shared_table, with_empty_pooled
+from lidit.store.states import channel_statistics, text_table, with_pooled
 from lidit.store.writer import FamilyWriter
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from lidit.errors import InputError
 from lidit.store.files.folder import Folder
-from lidit.store.states import SharedStates
+from lidit.store.shared import SharedStates
 
 
 class Conditioned(Protocol):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -13,16 +14,21 @@ import pyarrow as pa
 import torch
 
 from lidit.errors import InputError
+from lidit.store.coding.transform import CodedStates, step_sizes
 from lidit.store.condition import arguments
+from lidit.store.files.cache import cache_limit, cache_place
 from lidit.store.files.folder import Folder
+from lidit.store.files.ranges import RangedBytes
 from lidit.store.latent_file import LatentFile
 from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, FamilyHandle, read_named_table
+from lidit.store.row_index import Layout, RowIndex, head, read_head
 from lidit.store.schema import digest_of, unseal
-from lidit.store.states import SharedStates, read_shared
+from lidit.store.shared import SharedStates, read_shared
 from lidit.store.text_file import TextFile
 
 # A mapped file costs an address range and a descriptor, not memory; behind a URL it costs the unit's bytes.
 OPEN_FILES = 64
+FETCHERS = 16  # units whose rows are brought from a URL at once
 
 
 class Family:
@@ -141,7 +147,7 @@ class Family:
         record = self.record(unit)
         where = self.folder.where(record["file"])
         try:
-            file = self._file_type.load(self.folder.map(record["file"], keep_local=True), where)
+            file = self._load(record, where)
         except FileNotFoundError:
             raise InputError(f"{where}: missing; {self._remedy}") from None
         except pa.ArrowInvalid as error:
@@ -154,14 +160,58 @@ class Family:
                 self._files.popitem(last=False)
         return file
 
-    _file_type: type[TextFile] | type[LatentFile]
+    def _load(self, record: dict[str, Any], where: str) -> TextFile | LatentFile:
+        """A unit's file. Raises FileNotFoundError, pa.ArrowInvalid or InputError."""
+        raise NotImplementedError
+
     _manifest_file = MANIFEST_FILE
 
 
 class TextFamily(Family):
     """States of one encoder, row-aligned with `captions/`. Opened by `Corpus.text_family`."""
 
-    _file_type = TextFile
+    def _load(self, record: dict[str, Any], where: str) -> TextFile:
+        place = None if self.folder.local else cache_place(where)
+        index = record.get("index")
+        if index is None or "storage" not in self.spec or (place is not None and place.exists()):
+            return TextFile.load(self.folder.map(record["file"], keep_local=True), where, self._remedy)
+        # The row index first, against the record; behind a URL nothing else but the rows that are asked for.
+        layout = Layout(self.spec["storage"], self.width)
+        contents = self.folder.read_ranges(record["file"], [head(position, layout.storage) for position in index])
+        parts = [read_head(*found, layout, where) for found in zip(index, contents, strict=True)]
+        if self.folder.local:
+            return TextFile.load(self.folder.map(record["file"]), where, self._remedy)
+        return TextFile(layout, RowIndex.joined(parts), RangedBytes(self.folder, record["file"]), where, self._remedy)
+
+    def _whole(self, unit: int) -> TextFile:
+        """The unit's file with everything in it."""
+        file: TextFile = self._open(unit)
+        if not file.whole:
+            record = self.record(unit)
+            where = self.folder.where(record["file"])
+            file = TextFile.load(self.folder.map(record["file"], keep_local=True), where, self._remedy)
+            with self._lock:
+                self._files[unit] = file
+        return file
+
+    def fetch(self, wanted: Mapping[int, Sequence[int]]) -> None:
+        """Bring rows behind a URL to this machine, many at once, for reads that follow; nothing where they are here.
+
+        Args:
+            wanted: Unit -> rows of its captions.
+
+        Raises:
+            InputError: A file is missing or damaged.
+        """
+        if self.folder.local or not cache_limit():
+            return
+
+        def one(unit: int) -> None:
+            self._open(unit).check(wanted[unit])
+
+        with ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch") as pool:
+            for _ in pool.map(one, wanted):
+                pass
 
     @property
     def width(self) -> int:
@@ -187,15 +237,17 @@ class TextFamily(Family):
         table = read_named_table(self.folder, reference)
         return read_shared(table, reference["sha256"], self.folder.where(reference["file"]))
 
-    def read(self, unit: int, rows: Sequence[int] | None = None) -> list[torch.Tensor]:
+    def read(self, unit: int, rows: Sequence[int] | None = None, check: bool = False) -> list[torch.Tensor]:
         """Read the states of captions of one unit.
 
         float32 and bfloat16 states are views of a private memory map: nothing is copied, and writing to them never
-        reaches the file. `verify_unit` finds flipped bits.
+        reaches the file.
 
         Args:
             unit: Number of the unit, from 0.
             rows: Rows of the unit's captions; None reads all.
+            check: Whether to refuse rows in which a bit has flipped, by the rows' own checksums; in files without
+                them by the whole file's sha256, once.
 
         Returns:
             One [T, W] tensor per row, without the instruction's states: bfloat16 where they are stored as such, else
@@ -204,9 +256,38 @@ class TextFamily(Family):
         Raises:
             InputError: No such unit, or its file is missing or damaged.
         """
+        file = self._whole(unit) if rows is None else self._open(unit)
+        self._compare(unit, file, check)
+        return file.states(rows, self.shared(), check)
+
+    def read_coded(self, unit: int, rows: Sequence[int], check: bool = False) -> list[CodedStates]:
+        """Read the states of captions as they are coded, in a family of storage coded: smaller, and soon read.
+
+        Args:
+            unit: Number of the unit, from 0.
+            rows: Rows of the unit's captions.
+            check: As in `read`.
+
+        Returns:
+            Whole steps [T, W] and the size [T] of a step of each token, per row; `shared().code.back` makes states of
+            them.
+
+        Raises:
+            InputError: No such unit, or its file is missing or damaged.
+        """
         shared = self.shared()
-        states: list[torch.Tensor] = self._open(unit).states(rows, shared.mean, shared.deviation)
-        return states
+        file = self._open(unit)
+        self._compare(unit, file, check)
+        values, scale = file.coded(rows, shared, check)
+        assert shared.code is not None
+        lengths = file.lengths[list(rows)].tolist()
+        sizes = step_sizes(scale, shared.code.step).split(lengths)
+        return [CodedStates(*row) for row in zip(values.split(lengths), sizes, strict=True)]
+
+    def _compare(self, unit: int, file: TextFile, check: bool) -> None:
+        """Compare a file as a whole where its rows have no checksums of their own."""
+        if check and not file.has_checksums:
+            self.verify_unit(unit)
 
     def pooled(self, unit: int, rows: Sequence[int] | None = None) -> list[torch.Tensor] | None:
         """Read the pooled vectors of captions of one unit.
@@ -218,8 +299,7 @@ class TextFamily(Family):
         Returns:
             One [X] float32 tensor per row; None where the family has no pooled vectors.
         """
-        vectors: list[torch.Tensor] | None = self._open(unit).pooled(rows)
-        return vectors
+        return self._whole(unit).pooled(rows)
 
     def prompt_embeds(self, unit: int, rows: Sequence[int] | None = None, padded: int | None = None) -> dict[str, Any]:
         """Read captions as a public pipeline's call takes them: `pipe(**family.prompt_embeds(0))`.
@@ -262,8 +342,7 @@ class TextFamily(Family):
         Returns:
             One list of T ids per row.
         """
-        ids: list[list[int]] = self._open(unit).token_ids(rows)
-        return ids
+        return self._whole(unit).token_ids(rows)
 
     def lengths(self, unit: int) -> list[int]:
         """Count the tokens of each caption of one unit.
@@ -281,7 +360,8 @@ class TextFamily(Family):
 class LatentFamily(Family):
     """Latents of one codec, row-aligned with `samples/`. Opened by `Corpus.latent_family`."""
 
-    _file_type = LatentFile
+    def _load(self, record: dict[str, Any], where: str) -> LatentFile:
+        return LatentFile.load(self.folder.map(record["file"], keep_local=True), where)
 
     def read(
         self, unit: int, rows: Sequence[int] | None = None, seeds: Sequence[int] | None = None

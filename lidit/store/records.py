@@ -10,8 +10,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from lidit.store.schema import RECORDS, seal, unseal
-from lidit.store.states import StorageLoss, storage_loss, value_range
+from lidit.store.coding.transform import StateCode
+from lidit.store.loss import StorageLoss, storage_loss
+from lidit.store.schema import RECORDS, ROW_INDEX, seal, unseal
+from lidit.store.states import value_range
 
 Content = bytes  # the class below has a field of that name
 
@@ -22,7 +24,8 @@ class CommitRecord:
 
     minimum and maximum are over the values before storage; shared is the sha256 of the shared.arrow the unit was made
     with; of the sha256 of the unit's captions or samples file, from which it was made (None in the records of the first
-    release); error are the sums of `StorageLoss`; counts are numbers a job wants added up, such as truncated captions.
+    release); error are the sums of `StorageLoss`; counts are numbers a job wants added up, such as truncated captions;
+    index says where rows lie (`row_index.positions`), None in files that are read as a whole.
     """
 
     unit: int
@@ -38,9 +41,13 @@ class CommitRecord:
     error: dict[str, float] | None = None
     counts: dict[str, int] = field(default_factory=dict)
     of: str | None = None
+    index: list[list[int]] | None = None
 
     def to_json(self) -> Content:
-        return seal(asdict(self))
+        facts = asdict(self)
+        if self.index is None:
+            del facts["index"]
+        return seal(facts)
 
     @classmethod
     def from_json(cls, content: Content) -> CommitRecord | None:
@@ -67,13 +74,14 @@ class UnitStatistics:
         mean: torch.Tensor | None = None,
         deviation: torch.Tensor | None = None,
         counts: dict[str, int] | None = None,
+        code: StateCode | None = None,
     ) -> None:
         """Take in one table's tensors; with table, mean and deviation the storage error is measured too."""
         if any(v.numel() for v in values):
             low, high = value_range(values)
             self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         if table is not None and mean is not None and deviation is not None:
-            measured = storage_loss(values, table, mean, deviation)
+            measured = storage_loss(values, table, mean, deviation, code)
             self.error = measured if self.error is None else self.error + measured
         for name, number in (counts or {}).items():
             self.counts[name] = self.counts.get(name, 0) + number
@@ -86,9 +94,10 @@ class UnitStatistics:
 def records_table(records: Sequence[CommitRecord]) -> pa.Table:
     """The manifest's table, ordered by unit."""
     ordered = sorted(records, key=lambda record: record.unit)
+    schema = RECORDS if all(record.index is None for record in records) else RECORDS.append(ROW_INDEX)
     return pa.Table.from_arrays(
-        [pa.array([getattr(record, column.name) for record in ordered], column.type) for column in RECORDS],
-        schema=RECORDS,
+        [pa.array([getattr(record, column.name) for record in ordered], column.type) for column in schema],
+        schema=schema,
     )
 
 
@@ -118,4 +127,6 @@ def totals(records: Sequence[CommitRecord]) -> dict[str, Any]:
             "centred_cosine": error.centred_cosine,
             "lowest_centred_cosine": error.lowest_cosine,
         }
+        if error.worst:
+            facts["storage_error"]["worst_token"] = error.worst
     return facts

@@ -11,6 +11,7 @@ import pyarrow as pa
 from lidit.errors import InputError
 
 FORMAT_VERSION = 1  # raise when older releases cannot read what is written, or newer ones the old
+TEXT_VERSION = 2  # of a text family's unit files, which older releases refuse; version 1 has no row checksums
 METADATA_KEY = b"lidit"
 
 CAPTIONS = pa.schema([("text", pa.large_string()), ("sha256", pa.binary(32))])
@@ -66,6 +67,8 @@ RECORDS = pa.schema(
         ("maximum", pa.float64()),
     ]
 )
+# Only in the manifests of families whose rows can be read alone: see `lidit.store.row_index`.
+ROW_INDEX = pa.field("index", pa.list_(pa.list_(pa.int64())))
 
 
 def with_metadata(schema: pa.Schema, **facts: Any) -> pa.Schema:
@@ -80,8 +83,8 @@ def read_metadata(schema: pa.Schema, where: str) -> dict[str, Any]:
         version = facts["format"]
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{where}: no 'lidit' schema metadata: not a file of a corpus") from None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{where}: format version {version}, this release reads version {FORMAT_VERSION}")
+    if version not in (FORMAT_VERSION, TEXT_VERSION):
+        raise InputError(f"{where}: format version {version}, this release reads {FORMAT_VERSION} and {TEXT_VERSION}")
     return dict(facts)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from lidit.errors import InputError, one_line
 from lidit.progress import SILENT, Progress
+from lidit.store.coding.transform import standardise
 from lidit.store.corpus import INGEST_ANEW, Corpus
 from lidit.store.families import TextFamily
 from lidit.store.files.atomic import FileDigest
@@ -29,6 +30,7 @@ from lidit.store.writer import ALIGNED_WITH
 # Recomputing a row on another device or in another dtype moves it by a few hundredths of a deviation; the row of
 # another caption is off by more than one.
 REENCODE_TOLERANCE = 0.1
+LOST = {"int4": 0.1}  # deviations that a storage itself may lose, beside coded's `storage_error`
 JOBS = {"text": "embed", "latents": "latents"}
 
 Encode = Callable[[TextFamily, Sequence[str]], Sequence[torch.Tensor]]
@@ -324,7 +326,8 @@ class _Checker:
     # -- computing again ----------------------------------------------------------------------------------------------
 
     def encode_again(self, family: TextFamily, encode: Encode, count: int) -> None:
-        deviation = family.shared().deviation
+        shared = family.shared()
+        allowed = REENCODE_TOLERANCE + 2 * family.spec.get("storage_error", LOST.get(family.spec.get("storage"), 0.0))
         for unit, rows in _spread_rows(family, count):
             texts = self.corpus.captions(unit)["text"].to_pylist()
             again = encode(family, [texts[row] for row in rows])
@@ -335,8 +338,10 @@ class _Checker:
                 if stored.shape != fresh.shape:
                     reason = f"row {row}: {len(stored)} tokens stored, {len(fresh)} when computed again"
                 elif len(stored):
-                    error = ((stored.float() - fresh.cpu().float()) / deviation).square().mean().sqrt().item()
-                    if not error < REENCODE_TOLERANCE:
+                    # As a model sees them: clamped, as the smaller storages are.
+                    pair = (standardise(states, shared.mean, shared.deviation) for states in (stored, fresh.cpu()))
+                    error = torch.sub(*pair).square().mean().sqrt().item()
+                    if not error < allowed:
                         reason = f"row {row}: differs by {error:.3f} deviations when computed again"
                 if reason:
                     remedy = "the encoder on this machine is not the one of the family, or the unit is wrong"
@@ -353,14 +358,20 @@ def _unreasonable(file: TextFile | LatentFile, table: pa.Table) -> str | None:
     if isinstance(file, LatentFile):
         tensors = [tensor for column in file.columns.values() for tensor in column]
         return None if all(torch.isfinite(tensor.float()).all() for tensor in tensors) else "values that are not finite"
-    for batch in file.batches:
-        values = batch.values.view(torch.bfloat16) if file.storage == "bfloat16" else batch.values
+    storage = file.layout.storage
+    for row in range(0 if storage == "coded" else file.rows):
+        values, scale = file.stored(row)
+        values = values.view(torch.bfloat16) if storage == "bfloat16" else values
         if values.is_floating_point() and not torch.isfinite(values).all():
             return "values that are not finite"
-        if batch.scale is not None and not (torch.isfinite(batch.scale).all() and (batch.scale >= 0).all()):
+        if scale is not None and not (torch.isfinite(scale).all() and (scale >= 0).all()):
             return "scales that are not finite"
     if [len(ids) for ids in table["token_ids"].to_pylist()] != table["tokens"].to_pylist():
         return "token ids do not fit the token counts"
+    try:
+        file.check(range(file.rows))
+    except InputError as error:
+        return str(error).removeprefix(f"{file.where}: ")
     return None
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,8 +29,9 @@ from lidit.store.files.atomic import (
 from lidit.store.files.folder import Folder
 from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, named, spec_differences
 from lidit.store.records import CommitRecord, UnitStatistics, records_table, totals
+from lidit.store.row_index import positions
 from lidit.store.schema import FORMAT_VERSION, RECORDS, canonical_json, digest_of, seal, unseal
-from lidit.store.states import SharedStates, read_shared
+from lidit.store.shared import SharedStates, read_shared
 
 SHARED_FILE = "shared.arrow"
 ALIGNED_WITH = {"text": "captions", "latents": "samples"}
@@ -178,9 +181,17 @@ class FamilyWriter:
         statistics = statistics or UnitStatistics()
         counter = _Counter(tables if not isinstance(tables, pa.Table) else [tables])
         name = self.corpus.unit_name(unit)
-        with published(
-            self.folder, lambda sha256: f"{name}-{sha256[:12]}.arrow", arrow_writer(counter), "data"
-        ) as file:
+        index: list[list[int]] | None = None
+
+        def write(sink: Any) -> None:
+            nonlocal index
+            arrow_writer(counter)(sink)
+            sink.flush()
+            if self.kind == "text":  # read back: places in a file are known when it is written
+                with Path(sink.file.name).open("rb") as written:
+                    index = positions(mmap.mmap(written.fileno(), 0, access=mmap.ACCESS_COPY))
+
+        with published(self.folder, lambda sha256: f"{name}-{sha256[:12]}.arrow", write, "data") as file:
             if counter.rows != self._rows[unit]:
                 self.folder.remove(file.name)
                 raise JobError(
@@ -202,6 +213,7 @@ class FamilyWriter:
                 error=statistics.error.to_dict() if statistics.error else None,
                 counts=statistics.counts,
                 of=self._made_from(unit),
+                index=index,
             )
             record = self._commit(ours)
             if record.file != file.name:
@@ -346,7 +358,7 @@ class FamilyWriter:
 
 def family_digest(fingerprint: str, shared: str | None, records: pa.Table) -> str:
     """The identity of a family's contents: its spec and every byte of its data, but not how long that took."""
-    assert records.schema.names == RECORDS.names
+    assert records.schema.names[: len(RECORDS)] == RECORDS.names
     units = [[unit, sha256] for unit, sha256 in zip(*(records[c].to_pylist() for c in ("unit", "sha256")), strict=True)]
     return digest_of({"fingerprint": fingerprint, "shared": shared, "units": units})
 

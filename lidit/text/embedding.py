@@ -26,10 +26,12 @@ from lidit.store import (
     with_empty_pooled,
     with_pooled,
 )
-from lidit.store.packing import TORCH_TYPES, encode
+from lidit.store.packing import encode
+from lidit.store.shared import with_code
 from lidit.store.states import not_finite, stored_table
 from lidit.text.encoder import TOKEN_BUDGET, PromptEncoder
 from lidit.text.specs import EncoderSpec, resolve_encoder
+from lidit.text.state_code import family_code
 from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
 
 CALIBRATION_CAPTIONS = 1024
@@ -102,9 +104,12 @@ def ensure_shared(encoder: PromptEncoder, writer: FamilyWriter, token_budget: in
         require_prefix(encoder, stored, writer.folder.location)
         return stored
     empty_ids, empty = encoder.empty_states()
-    sample = [found.states for found in encoder.encode(calibration_captions(writer.corpus), token_budget)]
+    captions = calibration_captions(writer.corpus)
+    sample = [found.states for found in encoder.encode(captions, token_budget)]
     mean, deviation = channel_statistics(sample or [empty])
     table = shared_table(prefix_ids, prefix, empty_ids, empty, mean, deviation)
+    if encoder.spec.storage == "coded":
+        table = with_code(table, family_code(encoder, captions, sample, (mean, deviation)))
     pooled = encoder.empty_pooled() if encoder.spec.reading.pooled else None
     return writer.write_shared(table if pooled is None else with_empty_pooled(table, pooled))
 
@@ -139,7 +144,7 @@ def encoded_tables(
             if count := sum(getattr(tokens, name) for tokens in piece):  # absent otherwise: records stay as they were
                 counts[name] = count
         statistics.add(stored.extremes, counts=counts)
-        statistics.add(stored.exact, table.slice(0, ERROR_ROWS), shared.mean, shared.deviation)
+        statistics.add(stored.exact, table.slice(0, ERROR_ROWS), shared.mean, shared.deviation, code=shared.code)
         yield table
 
 
@@ -153,9 +158,12 @@ class _Stored:
         device = encoder.trunk.device
         self.storage, self.lengths = encoder.spec.storage, lengths
         self.mean, self.deviation = shared.mean.to(device), shared.deviation.to(device)
+        self.on_cpu = (shared.mean, shared.deviation, shared.code)
+        self.code = None if shared.code is None else shared.code.to(device)
         nothing = torch.empty(0, encoder.spec.width)
         self.values = [nothing] * len(lengths)  # [T, W] each
-        self.scales = [torch.empty(0)] * len(lengths)  # [T] each, int8 only
+        self.scales = [torch.empty(0)] * len(lengths)  # [T] each, or [T, G]; empty where there are none
+        self.sums = [torch.empty(0)] * len(lengths)  # [T] each, not finite where a state is not
         self.exact = [nothing] * min(len(lengths), ERROR_ROWS)  # [T, W] each, whose storage error is measured
         self.extremes: list[torch.Tensor] = []  # [2] each, of a batch
         vector = shared.empty_pooled  # only where the encoder gives vectors of whole captions
@@ -163,42 +171,44 @@ class _Stored:
         self.pooled = None if vector is None else [torch.zeros_like(vector)] * len(lengths)  # [X] each
 
     def pack(self, rows: list[int], flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """States [N, W] of a batch -> values [N, W], scales [N] or none, extremes [2], states to be measured."""
-        values, scale = encode(flat, self.storage, self.mean, self.deviation)
+        """States [N, W] of a batch -> values, scales or none, sums, extremes [2], states to be measured."""
+        values, scale = encode(flat, self.storage, self.mean, self.deviation, self.code)
         measured = [state for row, state in self._of(rows, flat) if row < ERROR_ROWS]
         extremes = torch.stack(torch.aminmax(flat))  # NaN where a value is
         return (
             values,
             flat.new_empty(0) if scale is None else scale,
+            flat.float().sum(-1) if self.storage in ("int4", "coded") else flat.new_empty(0),
             extremes,
             torch.cat(measured) if measured else flat[:0],
         )
 
     def take(self, rows: list[int], found: tuple[torch.Tensor, ...]) -> None:
         """What `pack` gave, on the CPU. JobError where a state is no number."""
-        values, scale, extremes, exact, *pooled = found
-        for row, part in self._of(rows, values):
-            self.values[row] = part
-        if self.storage == "int8":
-            for row, part in self._of(rows, scale):
-                self.scales[row] = part
+        values, scale, sums, extremes, exact, *pooled = found
+        for kept, parts in ((self.values, values), (self.scales, scale), (self.sums, sums)):
+            if len(parts) or not len(values):
+                for row, part in self._of(rows, parts):
+                    kept[row] = part
         for row, part in self._of([row for row in rows if row < ERROR_ROWS], exact):
             self.exact[row] = part
         if self.pooled is not None:
             for row, vector in zip(rows, pooled[0], strict=True):
                 self.pooled[row] = vector
         if not extremes.isfinite().all():
-            telling = self.scales if self.storage == "int8" else self._floats()
+            telling = {"int8": self.scales, "int4": self.sums, "coded": self.sums}.get(self.storage) or self._floats()
             raise not_finite(next(row for row in sorted(rows) if not telling[row].isfinite().all()))
         self.extremes.append(extremes)
 
     def table(self, token_ids: Sequence[Sequence[int]]) -> pa.Table:
         """The piece's rows."""
-        width = self.values[0].shape[1] if self.values else len(self.mean)
-        kept = [value for value in self.values if len(value)]
-        values = torch.cat(kept) if kept else torch.empty(0, width, dtype=TORCH_TYPES[self.storage])
-        scale = torch.cat(self.scales or [torch.empty(0)]) if self.storage == "int8" else None
-        table = stored_table(token_ids, values, scale, self.storage, width)
+        width = len(self.mean)
+        values, scale = encode(torch.empty(0, width), self.storage, *self.on_cpu)  # of no token: dtypes and shapes
+        if kept := [value for value in self.values if len(value)]:
+            values = torch.cat(kept)
+        if scale is not None and (scales := [part for part in self.scales if len(part)]):
+            scale = torch.cat(scales)
+        table = stored_table(token_ids, values, scale, self.storage, width, self.on_cpu[-1])
         return table if self.pooled is None else with_pooled(table, self.pooled, self.pooled_width)
 
     def _of(self, rows: list[int], flat: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -31,6 +31,8 @@ from lidit.text.rules import (
 )
 
 ENCODER_VERSION = 1  # raise when the same settings and files begin to give other states
+STATE_CODE_VERSION = 1  # raise when the same calibration states begin to give another code
+STORAGE_ERROR = 0.1  # of storage coded, where the settings name none
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -68,11 +70,12 @@ class EncoderSpec:
     chat_template: bool
     max_tokens: int
     dtype: Literal["float32", "bfloat16"]
-    storage: Literal["float32", "bfloat16", "int8"]
+    storage: Literal["float32", "bfloat16", "int8", "int4", "coded"]
     config_sha256: str
     weights_sha256: str
     tokenizer_sha256: str
     template_date: str | None = None
+    storage_error: float | None = None
     reading: Reading = ONE_BLOCK
     text: TextRules = PLAIN_TEXT
 
@@ -80,8 +83,11 @@ class EncoderSpec:
         """The identity, as `family.json` stores it."""
         apart = ("name", "folder", "fingerprint", "reading", "text")
         fields = {key: value for key, value in self.__dict__.items() if key not in apart}
-        if self.template_date is None:
-            del fields["template_date"]
+        for optional in ("template_date", "storage_error"):
+            if fields[optional] is None:
+                del fields[optional]
+        if self.storage == "coded":
+            fields["state_code"] = STATE_CODE_VERSION
         return {**fields, **set_fields(self.reading), **set_fields(self.text), "code": ENCODER_VERSION}
 
     @cached_property
@@ -158,6 +164,7 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
         weights_sha256=digests.of(weight_files(folder)),
         tokenizer_sha256=digests.of([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]),
         template_date=settings.template_date,
+        storage_error=(settings.storage_error or STORAGE_ERROR) if settings.storage == "coded" else None,
         reading=reading,
         text=text_rules(settings),
     )

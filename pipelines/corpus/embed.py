@@ -25,6 +25,7 @@ from lidit.progress import SILENT, Progress
 from lidit.store import CommitRecord, Corpus, FamilyWriter, UnitStatistics, spec_differences
 from lidit.text import CaptionTokens, EncoderSpec, PromptEncoder, PromptTokenizer, resolve_encoder
 from lidit.text.embedding import check_tokenizer, encoded_tables, ensure_shared
+from lidit.text.state_code import in_words
 from pipelines.runtime import resources
 from pipelines.runtime.kernels import avoid_plan_building
 from pipelines.runtime.prometheus import EmbedMetrics
@@ -155,9 +156,14 @@ def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int
 
     pool = job.pool
     resources.check_resources(pool)
-    # An actor of its own kind of device publishes the shared states; with several, exactly one must come first.
-    if pool.actors > 1 and _writer(job.corpus, job.spec).shared() is None:
+    # An actor of its own kind of device publishes the shared states; with several, exactly one must come first. A code
+    # is told of before anything else is computed.
+    coded = job.spec.storage == "coded"
+    if (pool.actors > 1 or coded) and _writer(job.corpus, job.spec).shared() is None:
         _raise_problem(ray.get(ray.remote(**resources.demands(pool))(prepare).remote(job)))
+    if coded and (shared := _writer(job.corpus, job.spec).shared()) and shared.code:
+        for line in in_words(shared.code):
+            log.warning(line)  # a fact to see in time, before the units are computed
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_fallback_to_arrow_object_ext_type = False  # it would pickle what Arrow cannot hold

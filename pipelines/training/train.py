@@ -167,7 +167,11 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         self.corpus = Corpus.open(recipe.corpus)
         self.families = Families.open(self.corpus, recipe.data, facts["latents"], facts["text"])
 
-        engine = self.make_engine(recipe, self.initial(recipe), device)
+        model = self.initial(recipe)
+        # Another training's network may not know its families' codes: then states are read as states.
+        coded = [name for name, family in self.families.texts.items() if family.shared().code]
+        self.coded = all(model.conditioner.knows_code(name) for name in coded)
+        engine = self.make_engine(recipe, model, device)
         fresh = self.untrained(recipe) if engine.rank == 0 else None
         super().__init__(config, engine, self._feed(engine, "train"), fresh)
 
@@ -193,6 +197,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
             rank=engine.rank,
             world_size=engine.world_size,
             families=self.families,
+            coded=self.coded,
         )
 
     def sample_if_due(self) -> None:
@@ -241,8 +246,12 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
 
 
 def untrained_model(recipe: Recipe, families: Families) -> LIDiT:
-    """The recipe's model for the families' widths and latents."""
-    return LIDiT.from_settings(recipe.model, families.widths, families.latent_shape[0], families.stored_layers)
+    """The recipe's model for the families' widths, latents and codes."""
+    model = LIDiT.from_settings(recipe.model, families.widths, families.latent_shape[0], families.stored_layers)
+    for name, family in families.texts.items():
+        if code := family.shared().code:
+            model.conditioner.set_code(name, code.back)
+    return model
 
 
 def initial_model(recipe: Recipe, families: Families) -> LIDiT:

@@ -16,6 +16,8 @@ from lidit.data.feed import Feed, FeedDataset, open_feed
 from lidit.data.rows import Part, Rows
 from lidit.errors import InputError
 from lidit.store import Corpus
+from lidit.store.coding.transform import LIMIT, standardise
+from lidit.text.local import embed_here
 from tests.helpers.trained import SmallWorld
 
 BATCH = 12
@@ -131,6 +133,32 @@ def test_a_flipped_bit_stops_before_its_number_is_used(small_world: SmallWorld, 
     feed = make_feed(copy, DataSettings(window_units=2))
     with pytest.raises(InputError, match=victim.name):
         list(feed.batches(0, 9))
+
+
+def test_coded_captions_come_as_steps_that_are_their_states(small_world: SmallWorld, tmp_path: Path) -> None:
+    copy = tmp_path / "corpus"
+    shutil.copytree(small_world.corpus, copy)
+    shutil.rmtree(copy / "text")
+    for encoder in small_world.encoders:
+        embed_here(str(copy), encoder.model_copy(update={"storage": "coded", "storage_error": 0.2}))
+    corpus, settings = Corpus.open(copy), DataSettings(window_units=2, caption_dropout=0.3)
+    plain, coded = (open_feed(corpus, settings, batch_size=BATCH, coded=coded) for coded in (False, True))
+    for one, other in zip(plain.batches(0, 4), coded.batches(0, 4), strict=True):
+        assert one.keys == other.keys
+        assert one.tokens == other.tokens
+        for name, states in one.text.items():
+            shared, steps = corpus.text_family(name).shared(), other.text[name]
+            assert steps.states.dtype == torch.int16
+            assert steps.size is not None
+            assert shared.code is not None
+            assert torch.equal(states.mask, steps.mask)
+            assert torch.equal(states.prefix, steps.prefix)
+            z = (steps.states.float() @ shared.code.back * steps.size[..., None]).clamp(-LIMIT, LIMIT)
+            expected = standardise(states.states, shared.mean, shared.deviation)
+            assert torch.allclose(z[steps.mask], expected[steps.mask], atol=2e-3)
+        (half, _) = other.split(2)
+        assert half.text["llama"].size is not None
+        assert half.text["llama"].size.shape == half.text["llama"].mask.shape
 
 
 def test_a_torch_loader_yields_the_feeds_batches(small_world: SmallWorld) -> None:

@@ -52,7 +52,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4", "coded"])
 def test_reader_returns_what_was_published(corpus: Path, storage: str) -> None:
     family_job.run(str(corpus), storage)
     family = Corpus.open(corpus).text_family("fake")
@@ -70,9 +70,11 @@ def test_reader_returns_what_was_published(corpus: Path, storage: str) -> None:
             elif storage == "bfloat16":
                 assert torch.equal(state, original.bfloat16())
             elif len(state):
-                assert difference.abs().max() < 0.02
+                assert difference.square().mean().sqrt() < {"int8": 0.02, "int4": 0.2, "coded": 0.2}[storage]
     rows = [3, 0, 3]
-    assert all(torch.equal(a, b) for a, b in zip(family.read(0, rows), [family.read(0)[r] for r in rows]))
+    # Alone or with others: a product's last bits may depend on how many rows it has.
+    for a, b in zip(family.read(0, rows), [family.read(0)[r] for r in rows]):
+        assert torch.allclose(a, b, rtol=1e-5) if storage == "coded" else torch.equal(a, b)
     with pytest.raises(IndexError):
         family.read(0, [6])
     assert family.width == family_job.WIDTH

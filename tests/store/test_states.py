@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lidit.errors import InputError, JobError
 from lidit.store import channel_statistics, shared_table, storage_loss, text_table
-from lidit.store.states import decode_table, read_shared
+from lidit.store.shared import read_shared
+from lidit.store.states import decode_table
 
 
 def random_states(lengths: list[int], width: int, seed: int = 0) -> list[torch.Tensor]:

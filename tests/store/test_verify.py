@@ -139,7 +139,7 @@ def test_deep_finds_values_no_checksum_can_see(corpus: Path) -> None:
             poisoned = torch.cat(states).reshape(-1)
             poisoned[5] = float("nan")
             column = pa.LargeListArray.from_arrays(table["states"].chunk(0).offsets, pa.array(poisoned.numpy()))
-            table = pa.table([table["tokens"], table["token_ids"], column], schema=table.schema)
+            table = pa.table([table["tokens"], table["crc32c"], column, table["token_ids"]], schema=table.schema)
         writer.publish(unit, table)
     writer.finish()
     assert verify_corpus(str(corpus)).sound

@@ -52,7 +52,7 @@ def keep(place: Path, content: bytes | bytearray) -> None:
         return
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        _make_room(place.parent, len(content))
+        make_room(place.parent, len(content))
         descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=".")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -62,7 +62,7 @@ def keep(place: Path, content: bytes | bytearray) -> None:
             Path(temporary).unlink()
 
 
-def _make_room(folder: Path, wanted: int) -> None:
+def make_room(folder: Path, wanted: int) -> None:
     """Remove what was used longest ago until `wanted` bytes fit. Whoever has a file mapped keeps its bytes."""
     found = []
     for entry in os.scandir(folder):

@@ -1,16 +1,11 @@
 """Training on real Ray: resumes after kills with the same bits, refuses drift, keeps one honest MLflow run."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -23,8 +18,8 @@ from pipelines.corpus.latents import run_latents
 from pipelines.training import checkpoints
 from pipelines.training.driver import TrainResult
 from pipelines.training.train import train
+from tests.helpers.killing import kill_a_worker_after
 from tests.helpers.trained import SmallWorld
-from tests.helpers.waiting import wait_until
 
 FINAL = "model/diffusion_pytorch_model.safetensors"
 
@@ -44,28 +39,6 @@ def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactor
 def history(result: TrainResult, metric: str) -> list[int]:
     found = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, metric)
     return sorted(point.step for point in found)
-
-
-def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Thread:
-    """SIGKILL one training worker once the checkpoint of `step` is there; its pid goes into `killed`."""
-
-    def workers() -> list[int]:
-        found = []
-        for process in psutil.Process().children(recursive=True):  # never another training's worker
-            with contextlib.suppress(psutil.Error):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    found.append(process.pid)
-        return found
-
-    def hunt() -> None:
-        wait_until((run / checkpoints.checkpoint_name(step) / "position.json").exists, seconds=200)
-        victim = wait_until(workers, seconds=20)[0]
-        os.kill(victim, signal.SIGKILL)
-        killed.append(victim)
-
-    thread = threading.Thread(target=hunt)
-    thread.start()
-    return thread
 
 
 def test_the_model_folder_draws(undisturbed: tuple[Recipe, TrainResult]) -> None:
