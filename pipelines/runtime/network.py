@@ -21,7 +21,7 @@ from lidit.errors import JobError, one_line
 
 MEGABYTES = {"cuda": 256, "cpu": 8}
 ROUNDS, WARM_UP = 10, 3
-START_SECONDS, REDUCE_SECONDS = 120, 120
+START_SECONDS, REDUCE_SECONDS = 300, 120  # a process imports torch first, on a machine that may be busy
 
 
 @dataclass(frozen=True)
