@@ -81,7 +81,6 @@ PANELS: dict[str, tuple[tuple[str, ModuleType], ...]] = {
     ),
     "Check": (
         ("sample", sample),
-        ("evaluate", evaluate),
         ("tune-sampler", tune_sampler),
         ("report", report),
         ("probe", probe),
@@ -97,6 +96,7 @@ CLUSTER = "Cluster"
 for panel, commands in PANELS.items():
     for name, job in commands:
         app.command(name, rich_help_panel=panel)(job.command)
+app.add_typer(evaluate.app, name="evaluate", rich_help_panel="Check")
 app.add_typer(recipe.app, name="recipes", rich_help_panel="Train")
 app.add_typer(keys.app, name="keys", rich_help_panel="Serve")
 app.add_typer(guard.app, name="guard", rich_help_panel="Serve")
