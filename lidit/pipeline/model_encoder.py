@@ -92,7 +92,7 @@ class ModelEncoder:
             facts = read_object(path, "copy the model folder again")
             spec, fingerprint, settings = facts["spec"], facts["fingerprint"], facts["settings"]
             tensors = load_file(states)
-            shared = [tensors[label] for label in SHARED_TENSORS]
+            prefix, empty, mean, deviation = (tensors[label] for label in SHARED_TENSORS)
             code = None
             if spec["storage"] == "coded":
                 code = StateCode(tensors["basis"], float(tensors["step"]))
@@ -102,7 +102,8 @@ class ModelEncoder:
             ) from None
         if digest_of(spec) != fingerprint:
             raise InputError(f"{path}: the fingerprint does not belong to the spec; the file was edited")
-        return cls(validate(EncoderSettings, settings, str(path)), spec, fingerprint, *shared, code=code)
+        checked = validate(EncoderSettings, settings, str(path))
+        return cls(checked, spec, fingerprint, prefix, empty, mean, deviation, code=code)
 
     def share(self, encoder: PromptEncoder) -> None:
         """Use an LLM that is already loaded. Raises InputError naming the fields in which it differs."""

@@ -96,9 +96,9 @@ def with_empty_pooled(shared: pa.Table, pooled: torch.Tensor) -> pa.Table:
 def with_code(shared: pa.Table, code: StateCode) -> pa.Table:
     """`shared.arrow` of a coded family: basis [W, W], step [1], frequencies [W, S], all as float32."""
     assert code.model is not None
-    rows = {
+    rows: dict[str, np.ndarray] = {
         "basis": code.basis.cpu().reshape(-1).numpy(),
-        "step": np.float32([code.step]),
+        "step": np.array([code.step], np.float32),
         "frequencies": code.model.frequencies.astype(np.float32).reshape(-1),  # up to 4096: exact
     }
     found = _with_roles(shared, rows)

@@ -147,6 +147,7 @@ def decode_table(
         rows = table["states"].to_pylist()
         ends = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         content = np.frombuffer(b"".join(rows), np.uint8)
+        scale: torch.Tensor | None
         values, scale = map(torch.from_numpy, decode_rows(content, ends, np.asarray(lengths, np.int64), code.model))
     else:
         values = torch.from_numpy(_flat(table["states"]).copy()).view(-1, row_width(storage, width))  # [N, V]

@@ -327,7 +327,9 @@ class _Checker:
 
     def encode_again(self, family: TextFamily, encode: Encode, count: int) -> None:
         shared = family.shared()
-        allowed = REENCODE_TOLERANCE + 2 * family.spec.get("storage_error", LOST.get(family.spec.get("storage"), 0.0))
+        allowed = REENCODE_TOLERANCE + 2 * family.spec.get(
+            "storage_error", LOST.get(str(family.spec.get("storage")), 0.0)
+        )
         for unit, rows in _spread_rows(family, count):
             texts = self.corpus.captions(unit)["text"].to_pylist()
             again = encode(family, [texts[row] for row in rows])

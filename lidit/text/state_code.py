@@ -101,10 +101,10 @@ def _swap_error(
     pairs = pairs[:: max(1, len(pairs) // SWAPS)][:SWAPS]
     encoded = encoder.encode([text for pair in pairs for text in pair])
     lost, moved = 0.0, 0.0
-    for one, other in zip(encoded[0::2], encoded[1::2], strict=True):
-        if len(one.states) != len(other.states):  # tokens no longer correspond
+    for one, changed in zip(encoded[0::2], encoded[1::2], strict=True):
+        if len(one.states) != len(changed.states):  # tokens no longer correspond
             continue
-        z = [standardise(found.states.to(code.basis.device), *statistics) for found in (one, other)]  # [T, W] each
+        z = [standardise(found.states.to(code.basis.device), *statistics) for found in (one, changed)]  # [T, W] each
         back = [restore(*quantise(states, code), code) for states in z]
         difference = z[1] - z[0]
         concerned = difference.square().mean(-1) > CONCERNED**2

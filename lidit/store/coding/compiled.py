@@ -29,7 +29,7 @@ def _compiler() -> Callable[..., Any] | None:
     except ImportError:
         return None
     # Without the interpreter's lock: a feed's threads decode side by side.
-    return numba.njit(nogil=True, cache=False, boundscheck=False)  # type: ignore[no-any-return]
+    return numba.njit(nogil=True, cache=False, boundscheck=False)
 
 
 def is_compiled() -> bool:
