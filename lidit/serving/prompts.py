@@ -29,6 +29,8 @@ class PromptCache:
 
     Args:
         limit: bytes of states that are kept.
+
+    `reading` is held while an LLM reads, with its tokenizer: neither serves two threads at once.
     """
 
     def __init__(self, limit: int = 256 << 20) -> None:
@@ -36,6 +38,7 @@ class PromptCache:
         self.size, self.hits, self.misses = 0, 0, 0
         self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self._lock = Lock()
+        self.reading = Lock()
         self._secret = secrets.token_bytes(32)
 
     def prompt(self, encoders: Mapping[str, ModelEncoder], prompt: str, device: str | None = None) -> States:
@@ -60,7 +63,9 @@ class PromptCache:
         # The LLM runs outside the lock: a prompt that is kept never waits for another that is not.
         if missing:
             # Copies of their own: a view would keep the states of its whole batch in memory.
-            encoded = [states.clone() for states in encoder.encode(missing, device)]
+            # One call at a time: an LLM notes its blocks' outputs in itself, and two calls would take each other's.
+            with self.reading:
+                encoded = [states.clone() for states in encoder.encode(missing, device)]
             found.update(zip(missing, encoded, strict=True))
             with self._lock:
                 for prompt, states in zip(missing, encoded, strict=True):

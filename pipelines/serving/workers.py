@@ -24,6 +24,7 @@ from lidit.pixels import unit_to_bytes
 from lidit.serving import Engine, PromptCache, Request
 from lidit.serving.guards.guard import Guard
 from lidit.serving.guards.probe import States
+from lidit.text.tokenizer import CaptionTokens
 from pipelines.runtime.prometheus import EngineMetrics
 from pipelines.serving.checks import demand
 from pipelines.serving.errors import ApiError, invalid, worker_lost
@@ -44,12 +45,16 @@ class Reader:
 
     async def tokens(self, prompts: list[str]) -> int:
         """How many tokens the prompts have. Raises ApiError for one that the LLM would cut: the end was not drawn."""
-        rows = self.encoder.encoder(self.device).tokenizer.tokenize(prompts)
+        rows = await asyncio.to_thread(self._tokenized, prompts)
         if any(row.truncated for row in rows):
             raise invalid(
                 f"the prompt is longer than the {self.encoder.spec['max_tokens']} tokens that are read", "prompt"
             )
         return sum(len(row.token_ids) for row in rows)
+
+    def _tokenized(self, prompts: list[str]) -> list[CaptionTokens]:
+        with self.cache.reading:
+            return self.encoder.encoder(self.device).tokenizer.tokenize(prompts)
 
     async def encode(self, prompt: str) -> torch.Tensor:
         """States [T, W]."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -30,6 +33,21 @@ class Reads:
             return before(captions)
 
         monkeypatch.setattr(tokenizer, "tokenize", counted)
+
+
+def test_threads_never_get_each_others_states(encoders: dict[str, ModelEncoder]) -> None:
+    """Two prompts in one LLM at once would take each other's states: somebody's picture of another's words."""
+    prompts = [f"number {number} of {number % 7} cubes" for number in range(48)]
+    alone = {prompt: encoders["second"].encode([prompt])[0] for prompt in prompts}
+    cache, interval = PromptCache(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda prompt: cache.states(encoders["second"], [prompt])[0], prompts))
+    finally:
+        sys.setswitchinterval(interval)
+    for prompt, states in zip(prompts, found, strict=True):
+        torch.testing.assert_close(states, alone[prompt])
 
 
 def test_a_prompt_is_read_once(encoders: dict[str, ModelEncoder], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -63,6 +64,7 @@ class LanguageGuard:
         self.settings, self.device = settings, torch.device(device or default_device())
         named = EncoderSettings(name="guard", model=settings.model, revision=settings.revision, layer=-1)
         spec = resolve_encoder(named, str(self.device))
+        self._alone = Lock()
         self.version = f"{settings.kind}-{spec.weights_sha256[:12]}"
         self._model: Any = load_language_model(spec, self.device)
         try:
@@ -80,7 +82,8 @@ class LanguageGuard:
 
     def scores(self, items: Sequence[str]) -> list[float]:
         """Of each prompt. Raises ValueError for an answer that is no verdict."""
-        return [self._score(prompt) for prompt in items]
+        with self._alone:  # a tokenizer serves one thread at a time
+            return [self._score(prompt) for prompt in items]
 
     def _score(self, prompt: str) -> float:
         text = self._ids(prompt, control=False)
