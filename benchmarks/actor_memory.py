@@ -1,10 +1,12 @@
-"""How much memory an encoder actor takes above its model, for small and large units and for long captions.
+"""How much memory an encoder actor takes above its model, for small and large units and for long
+captions.
 
     python -m benchmarks.actor_memory --quick
 
-Each case runs the actor's own code (two units at a time, as on a cluster) in a process of its own: a random LLaMA of
-1,024 channels whose blocks are few, so that states, not arithmetic, are what there is to hold. The peer is what a
-program needs that keeps a unit's states until it writes them. The last line printed is one JSON object.
+Each case runs the actor's own code (two units at a time, as on a cluster) in a process of its own:
+a random LLaMA of 1,024 channels whose blocks are few, so that states, not arithmetic, are what
+there is to hold. The peer is what a program needs that keeps a unit's states until it writes them.
+The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,14 +33,20 @@ from pipelines.corpus.embed import CALLS_PER_ACTOR, TOKENIZED, EncodeJob, Encode
 
 WIDTH, LONGEST = 1024, 4096
 # Captions in a unit, tokens of each.
-CASES = {"small": (64, 64), "medium": (1024, 64), "large": (4096, 64), "long captions": (8, LONGEST)}
+CASES = {
+    "small": (64, 64),
+    "medium": (1024, 64),
+    "large": (4096, 64),
+    "long captions": (8, LONGEST),
+}
 MIB = 1 << 20
 
 
 def make_model(folder: Path) -> None:
     torch.manual_seed(0)
     shape = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3, num_attention_heads=16, vocab_size=4096,
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3, num_attention_heads=16,
+        vocab_size=4096,
         max_position_embeddings=2 * LONGEST,
     )  # fmt: skip
     _write_tokenizer(folder, ["a red cube on a blue sphere"])
@@ -52,7 +60,9 @@ def mebibytes(field: str) -> float:
 
 
 def actor(folder: Path, captions: int, tokens: int) -> None:
-    """Encode as many units as an actor takes at a time; prints the growth above the loaded model in MiB."""
+    """Encode as many units as an actor takes at a time; prints the growth above the loaded model in
+    MiB.
+    """
     torch.set_num_threads(2)
     corpus = folder / f"corpus-{captions}-{tokens}"
     units = CALLS_PER_ACTOR
@@ -65,7 +75,9 @@ def actor(folder: Path, captions: int, tokens: int) -> None:
     flags = [False] * captions
     ids = [[5 + i % 200 for i in range(tokens)]] * captions
     row = {"token_ids": ids, "truncated": flags, "control": flags, "merged": flags}
-    tables = [pa.Table.from_pylist([{"unit": unit, **row}], schema=TOKENIZED) for unit in range(units)]
+    tables = [
+        pa.Table.from_pylist([{"unit": unit, **row}], schema=TOKENIZED) for unit in range(units)
+    ]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = mebibytes("VmRSS")
     with ThreadPoolExecutor(CALLS_PER_ACTOR) as calls:
@@ -75,8 +87,12 @@ def actor(folder: Path, captions: int, tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the same: it takes some three minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the same: it takes some three minutes"
+    )
     parser.add_argument("--actor", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.actor:
@@ -86,12 +102,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         make_model(Path(work) / "model")
         for name, (captions, tokens) in CASES.items():
-            command = [sys.executable, "-m", "benchmarks.actor_memory", "--actor", work, str(captions), str(tokens)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.actor_memory",
+                "--actor",
+                work,
+                str(captions),
+                str(tokens),
+            ]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             growth[name] = round(float(output.split()[-1]), 1)
             states[name] = round(CALLS_PER_ACTOR * captions * tokens * WIDTH * 4 / MIB, 1)
             print(f"{name}: {captions:,} captions of {tokens:,} tokens: +{growth[name]} MiB; "
-                  f"the states of {CALLS_PER_ACTOR} units are {states[name]} MiB", flush=True)  # fmt: skip
+                  f"the states of {CALLS_PER_ACTOR} units are {states[name]} MiB",
+                  flush=True)  # fmt: skip
     result = {
         "benchmark": "actor_memory",
         "peer": "keeping a unit's states until they are written",

@@ -1,14 +1,17 @@
-"""What a stored state takes, and what it loses: coded, int4 and int8 files against rotation + Lloyd-Max.
+"""What a stored state takes, and what it loses: coded, int4 and int8 files against rotation +
+Lloyd-Max.
 
     python -m benchmarks.bits --captions parti=parti.txt compbench=compbench.txt dpg=dpg.txt
 
-Each source of captions (a text file, a caption per line) is held out once: mean, deviation and code come from captions
-of the others, evenly. Rates are of complete unit files, token ids, checksums and row offsets included, per stored
-number. The first source gives the figures of the last line, one JSON object; the others are other domains. The peer is
-what general vector quantizers do: a random rotation, one scale per token, Lloyd-Max levels; its rate is interpolated at
-the error that coded states have.
+Each source of captions (a text file, a caption per line) is held out once: mean, deviation and code
+come from captions of the others, evenly. Rates are of complete unit files, token ids, checksums and
+row offsets included, per stored number. The first source gives the figures of the last line, one
+JSON object; the others are other domains. The peer is
+what general vector quantizers do: a random rotation, one scale per token, Lloyd-Max levels; its
+rate is interpolated at the error that coded states have.
 
-Without --captions two kinds of made-up captions are measured. --keep FOLDER keeps states between runs.
+Without --captions two kinds of made-up captions are measured. --keep FOLDER keeps states between
+runs.
 """
 
 from __future__ import annotations
@@ -63,11 +66,17 @@ class Figures:
 
 def made_up() -> dict[str, list[str]]:
     """Two kinds of captions for a run without files."""
-    nouns, colours = ("cat", "clock", "bicycle", "teapot", "lighthouse"), ("red", "pale blue", "striped", "wooden")
+    nouns, colours = (
+        ("cat", "clock", "bicycle", "teapot", "lighthouse"),
+        ("red", "pale blue", "striped", "wooden"),
+    )
     pairs = list(product(colours, nouns, colours, nouns))
     return {
         "plain": [f"a {c} {n} beside a {d} {m}" for c, n, d, m in pairs],
-        "long": [f"In the rain at dusk a {n}, {c} all over, leans on an old {m}; it is {d}." for c, n, d, m in pairs],
+        "long": [
+            f"In the rain at dusk a {n}, {c} all over, leans on an old {m}; it is {d}."
+            for c, n, d, m in pairs
+        ],
     }
 
 
@@ -92,7 +101,9 @@ def read_source(
     return Source(name, ids, states)
 
 
-def file_bits(source: Source, packed: tuple[torch.Tensor, torch.Tensor | None], storage: str, code: Any) -> float:
+def file_bits(
+    source: Source, packed: tuple[torch.Tensor, torch.Tensor | None], storage: str, code: Any
+) -> float:
     """Bits per number of a complete unit file."""
     width = source.states[0].shape[1]
     table = stored_table(source.token_ids, *packed, storage, width, code)
@@ -102,7 +113,9 @@ def file_bits(source: Source, packed: tuple[torch.Tensor, torch.Tensor | None], 
 
 
 def losses(z: torch.Tensor, back: torch.Tensor) -> dict[str, float]:
-    """Errors in deviations, of all and of the worst token; of the worst token as a share of its own size, too."""
+    """Errors in deviations, of all and of the worst token; of the worst token as a share of its own
+    size, too.
+    """
     off = (back - z).norm(dim=1) / z.norm(dim=1)
     cosine = torch.nn.functional.cosine_similarity(z, back)
     return {
@@ -124,7 +137,9 @@ def lloyd_max(bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rotation(z: torch.Tensor) -> list[tuple[float, float]]:
-    """(bits per number with a 16-bit scale per token, rms error) of a random rotation and Lloyd-Max levels."""
+    """(bits per number with a 16-bit scale per token, rms error) of a random rotation and Lloyd-Max
+    levels.
+    """
     width = z.shape[1]
     turn, _ = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))
     scale = z.square().mean(1, keepdim=True).sqrt()
@@ -154,7 +169,10 @@ def held_out(test: Source, others: Sequence[Source]) -> dict[str, Any]:
     for storage in ("int8", "int4"):
         packed = encode(flat, storage, mean, deviation)
         back = standardise(decode(packed[0], storage, packed[1], mean, deviation), mean, deviation)
-        found[storage] = {"bits": round(file_bits(test, packed, storage, None), 3), **losses(z, back)}
+        found[storage] = {
+            "bits": round(file_bits(test, packed, storage, None), 3),
+            **losses(z, back),
+        }
     turned = rotation(z)
     for error in ERRORS:
         began = time.process_time()
@@ -164,7 +182,9 @@ def held_out(test: Source, others: Sequence[Source]) -> dict[str, Any]:
         lost = losses(z, restore(*packed, code))
         bits = file_bits(test, packed, "coded", code)
         # The peer's rate is without token ids and offsets, so the code's is for this comparison.
-        rows = compiled.encode_rows(packed[0].numpy(), packed[1].numpy(), _lengths(test), _model(code))
+        rows = compiled.encode_rows(
+            packed[0].numpy(), packed[1].numpy(), _lengths(test), _model(code)
+        )
         bare = 8 * sum(map(len, rows)) / z.numel()
         found[f"coded {error}"] = {
             "bits": round(bits, 3),
@@ -207,11 +227,18 @@ def speeds(encoder: PromptEncoder, test: Source, texts: list[str]) -> dict[str, 
 
     rows = coded()  # compiles, too
     found["encode_over_llm"] = len(flat) / _seconds(coded) / found["llm_tokens_per_second"]
-    content, ends = np.frombuffer(b"".join(rows), np.uint8), np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    content, ends = (
+        np.frombuffer(b"".join(rows), np.uint8),
+        np.cumsum([0, *map(len, rows)], dtype=np.int64),
+    )
     compiled.decode_rows(content, ends, tokens, model)
     values = flat.numel() / 1e6
-    found["decode_numpy_millions"] = values / _seconds(lambda: rans.decode_rows(content, ends, tokens, model))
-    found["decode_compiled_millions"] = values / _seconds(lambda: compiled.decode_rows(content, ends, tokens, model))
+    found["decode_numpy_millions"] = values / _seconds(
+        lambda: rans.decode_rows(content, ends, tokens, model)
+    )
+    found["decode_compiled_millions"] = values / _seconds(
+        lambda: compiled.decode_rows(content, ends, tokens, model)
+    )
     return {name: round(value, 1) for name, value in found.items()}
 
 
@@ -227,7 +254,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def measure(llm: str, sources: dict[str, list[str]], count: int, keep: Path | None) -> Figures:
     """Everything about one LLM."""
-    encoder = PromptEncoder.load(resolve_encoder(EncoderSettings(name="bits", model=f"package:{llm}"), "cpu"), "cpu")
+    encoder = PromptEncoder.load(
+        resolve_encoder(EncoderSettings(name="bits", model=f"package:{llm}"), "cpu"), "cpu"
+    )
     read = [read_source(encoder, llm, source, count, keep) for source in sources.items()]
     figures = Figures(encoder.spec.width)
     for test in read:
@@ -242,7 +271,12 @@ def summary(found: dict[str, Figures]) -> dict[str, Any]:
     """The figures that have goals, of the first source; errors over all sources."""
     first = {llm: next(iter(figures.of.values())) for llm, figures in found.items()}
     at = "coded 0.1"
-    rows = [row for figures in found.values() for source in figures.of.values() for row in source.items()]
+    rows = [
+        row
+        for figures in found.values()
+        for source in figures.of.values()
+        for row in source.items()
+    ]
     coded = [row for name, row in rows if name.startswith("coded")]
     return {
         **{f"bits_01_{llm}": source[at]["bits"] for llm, source in first.items()},
@@ -252,7 +286,10 @@ def summary(found: dict[str, Figures]) -> dict[str, Any]:
         "rotation_gap_02": min(source["coded 0.2"]["rotation_gap"] for source in first.values()),
         "int4_bits": {llm: source["int4"]["bits"] for llm, source in first.items()},
         "int4_rms": {llm: source["int4"]["rms"] for llm, source in first.items()},
-        "error_over_asked": [min(row["over_asked"] for row in coded), max(row["over_asked"] for row in coded)],
+        "error_over_asked": [
+            min(row["over_asked"] for row in coded),
+            max(row["over_asked"] for row in coded),
+        ],
         "worst_token_01": max(row["worst_token"] for name, row in rows if name == at),
         "worst_relative_01": max(row["worst_relative"] for name, row in rows if name == at),
         "speeds": {llm: figures.speeds for llm, figures in found.items()},
@@ -260,7 +297,9 @@ def summary(found: dict[str, Figures]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--captions", nargs="+", metavar="NAME=FILE", help="sources, at least two")
     parser.add_argument("--llm", nargs="+", default=["smollm2", "gemma3"], help="packaged LLMs")
     parser.add_argument("--count", type=int, default=600, help="captions of a source")
@@ -270,7 +309,10 @@ def main() -> None:
     sources = made_up()
     if arguments.captions:
         named = (argument.partition("=") for argument in arguments.captions)
-        sources = {name: [line for line in Path(file).read_text().splitlines() if line] for name, _, file in named}
+        sources = {
+            name: [line for line in Path(file).read_text().splitlines() if line]
+            for name, _, file in named
+        }
     torch.set_num_threads(1)
     count = 80 if arguments.quick else arguments.count
     found = {llm: measure(llm, sources, count, arguments.keep) for llm in arguments.llm}

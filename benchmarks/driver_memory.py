@@ -1,10 +1,11 @@
-"""How much memory a job's driver takes for a family, and how long a corpus takes to open, as captions grow.
+"""How much memory a job's driver takes for a family, and how long a corpus takes to open, as
+captions grow.
 
     python -m benchmarks.driver_memory --quick
 
-The driver plans a family, finishes it and reads its records, in a process of its own that has loaded nothing else;
-what is shown is the growth of its peak. The peer is the same with fewer captions. The last line printed is one JSON
-object.
+The driver plans a family, finishes it and reads its records, in a process of its own that has
+loaded nothing else; what is shown is the growth of its peak. The peer is the same with fewer
+captions. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -52,13 +53,24 @@ def driver_memory(work: Path, counts: list[int]) -> dict[str, float]:
         command = [sys.executable, "-m", "benchmarks.driver_memory", "--driver", str(corpus)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found[str(count)] = round(float(output.split()[-1]), 1)
-        print(f"  driver memory, {count:,} captions in {len(sizes)} units: +{found[str(count)]} MiB", flush=True)
+        print(
+            f"  driver memory, {count:,} captions in {len(sizes)} units: +{found[str(count)]} MiB",
+            flush=True,
+        )
     return found
 
 
 def open_large(work: Path, units: int = 250_000) -> float:
-    """Seconds to open a corpus with the unit table of a billion samples and look at its last row."""
-    row = {"source": "shard.tar", "samples": 4096, "captions": 4096, "samples_bytes": 1, "captions_bytes": 1}
+    """Seconds to open a corpus with the unit table of a billion samples and look at
+    its last row.
+    """
+    row = {
+        "source": "shard.tar",
+        "samples": 4096,
+        "captions": 4096,
+        "samples_bytes": 1,
+        "captions_bytes": 1,
+    }
     hashes = {"samples_sha256": "0" * 64, "captions_sha256": "0" * 64}
     rows = [{**row, **hashes, "unit": unit} for unit in range(units)]
     publish_corpus(Folder.at(work / "large"), rows, 6, "/", pa.table({"file": ["x"]}), {}, {})
@@ -68,8 +80,12 @@ def open_large(work: Path, units: int = 250_000) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100 thousand captions at most, not a million")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="100 thousand captions at most, not a million"
+    )
     parser.add_argument("--driver", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.driver:
@@ -82,7 +98,8 @@ def main() -> None:
     print(f"  corpus of 250,000 units opens in {seconds} s")
     largest = memory[str(counts[-1])]
     result = {"benchmark": "driver_memory", "quick": arguments.quick, "cores": os.cpu_count(),
-              "driver_memory_mib": memory, "ratio_largest_over_smallest": round(largest / memory[str(counts[0])], 2),
+              "driver_memory_mib": memory,
+              "ratio_largest_over_smallest": round(largest / memory[str(counts[0])], 2),
               "open_250k_units_seconds": seconds}  # fmt: skip
     print(json.dumps(result))
 

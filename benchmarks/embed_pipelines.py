@@ -1,13 +1,15 @@
-"""Prompt states as public pipelines want them: ours against their own `encode_prompt`, in the same run.
+"""Prompt states as public pipelines want them: ours against their own `encode_prompt`, in the same
+run.
 
-    python benchmarks/embed_pipelines.py fibo  [--quick]      BRIA FIBO's rule: two layers, bare captions
-    python benchmarks/embed_pipelines.py flux2 [--quick]      FLUX.2's rule: three layers, chat template, 512 tokens
+    python benchmarks/embed_pipelines.py fibo  [--quick]      BRIA FIBO's rule: two layers, bare
+    captions python benchmarks/embed_pipelines.py flux2 [--quick]      FLUX.2's rule: three layers,
+    chat template, 512 tokens
 
-Peer "one": one caption per call, as NeMo AutoModel's preprocessing and many scripts do it. Peer "padded": batches,
-padded as the pipeline pads. Both run diffusers' own code on SmolLM2-135M (or --model), with the same ids and the same
-states as ours.
-Bytes: a caption's share of our unit file, and of a `torch.save` of what the pipeline gives for it, both in bfloat16.
-The last line printed is one JSON object.
+Peer "one": one caption per call, as NeMo AutoModel's preprocessing and many scripts do it. Peer
+"padded": batches, padded as the pipeline pads. Both run diffusers' own code on SmolLM2-135M (or
+--model), with the same ids and the same states as ours.
+Bytes: a caption's share of our unit file, and of a `torch.save` of what the pipeline gives for it,
+both in bfloat16. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -67,18 +69,27 @@ def pipeline(rule: str, model: Any, tokenizer: Any) -> Ask:
         )
         texts = [
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": c}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+                [{"role": "user", "content": c}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
             )
             for c in captions
         ]
-        mask = tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt")["attention_mask"]
+        mask = tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt")[
+            "attention_mask"
+        ]
         return states, mask
 
     return flux2
 
 
-def peer(ask: Ask, captions: Sequence[str], batch: int, prefix: int) -> tuple[list[torch.Tensor], int]:
-    """States behind the prefix, and the bytes of a `torch.save` of each caption's row as the pipeline gives it."""
+def peer(
+    ask: Ask, captions: Sequence[str], batch: int, prefix: int
+) -> tuple[list[torch.Tensor], int]:
+    """States behind the prefix, and the bytes of a `torch.save` of each caption's row as the
+    pipeline gives it.
+    """
     found, written = [], 0
     with torch.inference_mode():
         for start in range(0, len(captions), batch):
@@ -93,19 +104,25 @@ def peer(ask: Ask, captions: Sequence[str], batch: int, prefix: int) -> tuple[li
 
 
 def spread(ids: Sequence[Sequence[int]], count: int) -> list[int]:
-    """Rows evenly over all lengths, in their order: a peer that pads nothing costs what its captions' lengths say."""
+    """Rows evenly over all lengths, in their order: a peer that pads nothing costs what its
+    captions' lengths say.
+    """
     by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     return sorted(by_length[(2 * i + 1) * len(ids) // (2 * count)] for i in range(count))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rule", choices=sorted(RULES))
     parser.add_argument("--quick", action="store_true", help="100 captions")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", default="package:smollm2")
     parser.add_argument("--captions", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=16, help="captions in a batch of the padded peer")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="captions in a batch of the padded peer"
+    )
     parser.add_argument("--budget", type=int, default=2048, help="padded tokens in a batch of ours")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=sorted(embed.CLOCKS), default="wall")
@@ -117,24 +134,31 @@ def main() -> None:
     count = 100 if arguments.quick else arguments.captions
     captions, origin = public_prompts(count)
     spec = resolve_encoder(
-        EncoderSettings(name="bench", model=arguments.model, **RULES[arguments.rule]), arguments.device
+        EncoderSettings(name="bench", model=arguments.model, **RULES[arguments.rule]),
+        arguments.device,
     )
     encoder = PromptEncoder.load(spec, arguments.device)
-    full = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=getattr(torch, spec.dtype), use_safetensors=True)
+    full = AutoModelForCausalLM.from_pretrained(
+        spec.folder, dtype=getattr(torch, spec.dtype), use_safetensors=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(spec.folder)
     ask = pipeline(arguments.rule, full.to(arguments.device).eval(), tokenizer)
     ids = [list(row.token_ids) for row in encoder.tokenizer.tokenize(captions)]
     prefix = len(encoder.tokenizer.prefix_ids)
     ours(encoder, ids[:8], arguments.budget)  # warm-up
     peer(ask, captions[:1], 1, prefix)
-    seconds, states = timed(arguments.device, functools.partial(ours, encoder, ids, arguments.budget))
+    seconds, states = timed(
+        arguments.device, functools.partial(ours, encoder, ids, arguments.budget)
+    )
     mine = Rate(seconds, len(ids), sum(map(len, ids)))
     # The peers are slow: a part of the captions, as long as all of them on average, is enough.
     ones, batches = spread(ids, max(8, count // 5)), spread(ids, 2 * arguments.batch)
     rates, errors, written = {}, [], 0
     for name, rows, size in (("one", ones, 1), ("padded", batches, arguments.batch)):
         some, mine_of_them = [captions[row] for row in rows], [states[row] for row in rows]
-        seconds, (found, written) = timed(arguments.device, functools.partial(peer, ask, some, size, prefix))
+        seconds, (found, written) = timed(
+            arguments.device, functools.partial(peer, ask, some, size, prefix)
+        )
         rates[name] = Rate(seconds, len(some))
         errors.append(worst_error(mine_of_them, found))
         assert [len(row) for row in mine_of_them] == [len(row) for row in found]
@@ -143,7 +167,9 @@ def main() -> None:
         "benchmark": "embed_pipelines",
         "rule": arguments.rule,
         "model": arguments.model,
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"cpu, {arguments.threads} threads",
+        "device": torch.cuda.get_device_name()
+        if arguments.device == "cuda"
+        else f"cpu, {arguments.threads} threads",
         "clock": arguments.clock,
         "captions": mine.captions,
         "captions_from": origin,
@@ -151,7 +177,9 @@ def main() -> None:
         "prefix_tokens": prefix,
         "ratio_one": round(rates["one"].per_caption / mine.per_caption, 2),
         "ratio_padded": round(rates["padded"].per_caption / mine.per_caption, 2),
-        "captions_per_second": {n: round(1 / r.per_caption, 2) for n, r in {"ours": mine, **rates}.items()},
+        "captions_per_second": {
+            n: round(1 / r.per_caption, 2) for n, r in {"ours": mine, **rates}.items()
+        },
         "bytes_per_caption": {"ours": round(tokens * (2 * spec.width + 4)), "torch_save": written},
         "relative_error": max(errors),
     }

@@ -1,14 +1,16 @@
-"""Feeding training: this project's corpus against WebDataset tars and one npz per sample, in the same run.
+"""Feeding training: this project's corpus against WebDataset tars and one npz per sample, in the
+same run.
 
     python benchmarks/feed.py [--quick] [--batch 128]
 
-All three hold the same bytes: latents [4, 32, 32] float32 and the bfloat16 states of captions of varying length from
-two LLMs. All end at the same thing: a shuffled, collated batch of torch tensors (latents, noise, timesteps, padded
-states and masks), made by 1 and by 2 workers, from the page cache. A worker is a thread of the feed here and a process
-of torch's DataLoader there. Peers draw their noise and timesteps in the workers too, without a seed per sample, and
-WebDataset shuffles within a buffer, as it is used. The first pass over a corpus also checks every file's sha256; it is
-reported beside the others, which is what `ratio_webdataset` compares (the smaller of the ratios of 1 and 2 workers).
-The last line printed is one JSON object.
+All three hold the same bytes: latents [4, 32, 32] float32 and the bfloat16 states of captions of
+varying length from two LLMs. All end at the same thing: a shuffled, collated batch of torch tensors
+(latents, noise, timesteps, padded states and masks), made by 1 and by 2 workers, from the page
+cache. A worker is a thread of the feed here and a process of torch's DataLoader there. Peers draw
+their noise and timesteps in the workers too, without a seed per sample, and WebDataset shuffles
+within a buffer, as it is used. The first pass over a corpus also checks every file's sha256; it is
+reported beside the others, which is what `ratio_webdataset` compares (the smaller of the ratios of
+1 and 2 workers). The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -64,11 +66,16 @@ def contents(unit: int, samples: int) -> list[Content]:
     """The samples of one unit, the same whenever they are asked for."""
     source, generator = np.random.default_rng(unit), torch.Generator().manual_seed(unit)
     long = source.normal(85, 30, samples)
-    lengths = np.clip(np.where(source.random(samples) < 0.5, source.poisson(9, samples) + 2, long), 1, 256).astype(int)
+    lengths = np.clip(
+        np.where(source.random(samples) < 0.5, source.poisson(9, samples) + 2, long), 1, 256
+    ).astype(int)
     made = []
     for tokens in lengths.tolist():
         states = {
-            name: torch.randn(tokens, width, generator=generator).bfloat16().view(torch.uint16).numpy()
+            name: torch.randn(tokens, width, generator=generator)
+            .bfloat16()
+            .view(torch.uint16)
+            .numpy()
             for name, width in WIDTHS.items()
         }
         made.append({"latents": torch.randn(SHAPE, generator=generator).numpy(), **states})
@@ -80,17 +87,37 @@ def write_corpus(folder: Path, units: int, samples: int) -> None:
     for unit in range(units):
         image = ImageReference("x.tar", "x.png")
         entries = [
-            Sample(f"{unit}-{row}", ((f"caption {unit} {row}", "original"),), image, 256, 256, "256x256")
+            Sample(
+                f"{unit}-{row}",
+                ((f"caption {unit} {row}", "original"),),
+                image,
+                256,
+                256,
+                "256x256",
+            )
             for row in range(samples)
         ]
         rows.append(publish_unit(Folder.at(folder), unit, 5, "x.tar", *unit_tables(entries)))
-    publish_corpus(Folder.at(folder), rows, 5, "/", pa.table({"file": ["x.tar"]}), {}, {"refused": 0, "reasons": {}})
+    publish_corpus(
+        Folder.at(folder),
+        rows,
+        5,
+        "/",
+        pa.table({"file": ["x.tar"]}),
+        {},
+        {"refused": 0, "reasons": {}},
+    )
     for name, width in WIDTHS.items():
-        writer = FamilyWriter.open_or_create(str(folder), "text", name, {"storage": "bfloat16", "name": name})
+        writer = FamilyWriter.open_or_create(
+            str(folder), "text", name, {"storage": "bfloat16", "name": name}
+        )
         one = torch.zeros(1, width, dtype=torch.bfloat16)
         writer.write_shared(shared_table([0], one, [0], one, *channel_statistics([one, one + 1])))
         for unit in range(units):
-            states = [torch.from_numpy(item[name]).view(torch.bfloat16) for item in contents(unit, samples)]
+            states = [
+                torch.from_numpy(item[name]).view(torch.bfloat16)
+                for item in contents(unit, samples)
+            ]
             writer.publish(unit, text_table([[0] * len(s) for s in states], states, "bfloat16"))
         writer.finish()
     writer = FamilyWriter.open_or_create(str(folder), "latents", "codec", {"storage": "float32"})
@@ -121,14 +148,16 @@ def write_npz(folder: Path, units: int, samples: int) -> None:
             np.savez(folder / f"{unit:05d}" / f"{row:05d}.npz", **item)
 
 
-# -- readers ----------------------------------------------------------------------------------------------------------
+# -- readers ---------------------------------------------------------------------------------------
 
 
 def our_feed(folder: Path, batch: int) -> Callable[[int], Feed]:
     """Number of readers -> the feed; all of them share order and files."""
     settings = DataSettings(caption_dropout=0.0)
     feed = open_feed(Corpus.open(folder), settings, batch_size=batch)
-    return lambda readers: Feed(feed.order, feed.assembler, 0, 1, settings.prefetch_batches, readers)
+    return lambda readers: Feed(
+        feed.order, feed.assembler, 0, 1, settings.prefetch_batches, readers
+    )
 
 
 def collate(items: list[Content]) -> dict[str, torch.Tensor]:
@@ -155,7 +184,9 @@ def from_tar(sample: dict[str, Any]) -> Content:
 
 def read_tars(folder: Path, batch: int, workers: int) -> Iterator[tuple[int, int]]:
     shards = sorted(map(str, folder.glob("*.tar")))
-    dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), workersplitter=webdataset.split_by_worker, seed=0)
+    dataset = webdataset.WebDataset(
+        shards, shardshuffle=len(shards), workersplitter=webdataset.split_by_worker, seed=0
+    )
     dataset = dataset.shuffle(1000).map(from_tar).batched(batch, collation_fn=collate)
     yield from counted(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
 
@@ -173,7 +204,9 @@ class NpzFiles(Dataset[Content]):
 
 
 def read_npz(folder: Path, batch: int, workers: int) -> Iterator[tuple[int, int]]:
-    yield from counted(DataLoader(NpzFiles(folder), batch, shuffle=True, num_workers=workers, collate_fn=collate))
+    yield from counted(
+        DataLoader(NpzFiles(folder), batch, shuffle=True, num_workers=workers, collate_fn=collate)
+    )
 
 
 class OurEpochs:
@@ -203,8 +236,12 @@ def rate(batches: Iterator[tuple[int, int]], expected: tuple[int, int]) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 units and 3 rounds, below 5 minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="4 units and 3 rounds, below 5 minutes"
+    )
     parser.add_argument("--batch", type=int, default=128)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -215,7 +252,12 @@ def main() -> None:
             began = time.perf_counter()
             write(work / folder, units, UNIT)
             print(f"{folder} written in {time.perf_counter() - began:.0f} s", flush=True)
-        tokens = sum(len(item[name]) for unit in range(units) for item in contents(unit, UNIT) for name in WIDTHS)
+        tokens = sum(
+            len(item[name])
+            for unit in range(units)
+            for item in contents(unit, UNIT)
+            for name in WIDTHS
+        )
         expected = (units * UNIT, tokens)
         result = compare(work, arguments.batch, rounds, expected)
     print(json.dumps(result))
@@ -236,13 +278,19 @@ def compare(work: Path, batch: int, rounds: int, expected: tuple[int, int]) -> d
         for name, epoch in readers.items():
             for workers in WORKERS:
                 rates[name][workers] = max(rates[name][workers], rate(epoch(workers), expected))
-        shown = ", ".join(f"{name} {' / '.join(f'{r:,.0f}' for r in found.values())}" for name, found in rates.items())
+        shown = ", ".join(
+            f"{name} {' / '.join(f'{r:,.0f}' for r in found.values())}"
+            for name, found in rates.items()
+        )
         print(
-            f"round {number + 1} of {rounds}: samples/s with {' / '.join(map(str, WORKERS))} workers: {shown}",
+            f"round {number + 1} of {rounds}: samples/s with {' / '.join(map(str, WORKERS))} "
+            f"workers: {shown}",
             flush=True,
         )
     ratios = {
-        peer: {workers: round(rates["ours"][workers] / rates[peer][workers], 2) for workers in WORKERS}
+        peer: {
+            workers: round(rates["ours"][workers] / rates[peer][workers], 2) for workers in WORKERS
+        }
         for peer in ("webdataset", "npz")
     }
     return {
@@ -253,9 +301,12 @@ def compare(work: Path, batch: int, rounds: int, expected: tuple[int, int]) -> d
         "ratio_webdataset": min(ratios["webdataset"].values()),
         "ratio_npz": min(ratios["npz"].values()),
         "ratios_by_workers": ratios,
-        "samples_per_second": {n: {w: round(r) for w, r in found.items()} for n, found in rates.items()},
+        "samples_per_second": {
+            n: {w: round(r) for w, r in found.items()} for n, found in rates.items()
+        },
         "megabytes_per_second": {
-            n: {w: round(r * payload / samples / 1e6) for w, r in found.items()} for n, found in rates.items()
+            n: {w: round(r * payload / samples / 1e6) for w, r in found.items()}
+            for n, found in rates.items()
         },
         "first_pass_samples_per_second": round(checked),
     }

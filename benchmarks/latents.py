@@ -2,11 +2,12 @@
 
     python benchmarks/latents.py [--quick] [--gpus 1] [--codec FOLDER]
 
-The same JPEG files in WebDataset tars, the same codec. Peer "plain": one process that decodes with PIL, resizes to one
-square size and encodes image by image. Peer "ready": the codec alone on tensors that are ready, in our batches: the
-rate no pipeline can beat. `codec_busy` is the share of the actor's time inside the codec while the job runs. Without
---codec a random AutoencoderKL is used: 8x, 16 channels, narrow enough for a CPU (on a GPU the width of SD's).
-The last line printed is one JSON object.
+The same JPEG files in WebDataset tars, the same codec. Peer "plain": one process that decodes with
+PIL, resizes to one square size and encodes image by image. Peer "ready": the codec alone on tensors
+that are ready, in our batches: the rate no pipeline can beat. `codec_busy` is the share of the
+actor's time inside the codec while the job runs. Without
+--codec a random AutoencoderKL is used: 8x, 16 channels, narrow enough for a CPU (on a GPU the width
+of SD's). The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,10 +46,17 @@ def write_images(folder: Path, count: int, side: int) -> None:
         with tarfile.open(folder / f"{first // PER_TAR:05d}.tar", "w") as archive:
             for number in range(first, min(first + PER_TAR, count)):
                 height, width = shapes[number % len(shapes)]
-                small = Image.fromarray(source.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+                small = Image.fromarray(
+                    source.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+                )
                 buffer = io.BytesIO()
-                small.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-                for name, content in ((f"{number:06d}.jpg", buffer.getvalue()), (f"{number:06d}.txt", b"an image")):
+                small.resize((width, height), Image.Resampling.BICUBIC).save(
+                    buffer, "JPEG", quality=90
+                )
+                for name, content in (
+                    (f"{number:06d}.jpg", buffer.getvalue()),
+                    (f"{number:06d}.txt", b"an image"),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
@@ -81,8 +89,16 @@ def plain_loop(tars: Path, settings: CodecSettings, device: str, side: int) -> f
                     continue
                 content = archive.extractfile(member)
                 assert content is not None
-                image = Image.open(content).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-                pixels = torch.from_numpy(np.asarray(image).copy()).to(device).permute(2, 0, 1).float() / 127.5 - 1
+                image = (
+                    Image.open(content)
+                    .convert("RGB")
+                    .resize((side, side), Image.Resampling.LANCZOS)
+                )
+                pixels = (
+                    torch.from_numpy(np.asarray(image).copy()).to(device).permute(2, 0, 1).float()
+                    / 127.5
+                    - 1
+                )
                 codec.encode(pixels[None]).mean.cpu()
                 images += 1
     return images / (time.perf_counter() - started)
@@ -101,15 +117,21 @@ def ready_rate(settings: CodecSettings, device: str, side: int, batches: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images; ends within 5 minutes on 2 cores")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer images; ends within 5 minutes on 2 cores"
+    )
     parser.add_argument("--gpus", type=float, default=0)
     parser.add_argument("--codec", help="folder of a diffusers autoencoder")
     parser.add_argument("--images", type=int)
     arguments = parser.parse_args()
     device = "cuda" if arguments.gpus else "cpu"
     side = 256 if arguments.gpus else 128
-    count = arguments.images or {("cpu", True): 256, ("cpu", False): 1024}.get((device, arguments.quick), 8192)
+    count = arguments.images or {("cpu", True): 256, ("cpu", False): 1024}.get(
+        (device, arguments.quick), 8192
+    )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="latents-benchmark-") as name:
         work = Path(name)
@@ -130,7 +152,10 @@ def main() -> None:
         ready = ready_rate(settings, device, side, 16 if arguments.quick else 64)
         print(f"  codec on ready tensors                   {ready:8.1f} images/s")
         ours = summary.images / summary.encode_seconds
-        print(f"  latents, without start-up                {ours:8.1f} images/s, codec busy {summary.codec_busy:.1%}")
+        print(
+            f"  latents, without start-up                {ours:8.1f} images/s, codec busy "
+            f"{summary.codec_busy:.1%}"
+        )
         result: dict[str, Any] = {
             "benchmark": "latents",
             "quick": arguments.quick,

@@ -1,17 +1,19 @@
-"""One training step and one sampling step of LI-DiT against diffusers' PixArtTransformer2DModel, in the same run.
+"""One training step and one sampling step of LI-DiT against diffusers' PixArtTransformer2DModel, in
+the same run.
 
-    python -m benchmarks.model --quick            two CPU cores, some minutes
-    python -m benchmarks.model --device cuda      the 1B shape, bfloat16, both models compiled block by block
+    python -m benchmarks.model --quick            two CPU cores, some minutes python -m
+    benchmarks.model --device cuda      the 1B shape, bfloat16, both models compiled block by block
 
-Both models have the same depth, width, heads, patch size and latents, and see the same number of text tokens: LI-DiT
-refines the states of two LLMs into them (instruction tokens on top), PixArt projects ready states of the same width.
-LI-DiT's step includes its conditioner. A sampling step is one of classifier-free guidance as either library takes it:
-images of as many prompts, and images of one prompt. Steps alternate between the two; every ratio is PixArt's time over
-ours, the median over rounds; on the CPU, processor time is compared, and the allocator keeps what it has: giving memory
+Both models have the same depth, width, heads, patch size and latents, and see the same number of
+text tokens: LI-DiT refines the states of two LLMs into them (instruction tokens on top), PixArt
+projects ready states of the same width. LI-DiT's step includes its conditioner. A sampling step is
+one of classifier-free guidance as either library takes it: images of as many prompts, and images of
+one prompt. Steps alternate between the two; every ratio is PixArt's time over ours, the median over
+rounds; on the CPU, processor time is compared, and the allocator keeps what it has: giving memory
 back to the kernel and asking for it again costs up to a fifth of a step, and chance decides whose.
 
-FLOPs per image: `lidit.models.flops.forward_flops`, x 3 for a training step. MFU = FLOPs / time / the device's dense
-bfloat16 peak. The last line printed is one JSON object.
+FLOPs per image: `lidit.models.flops.forward_flops`, x 3 for a training step. MFU = FLOPs / time /
+the device's dense bfloat16 peak. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ LLMS = ("first", "second")
 
 @dataclass(frozen=True)
 class Shape:
-    """What both models are built from. `caption` and `prefix` are tokens of each of two LLMs `encoder_width` wide."""
+    """What both models are built from. `caption` and `prefix` are tokens of each of two LLMs
+    `encoder_width` wide.
+    """
 
     width: int
     depth: int
@@ -59,15 +63,20 @@ class Shape:
     rounds: int
 
 
-QUICK = Shape(192, 28, 4, 2, 4, 32, 64, 32, 576, batch=8, sampling_batch=4, rounds=9)  # the 1B shape, a sixth as wide
+# the 1B shape, a sixth as wide
+QUICK = Shape(192, 28, 4, 2, 4, 32, 64, 32, 576, batch=8, sampling_batch=4, rounds=9)
 BILLION = Shape(1152, 28, 16, 2, 16, 32, 64, 32, 4096, batch=64, sampling_batch=16, rounds=15)
 
 
 def build_lidit(shape: Shape, device: torch.device, dtype: torch.dtype) -> LIDiT:
     """LI-DiT of `shape` for two LLMs, random on `device`, its gates open."""
-    settings = ModelSettings(width=shape.width, depth=shape.depth, heads=shape.heads, patch_size=shape.patch)
+    settings = ModelSettings(
+        width=shape.width, depth=shape.depth, heads=shape.heads, patch_size=shape.patch
+    )
     with device:
-        model = LIDiT.from_settings(settings, dict.fromkeys(LLMS, shape.encoder_width), shape.channels).to(dtype)
+        model = LIDiT.from_settings(
+            settings, dict.fromkeys(LLMS, shape.encoder_width), shape.channels
+        ).to(dtype)
     open_gates(model)
     return model
 
@@ -82,7 +91,9 @@ def open_gates(model: nn.Module) -> None:
 def lidit_inputs(
     shape: Shape, lengths: torch.Tensor, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Random latents, noise, timesteps and text states. `lengths` [2, B], each LLM's, padded to `tokens`."""
+    """Random latents, noise, timesteps and text states. `lengths` [2, B], each LLM's, padded to
+    `tokens`.
+    """
     batch = lengths.shape[1]
     with device:
         latents = torch.randn(batch, shape.channels, shape.latent, shape.latent, dtype=dtype)
@@ -97,7 +108,9 @@ def lidit_inputs(
 class Bench:
     """Both models, their inputs and their optimizers on one device."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
+    def __init__(
+        self, shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool
+    ) -> None:
         torch.manual_seed(0)
         self.shape, self.device, self.dtype = shape, device, dtype
         self.lidit = build_lidit(shape, device, dtype)
@@ -120,14 +133,23 @@ class Bench:
         self.training, self.sampling = self._inputs(shape.batch), self._inputs(shape.sampling_batch)
         self.sampling["t"].fill_(0.5)  # all images of a sampling step are at the same one
         sampler, text = SamplerSettings(guidance_scale=4), self.sampling["text"]
-        one = {name: TextStates(entry.states[:1], entry.mask[:1], entry.prefix) for name, entry in text.items()}
-        empty = {name: TextStates.collate([entry.states[0, :0]], entry.prefix) for name, entry in text.items()}
+        one = {
+            name: TextStates(entry.states[:1], entry.mask[:1], entry.prefix)
+            for name, entry in text.items()
+        }
+        empty = {
+            name: TextStates.collate([entry.states[0, :0]], entry.prefix)
+            for name, entry in text.items()
+        }
         self.prompts = GuidedPredictor(self.lidit, text, empty, sampler)
-        self.one_prompt = GuidedPredictor(self.lidit, one, empty, sampler, [0] * shape.sampling_batch)
+        self.one_prompt = GuidedPredictor(
+            self.lidit, one, empty, sampler, [0] * shape.sampling_batch
+        )
 
     def _inputs(self, batch: int) -> dict[str, Any]:
         shape = self.shape
-        # Captions differ in length, so both models have to mask; half to all of the tokens are real.
+        # Captions differ in length, so both models have to mask; half to all of the tokens are
+        # real.
         lengths = torch.randint(shape.caption // 2, shape.caption + 1, (2, batch))
         lengths[:, 0] = shape.caption
         inputs = lidit_inputs(shape, lengths, shape.caption, self.device, self.dtype)
@@ -157,19 +179,25 @@ class Bench:
 
     @torch.no_grad()
     def arithmetic(self, which: str) -> int:
-        """FLOPs of one prediction outside attention, as torch counts them in the matrix products of either model."""
+        """FLOPs of one prediction outside attention, as torch counts them in the matrix products of
+        either model.
+        """
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self.predict(which, self.training)
         return counter.get_total_flops()
 
     @torch.no_grad()
     def sample_step(self, which: str, guided: GuidedPredictor) -> None:
-        """One guided prediction. PixArt's pipeline repeats prompts and the empty caption, padded alike, per image."""
+        """One guided prediction. PixArt's pipeline repeats prompts and the empty caption, padded
+        alike, per image.
+        """
         batch = self.sampling
         if which == "lidit":
             guided(batch["latents"], batch["t"])
         else:
-            repeated = {name: torch.cat([batch[name]] * 2) for name in ("latents", "t", "states", "mask")}
+            repeated = {
+                name: torch.cat([batch[name]] * 2) for name in ("latents", "t", "states", "mask")
+            }
             unconditional, conditional = self.predict(which, repeated).float().chunk(2)
             unconditional + 4 * (conditional - unconditional)
 
@@ -177,11 +205,15 @@ class Bench:
         """Forward and backward of the conditioner alone: its part of a training step."""
         batch = self.training
         condition = self.lidit.conditioner(batch["text"], batch["t"])
-        (condition.tokens.float().square().mean() + condition.pooled.float().square().mean()).backward()
+        (
+            condition.tokens.float().square().mean() + condition.pooled.float().square().mean()
+        ).backward()
         self.lidit.zero_grad(set_to_none=True)
 
     def seconds(self, step: Callable[[], None]) -> float:
-        """Wall time on a GPU; on the CPU processor time, which other processes on the machine do not stretch."""
+        """Wall time on a GPU; on the CPU processor time, which other processes on the machine do
+        not stretch.
+        """
         if self.device.type == "cpu":
             began = time.process_time()
             step()
@@ -194,7 +226,9 @@ class Bench:
 
 
 def compare(bench: Bench, step: Callable[[str], None]) -> dict[str, float]:
-    """Alternating rounds of `step`, the order swapped each time; ratio > 1 means LI-DiT is faster."""
+    """Alternating rounds of `step`, the order swapped each time; ratio > 1 means
+    LI-DiT is faster.
+    """
     for which in ("lidit", "pixart"):
         for _ in range(3 if bench.device.type == "cuda" else 1):
             step(which)
@@ -202,7 +236,9 @@ def compare(bench: Bench, step: Callable[[str], None]) -> dict[str, float]:
     for number in range(bench.shape.rounds):
         for which in ("lidit", "pixart") if number % 2 else ("pixart", "lidit"):
             times[which].append(bench.seconds(lambda which=which: step(which)))
-    ratios = sorted(theirs / ours for theirs, ours in zip(times["pixart"], times["lidit"], strict=True))
+    ratios = sorted(
+        theirs / ours for theirs, ours in zip(times["pixart"], times["lidit"], strict=True)
+    )
     return {
         "ratio": statistics.median(ratios),
         "ratio_low": ratios[len(ratios) // 4],
@@ -258,7 +294,9 @@ def run(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool) 
 
 
 def keep_memory() -> None:
-    """glibc: neither maps big blocks one by one nor gives the heap's end back. Elsewhere, nothing."""
+    """glibc: neither maps big blocks one by one nor gives the heap's end back.
+    Elsewhere, nothing.
+    """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max = -1, -4  # malloc.h
         libc.mallopt(trim_threshold, -1)
@@ -270,8 +308,12 @@ def _count(model: nn.Module) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shape on the CPU, ends within five minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small shape on the CPU, ends within five minutes"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="images in a training step")
     parser.add_argument("--eager", action="store_true", help="do not compile on the GPU")
@@ -284,7 +326,9 @@ def main() -> None:
     if arguments.batch:
         shape = Shape(**{**asdict(shape), "batch": arguments.batch})
     dtype = torch.bfloat16 if cuda else torch.float32
-    print(json.dumps(run(shape, torch.device(arguments.device), dtype, cuda and not arguments.eager)))
+    print(
+        json.dumps(run(shape, torch.device(arguments.device), dtype, cuda and not arguments.eager))
+    )
 
 
 if __name__ == "__main__":

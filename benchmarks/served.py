@@ -1,8 +1,10 @@
-"""`lidit serve` over HTTP against the plain pipeline: what the way to a picture and back adds, and the first preview.
+"""`lidit serve` over HTTP against the plain pipeline: what the way to a picture and back adds, and
+the first preview.
 
-Part of `python -m benchmarks.serving`. The platform runs as a person starts it, on a Ray of its own, in processes of
-their own; one client asks for one picture at a time, in turns with the pipeline in this process. Its prompt has been
-read before on both sides, so no LLM is in either time; decoding and the PNG file are in both.
+Part of `python -m benchmarks.serving`. The platform runs as a person starts it, on a Ray of its
+own, in processes of their own; one client asks for one picture at a time, in turns with the
+pipeline in this process. Its prompt has been read before on both sides, so no LLM is in either
+time; decoding and the PNG file are in both.
 """
 
 from __future__ import annotations
@@ -45,18 +47,26 @@ def demo_folder(folder: Path) -> Path:
         fixed = settings.model_copy(update={"dtype": spec.dtype, "storage": spec.storage})
         prefix, empty = encoder.prefix_states()[1], encoder.empty_states()[1]
         mean, deviation = torch.zeros(spec.width), torch.ones(spec.width)
-        encoders.append(ModelEncoder(fixed, spec.to_dict(), spec.fingerprint, prefix, empty, mean, deviation))
+        encoders.append(
+            ModelEncoder(fixed, spec.to_dict(), spec.fingerprint, prefix, empty, mean, deviation)
+        )
     torch.manual_seed(0)
-    model = LIDiT.from_settings(recipe.model, {encoder.name: len(encoder.mean) for encoder in encoders}, 3).eval()
+    model = LIDiT.from_settings(
+        recipe.model, {encoder.name: len(encoder.mean) for encoder in encoders}, 3
+    ).eval()
     side = recipe.ingest.resolution
     sampler = SamplerSettings(steps=25, guidance_scale=2.0)
-    settings = PipelineSettings(ObjectiveSettings(kind="clean"), sampler, CodecSettings(), side, side)
+    settings = PipelineSettings(
+        ObjectiveSettings(kind="clean"), sampler, CodecSettings(), side, side
+    )
     save_pipeline(folder / "demo" / "model", model, encoders, settings, {})
     return folder / "demo" / "model"
 
 
 def measure(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """Milliseconds at the median of each side and of their difference, and the first preview's share of a picture."""
+    """Milliseconds at the median of each side and of their difference, and the first preview's
+    share of a picture.
+    """
     pipeline = LIDiTPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     states = pipeline.encode_prompts([PROMPT])
@@ -88,9 +98,20 @@ def measure(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
 @contextmanager
 def _platform(model: Path, folder: Path) -> Iterator[tuple[str, str]]:
     """The page's address and a key of a running `lidit serve`."""
-    command = [sys.executable, "-m", "jobs.serve", str(model), "--folder", str(folder / "kept"), "--port", "8199"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.serve",
+        str(model),
+        "--folder",
+        str(folder / "kept"),
+        "--port",
+        "8199",
+    ]
     command += ["--set", f"limits.queue_units={QUEUE}", "--set", "limits.steps=1000"]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     try:
         told: dict[str, str] = {}
@@ -115,7 +136,9 @@ def _draw(pipeline: LIDiTPipeline, states: Any) -> bytes:
 
 
 def _refusals(url: str, key: str, count: int) -> list[float]:
-    """Milliseconds until a client is told that the queue is full, which one long request is enough for."""
+    """Milliseconds until a client is told that the queue is full, which one long request is enough
+    for.
+    """
     job = {"prompt": PROMPT, "steps": QUEUE // (2 * 32 * 32) + 1, "n": 1}
     with urllib.request.urlopen(_request(url, key, job, "v1/jobs"), timeout=600) as answer:
         place = json.load(answer)["id"]
@@ -137,7 +160,9 @@ def _refusals(url: str, key: str, count: int) -> list[float]:
     return taken or [float("nan")]
 
 
-def _request(url: str, key: str, body: dict[str, Any], place: str = "v1/images/generations") -> urllib.request.Request:
+def _request(
+    url: str, key: str, body: dict[str, Any], place: str = "v1/images/generations"
+) -> urllib.request.Request:
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
     return urllib.request.Request(f"{url}{place}", json.dumps(body).encode(), headers)
 

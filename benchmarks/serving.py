@@ -1,25 +1,28 @@
-"""The engine against the plain pipeline: requests at once, and requests of unlike steps, in the same run.
+"""The engine against the plain pipeline: requests at once, and requests of unlike steps, in the
+same run.
 
     python -m benchmarks.serving --quick
 
-The demo's model with random weights: 32 pixels, two LLMs' states (random too, of the length of its captions), guidance,
-clean-image prediction. No LLM runs and no picture is decoded on either side.
+The demo's model with random weights: 32 pixels, two LLMs' states (random too, of the length of its
+captions), guidance, clean-image prediction. No LLM runs and no picture is decoded on either side.
 
-- `ratio_concurrent`: eight requests of 25 steps, given to the engine at once, against the pipeline called for one after
-  the other.
-- `ratio_batch`: eight clients, each of whom sends the next request when the last is answered; requests of 8, 16 and 32
-  steps, in an order that chance decided, the same on both sides. The peer batches statically: whatever has arrived, up
-  to eight, is one batch, drawn by one call of the pipeline per number of steps and answered together. `short_p95` says
-  how much longer than alone a request of 8 steps takes at the 95th percentile.
-- `steps_after_cancel`: the most steps, over many cancellations, that were taken for a cancelled request before the one
-  that waited for its place took its first.
-- `overhead_ms`, `first_preview_share`: over HTTP, see `benchmarks/served.py`; `--model` names a trained model's folder,
-  in place of the demo's shape with random weights.
+- `ratio_concurrent`: eight requests of 25 steps, given to the engine at once, against the pipeline
+  called for one after the other.
+- `ratio_batch`: eight clients, each of whom sends the next request when the last is answered;
+  requests of 8, 16 and 32 steps, in an order that chance decided, the same on both sides. The peer
+  batches statically: whatever has arrived, up to eight, is one batch, drawn by one call of the
+  pipeline per number of steps and answered together. `short_p95` says how much longer than alone a
+  request of 8 steps takes at the 95th percentile.
+- `steps_after_cancel`: the most steps, over many cancellations, that were taken for a cancelled
+  request before the one that waited for its place took its first.
+- `overhead_ms`, `first_preview_share`: over HTTP, see `benchmarks/served.py`; `--model` names a
+  trained model's folder, in place of the demo's shape with random weights.
 
-Both sides in turns, one thread of torch; a ratio is the median over rounds of the peer's processor time over ours,
-which other processes on the machine do not stretch and in which nobody's waiting counts. Latencies are wall time. A
-model this small is bound by overhead per pass, not by arithmetic: its gains say nothing about 1024 pixels, where a GPU
-is busy with one image. The last line printed is one JSON object.
+Both sides in turns, one thread of torch; a ratio is the median over rounds of the peer's processor
+time over ours, which other processes on the machine do not stretch and in which nobody's waiting
+counts. Latencies are wall time. A model this small is bound by overhead per pass, not by
+arithmetic: its gains say nothing about 1024 pixels, where a GPU is busy with one image. The last
+line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ def demo_model() -> LIDiTPipeline:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.encoders = {
         name: ModelEncoder(
-            EncoderSettings(name=name, model="none"), {}, name, torch.randn(PREFIX, width), torch.randn(1, width),
+            EncoderSettings(name=name, model="none"), {}, name, torch.randn(PREFIX, width),
+            torch.randn(1, width),
             torch.zeros(width), torch.ones(width),
         )
         for name, width in WIDTHS.items()
@@ -89,21 +93,28 @@ def demo_model() -> LIDiTPipeline:
 
 
 def requests(count: int, steps: tuple[int, ...], seed: int) -> list[Asked]:
-    """As many requests of each number of steps as of the others, in an order of chance; no two of one prompt."""
+    """As many requests of each number of steps as of the others, in an order of chance; no two of
+    one prompt.
+    """
     source, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     order = [steps[number % len(steps)] for number in range(count)]
     source.shuffle(order)
     made = []
     for number, taken in enumerate(order):
         tokens = source.randint(5, 16)
-        states = {name: torch.randn(tokens, width, generator=generator) for name, width in WIDTHS.items()}
+        states = {
+            name: torch.randn(tokens, width, generator=generator) for name, width in WIDTHS.items()
+        }
         made.append(Asked(states, number, taken))
     return made
 
 
 def draw(pipeline: LIDiTPipeline, asked: list[Asked]) -> torch.Tensor:
     """One call of the pipeline for requests of one number of steps."""
-    states = {name: entry.collate([one.states[name] for one in asked]) for name, entry in pipeline.encoders.items()}
+    states = {
+        name: entry.collate([one.states[name] for one in asked])
+        for name, entry in pipeline.encoders.items()
+    }
     drawn: torch.Tensor = pipeline(
         states=states,
         seed=[one.seed for one in asked],
@@ -137,7 +148,8 @@ class StaticBatches:
     def _run(self) -> None:
         while (first := self.waiting.get()) is not None:
             batch = [first]
-            deadline = time.perf_counter() + 0.01  # the wait that batching servers have for stragglers
+            # the wait that batching servers have for stragglers
+            deadline = time.perf_counter() + 0.01
             while len(batch) < CLIENTS:
                 try:
                     more = self.waiting.get(timeout=max(deadline - time.perf_counter(), 0))
@@ -197,9 +209,16 @@ def compare(pipeline: LIDiTPipeline, engine: Engine, rounds: int, mixed: int) ->
     for number in range(rounds):
         same = requests(CLIENTS, (25,), number)
         one_by_one.append(timed(lambda same=same: [draw(pipeline, [one]) for one in same]))
-        at_once.append(timed(lambda same=same: [future.result() for future in [submit(engine, one) for one in same]]))
+        at_once.append(
+            timed(
+                lambda same=same: [
+                    future.result() for future in [submit(engine, one) for one in same]
+                ]
+            )
+        )
         alone += [
-            timed(lambda one=one: draw(pipeline, [one]), time.perf_counter) for one in requests(4, STEPS[:1], number)
+            timed(lambda one=one: draw(pipeline, [one]), time.perf_counter)
+            for one in requests(4, STEPS[:1], number)
         ]
         peer = StaticBatches(pipeline)
         for which, send, found in (
@@ -211,7 +230,8 @@ def compare(pipeline: LIDiTPipeline, engine: Engine, rounds: int, mixed: int) ->
             short[which] += [one.seconds for one in asked if one.steps == STEPS[0]]
         peer.close()
         print(
-            f"round {number + 1} of {rounds}: one by one {one_by_one[-1]:.2f} s, at once {at_once[-1]:.2f} s; "
+            f"round {number + 1} of {rounds}: one by one {one_by_one[-1]:.2f} s, at once "
+            f"{at_once[-1]:.2f} s; "
             f"static batches {static[-1]:.2f} s, engine {loop[-1]:.2f} s",
             flush=True,
         )
@@ -220,7 +240,9 @@ def compare(pipeline: LIDiTPipeline, engine: Engine, rounds: int, mixed: int) ->
         "ratio_concurrent": ratio(one_by_one, at_once),
         "ratio_batch": ratio(static, loop),
         "short_alone_seconds": round(usual, 4),
-        "short_p95_over_alone": {which: round(p95(seconds) / usual, 2) for which, seconds in short.items()},
+        "short_p95_over_alone": {
+            which: round(p95(seconds) / usual, 2) for which, seconds in short.items()
+        },
         "images_per_processor_second": {
             "one_by_one": round(CLIENTS / statistics.median(one_by_one), 2),
             "at_once": round(CLIENTS / statistics.median(at_once), 2),
@@ -231,7 +253,9 @@ def compare(pipeline: LIDiTPipeline, engine: Engine, rounds: int, mixed: int) ->
 
 
 def after_cancel(pipeline: LIDiTPipeline, tries: int) -> dict[str, Any]:
-    """One place for two requests: the first is cancelled in the middle of its steps, and the second moves up."""
+    """One place for two requests: the first is cancelled in the middle of its steps, and the second
+    moves up.
+    """
     wasted, waits = [], []
     with Engine(pipeline, cap_of=lambda size: 2) as engine:
         for number in range(tries):
@@ -239,7 +263,9 @@ def after_cancel(pipeline: LIDiTPipeline, tries: int) -> dict[str, Any]:
             begun, moved = threading.Event(), threading.Event()
             told: dict[str, float] = {}
 
-            def seen(image: int, step: int, latents: torch.Tensor, begun: threading.Event = begun) -> None:
+            def seen(
+                image: int, step: int, latents: torch.Tensor, begun: threading.Event = begun
+            ) -> None:
                 if step == 3:
                     begun.set()
 
@@ -255,8 +281,12 @@ def after_cancel(pipeline: LIDiTPipeline, tries: int) -> dict[str, Any]:
                     moved.set()
 
             changes = SamplerChanges(steps=25)
-            running = engine.submit(Request(first.states, [0], changes, previews=24, on_preview=seen))
-            waiting = engine.submit(Request(second.states, [1], changes, previews=24, on_preview=up))
+            running = engine.submit(
+                Request(first.states, [0], changes, previews=24, on_preview=seen)
+            )
+            waiting = engine.submit(
+                Request(second.states, [1], changes, previews=24, on_preview=up)
+            )
             begun.wait()
             steps, began = engine.counts.steps, time.perf_counter()
             running.cancel()
@@ -264,7 +294,10 @@ def after_cancel(pipeline: LIDiTPipeline, tries: int) -> dict[str, Any]:
             waiting.cancel()
             wasted.append(int(told["steps"]) - steps - 1)  # its own first step is not wasted
             waits.append(1000 * (told["at"] - began))
-    return {"steps_after_cancel": max(wasted), "place_after_cancel_ms": round(statistics.median(waits), 1)}
+    return {
+        "steps_after_cancel": max(wasted),
+        "place_after_cancel_ms": round(statistics.median(waits), 1),
+    }
 
 
 def check(pipeline: LIDiTPipeline, engine: Engine) -> None:
@@ -279,9 +312,13 @@ def ratio(theirs: list[float], ours: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="three rounds, below five minutes")
-    parser.add_argument("--model", type=Path, help="a trained model's folder, for the part over HTTP")
+    parser.add_argument(
+        "--model", type=Path, help="a trained model's folder, for the part over HTTP"
+    )
     parser.add_argument("--part", choices=["all", "engine", "http"], default="all")
     arguments = parser.parse_args()
     rounds, mixed = (3, 48) if arguments.quick else (15, 96)

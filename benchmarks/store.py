@@ -1,12 +1,14 @@
-"""Storing and reading prompt states: this project's shards against the formats other caches use, in the same run.
+"""Storing and reading prompt states: this project's shards against the formats other caches use, in
+the same run.
 
     python -m benchmarks.store --quick
 
-All formats hold the same bfloat16 bits of the same captions of varying length. Peers: npz per sample (PixArt, Kohya),
-WebDataset tars of .npy members, Parquet, safetensors per unit. Reading ends where training starts: every caption's
-states copied into a batch buffer as a torch tensor. `read_over_raw` is reading all tensors of a unit into one buffer
-against reading its file's bytes into the same buffer with readinto(), both from the page cache. The
-last line printed is one JSON object.
+All formats hold the same bfloat16 bits of the same captions of varying length. Peers: npz per
+sample (PixArt, Kohya), WebDataset tars of .npy members, Parquet, safetensors per unit. Reading ends
+where training starts: every caption's states copied into a batch buffer as a torch tensor.
+`read_over_raw` is reading all tensors of a unit into one buffer against reading its file's bytes
+into the same buffer with readinto(), both from the page cache. The last line printed is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -57,9 +59,14 @@ Rows = list[tuple[int, int]]
 
 
 def synthetic(captions: int, seed: int = 0) -> States:
-    """bfloat16 states with the lengths of half short, half long captions and channels of very different scale."""
+    """bfloat16 states with the lengths of half short, half long captions and channels of very
+    different scale.
+    """
     source = np.random.default_rng(seed)
-    short, long = source.poisson(9, captions // 2) + 2, source.normal(85, 30, captions - captions // 2)
+    short, long = (
+        source.poisson(9, captions // 2) + 2,
+        source.normal(85, 30, captions - captions // 2),
+    )
     lengths = np.clip(np.concatenate([short, long]), 1, LONGEST).astype(int)
     source.shuffle(lengths)
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +96,7 @@ class Consumer:
         self.place += 1
 
 
-# -- formats: write(folder, units), sequential(folder), random(folder, rows) -----------------------------------------
+# -- formats: write(folder, units), sequential(folder), random(folder, rows) -----------------------
 
 
 def bits(state: torch.Tensor) -> np.ndarray:
@@ -151,7 +158,10 @@ def read_parquet(folder: Path, consumer: Consumer) -> None:
 
 def write_safetensors(folder: Path, units: list[States]) -> None:
     for unit, states in enumerate(units):
-        save_file({f"{row:05d}": state for row, state in enumerate(states)}, folder / f"{unit:05d}.safetensors")
+        save_file(
+            {f"{row:05d}": state for row, state in enumerate(states)},
+            folder / f"{unit:05d}.safetensors",
+        )
 
 
 def read_safetensors(folder: Path, consumer: Consumer) -> None:
@@ -169,16 +179,21 @@ def random_safetensors(folder: Path, rows: Rows, consumer: Consumer) -> None:
         consumer.take(opened[unit].get_tensor(f"{row:05d}"))
 
 
-# -- ours -------------------------------------------------------------------------------------------------------------
+# -- ours ------------------------------------------------------------------------------------------
 
 
 def make_corpus(folder: Path, captions_per_unit: list[int]) -> Corpus:
     place = Folder.at(folder)
     rows = []
     for unit, count in enumerate(captions_per_unit):
-        samples = [Sample(f"{unit}-{row}", ((f"caption {unit} {row}", "original"),)) for row in range(count)]
+        samples = [
+            Sample(f"{unit}-{row}", ((f"caption {unit} {row}", "original"),))
+            for row in range(count)
+        ]
         rows.append(publish_unit(place, unit, 5, f"{unit}.txt", *unit_tables(samples)))
-    return publish_corpus(place, rows, 5, "/", pa.table({"file": ["x"]}), {}, {"refused": 0, "reasons": {}})
+    return publish_corpus(
+        place, rows, 5, "/", pa.table({"file": ["x"]}), {}, {"refused": 0, "reasons": {}}
+    )
 
 
 def open_writer(corpus: Path, storage: str) -> FamilyWriter:
@@ -219,7 +234,9 @@ def random_ours(family: TextFamily, rows: Rows, consumer: Consumer) -> None:
 
 
 def gather_ours(family: TextFamily, buffer: torch.Tensor) -> None:
-    """Every tensor of a unit copied into one buffer: all bytes are read, and nothing else is measured."""
+    """Every tensor of a unit copied into one buffer: all bytes are read, and nothing else is
+    measured.
+    """
     for unit in range(family.corpus.num_units):
         states = family.read(unit)
         torch.cat(states, out=buffer[: sum(len(s) for s in states)])
@@ -250,10 +267,20 @@ def compare(work: Path, captions: int) -> dict[str, Any]:
     results: dict[str, dict[str, float]] = {}
 
     def report(name: str, folder: Path, **rates: float) -> None:
-        results[name] = {**{k: round(v, 1) for k, v in rates.items()}, "bytes_per_caption": size_of(folder) // captions}
-        print(f"  {name:<22}" + "".join(f"{key} {value:>9,.1f}   " for key, value in results[name].items()), flush=True)
+        results[name] = {
+            **{k: round(v, 1) for k, v in rates.items()},
+            "bytes_per_caption": size_of(folder) // captions,
+        }
+        print(
+            f"  {name:<22}"
+            + "".join(f"{key} {value:>9,.1f}   " for key, value in results[name].items()),
+            flush=True,
+        )
 
-    print(f"{captions} captions, {payload:.0f} MB of bfloat16 states; rates in MB of states per second")
+    print(
+        f"{captions} captions, {payload:.0f} MB of bfloat16 states; rates in MB of states per "
+        "second"
+    )
     for storage in ("bfloat16", "int8"):
         seconds = timed(lambda s=storage: write_ours(corpus, units, s))
         family = Corpus.open(corpus).text_family(storage)
@@ -264,7 +291,8 @@ def compare(work: Path, captions: int) -> dict[str, Any]:
             sequential=payload / best(lambda f=family: read_ours(f, Consumer())),
             streamed=payload / best(lambda f=family: stream_ours(f, Consumer())),
             random=part / best(lambda f=family: random_ours(f, shuffled, Consumer())),
-            verified=payload / timed(lambda f=family: [f.verify_unit(u) for u in range(len(units))]),
+            verified=payload
+            / timed(lambda f=family: [f.verify_unit(u) for u in range(len(units))]),
         )
     peers: list[tuple[str, Any, Any, Any]] = [
         ("npz per sample", write_npz, lambda f, c: read_npz(f, rows, c), read_npz),
@@ -283,8 +311,13 @@ def compare(work: Path, captions: int) -> dict[str, Any]:
     ours = Corpus.open(corpus).text_family("bfloat16")
     paths = [ours.folder.path / file for file in ours.records["file"].to_pylist()]
     # In turns: other work on the machine then slows both alike.
-    buffer = torch.zeros(max(path.stat().st_size for path in paths) // WIDTH // 2 + 1, WIDTH, dtype=torch.bfloat16)
-    turns = [(timed(lambda: read_raw(paths, buffer)), timed(lambda: gather_ours(ours, buffer))) for _ in range(9)]
+    buffer = torch.zeros(
+        max(path.stat().st_size for path in paths) // WIDTH // 2 + 1, WIDTH, dtype=torch.bfloat16
+    )
+    turns = [
+        (timed(lambda: read_raw(paths, buffer)), timed(lambda: gather_ours(ours, buffer)))
+        for _ in range(9)
+    ]
     raw = sum(path.stat().st_size for path in paths) / 1e6 / min(turn[0] for turn in turns)
     gathered = payload / min(turn[1] for turn in turns)
     sequential = results["ours bfloat16"]["sequential"]
@@ -301,18 +334,28 @@ def compare(work: Path, captions: int) -> dict[str, Any]:
             storage: round(padded / results[f"ours {storage}"]["bytes_per_caption"], 2)
             for storage in ("bfloat16", "int8")
         },
-        "read_over_peers": {n: round(sequential / r["sequential"], 2) for n, r in results.items() if "ours" not in n},
+        "read_over_peers": {
+            n: round(sequential / r["sequential"], 2) for n, r in results.items() if "ours" not in n
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer captions; ends within 5 minutes on 2 cores")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer captions; ends within 5 minutes on 2 cores"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="store-benchmark-") as name:
         work = Path(name)
-        result: dict[str, Any] = {"benchmark": "store", "quick": arguments.quick, "cores": os.cpu_count()}
+        result: dict[str, Any] = {
+            "benchmark": "store",
+            "quick": arguments.quick,
+            "cores": os.cpu_count(),
+        }
         result |= compare(work, 4096 if arguments.quick else 16_384)
     print(json.dumps(result))
 

@@ -21,7 +21,7 @@ INTRODUCTION = """# Python API
 Everything here is an attribute of `lidit`: `import lidit` loads no library, and a name's module is imported when the
 name is first used. Only `lidit.train` needs Ray. In shapes, B are samples of a batch, T tokens of a caption, P tokens
 of the instruction and W the width of an LLM; latents and images are [C, H, W]. `make api` writes this page from the
-docstrings; the scripts in [examples](../examples) use all of it."""
+docstrings; the scripts in [examples](../examples) use all of it."""  # noqa: E501
 GROUPS = {
     "Captions to states": ("load_encoder", "EncoderSettings"),
     "The corpus on disk": ("Corpus", "verify_corpus", "export_corpus"),
@@ -33,7 +33,11 @@ GROUPS = {
 # What these give back, described below them; a user never imports it.
 GIVEN = {
     "Captions to states": ("lidit.text:PromptEncoder", "lidit.text:CaptionStates"),
-    "The corpus on disk": ("lidit.store:TextFamily", "lidit.store:SharedStates", "lidit.store:LatentFamily"),
+    "The corpus on disk": (
+        "lidit.store:TextFamily",
+        "lidit.store:SharedStates",
+        "lidit.store:LatentFamily",
+    ),
     "Batches": ("lidit.data.feed:Feed", "lidit.data.assembler:TrainingBatch"),
     "The model": ("lidit.pipeline:LIDiTPipelineOutput",),
 }
@@ -55,7 +59,9 @@ def generate() -> str:
 
 
 def described(title: str, thing: Any) -> Iterator[str]:
-    """Heading, signature and docstring of a function or class, then of the class's public methods."""
+    """Heading, signature and docstring of a function or class, then of the class's
+    public methods.
+    """
     yield f"### `{title}`"
     if hasattr(thing, "model_fields"):
         yield from docstring(thing)
@@ -79,21 +85,31 @@ def described(title: str, thing: Any) -> Iterator[str]:
 
 
 def made_by_users(kind: type) -> bool:
-    """Whether a class is described with its arguments: errors say one line, and others are made by a function."""
+    """Whether a class is described with its arguments: errors say one line, and others are made by
+    a function.
+    """
     return dataclasses.is_dataclass(kind) or kind in (lidit.LIDiT, lidit.FeedDataset)
 
 
 def members(kind: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties that the class or a base class of ours defines, base classes first."""
+    """Public methods and properties that the class or a base class of ours defines, base classes
+    first.
+    """
     found: dict[str, Any] = {}
     for owner in reversed(kind.__mro__):
         if not owner.__module__.startswith("lidit."):
             continue
         for name, member in vars(owner).items():
-            callable_here = inspect.isfunction(member) or isinstance(member, classmethod | staticmethod)
+            callable_here = inspect.isfunction(member) or isinstance(
+                member, classmethod | staticmethod
+            )
             public = not name.startswith("_") or name == "__call__"
             if public and (callable_here or isinstance(member, property | cached_property)):
-                found[name] = member if isinstance(member, property | cached_property) else getattr(kind, name)
+                found[name] = (
+                    member
+                    if isinstance(member, property | cached_property)
+                    else getattr(kind, name)
+                )
     yield from found.items()
 
 
@@ -109,7 +125,11 @@ def signature(title: str, thing: Any) -> str:
         if parameter.kind is keyword and (before is None or before.kind is not keyword):
             texts.append("*")
         texts.append(_parameter(parameter))
-    result = "" if inspect.isclass(thing) or not found.return_annotation else f" -> {_type(found.return_annotation)}"
+    result = (
+        ""
+        if inspect.isclass(thing) or not found.return_annotation
+        else f" -> {_type(found.return_annotation)}"
+    )
     line = f"{title}({', '.join(texts)}){result}"
     if len(line) > LONGEST:
         line = "\n".join([f"{title}(", *(f"    {text}," for text in texts), f"){result}"])
@@ -117,27 +137,40 @@ def signature(title: str, thing: Any) -> str:
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(
+        parameter.kind, ""
+    )
     text = f"{stars}{parameter.name}: {_type(parameter.annotation)}"
     if parameter.default is inspect.Parameter.empty:
         return text
     default = repr(parameter.default)
-    return f"{text} = {'...' if default.startswith('<') else default}"  # an object's repr names its place in memory
+    # an object's repr names its place in memory
+    return f"{text} = {'...' if default.startswith('<') else default}"
 
 
 def _type(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    return (
+        annotation
+        if isinstance(annotation, str)
+        else getattr(annotation, "__name__", str(annotation))
+    )
 
 
 def fields(settings: Any) -> str:
     """The keys of a settings class as a table: type, default, meaning."""
-    types = {name: text for base in reversed(settings.__mro__) for name, text in inspect.get_annotations(base).items()}
+    types = {
+        name: text
+        for base in reversed(settings.__mro__)
+        for name, text in inspect.get_annotations(base).items()
+    }
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in settings.model_fields.items():
         section = hasattr(field.annotation, "model_fields")
         said = vars(field.annotation).get("__doc__") or "" if section else ""
         meaning = field.description or said.partition("\n")[0]
-        rows.append(f"| `{name}` | `{_cell(types[name])}` | {_default(field, section)} | {_cell(meaning)} |")
+        rows.append(
+            f"| `{name}` | `{_cell(types[name])}` | {_default(field, section)} | {_cell(meaning)} |"
+        )
     return "\n".join(rows)
 
 

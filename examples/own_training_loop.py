@@ -2,8 +2,8 @@
 
     python examples/own_training_loop.py corpus --out weights --steps 1000 --patch-size 2
 
-The corpus gives whole batches: latents, noise, timesteps and the captions' states. Batch number n is the same in every
-run, so a loop that saves its step and its weights resumes exactly.
+The corpus gives whole batches: latents, noise, timesteps and the captions' states. Batch number n
+is the same in every run, so a loop that saves its step and its weights resumes exactly.
 """
 
 import argparse
@@ -19,21 +19,29 @@ from lidit.diffusion import build_objective
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", help="folder or URL, with at least one text family and one latents family")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "corpus", help="folder or URL, with at least one text family and one latents family"
+    )
     parser.add_argument("--out", type=Path, default=Path("weights"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--patch-size", type=int, default=2, help="must divide the sides of the latents")
+    parser.add_argument(
+        "--patch-size", type=int, default=2, help="must divide the sides of the latents"
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    # One process reads all of each batch; with torch.distributed, give every process its rank and world_size.
+    # One process reads all of each batch; with torch.distributed, give every process its rank and
+    # world_size.
     corpus, settings = Corpus.open(arguments.corpus), DataSettings(seed=0)
     families = Families.open(corpus, settings)
     feed = open_feed(corpus, settings, batch_size=arguments.batch_size, families=families)
 
-    # The model normalises each LLM's states with the mean and deviation that its family has measured.
+    # The model normalises each LLM's states with the mean and deviation that its family has
+    # measured.
     torch.manual_seed(0)
     shape = ModelSettings(width=64, depth=4, heads=4, patch_size=arguments.patch_size)
     model = LIDiT.from_settings(shape, families.widths, channels=families.latent_shape[0])
@@ -42,7 +50,8 @@ def main() -> None:
         model.conditioner.set_statistics(name, shared.mean, shared.deviation)
     model = model.to(device).train()
 
-    # The objective decides what the model predicts: here a straight line from data to noise (rectified flow).
+    # The objective decides what the model predicts: here a straight line from data to noise
+    # (rectified flow).
     objective = build_objective(ObjectiveSettings(kind="rectified_flow"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for batch in DataLoader(FeedDataset(feed, stop=arguments.steps), batch_size=None):

@@ -13,7 +13,9 @@ from lidit.plots import labelled_grid
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="model folder written by lidit train, or a hub id")
     parser.add_argument("prompt")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0])
@@ -21,9 +23,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("guidance.png"))
     arguments = parser.parse_args()
 
-    pipe = LIDiTPipeline.from_pretrained(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = LIDiTPipeline.from_pretrained(arguments.model).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
 
-    # The LLMs read the prompt once. Their states serve every call below, and the LLMs' memory is free again.
+    # The LLMs read the prompt once. Their states serve every call below, and the LLMs' memory is
+    # free again.
     states = pipe.encode_prompts([arguments.prompt] * len(arguments.seeds))
     pipe.unload_encoders()
 

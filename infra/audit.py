@@ -1,9 +1,10 @@
-"""Check the lock file against the security floors of SECURITY.md; run pip-audit as well where it is installed.
+"""Check the lock file against the security floors of SECURITY.md; run pip-audit as well where it is
+installed.
 
     python infra/audit.py [constraints.txt]
 
-Prints one line per finding; exit code 2 when there is any. The floors are ours and work offline; pip-audit asks the
-public advisory database and needs a network.
+Prints one line per finding; exit code 2 when there is any. The floors are ours and work offline;
+pip-audit asks the public advisory database and needs a network.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from packaging.version import Version
 FLOORS = {
     "ray": (
         "2.55",
-        "CVE-2026-41486 (Parquet extension metadata unpickled), CVE-2026-27482, CVE-2023-48022 (open job API)",
+        "CVE-2026-41486 (Parquet extension metadata unpickled), CVE-2026-27482, CVE-2023-48022 "
+        "(open job API)",
     ),
     "transformers": ("5.5", "CVE-2026-4372 (config.json runs code), CVE-2026-5241, CVE-2026-1839"),
     "mlflow": ("3.11", "CVE-2026-2614, CVE-2026-2651, CVE-2026-2652, CVE-2026-4137"),
@@ -28,7 +30,9 @@ FLOORS = {
 
 
 def locked_versions(text: str) -> tuple[dict[str, Version], list[str]]:
-    """(package -> version, findings) of a constraints file; a line that is not `name==version` is a finding."""
+    """(package -> version, findings) of a constraints file; a line that is not `name==version` is a
+    finding.
+    """
     versions: dict[str, Version] = {}
     findings = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -42,7 +46,9 @@ def locked_versions(text: str) -> tuple[dict[str, Version], list[str]]:
                 raise ValueError
             versions[requirement.name.lower().replace("_", "-")] = Version(pin.version)
         except (InvalidRequirement, ValueError):
-            findings.append(f"line {number}: {line!r} does not pin one version from the index (NAME==VERSION)")
+            findings.append(
+                f"line {number}: {line!r} does not pin one version from the index (NAME==VERSION)"
+            )
     return versions, findings
 
 
@@ -51,23 +57,38 @@ def audit(text: str) -> list[str]:
     versions, findings = locked_versions(text)
     for package, (floor, reason) in FLOORS.items():
         if package not in versions:
-            findings.append(f"{package}: not in the lock file; {floor} or later is needed: {reason}")
+            findings.append(
+                f"{package}: not in the lock file; {floor} or later is needed: {reason}"
+            )
         elif versions[package] < Version(floor):
-            findings.append(f"{package} {versions[package]} is below {floor}: {reason}; raise it and lock anew")
+            findings.append(
+                f"{package} {versions[package]} is below {floor}: {reason}; raise it and lock anew"
+            )
     return findings
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lock", nargs="?", type=Path, default=Path(__file__).parents[1] / "constraints.txt")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "lock", nargs="?", type=Path, default=Path(__file__).parents[1] / "constraints.txt"
+    )
     lock = parser.parse_args().lock
     findings = audit(lock.read_text())
     print(*findings, sep="\n", end="\n" if findings else "")
     code = 2 if findings else 0
     if program := shutil.which("pip-audit"):
-        code = code or (2 if subprocess.run([program, "--no-deps", "-r", str(lock)], check=False).returncode else 0)
+        code = code or (
+            2
+            if subprocess.run([program, "--no-deps", "-r", str(lock)], check=False).returncode
+            else 0
+        )
     else:
-        print("pip-audit is not installed: only the floors were checked (pip install pip-audit)", file=sys.stderr)
+        print(
+            "pip-audit is not installed: only the floors were checked (pip install pip-audit)",
+            file=sys.stderr,
+        )
     if code == 0:
         print(f"{lock.name}: no finding")
     return code

@@ -10,14 +10,20 @@ from jobs.support.start import run
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="Ablation recipe, or the name of a shipped one: ablate-2cores.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: recipe.train.steps=50")] = None,
+    recipe: Annotated[
+        str, typer.Argument(help="Ablation recipe, or the name of a shipped one: ablate-2cores.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: recipe.train.steps=50")
+    ] = None,
 ) -> None:
-    """Train every arm of a grid with every seed on one corpus, judge each on scenes it has never seen, write it up.
+    """Train every arm of a grid with every seed on one corpus, judge each on scenes it has never
+    seen, write it up.
 
-    **Reads** the recipe; makes its own scenes and corpus. **Writes** OUTPUT/NAME: scenes, arms/ARM-seedN/result.json,
-    report/README.md with plots, and an MLflow run with one run per arm below it. The same command again trains only the
-    arms without a result; the report is written anew after each one.
+    **Reads** the recipe; makes its own scenes and corpus. **Writes** OUTPUT/NAME: scenes,
+    arms/ARM-seedN/result.json, report/README.md with plots, and an MLflow run with one run per arm
+    below it. The same command again trains only the arms without a result; the report is written
+    anew after each one.
 
     **Example:** `lidit ablate ablate-2cores`
     """

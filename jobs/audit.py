@@ -13,13 +13,15 @@ from jobs.support.start import run
 def command(
     file: Annotated[Path, typer.Argument(help="audit.jsonl, in the folder of `lidit serve`.")],
     head: Annotated[
-        str | None, typer.Option(help="Hash that an earlier check printed: the log must still hold that line.")
+        str | None,
+        typer.Option(help="Hash that an earlier check printed: the log must still hold that line."),
     ] = None,
 ) -> None:
     """Check that each line of an audit log holds to the one before it, from the first to the last.
 
-    **Reads** FILE. **Writes** nothing. Exit code 1 and the first bad line where the chain is broken. Lines that were
-    cut off at the end are noticed with --head alone: keep the printed hash somewhere else.
+    **Reads** FILE. **Writes** nothing. Exit code 1 and the first bad line where the chain is
+    broken. Lines that were cut off at the end are noticed with --head alone: keep the printed hash
+    somewhere else.
 
     **Example:** `lidit audit serving/audit.jsonl`
     """

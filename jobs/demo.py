@@ -15,14 +15,19 @@ SCENES, SIZE, SEED = 8000, 32, 0
 
 
 def command(
-    folder: Annotated[Path, typer.Option("--folder", "--out", help="All is written here.")] = Path("demo"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
+    folder: Annotated[Path, typer.Option("--folder", "--out", help="All is written here.")] = Path(
+        "demo"
+    ),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: train.steps=200")
+    ] = None,
     count: Annotated[int, typer.Option(min=100, help="Number of scenes.")] = SCENES,
 ) -> None:
-    """Scenes, ingest, embed with two real LLMs, train, sample, evaluate, on an embedded Ray and a local MLflow.
+    """Scenes, ingest, embed with two real LLMs, train, sample, evaluate, on an embedded Ray and a
+    local MLflow.
 
-    **Writes** FOLDER: scenes, corpus, runs/demo (model, pictures, scores) and runs/mlflow.db. The same command again
-    does only what is missing.
+    **Writes** FOLDER: scenes, corpus, runs/demo (model, pictures, scores) and runs/mlflow.db. The
+    same command again does only what is missing.
 
     **Example:** `lidit demo --folder demo`
     """
@@ -40,7 +45,9 @@ def command(
     from pipelines.chain import run_chain
     from pipelines.tracking import open_command
 
-    scenes.command(folder / "scenes", count, SIZE, SEED, recipe.ingest.unit_samples, recipe.evaluate.layout)
+    scenes.command(
+        folder / "scenes", count, SIZE, SEED, recipe.ingest.unit_samples, recipe.evaluate.layout
+    )
     made = run_chain(recipe, showing(recipe.corpus))
     result, scores = made["train"], made["evaluate"]
     print(f"\nmodel      {result.model}")

@@ -42,19 +42,34 @@ class Finding:
 
 
 def command(
-    place: Annotated[list[str] | None, typer.Option(help="An s3:// or other address to try; repeat for more.")] = None,
-    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Start an embedded Ray, as jobs do.")] = True,
-    nccl: Annotated[bool, typer.Option("--nccl", help="Time a sum over all free GPUs of the cluster.")] = False,
+    place: Annotated[
+        list[str] | None, typer.Option(help="An s3:// or other address to try; repeat for more.")
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray/--no-ray", help="Start an embedded Ray, as jobs do.")
+    ] = True,
+    nccl: Annotated[
+        bool, typer.Option("--nccl", help="Time a sum over all free GPUs of the cluster.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list instead of lines.")] = False,
 ) -> None:
-    """Try what jobs need of this machine: Python, libraries, GPUs, Ray, memory, disk, object stores, MLflow, encoders.
+    """Try what jobs need of this machine: Python, libraries, GPUs, Ray, memory, disk, object
+    stores, MLflow, encoders.
 
-    Exit code 1 when anything is bad. **Reads** nothing of yours, but the addresses given. **Writes** nothing; starts
-    Ray for a moment, and with `--nccl` a process on every free GPU.
+    Exit code 1 when anything is bad. **Reads** nothing of yours, but the addresses given.
+    **Writes** nothing; starts Ray for a moment, and with `--nccl` a process on every free GPU.
 
     **Example:** `lidit doctor --place s3://bucket/corpus`
     """
-    checks: list[Callable[[], Finding]] = [python, libraries, gpus, shared_memory, disk, tracker, encoders]
+    checks: list[Callable[[], Finding]] = [
+        python,
+        libraries,
+        gpus,
+        shared_memory,
+        disk,
+        tracker,
+        encoders,
+    ]
     checks += [partial(store, address) for address in place or ()]
     checks += [starting_ray] if ray or nccl else []
     checks += [network] if nccl else []
@@ -89,7 +104,9 @@ def libraries() -> Finding:
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        return Finding("bad", "libraries", f"{', '.join(missing)} not installed", "pip install lidit-pipeline")
+        return Finding(
+            "bad", "libraries", f"{', '.join(missing)} not installed", "pip install lidit-pipeline"
+        )
     return Finding("ok", "libraries", ", ".join(found))
 
 
@@ -98,7 +115,11 @@ def gpus() -> Finding:
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        remedy = "check the driver (nvidia-smi)" if built else "this torch is built for the CPU; jobs run there, slowly"
+        remedy = (
+            "check the driver (nvidia-smi)"
+            if built
+            else "this torch is built for the CPU; jobs run there, slowly"
+        )
         return Finding("note", "gpus", "none", remedy)
     names = [torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count())]
     listed = ", ".join(f"{one.name} with {one.total_memory / 1e9:.0f} GB" for one in names)
@@ -110,7 +131,10 @@ def shared_memory() -> Finding:
     found = f"{free / 1e9:.1f} GB free in /dev/shm"
     if free < LEAST_MEMORY:
         return Finding(
-            "note", "shared memory", found, "Ray goes to the disk instead; docker run --shm-size=8g gives more"
+            "note",
+            "shared memory",
+            found,
+            "Ray goes to the disk instead; docker run --shm-size=8g gives more",
         )
     return Finding("ok", "shared memory", found)
 
@@ -122,7 +146,9 @@ def disk() -> Finding:
     if not os.access(here, os.W_OK):
         return Finding("note", "disk", f"{here} cannot be written", "give jobs paths elsewhere")
     if free < LEAST_DISK:
-        return Finding("note", "disk", found, "states take 8 KB per token at width 4,096: see lidit plan")
+        return Finding(
+            "note", "disk", found, "states take 8 KB per token at width 4,096: see lidit plan"
+        )
     return Finding("ok", "disk", found)
 
 
@@ -132,14 +158,18 @@ def store(address: str) -> Finding:
     try:
         count = len(Folder.at(address).sizes())
     except (InputError, OSError, ImportError) as error:
-        return Finding("bad", "store", one_line(error, 300).removeprefix(f"{address}: "), f"tried {address}")
+        return Finding(
+            "bad", "store", one_line(error, 300).removeprefix(f"{address}: "), f"tried {address}"
+        )
     return Finding("ok", "store", f"{address}: {count} files")
 
 
 def tracker() -> Finding:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
-        return Finding("ok", "mlflow", "no MLFLOW_TRACKING_URI: runs go to mlflow.db in a training's output")
+        return Finding(
+            "ok", "mlflow", "no MLFLOW_TRACKING_URI: runs go to mlflow.db in a training's output"
+        )
     from pipelines.tracking import check_experiment, store_uri
 
     try:
@@ -159,10 +189,18 @@ def _answers(uri: str) -> Finding:
         answer = requests.get(f"{uri.rstrip('/')}/health", timeout=5)
     except requests.RequestException as error:
         return Finding(
-            "bad", "mlflow", f"{uri} does not answer ({type(error).__name__})", "start it, or check the address"
+            "bad",
+            "mlflow",
+            f"{uri} does not answer ({type(error).__name__})",
+            "start it, or check the address",
         )
     if not answer.ok:
-        return Finding("bad", "mlflow", f"{uri} answers {answer.status_code}", "check the address and the login")
+        return Finding(
+            "bad",
+            "mlflow",
+            f"{uri} answers {answer.status_code}",
+            "check the address and the login",
+        )
     return Finding("ok", "mlflow", f"{uri} answers")
 
 
@@ -174,7 +212,9 @@ def encoders() -> Finding:
     here = [name for name, one in settings.items() if at_hand(one.model, one.revision)]
     missing = [name for name in names if name not in here]
     remedy = f"fetched at first use: {', '.join(missing)}" if missing else ""
-    return Finding("ok" if here else "note", "encoders", f"{', '.join(here) or 'none'} at hand", remedy)
+    return Finding(
+        "ok" if here else "note", "encoders", f"{', '.join(here) or 'none'} at hand", remedy
+    )
 
 
 def at_hand(model: str, revision: str | None) -> bool:
@@ -192,7 +232,11 @@ def at_hand(model: str, revision: str | None) -> bool:
 
 
 def starting_ray() -> Finding:
-    kind = "a cluster, which jobs join" if os.environ.get("RAY_ADDRESS") else "a Ray of this machine alone"
+    kind = (
+        "a cluster, which jobs join"
+        if os.environ.get("RAY_ADDRESS")
+        else "a Ray of this machine alone"
+    )
     from pipelines.runtime import resources
 
     try:
@@ -200,7 +244,9 @@ def starting_ray() -> Finding:
         offered = resources.cluster_resources()
     except (InputError, JobError) as error:
         return Finding("bad", "ray", one_line(error, 300))
-    return Finding("ok", "ray", f"{offered.get('CPU', 0):g} CPUs, {offered.get('GPU', 0):g} GPUs: {kind}")
+    return Finding(
+        "ok", "ray", f"{offered.get('CPU', 0):g} CPUs, {offered.get('GPU', 0):g} GPUs: {kind}"
+    )
 
 
 def network() -> Finding:
@@ -209,11 +255,17 @@ def network() -> Finding:
     try:
         probe = probe_network()
     except (InputError, JobError) as error:
-        return Finding("bad", "network", one_line(error, 300), "run it again with NCCL_DEBUG=INFO in the workers")
+        return Finding(
+            "bad",
+            "network",
+            one_line(error, 300),
+            "run it again with NCCL_DEBUG=INFO in the workers",
+        )
     where = "one machine" if probe.nodes == 1 else f"{probe.nodes} machines"
     step = MODEL_1B_BYTES * 2 * (probe.processes - 1) / probe.processes / max(probe.bandwidth, 1.0)
     found = (
-        f"{probe.bandwidth / 1e9:.1f} GB/s, {probe.backend} over {probe.processes} processes of {where}; "
+        f"{probe.bandwidth / 1e9:.1f} GB/s, {probe.backend} over {probe.processes} processes of "
+        f"{where}; "
         f"the gradients of LI-DiT-1B take {step * 1e3:,.0f} ms"
     )
     return network_finding(probe, found)
@@ -227,15 +279,34 @@ def network_finding(probe: NetworkProbe, found: str) -> Finding:
         return Finding("note", "network", found, "one free GPU: nothing was sent")
     if probe.nodes == 1:
         slow = probe.bandwidth < LEAST_IN_MACHINE
-        remedy = "NVLink gives 100 and more: look at nvidia-smi topo -m, and at the size of /dev/shm" if slow else ""
+        remedy = (
+            "NVLink gives 100 and more: look at nvidia-smi topo -m, and at the size of /dev/shm"
+            if slow
+            else ""
+        )
         return Finding("note" if slow else "ok", "network", found, remedy)
     if probe.bandwidth >= LEAST_BETWEEN_MACHINES:
         return Finding("ok", "network", found)
     if not probe.least_adapters:
-        return Finding("bad", "network", found, "pods see no RDMA adapter: see infra/kuberay/rdma and docs/cluster.md")
+        return Finding(
+            "bad",
+            "network",
+            found,
+            "pods see no RDMA adapter: see infra/kuberay/rdma and docs/cluster.md",
+        )
     if 0 <= probe.least_locked < LEAST_LOCKED:
-        return Finding("bad", "network", found, "raise the limit of locked memory (ulimit -l) of the container runtime")
-    return Finding("bad", "network", found, "NCCL_DEBUG=INFO says which adapters NCCL takes; set NCCL_IB_HCA to them")
+        return Finding(
+            "bad",
+            "network",
+            found,
+            "raise the limit of locked memory (ulimit -l) of the container runtime",
+        )
+    return Finding(
+        "bad",
+        "network",
+        found,
+        "NCCL_DEBUG=INFO says which adapters NCCL takes; set NCCL_IB_HCA to them",
+    )
 
 
 if __name__ == "__main__":

@@ -20,25 +20,44 @@ if TYPE_CHECKING:
 
 
 def command(
-    corpus: Annotated[str, typer.Argument(help="Corpus folder written by `lidit ingest`; with --out, captions.")],
-    encoder: Annotated[list[str], typer.Option(help="Encoder file or shipped name; repeat for several LLMs.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Encoder settings: layer=-2")] = None,
-    out: Annotated[Path | None, typer.Option(help="Parquet file for the states of a file of captions.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="The same as a setting without it.")] = None,
+    corpus: Annotated[
+        str, typer.Argument(help="Corpus folder written by `lidit ingest`; with --out, captions.")
+    ],
+    encoder: Annotated[
+        list[str], typer.Option(help="Encoder file or shipped name; repeat for several LLMs.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Encoder settings: layer=-2")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Parquet file for the states of a file of captions.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="The same as a setting without it.")
+    ] = None,
     actors: Annotated[int, typer.Option(min=1, help="Encoder actors.")] = 1,
     cpus: Annotated[float, typer.Option(min=0, help="CPUs of an actor.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of an actor.")] = 0,
-    token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens of one forward pass.")] = 8192,
-    node_label: Annotated[list[str] | None, typer.Option(help="Ray node label to ask for: lidit/pool=large")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is left to compute; do nothing.")] = False,
+    token_budget: Annotated[
+        int, typer.Option(min=1, help="Padded tokens of one forward pass.")
+    ] = 8192,
+    node_label: Annotated[
+        list[str] | None, typer.Option(help="Ray node label to ask for: lidit/pool=large")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is left to compute; do nothing.")
+    ] = False,
 ) -> None:
-    """Compute and store the states of one or several LLMs for every distinct caption, with Ray Data and actor pools.
+    """Compute and store the states of one or several LLMs for every distinct caption, with Ray Data
+    and actor pools.
 
-    **Reads** CORPUS/captions. **Writes** one text family per LLM, CORPUS/text/NAME-FINGERPRINT. The same command again
-    computes only missing units, and loads no model when there are none.
+    **Reads** CORPUS/captions. **Writes** one text family per LLM, CORPUS/text/NAME-FINGERPRINT. The
+    same command again computes only missing units, and loads no model when there are none.
 
-    With --out FILE.parquet CORPUS is captions instead, a text file, CSV, JSONL or Parquet, and no Ray is started:
-    **writes** a row per caption, [tokens, width] each, and FILE.shared.parquet with the instruction's states.
+    With --out FILE.parquet CORPUS is captions instead, a text file, CSV, JSONL or Parquet, and no
+    Ray is started:
+    **writes** a row per caption, [tokens, width] each, and FILE.shared.parquet with the
+    instruction's states.
 
     **Example:** `lidit embed corpus --encoder smollm2 --encoder gemma3`
 
@@ -48,8 +67,12 @@ def command(
     from lidit.config.shipped import load_encoder_settings
 
     labels = node_labels(node_label)
-    chosen = [load_encoder_settings(name, [*(overrides or []), *(setting or [])]) for name in encoder]
-    pool = PoolSettings(actors=actors, cpus=cpus, gpus=gpus, token_budget=token_budget, label_selector=labels)
+    chosen = [
+        load_encoder_settings(name, [*(overrides or []), *(setting or [])]) for name in encoder
+    ]
+    pool = PoolSettings(
+        actors=actors, cpus=cpus, gpus=gpus, token_budget=token_budget, label_selector=labels
+    )
     if out is not None:
         embed_file(corpus, chosen, pool, out)
         return
@@ -64,7 +87,9 @@ def command(
         embed(corpus, settings, pool)
 
 
-def embed_file(captions: str, encoders: Sequence[EncoderSettings], pool: PoolSettings, out: Path) -> None:
+def embed_file(
+    captions: str, encoders: Sequence[EncoderSettings], pool: PoolSettings, out: Path
+) -> None:
     """The states of a file of captions as one Parquet file, in this process."""
     from lidit.config import IngestSettings
     from lidit.sources.ingest import ingest
@@ -76,13 +101,18 @@ def embed_file(captions: str, encoders: Sequence[EncoderSettings], pool: PoolSet
     if out.suffix != ".parquet":
         raise InputError(f"--out {out}: give a file that ends in .parquet")
     if len(encoders) != 1:
-        raise InputError(f"--out {out} is of one LLM, but {len(encoders)} are named; run the command once for each")
+        raise InputError(
+            f"--out {out} is of one LLM, but {len(encoders)} are named; run the command "
+            "once for each"
+        )
     (settings,) = encoders
     with TemporaryDirectory(prefix="lidit-embed-") as folder:
         corpus = f"{folder}/corpus"
         made = ingest([captions], corpus, IngestSettings(captions_only=True))
         with ProgressBar(f"embed {settings.name}", None, "captions") as progress:
-            family = embed_here(corpus, settings, "cuda" if pool.gpus else "cpu", pool.token_budget, progress)
+            family = embed_here(
+                corpus, settings, "cuda" if pool.gpus else "cpu", pool.token_budget, progress
+            )
         rows = export_states(corpus, out, family.directory, ParquetLayout())
         print(f"{out}: {rows} captions, {family.manifest['tokens']} tokens of width {family.width}")
     for reason, count in made.reasons.items():
@@ -101,16 +131,27 @@ def embed(corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
 
 def show(corpus: str, made: EmbedSummary) -> None:
     """What came of one family."""
-    state = f"{made.computed_units} computed in {made.seconds:.0f} s" if made.computed_units else "already there"
+    state = (
+        f"{made.computed_units} computed in {made.seconds:.0f} s"
+        if made.computed_units
+        else "already there"
+    )
     print(
-        f"{corpus}/text/{made.directory}: {made.captions} captions, {made.tokens} tokens, {made.units} units, {state}"
+        f"{corpus}/text/{made.directory}: {made.captions} captions, {made.tokens} tokens, "
+        f"{made.units} units, {state}"
     )
     if made.truncated:
         print(f"  {made.truncated} captions were cut to {made.max_tokens} tokens")
     if made.control:
-        print(f"  {made.control} captions spell control words of the tokenizer; they were read as text")
+        print(
+            f"  {made.control} captions spell control words of the tokenizer; they were read "
+            "as text"
+        )
     if made.merged:
-        print(f"  {made.merged} captions have other tokens together with their instruction; they were read apart")
+        print(
+            f"  {made.merged} captions have other tokens together with their instruction; "
+            "they were read apart"
+        )
     for directory, fields in made.relatives.items():
         print(f"  another family than {directory}: {'; '.join(fields)}")
 

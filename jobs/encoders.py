@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 BYTES = {"compute": 2, "bfloat16": 2, "float32": 4, "int8": 1, "int4": 0.53125, "coded": 0.4}
 
 
-def command(as_json: Annotated[bool, typer.Option("--json", help="As JSON instead.")] = False) -> None:
-    """List the encoders that ship: system, model, layers, width and bytes of a stored token, the weights' licence.
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON instead.")] = False,
+) -> None:
+    """List the encoders that ship: system, model, layers, width and bytes of a stored token, the
+    weights' licence.
 
-    **Reads** the shipped encoder files. **Writes** nothing; loads no model. A model on a hub needs the commit that you
-    reviewed, and any of them can be a folder: `--set revision=...`, `--set model=./folder`.
+    **Reads** the shipped encoder files. **Writes** nothing; loads no model. A model on a hub needs
+    the commit that you reviewed, and any of them can be a folder: `--set revision=...`,
+    `--set model=./folder`.
 
     **Example:** `lidit embed corpus --encoder qwen-image --set model=./Qwen2.5-VL-7B-Instruct`
     """
@@ -36,7 +40,8 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="As JSON instea
         layers = ",".join(map(str, line["layers"]))
         layers = layers if len(layers) <= 24 else f"{len(line['layers'])} of {line['blocks']}"
         print(
-            f"{line['name']:21} {line['width']:7} {line['bytes']:7}  {layers:24} {line['model']:45} {line['licence']}"
+            f"{line['name']:21} {line['width']:7} {line['bytes']:7}  {layers:24} "
+            f"{line['model']:45} {line['licence']}"
         )
     print(f"\nleft out, with the reason when asked for: {', '.join(LEFT_OUT)}")
 
@@ -58,7 +63,9 @@ def row(settings: EncoderSettings) -> dict[str, Any]:
         "join": reading.join if reading.layers else "one",
         "width": width,
         # the token's id, and its scale where eight bits need one
-        "bytes": round(width * BYTES[settings.storage]) + 4 + (4 if settings.storage == "int8" else 0),
+        "bytes": round(width * BYTES[settings.storage])
+        + 4
+        + (4 if settings.storage == "int8" else 0),
         "pooled": settings.pooled,
         "pipeline": settings.condition.pipeline if settings.condition else None,
         "licence": facts.licence,

@@ -1,4 +1,6 @@
-"""The program `lidit`: a Ctrl-C while its modules are still being read ends it as quietly as a later one."""
+"""The program `lidit`: a Ctrl-C while its modules are still being read ends it as quietly as a
+later one.
+"""
 
 from __future__ import annotations
 

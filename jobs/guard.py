@@ -24,14 +24,18 @@ def guard() -> None:
 
 @app.command("train")
 def train(
-    file: Annotated[Path, typer.Argument(help='JSON lines: {"prompt": text, "refuse": true or false}.')],
+    file: Annotated[
+        Path, typer.Argument(help='JSON lines: {"prompt": text, "refuse": true or false}.')
+    ],
     model: Annotated[Path, typer.Option(help="Model folder written by `lidit train`.")],
     out: Annotated[Path, typer.Option(help="File for the guard.")] = Path("guard.safetensors"),
     blocked: Annotated[
-        float, typer.Option(min=0.0001, max=0.5, help="Share of harmless prompts that may be refused.")
+        float,
+        typer.Option(min=0.0001, max=0.5, help="Share of harmless prompts that may be refused."),
     ] = 0.01,
 ) -> None:
-    """Train a linear probe on the LLM states of labelled prompts. A quarter of them is held out to measure on.
+    """Train a linear probe on the LLM states of labelled prompts. A quarter of them is held out to
+    measure on.
 
     **Reads** FILE and the model; loads its LLMs. **Writes** OUT.
 
@@ -44,7 +48,9 @@ def train(
     pipeline = LIDiTPipeline.from_pretrained(model)
     trained = train_probe(labelled, pipeline.encoders, blocked)
     trained.probe.save(out)
-    print(f"{out}: trained on {trained.trained_on} prompts, threshold {trained.probe.threshold:.3f}")
+    print(
+        f"{out}: trained on {trained.trained_on} prompts, threshold {trained.probe.threshold:.3f}"
+    )
     print("on prompts that were held out, with 95 % intervals:")
     print(f"  to be refused and refused:  {trained.refused}")
     print(f"  harmless and refused:       {trained.blocked}")
@@ -56,7 +62,8 @@ def words(
     words: Annotated[Path, typer.Argument(help="List of words, one word or phrase a line.")],
     prompts: Annotated[Path, typer.Argument(help="Prompts to try it on, one a line.")],
 ) -> None:
-    """Try a list of words on prompts: how many it refuses and suspects, and the numbers of their lines.
+    """Try a list of words on prompts: how many it refuses and suspects, and the numbers of their
+    lines.
 
     **Reads** both files. **Writes** nothing.
 
@@ -69,7 +76,9 @@ def words(
     try:
         lines = [line for line in prompts.read_text("utf-8").split("\n") if line.strip()]
     except UnicodeDecodeError:
-        raise InputError(f"{prompts}: is not UTF-8; give a text file with one prompt a line") from None
+        raise InputError(
+            f"{prompts}: is not UTF-8; give a text file with one prompt a line"
+        ) from None
     scores = guard.scores(lines)
     for state, score in (("refused", FOUND), ("suspected", SUSPECTED)):
         numbers = [str(number) for number, found in enumerate(scores, 1) if found == score]

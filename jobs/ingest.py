@@ -17,16 +17,23 @@ if TYPE_CHECKING:
 
 def command(
     source: Annotated[
-        list[str], typer.Argument(help="Folders, files, globs or s3:// addresses; and settings: resolution=512")
+        list[str],
+        typer.Argument(
+            help="Folders, files, globs or s3:// addresses; and settings: resolution=512"
+        ),
     ],
     corpus: Annotated[str, typer.Option("--corpus", "--out", help="Corpus folder; created.")],
-    setting: Annotated[list[str] | None, typer.Option("--set", help="The same as a setting without it.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="The same as a setting without it.")
+    ] = None,
 ) -> None:
-    """Read image-text sources into a corpus: units of samples, their distinct captions, and what was refused and why.
+    """Read image-text sources into a corpus: units of samples, their distinct captions, and what
+    was refused and why.
 
-    **Reads** WebDataset tars and other sources; images stay where they are. **Writes** CORPUS/samples, captions,
-    quarantine and, last, corpus.json. The same command again does only what is missing; for a finished corpus whose
-    sources have moved, with their new place, it notes where they are.
+    **Reads** WebDataset tars and other sources; images stay where they are. **Writes**
+    CORPUS/samples, captions, quarantine and, last, corpus.json. The same command again does only
+    what is missing; for a finished corpus whose sources have moved, with their new place, it notes
+    where they are.
 
     **Example:** `lidit ingest scenes --corpus corpus resolution=32 bucket_multiple=8`
     """
@@ -34,7 +41,9 @@ def command(
     from lidit.config.settings import apply_overrides, validate
 
     sources, words = apart(source)
-    settings = validate(IngestSettings, apply_overrides({}, [*words, *(setting or [])]), "lidit ingest")
+    settings = validate(
+        IngestSettings, apply_overrides({}, [*words, *(setting or [])]), "lidit ingest"
+    )
     if not sources:
         raise InputError("lidit ingest: give a folder, a file or an address to read")
     ingest(sources, corpus, settings)
@@ -57,7 +66,10 @@ def show(corpus: str, made: IngestSummary) -> None:
     state = "already there" if made.skipped else f"made in {made.seconds:.0f} s"
     state += f", sources are in {made.moved_to} now" if made.moved_to is not None else ""
     with_images = "" if made.images is None else f" ({made.images} with images)"
-    print(f"{corpus}: {made.samples} samples{with_images}, {made.captions} captions in {made.units} units, {state}")
+    print(
+        f"{corpus}: {made.samples} samples{with_images}, {made.captions} captions in "
+        f"{made.units} units, {state}"
+    )
     for line in made.told:
         print(f"  {line}")
     if made.joined:
@@ -70,7 +82,10 @@ def show(corpus: str, made: IngestSummary) -> None:
         if any(kind.endswith(SECOND_DOT) for kind in made.ignored):
             print("  a key ends at the first dot of its name: call img.0001.jpg img_0001.jpg")
         if any(" beside " in kind for kind in made.ignored):
-            print("  one kind of file is read of each folder: name the others as sources of their own to read them")
+            print(
+                "  one kind of file is read of each folder: name the others as sources of "
+                "their own to read them"
+            )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ from lidit.serving.shared_keys import Keys, open_keys
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
 File = Annotated[
     str,
-    typer.Option(help="File of keys, in the folder of `lidit serve`, or the address of a Redis: redis://host:6379/0."),
+    typer.Option(
+        help="File of keys, in the folder of `lidit serve`, or the address of a Redis: "
+        "redis://host:6379/0."
+    ),
 ]
 DEFAULT = str(Path("serving") / "keys.sqlite")
 DAY = 86400
@@ -24,7 +27,8 @@ DAY = 86400
 
 @app.callback()
 def keys() -> None:
-    """Give keys to a served model's API, list them, revoke them; a running server sees every change at once.
+    """Give keys to a served model's API, list them, revoke them; a running server sees every change
+    at once.
 
     **Reads** and **Writes** the file of keys. A key's text is printed once and stored nowhere.
 
@@ -35,9 +39,15 @@ def keys() -> None:
 @app.command("add")
 def add(
     name: Annotated[str, typer.Argument(help="Whose key it is; shown in lists.")],
-    scope: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SCOPES)}; repeat for several.")] = None,
-    days: Annotated[float | None, typer.Option(min=0.001, help="Until it expires; never without it.")] = None,
-    quota: Annotated[int | None, typer.Option(min=1, help="Compute units, pixels x steps, per period.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(SCOPES)}; repeat for several.")
+    ] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0.001, help="Until it expires; never without it.")
+    ] = None,
+    quota: Annotated[
+        int | None, typer.Option(min=1, help="Compute units, pixels x steps, per period.")
+    ] = None,
     period: Annotated[float, typer.Option(min=0.001, help="Days of a quota's period.")] = 1.0,
     file: File = DEFAULT,
 ) -> None:
@@ -48,7 +58,9 @@ def add(
     store = _open(file, create=True)
     now = datetime.datetime.now(datetime.UTC).timestamp()
     scopes = scope or ["generate", "moderate", "verify"]
-    text, key = store.add(name, scopes, None if days is None else now + days * DAY, quota, round(period * DAY))
+    text, key = store.add(
+        name, scopes, None if days is None else now + days * DAY, quota, round(period * DAY)
+    )
     print(f"{_line(key, 0)}\n{text}\nThis is the only time that the key is shown.")
 
 
@@ -65,7 +77,8 @@ def list_keys(file: File = DEFAULT) -> None:
 
 @app.command("revoke")
 def revoke(
-    key: Annotated[str, typer.Argument(help="The key's id, as lidit keys list shows it.")], file: File = DEFAULT
+    key: Annotated[str, typer.Argument(help="The key's id, as lidit keys list shows it.")],
+    file: File = DEFAULT,
 ) -> None:
     """Refuse a key from now on.
 
@@ -81,7 +94,9 @@ def _open(file: str, create: bool = False) -> Keys:
     try:
         return open_keys(file, create)
     except KeysUnavailable as error:
-        raise InputError(f"{error}; give the file of keys by --file, or make it with lidit keys add") from None
+        raise InputError(
+            f"{error}; give the file of keys by --file, or make it with lidit keys add"
+        ) from None
 
 
 def _line(key: Key, used: int) -> str:

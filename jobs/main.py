@@ -47,14 +47,15 @@ from jobs import (
 from jobs.support.start import HELP_OPTIONS, QUIET, enter
 
 app = typer.Typer(
-    help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on them, track every run.",
+    help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on them, "
+    "track every run.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings=HELP_OPTIONS,
 )
-# The help shows the commands of a panel together, in this order. Modules of jobs import no library at the top: the
-# help, and whatever is wrong with a command's words, must not wait for torch.
+# The help shows the commands of a panel together, in this order. Modules of jobs import no library
+# at the top: the help, and whatever is wrong with a command's words, must not wait for torch.
 PANELS: dict[str, tuple[tuple[str, ModuleType], ...]] = {
     "Data": (
         ("scenes", scenes),
@@ -107,7 +108,9 @@ app.command("submit", context_settings=submit.OPEN, rich_help_panel=CLUSTER)(sub
 @app.command("help", rich_help_panel=CLUSTER)
 def show_help(
     context: typer.Context,
-    command: Annotated[str | None, typer.Argument(help="A command; all are listed without it.")] = None,
+    command: Annotated[
+        str | None, typer.Argument(help="A command; all are listed without it.")
+    ] = None,
 ) -> None:
     """Show what a command does, reads and writes, as its option --help does.
 
@@ -115,7 +118,11 @@ def show_help(
 
     **Example:** `lidit help train`
     """
-    app([*([command] if command else []), "--help"], prog_name=context.find_root().info_name, standalone_mode=False)
+    app(
+        [*([command] if command else []), "--help"],
+        prog_name=context.find_root().info_name,
+        standalone_mode=False,
+    )
 
 
 def _show_version(wanted: bool) -> None:
@@ -132,7 +139,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version and commit, and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Version and commit, and exit."
+        ),
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress; results, warnings and errors only.")

@@ -12,17 +12,24 @@ from lidit.errors import InputError
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="emoji, fluent-emoji, tuxpaint-stamps or openclipart.")],
+    name: Annotated[
+        str, typer.Argument(help="emoji, fluent-emoji, tuxpaint-stamps or openclipart.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for tars, licences and attribution; created.")],
-    held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the motifs kept out of train/.")] = 0.1,
-    packages: Annotated[Path | None, typer.Option(help="Folder with packages fetched before; filled.")] = None,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the motifs kept out of train/.")
+    ] = 0.1,
+    packages: Annotated[
+        Path | None, typer.Option(help="Folder with packages fetched before; filled.")
+    ] = None,
 ) -> None:
     """Fetch a captioned picture set with npm or apt, check it, and write it as tars in two parts.
 
-    Variants of one motif (skin tones, genders, numbered copies) are all in train/ or all in held_out/. No script of a
-    package is run.
+    Variants of one motif (skin tones, genders, numbered copies) are all in train/ or all in
+    held_out/. No script of a package is run.
 
-    **Writes** OUT/train and OUT/held_out (KEY.png or KEY.webp, KEY.txt, KEY.json), OUT/ATTRIBUTION.md, OUT/licences.
+    **Writes** OUT/train and OUT/held_out (KEY.png or KEY.webp, KEY.txt, KEY.json),
+    OUT/ATTRIBUTION.md, OUT/licences.
 
     **Example:** `lidit pictures emoji --out emoji`
     """

@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 def command(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: plan.gpus=64")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: plan.gpus=64")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of tables.")
+    ] = False,
 ) -> None:
     """Work out memory per GPU, FLOPs, GPU-hours, corpus size, read bandwidth and cost of a recipe.
 
-    **Reads** the recipe and, where they are there already, its corpus and LLMs; what is not there is assumed by the
-    recipe's `plan` section. **Writes** nothing.
+    **Reads** the recipe and, where they are there already, its corpus and LLMs; what is not there
+    is assumed by the recipe's `plan` section. **Writes** nothing.
 
     **Example:** `lidit plan lidit-1b plan.gpus=64 plan.mfu=0.35`
     """
@@ -53,19 +57,31 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
 
     console, setting = Console(), recipe.plan
     gpus = setting.gpus or recipe.engine.workers
-    console.print(f"[bold]{recipe.name}[/bold]: {plan.parameters / 1e6:,.1f} M parameters, {gpus} GPUs")
+    console.print(
+        f"[bold]{recipe.name}[/bold]: {plan.parameters / 1e6:,.1f} M parameters, {gpus} GPUs"
+    )
     channels, height, width = facts.latent
     lengths = ", ".join(f"{name} {facts.caption_tokens[name]:.1f}" for name in facts.encoders)
     console.print(
-        f"{facts.samples:,} samples, {facts.captions:,} captions; tokens per caption: {lengths}; latents {channels} x "
-        f"{height} x {width}; {recipe.train.steps:,} steps of {recipe.train.batch_size}, {plan.epochs:.1f} epochs\n"
+        f"{facts.samples:,} samples, {facts.captions:,} captions; tokens per caption: "
+        f"{lengths}; latents {channels} x "
+        f"{height} x {width}; {recipe.train.steps:,} steps of {recipe.train.batch_size}, "
+        f"{plan.epochs:.1f} epochs\n"
     )
     micro = max(1, recipe.train.batch_size // (gpus * recipe.engine.accumulation))
     saved = ", activation checkpointing" if recipe.model.activation_checkpointing else ""
     table = Table(
-        title=f"Gigabytes per GPU ({recipe.engine.precision}, micro-batch {micro}{saved})", title_justify="left"
+        title=f"Gigabytes per GPU ({recipe.engine.precision}, micro-batch {micro}{saved})",
+        title_justify="left",
     )
-    for column in ("ZeRO stage", "states", "buffers", "activations", "all", f"in {setting.gpu_gigabytes:.0f} GB"):
+    for column in (
+        "ZeRO stage",
+        "states",
+        "buffers",
+        "activations",
+        "all",
+        f"in {setting.gpu_gigabytes:.0f} GB",
+    ):
         table.add_column(column, justify="right")
     for stage, memory in plan.memory.items():
         parts = (memory.states, memory.buffers, memory.activations, memory.total)
@@ -80,18 +96,32 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
     for encoder in recipe.encoders:
         sizes = plan.text_bytes[encoder.name]
         chosen = "bfloat16" if encoder.storage == "compute" else encoder.storage
-        cells = [f"{size / 1e9:,.1f}" + (" (recipe)" if name == chosen else "") for name, size in sizes.items()]
+        cells = [
+            f"{size / 1e9:,.1f}" + (" (recipe)" if name == chosen else "")
+            for name, size in sizes.items()
+        ]
         table.add_row(f"text/{encoder.name}", *cells)
     held = {facts.latent_storage: f"{plan.latent_bytes / 1e9:,.1f}"}
-    table.add_row(f"latents/{recipe.codec.name}", *(held.get(name, "") for name in ("float32", "bfloat16", "uint8")))
+    table.add_row(
+        f"latents/{recipe.codec.name}",
+        *(held.get(name, "") for name in ("float32", "bfloat16", "uint8")),
+    )
     console.print(table)
     _show_states(recipe, plan, console)
 
     embedding = ", ".join(f"{name} {hours:,.1f}" for name, hours in plan.embed_gpu_hours.items())
     bandwidth = plan.read_bytes_per_second_per_node / 1e6
     for label, text in (
-        ("embedding", f"{embedding} GPU-hours at {setting.embed_mfu:.0%} of {setting.peak_tflops:.0f} TFLOP/s"),
-        ("a step", f"{plan.flops_per_step / 1e12:,.3g} TFLOP, {plan.seconds_per_step:.3g} s at {setting.mfu:.0%} MFU"),
+        (
+            "embedding",
+            f"{embedding} GPU-hours at {setting.embed_mfu:.0%} of {setting.peak_tflops:.0f} "
+            "TFLOP/s",
+        ),
+        (
+            "a step",
+            f"{plan.flops_per_step / 1e12:,.3g} TFLOP, {plan.seconds_per_step:.3g} s at "
+            f"{setting.mfu:.0%} MFU",
+        ),
         ("training", f"{plan.train_gpu_hours:,.1f} GPU-hours, {plan.train_days:,.2f} days"),
         (
             "reading",
@@ -103,29 +133,40 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
         console.print(f"  {label:<10} {text}", highlight=False)
     console.print(f"\n  text states: {plan.states.advice}", highlight=False)
     console.print(
-        "\nMFU counts three forward passes a step, without recomputation. Captions are counted at their mean length.",
+        "\nMFU counts three forward passes a step, without recomputation. Captions are counted "
+        "at their mean length.",
         style="dim",
     )
 
 
 def _show_states(recipe: Recipe, plan: Plan, console: Console) -> None:
-    """What the text states cost when they are stored, and when they are computed as training needs them."""
+    """What the text states cost when they are stored, and when they are computed as training needs
+    them.
+    """
     from rich.table import Table
 
     states, setting = plan.states, recipe.plan
-    table = Table(title=f"\nText states, {states.passes:.1f} passes over the captions", title_justify="left")
+    table = Table(
+        title=f"\nText states, {states.passes:.1f} passes over the captions", title_justify="left"
+    )
     for column in ("", "TB", "a month", f"encoding + {setting.months:g} mo.", "GB/s per node"):
         table.add_column(column, justify="right" if column else "left")
     for name, size in states.terabytes.items():
         money = (states.monthly[name], states.totals[name])
         table.add_row(
-            f"store {name}", f"{size:,.3g}", *(f"{m:,.0f}" for m in money), f"{states.gigabytes_per_second[name]:,.3g}"
+            f"store {name}",
+            f"{size:,.3g}",
+            *(f"{m:,.0f}" for m in money),
+            f"{states.gigabytes_per_second[name]:,.3g}",
         )
     rolling = states.roll_terabytes * setting.price_per_terabyte_month
-    table.add_row("roll", f"{states.roll_terabytes:,.3g}", f"{rolling:,.0f}", f"{states.roll_total:,.0f}", "")
+    table.add_row(
+        "roll", f"{states.roll_terabytes:,.3g}", f"{rolling:,.0f}", f"{states.roll_total:,.0f}", ""
+    )
     console.print(table)
     console.print(
-        f"  rolling needs {states.encoders_per_trainer:.2g} encoder GPUs for each training GPU, and online.ahead of at "
+        f"  rolling needs {states.encoders_per_trainer:.2g} encoder GPUs for each training GPU, "
+        "and online.ahead of at "
         f"least {states.ahead}",
         highlight=False,
     )

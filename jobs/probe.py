@@ -11,13 +11,20 @@ from jobs.support.start import run
 
 
 def command(
-    sources: Annotated[list[str], typer.Argument(help="Encoder files or shipped names; or a corpus, for its LLMs.")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Encoder files or shipped names; or a corpus, for its LLMs.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("runs/probe"),
-    style: Annotated[list[str] | None, typer.Option(help="Caption style; repeat for several.")] = None,
-    captions: Annotated[int, typer.Option("--captions", "--count", min=8, help="Captions per style.")] = 320,
+    style: Annotated[
+        list[str] | None, typer.Option(help="Caption style; repeat for several.")
+    ] = None,
+    captions: Annotated[
+        int, typer.Option("--captions", "--count", min=8, help="Captions per style.")
+    ] = 320,
 ) -> None:
-    """Can the colour of a segment be read at its noun, at later tokens, at the last one? Per block, causal and with
-    the mask removed, with and without the instruction; and norms and outlier channels.
+    """Can the colour of a segment be read at its noun, at later tokens, at the last one? Per block,
+    causal and with the mask removed, with and without the instruction; and norms and outlier
+    channels.
 
     **Reads** the LLMs' files. **Writes** OUT/README.md with its plots, and an MLflow run.
 

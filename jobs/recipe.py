@@ -53,24 +53,31 @@ def list_shipped(as_json: AsJson = False) -> None:
 @app.command("show", context_settings=HELP_OPTIONS)
 def show(
     file: File,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: train.steps=200")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a recipe as a command would use it: every setting, defaults included, changes put over it.
+    """Print a recipe as a command would use it: every setting, defaults included, changes put over
+    it.
 
     **Example:** `lidit recipes show demo train.steps=200`
     """
     import yaml
 
     tree = load(file, overrides)[1].model_dump(mode="json")
-    print(json.dumps(tree, indent=1) if as_json else yaml.safe_dump(tree, sort_keys=False, width=100), end="")
+    print(
+        json.dumps(tree, indent=1) if as_json else yaml.safe_dump(tree, sort_keys=False, width=100),
+        end="",
+    )
     if as_json:
         print()
 
 
 @app.command("validate")
 def validate(files: Annotated[list[str], typer.Argument(help="Recipe or encoder files.")]) -> None:
-    """Check files as the commands that take them do. Exit code 2 at the first mistake, which is named.
+    """Check files as the commands that take them do. Exit code 2 at the first mistake, which is
+    named.
 
     **Example:** `lidit recipes validate mine.yaml`
     """
@@ -99,7 +106,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def load_encoder(name: str, overrides: list[str] | None = None) -> EncoderSettings:
-    """An encoder's settings, a file or the name of shipped ones, with overrides as on a command line."""
+    """An encoder's settings, a file or the name of shipped ones, with overrides as on a command
+    line.
+    """
     from lidit.config import shipped
 
     return shipped.load_encoder_settings(name, overrides)
@@ -125,7 +134,11 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
         "encoder": load_encoder,
     }
     is_path = name.endswith((".yaml", ".yml")) or "/" in name
-    encoder = not is_path and not (RECIPES / f"{name}.yaml").is_file() and (ENCODERS / f"{name}.yaml").is_file()
+    encoder = (
+        not is_path
+        and not (RECIPES / f"{name}.yaml").is_file()
+        and (ENCODERS / f"{name}.yaml").is_file()
+    )
     kind = "encoder" if encoder else kind_of(find(name, RECIPES, "recipe or encoder"))
     return kind, loaders[kind](name, overrides)
 

@@ -17,18 +17,26 @@ if TYPE_CHECKING:
 
 def command(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: train.steps=200")
+    ] = None,
     until: Annotated[
-        Literal["ingest", "embed", "latents", "train", "evaluate"], typer.Option(help="Last stage to do.")
+        Literal["ingest", "embed", "latents", "train", "evaluate"],
+        typer.Option(help="Last stage to do."),
     ] = "evaluate",
-    allow_drift: Annotated[bool, typer.Option(help="Continue training although settings or data changed.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is left of each stage; do nothing.")] = False,
+    allow_drift: Annotated[
+        bool, typer.Option(help="Continue training although settings or data changed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is left of each stage; do nothing.")
+    ] = False,
 ) -> None:
-    """Ingest, embed with every encoder of the recipe, latents, train, evaluate: whatever of it is missing.
+    """Ingest, embed with every encoder of the recipe, latents, train, evaluate: whatever of it is
+    missing.
 
-    Encoders run side by side where processors and cards allow. **Reads** the recipe and its sources. **Writes** the
-    corpus and OUTPUT/NAME. The same command after a crash goes on where it stopped; when everything is there it does
-    nothing.
+    Encoders run side by side where processors and cards allow. **Reads** the recipe and its
+    sources. **Writes** the corpus and OUTPUT/NAME. The same command after a crash goes on where it
+    stopped; when everything is there it does nothing.
 
     **Example:** `lidit run recipe.yaml train.steps=1000 --until train`
     """

@@ -15,7 +15,9 @@ from lidit.errors import InputError, plain
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="OUTPUT of trainings, or a folder above it.")] = Path("runs"),
+    folder: Annotated[
+        Path, typer.Argument(help="OUTPUT of trainings, or a folder above it.")
+    ] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list instead of lines.")] = False,
 ) -> None:
     """List the runs below a folder: name, state, step, and the folder.
@@ -35,7 +37,10 @@ def command(
         return
     wide = max(len(one.name) for one in found)
     for one in found:
-        print(f"{one.name:{wide}}  {one.state:8}  step {one.step:,} of {one.steps:,}  {plain(one.folder)}")
+        print(
+            f"{one.name:{wide}}  {one.state:8}  step {one.step:,} of {one.steps:,}  "
+            f"{plain(one.folder)}"
+        )
 
 
 if __name__ == "__main__":

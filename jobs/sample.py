@@ -16,16 +16,26 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image of a prompt.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's own.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: the model's own.")] = None,
-    height: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the training size.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the training size.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps; default: the model's own.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance scale; default: the model's own.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=8, help="Pixels; default: the training size.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=8, help="Pixels; default: the training size.")
+    ] = None,
 ) -> None:
     """Draw images of prompts with a trained model.
 
-    **Reads** a model folder; loads its LLMs. **Writes** OUT/PPP-SSSS.png (prompt number, seed) and OUT/grid.png.
+    **Reads** a model folder; loads its LLMs. **Writes** OUT/PPP-SSSS.png (prompt number, seed) and
+    OUT/grid.png.
 
-    **Example:** `lidit sample runs/demo/model --prompt "a red circle left of a blue square" --out pictures`
+    **Example:** `lidit sample runs/demo/model --prompt "a red circle left of a blue square" --out
+    pictures`
     """
     from lidit.config.fields import check_prompts, check_seeds
     from lidit.plots import labelled_grid

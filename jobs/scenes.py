@@ -18,7 +18,9 @@ def command(
     size: Annotated[int, typer.Option(min=16, help="Image side in pixels.")] = 32,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     per_shard: Annotated[int, typer.Option(min=1, help="Scenes in one tar.")] = 1000,
-    layout: Annotated[str, typer.Option(help="simple (fixed slots, learned in minutes) or free.")] = "simple",
+    layout: Annotated[
+        str, typer.Option(help="simple (fixed slots, learned in minutes) or free.")
+    ] = "simple",
 ) -> None:
     """Render scenes of coloured shapes with captions and GenEval-style records.
 
@@ -27,7 +29,10 @@ def command(
     **Example:** `lidit scenes --out scenes --count 8000 --size 32 --seed 0`
     """
     if re.match(r"[a-z0-9]+:/", str(out)):  # a Path keeps one slash of s3://
-        raise InputError(f"--out {out}: scenes are written into a local folder; copy the tars to the URL afterwards")
+        raise InputError(
+            f"--out {out}: scenes are written into a local folder; copy the tars to the URL "
+            "afterwards"
+        )
     from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
     from pipelines.runtime.progress import ProgressBar
 

@@ -14,10 +14,15 @@ from jobs.support.start import run
 
 
 def command(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, OUTPUT/NAME of `lidit train`.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder, OUTPUT/NAME of `lidit train`.")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of lines.")
+    ] = False,
 ) -> None:
-    """Show a run's state, step, last loss and checkpoint, its MLflow page, and the command that goes on with it.
+    """Show a run's state, step, last loss and checkpoint, its MLflow page, and the command that
+    goes on with it.
 
     **Reads** the run folder and the tracker. **Writes** nothing.
 
@@ -43,7 +48,9 @@ def command(
 
 
 def tracked(run_folder: Path) -> dict[str, Any]:
-    """What the tracker knows: the last (step, loss), the run's id, and where it is shown; None where it is silent."""
+    """What the tracker knows: the last (step, loss), the run's id, and where it is shown; None
+    where it is silent.
+    """
     from pipelines.tracking import RUN_FILE, curves, open_command, store_uri
     from pipelines.tracking.store import sqlite_file
 

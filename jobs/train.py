@@ -14,14 +14,19 @@ if TYPE_CHECKING:
 
 def command(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
-    allow_drift: Annotated[bool, typer.Option(help="Continue although settings or data changed.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: train.steps=200")
+    ] = None,
+    allow_drift: Annotated[
+        bool, typer.Option(help="Continue although settings or data changed.")
+    ] = False,
 ) -> None:
     """Train LI-DiT on the states and latents of a corpus, with Ray Train and DeepSpeed.
 
-    **Reads** the recipe, the corpus it names, its text families and its latents. **Writes** OUTPUT/NAME: checkpoints,
-    sample grids, `model/` (a diffusers-style folder), and an MLflow run. The same command after a crash goes on from
-    the last checkpoint; after the last step it does nothing.
+    **Reads** the recipe, the corpus it names, its text families and its latents. **Writes**
+    OUTPUT/NAME: checkpoints, sample grids, `model/` (a diffusers-style folder), and an MLflow run.
+    The same command after a crash goes on from the last checkpoint; after the last step it does
+    nothing.
 
     **Example:** `lidit train demo train.steps=200 engine.workers=1`
     """
@@ -35,7 +40,10 @@ def command(
 
 def show(result: TrainResult) -> None:
     """What came of a training."""
-    print(f"{result.model}: {'trained to' if result.trained else 'already trained to'} step {result.step}")
+    print(
+        f"{result.model}: {'trained to' if result.trained else 'already trained to'} step "
+        f"{result.step}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,14 +10,22 @@ from jobs.support.start import run
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="Codec recipe file, or the name of a shipped one: codec-small.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: train.steps=200")] = None,
-    allow_drift: Annotated[bool, typer.Option(help="Continue although settings or data changed.")] = False,
+    recipe: Annotated[
+        str, typer.Argument(help="Codec recipe file, or the name of a shipped one: codec-small.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: train.steps=200")
+    ] = None,
+    allow_drift: Annotated[
+        bool, typer.Option(help="Continue although settings or data changed.")
+    ] = False,
 ) -> None:
-    """Train an AutoencoderKL on a corpus's images, with Ray Train and DeepSpeed as `lidit train` does.
+    """Train an AutoencoderKL on a corpus's images, with Ray Train and DeepSpeed as `lidit train`
+    does.
 
-    **Reads** the recipe and the images of the corpus it names. **Writes** OUTPUT/NAME: checkpoints, reconstruction
-    grids, `model/` (a diffusers folder with the measured scaling factor, for `lidit latents --codec`), an MLflow run.
+    **Reads** the recipe and the images of the corpus it names. **Writes** OUTPUT/NAME: checkpoints,
+    reconstruction grids, `model/` (a diffusers folder with the measured scaling factor, for
+    `lidit latents --codec`), an MLflow run.
 
     **Example:** `lidit train-codec codec-small corpus=corpus`
     """
@@ -27,7 +35,10 @@ def command(
     from pipelines.training.train_codec import train_codec
 
     result = train_codec(checked, allow_drift)
-    print(f"{result.model}: {'trained to' if result.trained else 'already trained to'} step {result.step}")
+    print(
+        f"{result.model}: {'trained to' if result.trained else 'already trained to'} step "
+        f"{result.step}"
+    )
     print(f"use it     lidit latents {checked.corpus} --codec {result.model} --name {checked.name}")
 
 

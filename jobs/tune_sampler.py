@@ -13,20 +13,28 @@ from jobs.support.start import run
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Model folder written by `lidit train` or `lidit distill`.")],
+    model: Annotated[
+        Path, typer.Argument(help="Model folder written by `lidit train` or `lidit distill`.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change: evaluations=50000 steps=[4,8,25]")
+        list[str] | None,
+        typer.Argument(help="Settings to change: evaluations=50000 steps=[4,8,25]"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: beside the model.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: beside the model.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of a table.")
+    ] = False,
 ) -> None:
-    """Find steps, scheduler, guidance scale and guidance interval by the scene benchmark's strict score, on a budget.
+    """Find steps, scheduler, guidance scale and guidance interval by the scene benchmark's strict
+    score, on a budget.
 
-    Candidates draw the same prompts from the same seeds, round by round; whichever another one beats surely, for no
-    more evaluations, leaves. The prompts are not those of `lidit evaluate`.
+    Candidates draw the same prompts from the same seeds, round by round; whichever another one
+    beats surely, for no more evaluations, leaves. The prompts are not those of `lidit evaluate`.
 
-    **Reads** a model folder; loads its LLMs. **Writes** tune-sampler.md, tune-sampler.json and tune-sampler.png,
-    evaluations against score with 95 % intervals, and an MLflow run.
+    **Reads** a model folder; loads its LLMs. **Writes** tune-sampler.md, tune-sampler.json and
+    tune-sampler.png, evaluations against score with 95 % intervals, and an MLflow run.
 
     **Example:** `lidit tune-sampler runs/demo/model evaluations=100000`
     """
@@ -37,19 +45,30 @@ def command(
     from pipelines.evaluation.models import tracking_of
     from pipelines.evaluation.tune import PLOT, tune_sampler
 
-    found = tune_sampler(model, settings, tracking_of(model), out or model.resolve().parent / "tuning")
+    found = tune_sampler(
+        model, settings, tracking_of(model), out or model.resolve().parent / "tuning"
+    )
     if as_json:
-        print(json.dumps(asdict(found) | {"sampler": found.sampler.model_dump(mode="json")}, indent=1, default=str))
+        print(
+            json.dumps(
+                asdict(found) | {"sampler": found.sampler.model_dump(mode="json")},
+                indent=1,
+                default=str,
+            )
+        )
         return
     sampler = found.sampler
     print(found.table)
     print(
-        f"{found.folder / PLOT}: {'written' if found.computed else 'already there, for this model and these settings'}"
+        f"{found.folder / PLOT}: "
+        f"{'written' if found.computed else 'already there, for this model and these settings'}"
     )
     low, high = sampler.guidance_interval
     print(
-        f"check      lidit evaluate {model} sampler.steps={sampler.steps} sampler.scheduler={sampler.scheduler} "
-        f"sampler.guidance_scale={sampler.guidance_scale:g} 'sampler.guidance_interval=[{low:g}, {high:g}]'"
+        f"check      lidit evaluate {model} sampler.steps={sampler.steps} "
+        f"sampler.scheduler={sampler.scheduler} "
+        f"sampler.guidance_scale={sampler.guidance_scale:g} "
+        f"'sampler.guidance_interval=[{low:g}, {high:g}]'"
     )
 
 

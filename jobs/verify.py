@@ -18,36 +18,61 @@ if TYPE_CHECKING:
 
 
 def command(
-    corpus: Annotated[str, typer.Argument(help="Corpus folder or s3:// address; or a model folder.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Every value too: finite, aligned, captions' digests.")] = False,
-    sources: Annotated[bool, typer.Option("--sources", help="Source files too; reads all their pictures.")] = False,
-    encode: Annotated[int, typer.Option(min=0, help="Rows of each text family to compute again; loads the LLMs.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+    corpus: Annotated[
+        str, typer.Argument(help="Corpus folder or s3:// address; or a model folder.")
+    ],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Every value too: finite, aligned, captions' digests.")
+    ] = False,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Source files too; reads all their pictures.")
+    ] = False,
+    encode: Annotated[
+        int, typer.Option(min=0, help="Rows of each text family to compute again; loads the LLMs.")
+    ] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of lines.")
+    ] = False,
 ) -> None:
-    """Check every file of a corpus against what was recorded when it was written: size, sha256, rows, Arrow structure.
+    """Check every file of a corpus against what was recorded when it was written: size, sha256,
+    rows, Arrow structure.
     Of a model folder: size and sha256 of every weight and settings file, and that it loads.
 
-    **Reads** everything in CORPUS, with --sources what it was ingested from, too. **Writes** nothing. Exit code 1 when
-    anything is wrong, with a line for each problem that says what to do; unfinished families are no problem.
+    **Reads** everything in CORPUS, with --sources what it was ingested from, too. **Writes**
+    nothing. Exit code 1 when anything is wrong, with a line for each problem that says what to do;
+    unfinished families are no problem.
 
     **Example:** `lidit verify corpus --deep`
     """
     if (Path(corpus) / "model_index.json").is_file():
         found = check_model_folder(Path(corpus))
-        print(json.dumps({"sound": True, "checked": found}) if as_json else f"{corpus}: sound, {found}")
+        print(
+            json.dumps({"sound": True, "checked": found})
+            if as_json
+            else f"{corpus}: sound, {found}"
+        )
         return
     report = check(corpus, deep, encode)
     changed, compared = changed_sources(corpus) if sources and report.sound else ([], 0)
     if as_json:
-        print(json.dumps({"sound": report.sound and not changed, **asdict(report), "sources": changed}, indent=1))
+        print(
+            json.dumps(
+                {"sound": report.sound and not changed, **asdict(report), "sources": changed},
+                indent=1,
+            )
+        )
     for line in () if as_json else (*report.notes, *report.problems, *changed):
         print(line)
     if not report.sound:
         count = len(report.problems)
-        raise JobError(f"{corpus}: {count} problem{'s'[: count != 1]} in {report.files} files; lidit repair {corpus}")
+        raise JobError(
+            f"{corpus}: {count} problem{'s'[: count != 1]} in {report.files} files; lidit "
+            f"repair {corpus}"
+        )
     if changed:
         raise JobError(
-            f"{corpus}: {len(changed)} of {compared} source files are not what was ingested; put the old files back "
+            f"{corpus}: {len(changed)} of {compared} source files are not what was ingested; "
+            "put the old files back "
             "before lidit latents reads them, or ingest anew"
         )
     if not as_json:
@@ -56,7 +81,9 @@ def command(
 
 
 def check_model_folder(folder: Path) -> str:
-    """What was checked of a model folder. JobError where a file is not the one that was saved, or does not load."""
+    """What was checked of a model folder. JobError where a file is not the one that was saved, or
+    does not load.
+    """
     import diffusers
 
     from lidit.pipeline import LIDiTPipeline
@@ -68,7 +95,9 @@ def check_model_folder(folder: Path) -> str:
         LIDiTPipeline.from_pretrained(folder, check_files=False)
     except InputError as error:
         raise JobError(str(error)) from None
-    return f"{checked} files" if checked else "it loads; an earlier release saved it without checksums"
+    return (
+        f"{checked} files" if checked else "it loads; an earlier release saved it without checksums"
+    )
 
 
 def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
@@ -94,7 +123,9 @@ def check(corpus: str, deep: bool, encode: int = 0) -> VerifyReport:
 
 
 def changed_sources(corpus: str) -> tuple[list[str], int]:
-    """Which of the files that the corpus was ingested from are others now, a line each, and how many were compared."""
+    """Which of the files that the corpus was ingested from are others now, a line each, and how
+    many were compared.
+    """
     from lidit.sources.changes import compare_sources
     from lidit.store import Corpus
     from pipelines.runtime.progress import ProgressBar

@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 def command(
     file: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP.")],
-    log: Annotated[Path | None, typer.Option(help="issued.sqlite, in the folder of `lidit serve`.")] = None,
-    watermark: Annotated[Path | None, typer.Option(help="watermark.key, in the folder of `lidit serve`.")] = None,
-    roots: Annotated[Path | None, typer.Option(help="PEM of the root under which pictures are signed here.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="issued.sqlite, in the folder of `lidit serve`.")
+    ] = None,
+    watermark: Annotated[
+        Path | None, typer.Option(help="watermark.key, in the folder of `lidit serve`.")
+    ] = None,
+    roots: Annotated[
+        Path | None, typer.Option(help="PEM of the root under which pictures are signed here.")
+    ] = None,
 ) -> None:
-    """Ask a picture's signed manifest, its watermark and the log of issued pictures where it comes from.
+    """Ask a picture's signed manifest, its watermark and the log of issued pictures where it comes
+    from.
 
-    **Reads** FILE and what the options name. **Writes** nothing. The first word is "made here" (these very bytes),
-    "altered" (it comes from a picture made here, or a signature does not fit it) or "unknown", which proves nothing:
-    marks can be removed. Exit code 0 for "made here", else 1.
+    **Reads** FILE and what the options name. **Writes** nothing. The first word is "made here"
+    (these very bytes), "altered" (it comes from a picture made here, or a signature does not fit
+    it) or "unknown", which proves nothing: marks can be removed. Exit code 0 for "made here", else
+    1.
 
     **Example:** `lidit verify-image picture.png --log serving/issued.sqlite`
     """
@@ -62,12 +70,18 @@ def describe(found: PictureFinding, logged: bool, marked: bool) -> list[str]:
     }
     lines = [f"manifest   {detail[manifest.state]}"]
     if marked:
-        lines.append(f"watermark  {'none' if found.watermark is None else f'{found.watermark:08x}'}")
+        lines.append(
+            f"watermark  {'none' if found.watermark is None else f'{found.watermark:08x}'}"
+        )
     if logged and found.issued is None:
         lines.append("log        none of its pictures")
     elif found.issued is not None:
         issued = found.issued
-        how = {"exact": "these bytes", "mark": "the watermark", "near": f"likeness, {issued.distance} of 64 bits apart"}
+        how = {
+            "exact": "these bytes",
+            "mark": "the watermark",
+            "near": f"likeness, {issued.distance} of 64 bits apart",
+        }
         lines.append(f"log        request {issued.picture.request}, by {how[issued.match]}")
     return lines
 

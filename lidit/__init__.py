@@ -1,7 +1,7 @@
 """LI-DiT for Python: captions to LLM states, a corpus of them on disk, and the model trained on it.
 
-Importing `lidit` loads no library. Each name below is looked up when it is first used; `lidit.train` is the only
-one that needs Ray. docs/api.md describes them.
+Importing `lidit` loads no library. Each name below is looked up when it is first used;
+`lidit.train` is the only one that needs Ray. docs/api.md describes them.
 """
 
 from importlib import import_module
@@ -65,7 +65,9 @@ if TYPE_CHECKING:  # what type checkers and editors see in place of the table
 else:
 
     def __getattr__(name: str) -> object:
-        """Find a name of the table, or the version, and keep it: every later access is an ordinary one."""
+        """Find a name of the table, or the version, and keep it: every later access is an ordinary
+        one.
+        """
         if name == "__version__":
             value = _version()
         elif name in _PLACES:

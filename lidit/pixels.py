@@ -1,6 +1,7 @@
 """Pixels in their three ranges: 8 bits [0, 255], the networks' [-1, 1] and the unit range [0, 1].
 
-Rounding decides whether files and images are the same to the bit, so the arithmetic stands here once.
+Rounding decides whether files and images are the same to the bit, so the arithmetic stands here
+once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def to_levels(pixels: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> whole numbers on [0, 255] in the type they have; values outside the range stay outside."""
+    """[-1, 1] -> whole numbers on [0, 255] in the type they have; values outside the range stay
+    outside.
+    """
     return ((pixels + 1) * 127.5).round()
 
 

@@ -54,13 +54,18 @@ def labelled_grid(
             frame = (left - 2, top - 2, left + picture.width + 1, top + picture.height + 1)
             drawing.rectangle(frame, outline=RIGHT if right[index] else WRONG, width=2)
         lines = textwrap.wrap(label, letters, max_lines=LABEL_LINES, placeholder=" ...")
-        drawing.text((left, top + height * factor + 2), "\n".join(lines), fill="black", font=font, spacing=1)
+        drawing.text(
+            (left, top + height * factor + 2), "\n".join(lines), fill="black", font=font, spacing=1
+        )
     return grid
 
 
 def new_figure(size: tuple[float, float], dpi: int = 100) -> Figure:
-    """An empty figure of `size` inches. It belongs to no window and is not among pyplot's global figures."""
-    # matplotlib takes half a second to import, and workers that only need labelled grids never plot.
+    """An empty figure of `size` inches. It belongs to no window and is not among pyplot's global
+    figures.
+    """
+    # matplotlib takes half a second to import, and workers that only need labelled grids never
+    # plot.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -70,7 +75,9 @@ def new_figure(size: tuple[float, float], dpi: int = 100) -> Figure:
 
 
 def save_figure(figure: Figure, target: Path | BytesIO) -> None:
-    """Write the figure as PNG, without the name of the program in it; the folder of `target` is made."""
+    """Write the figure as PNG, without the name of the program in it; the folder of `target` is
+    made.
+    """
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png", metadata={"Software": ""})
@@ -92,7 +99,9 @@ def plot_lines(
     title: str = "",
     size: tuple[float, float] = (8, 4.5),
 ) -> None:
-    """Lines over training steps with a legend, as a PNG; logarithmic where all values are positive."""
+    """Lines over training steps with a legend, as a PNG; logarithmic where all
+    values are positive.
+    """
     figure = new_figure(size, dpi=120)
     axes = figure.add_subplot()
     for name, (steps, values) in series.items():
@@ -117,8 +126,12 @@ class Bounded(Protocol):
     def high(self) -> float: ...
 
 
-def plot_intervals(path: Path, series: Mapping[str, Sequence[Bounded]], y_label: str, title: str) -> None:
-    """Values by position (label -> an interval per segment) as a PNG; x is the relative position in [0, 1]."""
+def plot_intervals(
+    path: Path, series: Mapping[str, Sequence[Bounded]], y_label: str, title: str
+) -> None:
+    """Values by position (label -> an interval per segment) as a PNG; x is the relative position in
+    [0, 1].
+    """
     figure = new_figure((6, 4), dpi=120)
     axes = figure.add_subplot()
     for label, intervals in series.items():
@@ -127,7 +140,13 @@ def plot_intervals(path: Path, series: Mapping[str, Sequence[Bounded]], y_label:
         low = np.array([interval.low for interval in intervals])
         high = np.array([interval.high for interval in intervals])
         axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=label)
-    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="relative position of the segment", ylabel=y_label, title=title)
+    axes.set(
+        xlim=(0, 1),
+        ylim=(-0.02, 1.02),
+        xlabel="relative position of the segment",
+        ylabel=y_label,
+        title=title,
+    )
     add_grid(axes)
     axes.legend()
     save_figure(figure, path)

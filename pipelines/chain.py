@@ -1,7 +1,8 @@
 """A recipe from its sources to its scores, stage by stage.
 
-The chain keeps no state of its own: every stage finds out by its manifests what is finished, so the same call after
-any interruption goes on where it stopped, and a finished chain starts neither Ray nor a model.
+The chain keeps no state of its own: every stage finds out by its manifests what is finished, so the
+same call after any interruption goes on where it stopped, and a finished chain starts neither Ray
+nor a model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from functools import partial
 from typing import Any, get_args
 
 from lidit.codecs import codec_spec
-from lidit.config import EncoderSettings, EvaluateSettings, PoolSettings, Recipe, SamplerChanges, Stage
+from lidit.config import (
+    EncoderSettings,
+    EvaluateSettings,
+    PoolSettings,
+    Recipe,
+    SamplerChanges,
+    Stage,
+)
 from lidit.store import Corpus, FamilyWriter
 from lidit.text import resolve_encoder
 from pipelines.corpus.embed import EmbedSummary, run_embed
@@ -36,12 +44,16 @@ ShowSummary = Callable[[Stage, Any], None]
 Resources = Mapping[str, float]
 
 
-def run_chain(recipe: Recipe, show: ShowSummary, until: Stage = "evaluate", allow_drift: bool = False) -> Made:
-    """Do what is missing of the recipe's stages up to `until`; the summary of each, of embed the last encoder's.
+def run_chain(
+    recipe: Recipe, show: ShowSummary, until: Stage = "evaluate", allow_drift: bool = False
+) -> Made:
+    """Do what is missing of the recipe's stages up to `until`; the summary of each, of embed the
+    last encoder's.
 
-    show: called after each stage (embed: after each encoder) with its summary, also when nothing was left to do.
-    Without `sources` the corpus must exist. Raises InputError, before anything is started, for encoders or a codec
-    that cannot be used; otherwise what the stages raise. What is finished is kept.
+    show: called after each stage (embed: after each encoder) with its summary, also when nothing
+    was left to do. Without `sources` the corpus must exist. Raises InputError, before anything is
+    started, for encoders or a codec that cannot be used; otherwise what the stages raise. What is
+    finished is kept.
     """
     stages = STAGES[: STAGES.index(until) + 1]
     made: Made = {}
@@ -51,7 +63,8 @@ def run_chain(recipe: Recipe, show: ShowSummary, until: Stage = "evaluate", allo
         show(stage, summary)
 
     _check(recipe, stages)
-    # An embedded Ray cannot grow between stages: whichever stage starts it asks for what any of them needs.
+    # An embedded Ray cannot grow between stages: whichever stage starts it asks for what any of
+    # them needs.
     cpus = _logical_cpus(recipe)
     if recipe.sources:
         with ProgressBar("ingest", None, "files") as progress:
@@ -85,7 +98,10 @@ def _check(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
 
 def _evaluation(recipe: Recipe) -> EvaluateSettings:
     """The recipe's own sampler, also where it was changed after the model folder was written."""
-    own, changes = recipe.sampler.model_dump(), recipe.evaluate.sampler.model_dump(exclude_none=True)
+    own, changes = (
+        recipe.sampler.model_dump(),
+        recipe.evaluate.sampler.model_dump(exclude_none=True),
+    )
     return recipe.evaluate.model_copy(update={"sampler": SamplerChanges(**{**own, **changes})})
 
 
@@ -100,16 +116,22 @@ def _logical_cpus(recipe: Recipe) -> int:
     return math.ceil(max(embedding, _demand(recipe.pool)["CPU"], training)) + SPARE_CPUS
 
 
-# -- several encoders --------------------------------------------------------------------------------------------------
+# -- several encoders ------------------------------------------------------------------------------
 
 
 def _embed(recipe: Recipe, corpus: Corpus, cpus: int, show: ShowSummary) -> None:
-    """Embed with every encoder: finished families first, for they need no Ray, the others side by side."""
+    """Embed with every encoder: finished families first, for they need no Ray, the others side by
+    side.
+    """
     with Display() as display:
 
         def embed(encoder: EncoderSettings) -> EmbedSummary:
-            with ProgressBar(f"embed {encoder.name}", None, "captions", display=display) as progress:
-                return run_embed(recipe.corpus, encoder, recipe.pool_of(encoder.name), progress, cpus)
+            with ProgressBar(
+                f"embed {encoder.name}", None, "captions", display=display
+            ) as progress:
+                return run_embed(
+                    recipe.corpus, encoder, recipe.pool_of(encoder.name), progress, cpus
+                )
 
         pending = []
         for encoder in recipe.encoders:
@@ -124,7 +146,9 @@ def _embed(recipe: Recipe, corpus: Corpus, cpus: int, show: ShowSummary) -> None
             resources.connect(cpus)
             demands = {encoder.name: _demand(recipe.pool_of(encoder.name)) for encoder in pending}
             calls = {encoder.name: partial(embed, encoder) for encoder in pending}
-            side_by_side(calls, demands, _capacity(len(pending)), lambda summary: show("embed", summary))
+            side_by_side(
+                calls, demands, _capacity(len(pending)), lambda summary: show("embed", summary)
+            )
 
 
 def _demand(pool: PoolSettings) -> dict[str, float]:
@@ -135,11 +159,16 @@ def _demand(pool: PoolSettings) -> dict[str, float]:
 
 
 def _capacity(encoders: int) -> dict[str, float]:
-    """What may be in use at once. An embedded Ray counts logical CPUs; encoders need real ones, readers hardly any."""
+    """What may be in use at once. An embedded Ray counts logical CPUs; encoders need real ones,
+    readers hardly any.
+    """
     offered = resources.cluster_resources()
     if os.environ.get(resources.CLUSTER_ADDRESS):
         return offered
-    return {**offered, "CPU": min(offered.get("CPU", 0), (os.cpu_count() or 1) + READERS * encoders)}
+    return {
+        **offered,
+        "CPU": min(offered.get("CPU", 0), (os.cpu_count() or 1) + READERS * encoders),
+    }
 
 
 def side_by_side(
@@ -148,10 +177,11 @@ def side_by_side(
     capacity: Resources,
     done: Callable[[Any], None],
 ) -> None:
-    """Make the calls in threads, as many at once as fit into `capacity`, in order; at least one at a time.
+    """Make the calls in threads, as many at once as fit into `capacity`, in order; at least one at
+    a time.
 
-    done: called here with each result. When a call fails the others go on, for what they finish is kept; then the
-    first error is raised.
+    done: called here with each result. When a call fails the others go on, for what they finish is
+    kept; then the first error is raised.
     """
     free, waiting = dict(capacity), list(calls)
     running: set[str] = set()
@@ -166,7 +196,9 @@ def side_by_side(
 
     while waiting or running:
         for name in list(waiting):
-            if not running or all(free.get(key, 0) >= amount for key, amount in demands[name].items()):
+            if not running or all(
+                free.get(key, 0) >= amount for key, amount in demands[name].items()
+            ):
                 waiting.remove(name)
                 running.add(name)
                 _change(free, demands[name], -1)

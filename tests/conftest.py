@@ -11,7 +11,8 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # two halves of the suite share the processors
+        # two halves of the suite share the processors
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "False",
         "HF_HUB_OFFLINE": "1",
@@ -28,7 +29,9 @@ SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need the session's Ray are one half of `make test`: only one process then starts it."""
+    """Tests that need the session's Ray are one half of `make test`: only one process then starts
+    it.
+    """
     for item in items:
         if isinstance(item, pytest.Function) and "ray_cluster" in item.fixturenames:
             item.add_marker("cluster")
@@ -36,7 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Prompt lists of public benchmarks and resource schemas, where a checkout has them beside it."""
+    """Prompt lists of public benchmarks and resource schemas, where a checkout has
+    them beside it.
+    """
     if not SHARED_DATA.is_dir():
         pytest.skip("no shared/data beside this checkout: the public prompt lists are not here")
     return SHARED_DATA

@@ -1,4 +1,6 @@
-"""docs/api.md is what the docstrings say, and the docstrings say everything about what `lidit` exports."""
+"""docs/api.md is what the docstrings say, and the docstrings say everything about what `lidit`
+exports.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -48,14 +50,18 @@ def test_every_exported_name_has_its_place_on_the_page() -> None:
     assert sorted([*names, "__version__"]) == sorted(lidit.__all__)
 
 
-@pytest.mark.parametrize(("name", "thing"), [pytest.param(*pair, id=pair[0]) for pair in documented()])
+@pytest.mark.parametrize(
+    ("name", "thing"), [pytest.param(*pair, id=pair[0]) for pair in documented()]
+)
 def test_docstrings_explain_every_argument_and_result(name: str, thing: Any) -> None:
     assert inspect.getdoc(thing), name
     if isinstance(thing, property | cached_property):
         return
     signature = inspect.signature(thing)
     found = sections(thing)
-    assert found.get("Args", []) == [parameter for parameter in signature.parameters if parameter != "self"], name
+    assert found.get("Args", []) == [
+        parameter for parameter in signature.parameters if parameter != "self"
+    ], name
     if not inspect.isclass(thing) and signature.return_annotation not in (None, "None"):
         assert found.get("Returns"), name
 

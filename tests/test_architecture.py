@@ -1,4 +1,6 @@
-"""Imports run one way: jobs -> pipelines -> lidit, floor by floor, and each big library has one place."""
+"""Imports run one way: jobs -> pipelines -> lidit, floor by floor, and each big library has one
+place.
+"""
 
 import ast
 from pathlib import Path
@@ -17,14 +19,26 @@ LIBRARY = (
     {"data", "pipeline"},
     {"evals", "plan", "serving"},
 )
-CLUSTER = ({"runtime", "tracking"}, {"corpus", "evaluation"}, {"training", "serving"}, {"chain"}, {"ablation"})
+CLUSTER = (
+    {"runtime", "tracking"},
+    {"corpus", "evaluation"},
+    {"training", "serving"},
+    {"chain"},
+    {"ablation"},
+)
 APART = {"submission"}  # beside the floors: it needs no other wing, and none needs it
 # Rooms that keep to fewer than their floor allows.
-NARROW = {"store": {"errors", "pixels", "progress", "plots"}, "models": {"config", "errors"}, "config": {"errors"}}
+NARROW = {
+    "store": {"errors", "pixels", "progress", "plots"},
+    "models": {"config", "errors"},
+    "config": {"errors"},
+}
 ONLY_IN = {
     "ray": ("pipelines/",),
     "deepspeed": tuple(f"pipelines/training/{name}.py" for name in ("ema", "engine", "gradients")),
-    "mlflow": tuple(f"pipelines/tracking/{name}.py" for name in ("flavor", "runs", "served_model", "tracker")),
+    "mlflow": tuple(
+        f"pipelines/tracking/{name}.py" for name in ("flavor", "runs", "served_model", "tracker")
+    ),
 }
 
 
@@ -33,7 +47,9 @@ def floor_of(room: str, floors: tuple[set[str], ...]) -> int:
 
 
 def imports(tree: ast.AST) -> list[tuple[str, bool]]:
-    """(module, whether inside a function or a TYPE_CHECKING block) of every import, at any depth of the code."""
+    """(module, whether inside a function or a TYPE_CHECKING block) of every import, at any depth of
+    the code.
+    """
     found: list[tuple[str, bool]] = []
 
     def visit(node: ast.AST, inside: bool) -> None:
@@ -100,7 +116,11 @@ def test_imports_run_one_way() -> None:
 
 def test_every_room_has_its_floor() -> None:
     for package, floors, apart in (("lidit", LIBRARY, set()), ("pipelines", CLUSTER, APART)):
-        found = {path.stem for path in (ROOT / package).iterdir() if path.is_dir() or path.suffix == ".py"}
+        found = {
+            path.stem
+            for path in (ROOT / package).iterdir()
+            if path.is_dir() or path.suffix == ".py"
+        }
         assert found - {"__init__", "__pycache__", "py"} <= set.union(*floors) | apart
 
 
@@ -114,7 +134,10 @@ def test_every_room_has_its_floor() -> None:
         ("lidit/images/decode.py", "from lidit.sources import base\n"),
         ("lidit/models/lidit.py", "from lidit.store import Corpus\n"),
         ("lidit/diffusion/samplers.py", "from lidit import evals\n"),
-        ("lidit/plan/facts.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lidit.evals\n"),
+        (
+            "lidit/plan/facts.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lidit.evals\n",
+        ),
         ("lidit/plan/facts.py", "from jobs.train import command\n"),
         ("pipelines/training/train.py", "import mlflow\n"),
         ("pipelines/corpus/embed.py", "import deepspeed\n"),
@@ -139,15 +162,24 @@ def test_modules_stay_short() -> None:
 # More parameters than six, and why.
 WIDE = {
     "lidit/data/feed.py:open_feed": "the front door's options, all but the corpus by name",
-    "lidit/datasets/scenes/benchmark.py:_new_prompt": "a rejection loop's fixed part, drawn from again and again",
-    "lidit/datasets/scenes/layouts.py:_free_spot": "a rejection loop's fixed part, drawn from again and again",
-    "lidit/models/conditioner.py:__init__": "diffusers saves a model's configuration as flat arguments",
+    "lidit/datasets/scenes/benchmark.py:_new_prompt": "a rejection loop's fixed part, drawn from "
+    "again "
+    "and "
+    "again",
+    "lidit/datasets/scenes/layouts.py:_free_spot": "a rejection loop's fixed part, drawn from "
+    "again "
+    "and "
+    "again",
+    "lidit/models/conditioner.py:__init__": "diffusers saves a model's configuration as flat "
+    "arguments",
     "lidit/models/lidit.py:__init__": "diffusers saves a model's configuration as flat arguments",
     "lidit/pipeline/pipeline.py:__call__": "a diffusers pipeline's call",
     "lidit/pipeline/pipeline.py:from_pretrained": "a diffusers pipeline's loading",
     "lidit/sources/webdataset_tar.py:_take": "one member, its group and the source they belong to",
     "lidit/store/corpus.py:publish_corpus": "what a corpus is made of, written once",
-    "pipelines/tracking/tracker.py:tracked_run": "what identifies a run and what it holds, in MLflow's words",
+    "pipelines/tracking/tracker.py:tracked_run": "what identifies a run and what it holds, in "
+    "MLflow's "
+    "words",
 }
 
 

@@ -1,4 +1,6 @@
-"""The documentation is true: commands parse, recipes validate, messages exist, recipes for readers run."""
+"""The documentation is true: commands parse, recipes validate, messages exist, recipes for readers
+run.
+"""
 
 import ast
 import re
@@ -44,10 +46,16 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, words after `lidit`) of every command in a block, and of code spans that begin with `lidit `."""
+    """(page, words after `lidit`) of every command in a block, and of code spans that begin with
+    `lidit `.
+    """
     found = []
     for page in PAGES:
-        lines = [line for block in blocks(page, "", "sh", "bash") for line in block.replace("\\\n", " ").splitlines()]
+        lines = [
+            line
+            for block in blocks(page, "", "sh", "bash")
+            for line in block.replace("\\\n", " ").splitlines()
+        ]
         spans = re.findall(r"`(lidit [^`…]*?)`", FENCE.sub("", page.read_text()))
         for line in [*lines, *(span for span in spans if "=" in span or "--" in span)]:
             match = COMMAND.search(line.partition("  #")[0])
@@ -57,7 +65,9 @@ def commands() -> list[tuple[str, str]]:
 
 
 def parse(words: list[str]) -> dict[str, object]:
-    """The arguments as the real command would get them; click's error where it would refuse them."""
+    """The arguments as the real command would get them; click's error where it would
+    refuse them.
+    """
     command = typer.main.get_command(app)
     sub = command.commands[words[0]]  # type: ignore[attr-defined]
     return sub.make_context(words[0], list(words[1:])).params
@@ -74,7 +84,8 @@ def check_command(text: str) -> None:
         if not name.endswith(".yaml"):
             load_recipe(name, overrides)
             return
-        tree = load_yaml(RECIPES / "demo.yaml")  # any recipe of a reader's own must at least take the overrides
+        # any recipe of a reader's own must at least take the overrides
+        tree = load_yaml(RECIPES / "demo.yaml")
         tree["encoders"] = [{"name": entry, "model": "x"} for entry in tree["encoders"]]
         tree["train"]["batch_size"] = 2048
         validate(Recipe, apply_overrides(tree, overrides), text)
@@ -86,7 +97,12 @@ def check_command(text: str) -> None:
 
 def test_there_is_much_to_check() -> None:
     assert len(commands()) > 25
-    assert {name for name, _ in commands()} >= {"README.md", "cluster.md", "scaling.md", "extending.md"}
+    assert {name for name, _ in commands()} >= {
+        "README.md",
+        "cluster.md",
+        "scaling.md",
+        "extending.md",
+    }
 
 
 @pytest.mark.parametrize(("page", "text"), commands())
@@ -94,7 +110,9 @@ def test_every_command_is_one_that_exists(page: str, text: str) -> None:
     check_command(text)
 
 
-@pytest.mark.parametrize("text", ["embd corpus", "embed corpus --encodr x", "embed corpus", "train demo train.step=3"])
+@pytest.mark.parametrize(
+    "text", ["embd corpus", "embed corpus --encodr x", "embed corpus", "train demo train.step=3"]
+)
 def test_a_wrong_command_is_seen(text: str) -> None:
     with pytest.raises((USAGE_ERROR, KeyError, InputError)):
         check_command(text)
@@ -123,7 +141,9 @@ def messages() -> list[str]:
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
-                    parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
+                    parts = [
+                        str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values
+                    ]
                     found.append("".join(parts))
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
@@ -131,8 +151,12 @@ def messages() -> list[str]:
 
 
 def exists(message: str, said: list[str]) -> bool:
-    """… in the page may stand for anything put in; the pieces around it must follow each other in one message."""
-    pattern = re.compile(".*".join(re.escape(piece.strip()) for piece in message.split("…")), re.DOTALL)
+    """… in the page may stand for anything put in; the pieces around it must follow each other in
+    one message.
+    """
+    pattern = re.compile(
+        ".*".join(re.escape(piece.strip()) for piece in message.split("…")), re.DOTALL
+    )
     return any(pattern.search(text.replace("%s", "…").replace("%d", "…")) for text in said)
 
 
@@ -154,7 +178,11 @@ def test_every_benchmark_of_the_page_takes_quick() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     scripts = re.findall(r"^\| `python -m benchmarks\.(\w+)`", page, re.MULTILINE)
     assert len(scripts) > 6
-    without = [name for name in scripts if '"--quick"' not in (ROOT / "benchmarks" / f"{name}.py").read_text()]
+    without = [
+        name
+        for name in scripts
+        if '"--quick"' not in (ROOT / "benchmarks" / f"{name}.py").read_text()
+    ]
     assert without == []
 
 
@@ -165,7 +193,9 @@ def test_files_the_pages_link_to_exist() -> None:
 
 
 def paths(text: str) -> set[str]:
-    """Code spans that name a file or folder of this repository, with the test's name where there is one."""
+    """Code spans that name a file or folder of this repository, with the test's name where there is
+    one.
+    """
     spans = re.findall(r"`([\w.-]+/[\w./*-]*(?:::\w+)?)`", FENCE.sub("", text))
     top = {path.name for path in ROOT.iterdir() if path.is_dir()}
     return {span for span in spans if span.partition("/")[0] in top} - NO_PATHS
@@ -177,14 +207,21 @@ def is_there(span: str) -> bool:
     return bool(files) and (not test or f"def {test}(" in files[0].read_text())
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: page.name
+)
 def test_every_path_the_pages_name_exists(page: Path) -> None:
     assert [span for span in sorted(paths(page.read_text())) if not is_there(span)] == []
 
 
 def test_a_path_that_is_not_there_is_seen() -> None:
-    named = paths("`lidit/fit.py`, `tests/test_docs.py::test_nothing`, `lidit/text/*.py`, `runs/x`, `a / b`")
-    assert {span for span in named if not is_there(span)} == {"lidit/fit.py", "tests/test_docs.py::test_nothing"}
+    named = paths(
+        "`lidit/fit.py`, `tests/test_docs.py::test_nothing`, `lidit/text/*.py`, `runs/x`, `a / b`"
+    )
+    assert {span for span in named if not is_there(span)} == {
+        "lidit/fit.py",
+        "tests/test_docs.py::test_nothing",
+    }
     assert "lidit/text/*.py" in named
 
 
@@ -197,7 +234,9 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
         named.setdefault(top, set()).update({name} - {top})
     assert all((ROOT / top / name).exists() for top, names in named.items() for name in names)
     for package in ("lidit", "pipelines"):
-        assert {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} <= named[package]
+        assert {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} <= named[
+            package
+        ]
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
@@ -212,7 +251,9 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 
 def test_what_the_steps_make_in_the_checkout_is_not_sent_to_a_cluster() -> None:
-    """Ray leaves behind what .gitignore names; a corpus in the folder would be larger than it takes."""
+    """Ray leaves behind what .gitignore names; a corpus in the folder would be larger than it
+    takes.
+    """
     made = {"corpus", "exported", "pictures", "runs", "scenes", "tars"}
     for page in ("README.md", "docs/extending.md"):
         text = "\n".join(blocks(ROOT / page, ""))
@@ -228,7 +269,8 @@ def test_the_format_page_reads_a_corpus_without_our_code(tmp_path: Path) -> None
     assert "lidit" not in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)
     (tmp_path / "read.py").write_text(code)
     model = tiny_llm(tmp_path / "model", "llama")
-    usual, large = tmp_path / "corpus", tmp_path / "large"  # large: named like one of more than 100,000 units
+    # large: named like one of more than 100,000 units
+    usual, large = tmp_path / "corpus", tmp_path / "large"
     make_corpus(usual, captions(units=3, rows=5))
     make_corpus(large, captions(units=3, rows=5), digits=6)
     storages = ("int8", "bfloat16", "float32", "int4", "coded")
@@ -236,15 +278,21 @@ def test_the_format_page_reads_a_corpus_without_our_code(tmp_path: Path) -> None
         settings = encoder(model, name=storage, storage=storage)
         embed_here(corpus, settings)
         done = subprocess.run(
-            [sys.executable, "-I", "read.py", corpus, storage, "1"], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "-I", "read.py", corpus, storage, "1"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         opened = Corpus.open(corpus)
         expected = opened.text_family(storage).read(1)
         with np.load(tmp_path / "states.npz") as stored:
             for row, states in enumerate(expected):
-                close = 1e-5 if storage == "coded" else 1e-6  # a matrix product adds up in another order
-                np.testing.assert_allclose(stored[f"arr_{row}"], states.float().numpy(), rtol=close, atol=close)
+                # a matrix product adds up in another order
+                close = 1e-5 if storage == "coded" else 1e-6
+                np.testing.assert_allclose(
+                    stored[f"arr_{row}"], states.float().numpy(), rtol=close, atol=close
+                )
         assert all(caption in done.stdout for caption in opened.captions(1)["text"].to_pylist())
 
 
@@ -262,7 +310,10 @@ def test_the_versions_of_the_format_page_are_the_codes() -> None:
     page = (ROOT / "docs" / "format.md").read_text()
     listed = re.findall(r"^\| [^|]+ \| `(\w+)` in `([\w/.]+)` \| (\d+) \|", page, re.MULTILINE)
     for name, file, number in listed:
-        assert re.search(rf"^{name} = {number}\b", (ROOT / file).read_text(), re.MULTILINE), (file, name)
+        assert re.search(rf"^{name} = {number}\b", (ROOT / file).read_text(), re.MULTILINE), (
+            file,
+            name,
+        )
     versions = [
         (found, str(path.relative_to(ROOT)))
         for path in (ROOT / "lidit").rglob("*.py")
@@ -275,12 +326,15 @@ def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
-    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format asks for
+    # what the format asks for
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
 
 
 def test_the_hooks_before_a_commit_are_the_checks_of_make_lint() -> None:
     settings = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
-    hooks = [hook["entry"].removesuffix(" --force-exclude") for hook in settings["repos"][0]["hooks"]]
+    hooks = [
+        hook["entry"].removesuffix(" --force-exclude") for hook in settings["repos"][0]["hooks"]
+    ]
     recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
     linted = re.findall(r"\$\(BIN\)/(.*)", recipe)
     assert hooks == [f".venv/bin/{command.removesuffix(' .')}" for command in linted]

@@ -1,4 +1,6 @@
-"""What the first release wrote is read by today's code: corpus, families, model folder, a run that goes on."""
+"""What the first release wrote is read by today's code: corpus, families, model folder, a run that
+goes on.
+"""
 
 import json
 import shutil
@@ -42,8 +44,14 @@ def test_the_corpus_is_sound_and_its_fingerprints_are_todays(released: Path) -> 
     assert (corpus.num_units, corpus.num_samples) == (3, 24)
     assert corpus.digest == json.loads((RELEASED / "run" / "run.json").read_text())["corpus"]
     for name in STORAGE:
-        assert resolve_encoder(encoder(released, name)).fingerprint == corpus.text_family(name).fingerprint
-    assert digest_of(codec_spec(CodecSettings(name="pixels"))) == corpus.latent_family("pixels").fingerprint
+        assert (
+            resolve_encoder(encoder(released, name)).fingerprint
+            == corpus.text_family(name).fingerprint
+        )
+    assert (
+        digest_of(codec_spec(CodecSettings(name="pixels")))
+        == corpus.latent_family("pixels").fingerprint
+    )
 
 
 @pytest.mark.parametrize("name", STORAGE)
@@ -71,7 +79,8 @@ def test_the_model_folder_draws_its_picture(released: Path) -> None:
         path.write_text(json.dumps(facts))
     pipe = LIDiTPipeline.from_pretrained(released / "model")
     torch.manual_seed(0)
-    with torch.no_grad():  # after four steps every gate is next to closed, and the picture next to grey
+    # after four steps every gate is next to closed, and the picture next to grey
+    with torch.no_grad():
         for parameter in pipe.model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     images = image_bytes(pipe(PROMPTS, seed=[0, 1], output_type="pt").images)
@@ -82,7 +91,9 @@ def test_the_model_folder_draws_its_picture(released: Path) -> None:
     assert difference.max() <= 1  # another kind of CPU may round the last bit otherwise
 
 
-def test_a_run_goes_on_to_the_model_it_had_become(ray_cluster: None, released: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_to_the_model_it_had_become(
+    ray_cluster: None, released: Path, tmp_path: Path
+) -> None:
     shutil.copytree(released / "run", tmp_path / "runs" / "run")
     (tmp_path / "runs" / "run" / "mlflow-run").unlink()
     tree = json.loads((released / "run" / "recipe.json").read_text())

@@ -1,4 +1,6 @@
-"""The front door: `import lidit` is light, its names are the ones they stand for, and types are known."""
+"""The front door: `import lidit` is light, its names are the ones they stand for, and types are
+known.
+"""
 
 import ast
 import json
@@ -16,14 +18,29 @@ import lidit
 from tests.helpers.tiny_models import tiny_llm
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "ray", "transformers", "diffusers", "pydantic", "pyarrow", "numpy", "yaml", "mlflow", "deepspeed"}
+HEAVY = {
+    "torch",
+    "ray",
+    "transformers",
+    "diffusers",
+    "pydantic",
+    "pyarrow",
+    "numpy",
+    "yaml",
+    "mlflow",
+    "deepspeed",
+}
 
 
 def loaded_after(*steps: str) -> list[set[str]]:
-    """The heavy libraries in memory after each of `steps`, run one after the other in a fresh interpreter."""
+    """The heavy libraries in memory after each of `steps`, run one after the other in a fresh
+    interpreter.
+    """
     report = "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     code = "\n".join(["import json, sys", *(f"{step}\n{report}" for step in steps)])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return [HEAVY & set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
@@ -53,9 +70,13 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 def test_type_checkers_see_the_same_places() -> None:
-    """The table serves Python, the imports under TYPE_CHECKING serve type checkers: they must not drift apart."""
+    """The table serves Python, the imports under TYPE_CHECKING serve type checkers: they must not
+    drift apart.
+    """
     tree = ast.parse((ROOT / "lidit" / "__init__.py").read_text())
-    block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    block = next(
+        n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"
+    )
     seen = {
         alias.asname or alias.name: f"{node.module}:{alias.name}"
         for node in block.body
@@ -77,7 +98,9 @@ def test_the_version_is_the_installed_one_or_says_that_none_is(tmp_path: Path) -
     # the metadata that an editable install leaves beside them.
     (tmp_path / "lidit").symlink_to(ROOT / "lidit")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import lidit; print(lidit.__version__)"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert done.stdout.strip() == "0+source"
 
 
@@ -95,6 +118,9 @@ def test_an_encoder_is_loaded_by_file_or_by_settings_and_is_the_same(tmp_path: P
 
 
 def test_an_encoder_that_does_not_ship_is_told_with_those_that_do() -> None:
-    near = r"'smolm2': no such encoder; give a YAML file or one of smollm2.*, those that lidit recipes list names"
+    near = (
+        r"'smolm2': no such encoder; give a YAML file or one of smollm2.*, those that lidit "
+        r"recipes list names"
+    )
     with pytest.raises(lidit.InputError, match=near):
         lidit.load_encoder("smolm2")

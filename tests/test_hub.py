@@ -33,13 +33,17 @@ def test_what_counts_as_an_id(name: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda: resolve_encoder(EncoderSettings(name="x", model="nobody/model", revision=COMMIT), "cpu"),
+        lambda: resolve_encoder(
+            EncoderSettings(name="x", model="nobody/model", revision=COMMIT), "cpu"
+        ),
         lambda: load_codec(CodecSettings(name="x", model="nobody/model", revision=COMMIT)),
         lambda: LIDiTPipeline.from_pretrained("nobody/model", revision=COMMIT),
     ],
     ids=["encoder", "codec", "pipeline"],
 )
-def test_without_a_connection_every_user_of_the_hub_says_the_same(ask: Callable[[], object]) -> None:
+def test_without_a_connection_every_user_of_the_hub_says_the_same(
+    ask: Callable[[], object],
+) -> None:
     with pytest.raises(InputError) as told:
         ask()
     message = str(told.value)

@@ -1,4 +1,6 @@
-"""Pixels keep their 8 bits through every range, and what lies outside a range is cut off where that is said."""
+"""Pixels keep their 8 bits through every range, and what lies outside a range is cut off where that
+is said.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ def test_eight_bits_come_back_from_every_range() -> None:
 def test_the_arithmetic_is_that_of_the_files_written_so_far() -> None:
     assert torch.equal(from_bytes(BYTES), BYTES.float() / 127.5 - 1)
     between = torch.linspace(-1.2, 1.2, 10_001)
-    assert torch.equal(to_bytes(between), ((between + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+    assert torch.equal(
+        to_bytes(between), ((between + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    )
     assert torch.equal(to_unit(between), ((between + 1) / 2).clamp(0, 1))
 
 

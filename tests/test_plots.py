@@ -16,7 +16,12 @@ def pixels_of(content: bytes) -> np.ndarray:
 
 def lines(**series: list[float]) -> bytes:
     buffer = BytesIO()
-    plot_lines(buffer, {name: (range(len(values)), values) for name, values in series.items()}, "loss", "title")
+    plot_lines(
+        buffer,
+        {name: (range(len(values)), values) for name, values in series.items()},
+        "loss",
+        "title",
+    )
     return buffer.getvalue()
 
 
@@ -44,5 +49,8 @@ def test_intervals_are_those_of_the_positions(tmp_path: Path) -> None:
     narrow, wide = [Interval(0.5, 0.45, 0.55)] * 4, [Interval(0.5, 0.1, 0.9)] * 4
     for name, intervals in (("narrow", narrow), ("wide", wide)):
         plot_intervals(tmp_path / f"{name}.png", {"model": intervals}, "score", "title")
-    dark = [(pixels_of((tmp_path / f"{name}.png").read_bytes()) < 200).sum() for name in ("narrow", "wide")]
+    dark = [
+        (pixels_of((tmp_path / f"{name}.png").read_bytes()) < 200).sum()
+        for name in ("narrow", "wide")
+    ]
     assert dark[1] > dark[0]

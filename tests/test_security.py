@@ -1,4 +1,6 @@
-"""Rules of SECURITY.md that source, recipes and lock file must keep; every rule is shown to fire on a planted break."""
+"""Rules of SECURITY.md that source, recipes and lock file must keep; every rule is shown to fire on
+a planted break.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("lidit", "pipelines", "jobs", "benchmarks", "infra")
 # What reads no weights, and our own loader, whose body is held to the rule.
 NO_WEIGHTS = {"AutoConfig", "AutoTokenizer", "LIDiTPipeline"}
-PICKLES = {"pickle", "cPickle", "_pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "jsonpickle"}
+PICKLES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "joblib",
+    "cloudpickle",
+    "shelve",
+    "marshal",
+    "jsonpickle",
+}
 SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader"}
 FORBIDDEN_CALLS = {
     "eval": "runs text as code",
@@ -51,7 +63,9 @@ UNSAFE_SWITCHES = {
 
 
 def violations(source: str) -> list[str]:
-    """`line: reason` for everything in a source file that could run foreign code or trust foreign data."""
+    """`line: reason` for everything in a source file that could run foreign code or trust foreign
+    data.
+    """
     tree = ast.parse(source)
     names: dict[str, str] = {}
     found: list[tuple[int, str]] = []
@@ -77,13 +91,19 @@ def violations(source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             keywords = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-            found += [(node.lineno, reason) for reason in _call(dotted(node.func), node, keywords, dotted)]
+            found += [
+                (node.lineno, reason) for reason in _call(dotted(node.func), node, keywords, dotted)
+            ]
         elif isinstance(node, ast.Constant) and node.value in UNSAFE_SWITCHES:
             found.append((node.lineno, f"names {node.value}"))
         elif isinstance(node, ast.Assign) and _is(node.value, None):
-            attributes = [target.attr for target in node.targets if isinstance(target, ast.Attribute)]
+            attributes = [
+                target.attr for target in node.targets if isinstance(target, ast.Attribute)
+            ]
             found += [
-                (node.lineno, "takes away Pillow's pixel limit") for name in attributes if name == "MAX_IMAGE_PIXELS"
+                (node.lineno, "takes away Pillow's pixel limit")
+                for name in attributes
+                if name == "MAX_IMAGE_PIXELS"
             ]
     return [f"{line}: {reason}" for line, reason in sorted(found)]
 
@@ -100,8 +120,14 @@ def _call(name: str, node: ast.Call, keywords: dict[str, ast.expr], dotted: Any)
         reasons.append("torch.load without weights_only=True")
     if name == "yaml.load" and dotted(keywords.get("Loader", ast.Name(""))) not in SAFE_LOADERS:
         reasons.append("yaml.load without a safe loader")
-    reasons += [f"{key} is not False" for key in FORBIDDEN_TRUTHS & set(keywords) if not _is(keywords[key], False)]
-    reasons += [f"{key}=False" for key in FORBIDDEN_FALSEHOODS & set(keywords) if _is(keywords[key], False)]
+    reasons += [
+        f"{key} is not False"
+        for key in FORBIDDEN_TRUTHS & set(keywords)
+        if not _is(keywords[key], False)
+    ]
+    reasons += [
+        f"{key}=False" for key in FORBIDDEN_FALSEHOODS & set(keywords) if _is(keywords[key], False)
+    ]
     owner, _, last = name.rpartition(".")
     if (
         last == "from_pretrained"
@@ -143,15 +169,22 @@ PLANTED = [
     ("import joblib as j", "imports joblib"),
     ("from dill import loads", "imports dill"),
     ("import torch\ntorch.load('a')", "torch.load without"),
-    ("from torch import load as anything\nanything('a', weights_only=False)", "torch.load without"),  # never run
+    # never run
+    ("from torch import load as anything\nanything('a', weights_only=False)", "torch.load without"),
     ("import torch as t\nt.load('a', weights_only=flag)", "torch.load without"),
     ("AutoModel.from_pretrained(folder, trust_remote_code=True)", "trust_remote_code"),  # never run
     ("AutoModel.from_pretrained(folder, trust_remote_code=setting)", "trust_remote_code"),
     ("AutoModel.from_pretrained('meta/llama')", "without a revision"),
     ("AutoModel.from_pretrained(folder, use_safetensors=False)", "use_safetensors=False"),
     ("AutoModel.from_pretrained(folder)", "from_pretrained without use_safetensors"),
-    ("LIDiT.from_pretrained(folder, use_safetensors=flag)", "from_pretrained without use_safetensors"),
-    ("class P(Q):\n def f(self):\n  super().from_pretrained(folder)", "from_pretrained without use_safetensors"),
+    (
+        "LIDiT.from_pretrained(folder, use_safetensors=flag)",
+        "from_pretrained without use_safetensors",
+    ),
+    (
+        "class P(Q):\n def f(self):\n  super().from_pretrained(folder)",
+        "from_pretrained without use_safetensors",
+    ),
     ("getattr(diffusers, name).from_pretrained(folder)", "from_pretrained without use_safetensors"),
     ("import numpy as np\nnp.load('a', allow_pickle=True)", "allow_pickle"),
     ("import yaml\nyaml.load(text)", "safe loader"),
@@ -168,7 +201,9 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("source", "reason"), PLANTED, ids=[source.splitlines()[-1] for source, _ in PLANTED])
+@pytest.mark.parametrize(
+    ("source", "reason"), PLANTED, ids=[source.splitlines()[-1] for source, _ in PLANTED]
+)
 def test_every_rule_fires_on_a_planted_violation(source: str, reason: str) -> None:
     assert any(reason in found for found in violations(source))
 
@@ -188,7 +223,7 @@ model.eval()
     assert violations(fine) == []
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 
 def unpinned(tree: Any) -> list[str]:
@@ -219,12 +254,19 @@ def test_recipes_pin_every_hub_model_to_a_commit() -> None:
 def test_an_unpinned_model_is_found() -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     assert unpinned({"encoders": [{"name": "a", "model": "google/gemma"}]}) == ["google/gemma"]
-    assert unpinned({"encoders": [{"model": "google/gemma", "revision": "main"}]}) == ["google/gemma"]
+    assert unpinned({"encoders": [{"model": "google/gemma", "revision": "main"}]}) == [
+        "google/gemma"
+    ]
     assert unpinned({"encoders": [{"model": "google/gemma", "revision": commit}]}) == []
-    assert unpinned({"model": {"width": 1}, "codec": {"model": "./folder/x"}, "e": {"model": "package:a"}}) == []
+    assert (
+        unpinned(
+            {"model": {"width": 1}, "codec": {"model": "./folder/x"}, "e": {"model": "package:a"}}
+        )
+        == []
+    )
 
 
-# --- secrets in the repository ---------------------------------------------------------------------------------------
+# --- secrets in the repository --------------------------------------------------------------------
 
 SECRETS = re.compile(
     r"AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|hf_[A-Za-z0-9]{34}"
@@ -233,7 +275,9 @@ SECRETS = re.compile(
 
 
 def test_no_secret_is_in_a_tracked_file() -> None:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("not a git checkout: which files are tracked is unknown")
     found = []
@@ -245,18 +289,28 @@ def test_no_secret_is_in_a_tracked_file() -> None:
 
 
 def test_planted_secrets_are_found() -> None:
-    for planted in ("AKIA" + "A" * 16, "ghp_" + "a" * 36, "hf_" + "b" * 34, "-----BEGIN RSA " + "PRIVATE KEY-----"):
+    for planted in (
+        "AKIA" + "A" * 16,
+        "ghp_" + "a" * 36,
+        "hf_" + "b" * 34,
+        "-----BEGIN RSA " + "PRIVATE KEY-----",
+    ):
         assert SECRETS.search(f"key = '{planted}'")
 
 
-# --- the lock file ---------------------------------------------------------------------------------------------------
+# --- the lock file --------------------------------------------------------------------------------
 
 LOCK = (ROOT / "constraints.txt").read_text()
 
 
 def test_the_lock_file_has_no_finding() -> None:
     assert audit(LOCK) == []
-    assert subprocess.run([sys.executable, str(ROOT / "infra" / "audit.py")], check=False, env={}).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, str(ROOT / "infra" / "audit.py")], check=False, env={}
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("package", FLOORS)
@@ -269,7 +323,9 @@ def test_a_version_below_a_floor_is_found(package: str) -> None:
     assert "not in the lock file" in missing
 
 
-@pytest.mark.parametrize("line", ["somepackage>=1", "somepackage", "somepackage @ https://example.com/a.whl", "a==1.*"])
+@pytest.mark.parametrize(
+    "line", ["somepackage>=1", "somepackage", "somepackage @ https://example.com/a.whl", "a==1.*"]
+)
 def test_a_line_that_pins_nothing_is_found(line: str) -> None:
     assert len(audit(f"{LOCK}\n{line}\n")) == 1
 

@@ -1,4 +1,6 @@
-"""What `pip install` gives: a wheel with everything in it that commands need, and extras that install."""
+"""What `pip install` gives: a wheel with everything in it that commands need, and extras that
+install.
+"""
 
 import json
 import os
@@ -16,9 +18,13 @@ from lidit.config.shipped import ENCODERS, RECIPES
 ROOT = Path(__file__).parents[1]
 # Extra -> a command that needs it, and what it says.
 EXTRAS = {
-    "gguf": ("import gguf, transformers; from lidit.text.packaged import MODELS; print(len(MODELS) > 0)", "True"),
+    "gguf": (
+        "import gguf, transformers; from lidit.text.packaged import MODELS; print(len(MODELS) > 0)",
+        "True",
+    ),
     "s3": (
-        "from lidit.store.files.folder import open_url; print(type(open_url('s3://b/c')[0]).__name__)",
+        "from lidit.store.files.folder import open_url; "
+        "print(type(open_url('s3://b/c')[0]).__name__)",
         "S3FileSystem",
     ),
     "server": ("import psycopg2, boto3, mlflow.server.auth; print('auth')", "auth"),
@@ -26,7 +32,9 @@ EXTRAS = {
 
 
 def run(*words: str | Path, cwd: Path, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [str(word) for word in words], cwd=cwd, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -39,7 +47,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
+    build = (
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        out,
+        source,
+    )
     run(sys.executable, *build, cwd=source)
     (built,) = out.glob("*.whl")
     return built
@@ -58,14 +76,19 @@ def test_the_wheel_holds_what_commands_read(wheel: Path, tmp_path: Path) -> None
         "sys.argv = ['lidit', 'recipes', 'list', '--json']; print(lidit.__file__); jobs.main.main()"
     )
     place, _, listed = run(*python, code, cwd=tmp_path).partition("\n")
-    assert place == str(tmp_path / "installed" / "lidit" / "__init__.py") or place == "installed/lidit/__init__.py"
+    assert (
+        place == str(tmp_path / "installed" / "lidit" / "__init__.py")
+        or place == "installed/lidit/__init__.py"
+    )
     expected = {path.stem for folder in (RECIPES, ENCODERS) for path in folder.glob("*.yaml")}
     assert {row["name"] for row in json.loads(listed)} == expected
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_an_empty_environment_installs_the_wheel_with_its_extras(wheel: Path, tmp_path: Path) -> None:
+def test_an_empty_environment_installs_the_wheel_with_its_extras(
+    wheel: Path, tmp_path: Path
+) -> None:
     """Downloads the libraries from the package index, at the pinned versions: minutes."""
     venv.create(tmp_path / "env", with_pip=True)
     python, command = tmp_path / "env" / "bin" / "python", tmp_path / "env" / "bin" / "lidit"
@@ -78,4 +101,6 @@ def test_an_empty_environment_installs_the_wheel_with_its_extras(wheel: Path, tm
     assert run(command, "--version", cwd=tmp_path, environment=environment).startswith("lidit ")
     assert "demo" in run(command, "recipes", "list", cwd=tmp_path, environment=environment)
     for code, expected in EXTRAS.values():
-        assert run(python, "-c", code, cwd=tmp_path, environment=environment).split()[-1] == expected
+        assert (
+            run(python, "-c", code, cwd=tmp_path, environment=environment).split()[-1] == expected
+        )

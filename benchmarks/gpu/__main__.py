@@ -3,7 +3,8 @@
     python -m benchmarks.gpu [--parts 2,4] [--seconds 480] [--out FILE]
     python -m benchmarks.gpu --dry-run
 
-Every figure is one JSON line as soon as it is known, every part one more with all of its figures; a table ends it.
+Every figure is one JSON line as soon as it is known, every part one more with all of its figures; a
+table ends it.
 """
 
 from __future__ import annotations
@@ -27,19 +28,33 @@ def numbers(text: str) -> list[int]:
     try:
         chosen = [int(number) for number in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers with commas between them, such as 2,4") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give numbers with commas between them, such as 2,4"
+        ) from None
     if wrong := sorted(set(chosen) - known):
-        raise argparse.ArgumentTypeError(f"no part {', '.join(map(str, wrong))}; parts are {sorted(known)}")
+        raise argparse.ArgumentTypeError(
+            f"no part {', '.join(map(str, wrong))}; parts are {sorted(known)}"
+        )
     return chosen
 
 
 def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=numbers, help="numbers with commas between them; default: all, by worth")
-    parser.add_argument("--seconds", type=float, help="for everything: later parts are cut; default 480, dry run 110")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", type=numbers, help="numbers with commas between them; default: all, by worth"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="for everything: later parts are cut; default 480, dry run 110",
+    )
     parser.add_argument("--out", type=Path, help="file to which the JSON lines are added")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU")
-    parser.add_argument("--fresh", action="store_true", help="a fresh process per part in a dry run too")
+    parser.add_argument(
+        "--fresh", action="store_true", help="a fresh process per part in a dry run too"
+    )
     return parser.parse_args(given)
 
 
@@ -57,7 +72,9 @@ class Printer:
                 stream.write(line + "\n")
 
 
-def run_parts(parts: Sequence[Part], arguments: argparse.Namespace, ends: float) -> list[dict[str, Any]]:
+def run_parts(
+    parts: Sequence[Part], arguments: argparse.Namespace, ends: float
+) -> list[dict[str, Any]]:
     """Each part's line. While a part measures, the next one's process is importing."""
     say = Printer(arguments.out)
     toy = arguments.dry_run
@@ -70,11 +87,22 @@ def run_parts(parts: Sequence[Part], arguments: argparse.Namespace, ends: float)
     lines: list[dict[str, Any]] = []
     try:
         for number, part in enumerate(parts):
-            waiting += [PartProcess(following, device, toy, method) for following in parts[number + 1 : number + 2]]
+            waiting += [
+                PartProcess(following, device, toy, method)
+                for following in parts[number + 1 : number + 2]
+            ]
             if ends - time.monotonic() < LEAST:
-                line = {"part": part.number, "title": part.title, "status": "no time left", "seconds": 0, "figures": []}
+                line = {
+                    "part": part.number,
+                    "title": part.title,
+                    "status": "no time left",
+                    "seconds": 0,
+                    "figures": [],
+                }
             else:
-                line = waiting[0].run(ends, lambda found, part=part: say({"part": part.number, "partial": found}))
+                line = waiting[0].run(
+                    ends, lambda found, part=part: say({"part": part.number, "partial": found})
+                )
             waiting.pop(0).stop()
             say(line)
             lines.append(line)
@@ -103,7 +131,10 @@ def main(given: Sequence[str] | None = None) -> None:
     lines = run_parts(parts, arguments, ends)
     print(table(lines))
     # A dry run is there to find what is wrong, so it must not end well with anything wrong.
-    wrong = any(line["status"] != "done" or any("failed" in found for found in line["figures"]) for line in lines)
+    wrong = any(
+        line["status"] != "done" or any("failed" in found for found in line["figures"])
+        for line in lines
+    )
     sys.exit(1 if arguments.dry_run and wrong else 0)
 
 

@@ -1,4 +1,6 @@
-"""Part 7: an autoencoder of 16 channels: images encoded per second by memory format, and the memory of decoding."""
+"""Part 7: an autoencoder of 16 channels: images encoded per second by memory format, and the memory
+of decoding.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def build(run: Run) -> AutoencoderCodec:
             block_out_channels=channels, layers_per_block=1 if run.toy else 2, latent_channels=16,
             norm_num_groups=4 if run.toy else 32, use_quant_conv=False, use_post_quant_conv=False,
         )  # fmt: skip
-    return AutoencoderCodec(model.to(torch.bfloat16 if run.cuda else torch.float32), True, "float32")
+    return AutoencoderCodec(
+        model.to(torch.bfloat16 if run.cuda else torch.float32), True, "float32"
+    )
 
 
 @contextmanager
@@ -70,4 +74,7 @@ def decode(run: Run, codec: AutoencoderCodec, count: int) -> dict[str, Any]:
     seconds = timing.median(run, lambda: codec.decode(latents), 1 if run.toy else 2, warm=1)
     peak = torch.cuda.max_memory_allocated() - before if run.cuda else 0
     run.headline(f"{count} of 1024: {peak / 1e9:.1f} GB")
-    return {"images_per_second": round(len(latents) / seconds, 2), "gigabytes": round(peak / 1e9, 2)}
+    return {
+        "images_per_second": round(len(latents) / seconds, 2),
+        "gigabytes": round(peak / 1e9, 2),
+    }

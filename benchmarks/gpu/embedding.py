@@ -1,4 +1,5 @@
-"""Part 4: prompt states of a random LLaMA-3-8B shape: how near to its own dense rate, and what stands between.
+"""Part 4: prompt states of a random LLaMA-3-8B shape: how near to its own dense rate, and what
+stands between.
 
 Legend: T caption tokens, W width.
 """
@@ -19,7 +20,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from benchmarks.embed import dense_rate, ours, public_prompts, random_encoder, random_trunk, worst_error
+from benchmarks.embed import (
+    dense_rate,
+    ours,
+    public_prompts,
+    random_encoder,
+    random_trunk,
+    worst_error,
+)
 from benchmarks.gpu import timing
 from benchmarks.gpu.run import Run
 from lidit.store import SharedStates, UnitStatistics, channel_statistics
@@ -79,7 +87,9 @@ class Captions:
         return {"tokens_per_second": round(self.dense, 1)}
 
     def rate(self, budget: int) -> dict[str, Any]:
-        """Useful tokens/s of two passes over the captions: one that meets every batch's shape first, one after it."""
+        """Useful tokens/s of two passes over the captions: one that meets every batch's shape
+        first, one after it.
+        """
         work = partial(ours, self.encoder, self.ids, budget)
         first = timing.wall(self.run, work)
         second = timing.wall(self.run, work)
@@ -97,7 +107,10 @@ class Captions:
         with padded(self.encoder):
             expected = ours(self.encoder, self.ids[:64], budget)
         found = ours(self.encoder, self.ids[:64], budget)
-        return {"packs": self.encoder.trunk.packs, "relative_difference": round(worst_error(found, expected), 5)}
+        return {
+            "packs": self.encoder.trunk.packs,
+            "relative_difference": round(worst_error(found, expected), 5),
+        }
 
     def kernels(self, budget: int) -> dict[str, Any]:
         """What the GPU runs in one warm pass, and how busy it is."""
@@ -106,7 +119,9 @@ class Captions:
         return found
 
     def into_files(self, storage: str, threads: int, budget: int) -> dict[str, Any]:
-        """Two units at once through packing into files in memory, as an actor does it: rate end to end."""
+        """Two units at once through packing into files in memory, as an actor does it: rate end to
+        end.
+        """
         torch.set_num_threads(threads)
         encoder = self.encoder
         encoder.spec = dataclasses.replace(encoder.spec, storage=storage)
@@ -120,7 +135,9 @@ class Captions:
         with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
 
             def write(number: int) -> int:
-                return _write(encoder, shared, self.tokens, Path(folder) / f"{number}.arrow", budget, lock)
+                return _write(
+                    encoder, shared, self.tokens, Path(folder) / f"{number}.arrow", budget, lock
+                )
 
             def work() -> None:
                 with ThreadPoolExecutor(CALLS) as pool:
@@ -140,7 +157,8 @@ class Captions:
 
 
 def _write(
-    encoder: PromptEncoder, shared: SharedStates, tokens: Sequence[CaptionTokens], file: Path, budget: int,
+    encoder: PromptEncoder, shared: SharedStates, tokens: Sequence[CaptionTokens], file: Path,
+    budget: int,
     lock: threading.Lock,
 ) -> int:  # fmt: skip
     """Bytes of one unit's file."""

@@ -1,6 +1,8 @@
-"""Part 9: the step that a training takes, by its own engine under DeepSpeed, at the 1B shape on one GPU.
+"""Part 9: the step that a training takes, by its own engine under DeepSpeed, at the 1B shape on one
+GPU.
 
-Forward and backward pass, ZeRO-1's master weights and optimizer, clipping, the average of the weights, the checks of
+Forward and backward pass, ZeRO-1's master weights and optimizer, clipping, the average of the
+weights, the checks of
 loss and gradient: all of `pipelines.training.engine`. Batches are on the GPU already.
 """
 
@@ -49,37 +51,55 @@ class RealStep:
         shape = self.shape
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), LOCAL_RANK="0")
+            os.environ.update(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), LOCAL_RANK="0"
+            )
         backend = "nccl" if run.cuda else "gloo"
         dist.init_process_group(backend, rank=0, world_size=1)
         self.recipe = Recipe(
             name="bench",
             corpus="none",
             encoders=tuple(EncoderSettings(name=name, model="none") for name in LLMS),
-            model=ModelSettings(width=shape.width, depth=shape.depth, heads=shape.heads, patch_size=shape.patch),
+            model=ModelSettings(
+                width=shape.width, depth=shape.depth, heads=shape.heads, patch_size=shape.patch
+            ),
             objective=ObjectiveSettings(kind="ddpm"),
-            train=TrainSettings(batch_size=shape.batch, optimizer=OptimizerSettings(warmup_steps=0, lr=1e-5)),
+            train=TrainSettings(
+                batch_size=shape.batch, optimizer=OptimizerSettings(warmup_steps=0, lr=1e-5)
+            ),
             engine=EngineSettings(
-                zero_stage=1, precision="bfloat16" if run.cuda else "float32", gpus_per_worker=1 if run.cuda else 0
+                zero_stage=1,
+                precision="bfloat16" if run.cuda else "float32",
+                gpus_per_worker=1 if run.cuda else 0,
             ),
         )
         torch.manual_seed(0)
         device = set_up_device(self.recipe.engine)
-        model = LIDiT.from_settings(self.recipe.model, dict.fromkeys(LLMS, shape.encoder_width), shape.channels)
-        self.engine = Engine(self.recipe, model.train(), build_objective(self.recipe.objective), device)
+        model = LIDiT.from_settings(
+            self.recipe.model, dict.fromkeys(LLMS, shape.encoder_width), shape.channels
+        )
+        self.engine = Engine(
+            self.recipe, model.train(), build_objective(self.recipe.objective), device
+        )
 
     def batch(self, step: int, size: int, lengths: torch.Tensor) -> TrainingBatch:
         """Random inputs with captions of `lengths` [2, B] tokens."""
-        found = lidit_inputs(self.shape, lengths, int(lengths.max()), self.engine.device, torch.float32)
+        found = lidit_inputs(
+            self.shape, lengths, int(lengths.max()), self.engine.device, torch.float32
+        )
         noise = found["noise"].float()
         keys = tuple(map(str, range(size)))
-        return TrainingBatch(step, keys, found["latents"], noise, found["t"], found["text"], int(lengths.sum()))
+        return TrainingBatch(
+            step, keys, found["latents"], noise, found["t"], found["text"], int(lengths.sum())
+        )
 
     def flops(self, tokens: list[float]) -> float:
         """FLOPs of one image's step."""
         captions = dict(zip(LLMS, tokens, strict=True))
         size = (self.shape.latent, self.shape.latent)
-        counts = forward_flops(self.engine.module, size, captions, dict.fromkeys(LLMS, self.shape.prefix))
+        counts = forward_flops(
+            self.engine.module, size, captions, dict.fromkeys(LLMS, self.shape.prefix)
+        )
         return 3 * sum(counts.values())
 
     def fixed(self, size: int) -> torch.Tensor:
@@ -102,7 +122,8 @@ class RealStep:
         timing.synchronise(self.run)
         warming = time.perf_counter() - began
         clocks = [
-            timing.wall(self.run, lambda: losses.append(self.engine.train_step(batch).loss)) for _ in range(steps)
+            timing.wall(self.run, lambda: losses.append(self.engine.train_step(batch).loss))
+            for _ in range(steps)
         ]
         seconds = statistics.median(clocks)
         found = {
@@ -120,7 +141,8 @@ class RealStep:
     def as_drawn(self, size: int, most_seconds: float) -> dict[str, Any]:
         """Steps whose captions have the lengths of real ones; those that compile are told apart."""
         lengths, clocks, useful = drawn_lengths(size), [], []
-        self.engine.train_step(self.batch(0, size, next(lengths)))  # other lengths than so far may compile
+        # other lengths than so far may compile
+        self.engine.train_step(self.batch(0, size, next(lengths)))
         began = time.monotonic()
         for number in range(2 if self.run.toy else 40):
             if number and (time.monotonic() - began > most_seconds or self.run.left() < 3):
@@ -143,7 +165,9 @@ class RealStep:
     def kernels(self, size: int) -> dict[str, Any]:
         """What the GPU runs in a step."""
         batch = self.batch(0, size, self.fixed(size))
-        return timing.kernels(self.run, lambda: self.engine.train_step(batch), 1 if self.run.toy else 2, 20)
+        return timing.kernels(
+            self.run, lambda: self.engine.train_step(batch), 1 if self.run.toy else 2, 20
+        )
 
     def _share(self, flops: float, seconds: float) -> float | None:
         share = utilisation(flops, seconds, self.engine.device)

@@ -1,5 +1,5 @@
-"""Part 0: the card itself, which attention kernel each shape takes and which would be best, and the ceilings of matrix
-products and copies.
+"""Part 0: the card itself, which attention kernel each shape takes and which would be best, and the
+ceilings of matrix products and copies.
 
 Legend: B batch, H heads, L queries, S keys, E head width; a matrix product is [M, K] x [K, N].
 """
@@ -30,7 +30,9 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention of the model or of an LLM: L queries meet S keys; `mask`: none, of the keys, or the square."""
+    """An attention of the model or of an LLM: L queries meet S keys; `mask`: none, of the keys, or
+    the square.
+    """
 
     name: str
     batch: int
@@ -42,19 +44,30 @@ class Attention:
     trains: bool = True
 
     def tensors(self, run: Run, dtype: torch.dtype) -> dict[str, Any]:
-        """Queries, keys, values in the model's layout [B, L, H, E] (values cut out of a wider projection), and mask."""
+        """Queries, keys, values in the model's layout [B, L, H, E] (values cut out of a wider
+        projection), and mask.
+        """
         batch, heads, width = (1, 2, 8) if run.toy else (self.batch, self.heads, self.width)
         queries, keys = (8, 12) if run.toy else (self.queries, self.keys)
         with run.device:
-            query = torch.randn(batch, queries, heads, width, dtype=dtype, requires_grad=self.trains)
+            query = torch.randn(
+                batch, queries, heads, width, dtype=dtype, requires_grad=self.trains
+            )
             key = torch.randn(batch, keys, heads, width, dtype=dtype, requires_grad=self.trains)
-            wide = torch.randn(batch, keys, 3 * heads * width, dtype=dtype, requires_grad=self.trains)
+            wide = torch.randn(
+                batch, keys, 3 * heads * width, dtype=dtype, requires_grad=self.trains
+            )
             lengths = torch.randint(keys // 2, keys + 1, (batch,))
             valid = torch.arange(keys) < lengths[:, None]  # [B, S]
         mask = None if self.mask == "none" else valid[:, None, None, :]
         if self.mask == "square":
             mask = mask.expand(batch, 1, queries, keys).contiguous()
-        return {"query": query, "key": key, "value": wide.chunk(3, -1)[2].unflatten(-1, (heads, width)), "mask": mask}
+        return {
+            "query": query,
+            "key": key,
+            "value": wide.chunk(3, -1)[2].unflatten(-1, (heads, width)),
+            "mask": mask,
+        }
 
 
 SHAPES = (
@@ -104,7 +117,9 @@ def driver() -> dict[str, Any]:
     if tool is None:
         return {"nvidia_smi": None}
     query = "driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
-    answer = subprocess.run([tool, f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True, timeout=5)
+    answer = subprocess.run(
+        [tool, f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True, timeout=5
+    )
     return {"nvidia_smi": answer.stdout.splitlines()}
 
 
@@ -116,14 +131,22 @@ def products(run: Run) -> dict[str, Any]:
     for m in rows:
         for k, n in layers:
             with run.device:
-                x, weight = torch.randn(m, k, dtype=dtype_of(run)), torch.randn(n, k, dtype=dtype_of(run))
-                bias, grad = torch.randn(n, dtype=dtype_of(run)), torch.randn(m, n, dtype=dtype_of(run))
+                x, weight = (
+                    torch.randn(m, k, dtype=dtype_of(run)),
+                    torch.randn(n, k, dtype=dtype_of(run)),
+                )
+                bias, grad = (
+                    torch.randn(n, dtype=dtype_of(run)),
+                    torch.randn(m, n, dtype=dtype_of(run)),
+                )
             seconds = {
                 "forward": timing.each(run, lambda: F.linear(x, weight, bias)),  # noqa: B023 - called at once
                 "by_input": timing.each(run, lambda: grad @ weight),  # noqa: B023
                 "by_weight": timing.each(run, lambda: grad.t() @ x),  # noqa: B023
             }
-            found[f"{m}x{k}x{n}"] = {name: round(2e-12 * m * k * n / spent, 1) for name, spent in seconds.items()}
+            found[f"{m}x{k}x{n}"] = {
+                name: round(2e-12 * m * k * n / spent, 1) for name, spent in seconds.items()
+            }
     best = max(rate for rates in found.values() for rate in rates.values())
     run.headline(f"matrix products up to {best:.0f} TFLOP/s")
     return {"teraflops": found}
@@ -169,4 +192,7 @@ def attention(run: Run, shape: Attention) -> dict[str, Any]:
 
 
 def _milliseconds(run: Run, forward: Any, whole: Any) -> dict[str, float]:
-    return {"forward": round(1e3 * timing.each(run, forward), 4), "whole": round(1e3 * timing.each(run, whole), 4)}
+    return {
+        "forward": round(1e3 * timing.each(run, forward), 4),
+        "whole": round(1e3 * timing.each(run, whole), 4),
+    }

@@ -1,4 +1,6 @@
-"""Part 6: an LLM's blocks between GPU and CPU, and whether an offloaded pipeline draws the same images."""
+"""Part 6: an LLM's blocks between GPU and CPU, and whether an offloaded pipeline draws the same
+images.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def part_6(run: Run) -> None:
 
 def moving(run: Run) -> dict[str, Any]:
     """GB/s of some blocks of an 8B LLM out and in, as `to` moves them and through pinned memory."""
-    trunk = random_trunk("tiny" if run.toy else "8b", run.device.type, 1 if run.toy else BLOCKS).layers
+    trunk = random_trunk(
+        "tiny" if run.toy else "8b", run.device.type, 1 if run.toy else BLOCKS
+    ).layers
     weights = [weight.data for weight in trunk.parameters()]
     gigabytes = sum(weight.nbytes for weight in weights) / 1e9
     found: dict[str, Any] = {"gigabytes": round(gigabytes, 3)}
@@ -33,7 +37,9 @@ def moving(run: Run) -> dict[str, Any]:
     hosts: list[torch.Tensor] = []
 
     def pin() -> None:
-        hosts.extend(torch.empty(weight.shape, dtype=weight.dtype, pin_memory=run.cuda) for weight in weights)
+        hosts.extend(
+            torch.empty(weight.shape, dtype=weight.dtype, pin_memory=run.cuda) for weight in weights
+        )
 
     found["pin_seconds"] = timing.wall(run, pin)
 
@@ -47,7 +53,9 @@ def moving(run: Run) -> dict[str, Any]:
 
     found["out_pinned"] = gigabytes / timing.wall(run, out)
     found["in_pinned"] = gigabytes / timing.wall(run, back)
-    run.headline(f"out {found['out']:.1f}, in {found['in']:.1f}, pinned {found['in_pinned']:.1f} GB/s")
+    run.headline(
+        f"out {found['out']:.1f}, in {found['in']:.1f}, pinned {found['in_pinned']:.1f} GB/s"
+    )
     return {name: round(value, 3) for name, value in found.items()}
 
 
@@ -71,5 +79,11 @@ def same_images(run: Run) -> dict[str, Any]:
     if run.cuda:
         pipeline.enable_model_cpu_offload()
     again = draw()
-    run.headline(f"images {'the same' if torch.equal(plain.cpu(), again.cpu()) else 'not the same'} offloaded")
-    return {"equal": torch.equal(plain.cpu(), again.cpu()), "offloaded": str(next(model.parameters()).device)}
+    run.headline(
+        f"images {'the same' if torch.equal(plain.cpu(), again.cpu()) else 'not the same'} "
+        "offloaded"
+    )
+    return {
+        "equal": torch.equal(plain.cpu(), again.cpu()),
+        "offloaded": str(next(model.parameters()).device),
+    }

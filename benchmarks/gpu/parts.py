@@ -1,4 +1,6 @@
-"""The parts, each with its time limit and the module that measures it, in the order of their worth."""
+"""The parts, each with its time limit and the module that measures it, in the order
+of their worth.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """`module` of this package holds the function `part_<number>`; `seconds` is what it may take on a GPU."""
+    """`module` of this package holds the function `part_<number>`; `seconds` is what it may take on
+    a GPU.
+    """
 
     number: int
     title: str

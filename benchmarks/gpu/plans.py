@@ -1,4 +1,6 @@
-"""Part 1: what the first call of a new caption length costs, with cuDNN's attention and without it."""
+"""Part 1: what the first call of a new caption length costs, with cuDNN's attention
+and without it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def part_1(run: Run) -> None:
 
 
 def new_lengths(run: Run, shape: Attention, enabled: bool) -> dict[str, Any]:
-    """Milliseconds of the first and of the second call (forward and backward where it trains) of lengths never seen."""
+    """Milliseconds of the first and of the second call (forward and backward where it trains) of
+    lengths never seen.
+    """
     firsts, seconds = [], []
     with timing.cudnn_attention(enabled):
         for number in range(3 if run.toy else NEW_LENGTHS + 1):

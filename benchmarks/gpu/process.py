@@ -1,7 +1,8 @@
 """A part in a process of its own: a hang or a crash there ends that part, and nothing else.
 
-On a GPU every part is a fresh process: the CUDA profiler does not outlive a fork. It is started one part ahead and
-waits with everything imported, so that its imports cost no time. A dry run forks instead and imports once.
+On a GPU every part is a fresh process: the CUDA profiler does not outlive a fork. It is started one
+part ahead and waits with everything imported, so that its imports cost no time. A dry run forks
+instead and imports once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def load(part: Part) -> Callable[[Run], None]:
 class PartProcess:
     """`part` in a process that imports at once and measures when it is told to."""
 
-    def __init__(self, part: Part, device: str, toy: bool, method: Literal["fork", "spawn"]) -> None:
+    def __init__(
+        self, part: Part, device: str, toy: bool, method: Literal["fork", "spawn"]
+    ) -> None:
         self.part = part
         context = multiprocessing.get_context(method)
         self.results, theirs = context.Pipe(duplex=True)
@@ -44,10 +47,15 @@ class PartProcess:
         theirs.close()
 
     def run(self, ends: float, partial: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Measures for as long as the part may, and not beyond `ends` on `time.monotonic`'s clock; imports do not
-        count. `partial` gets every figure as it comes, the result holds all of them."""
+        """Measures for as long as the part may, and not beyond `ends` on `time.monotonic`'s clock;
+        imports do not count. `partial` gets every figure as it comes, the result holds all of them.
+        """
         began = time.monotonic()
-        found: dict[str, Any] = {"part": self.part.number, "title": self.part.title, "status": "done"}
+        found: dict[str, Any] = {
+            "part": self.part.number,
+            "title": self.part.title,
+            "status": "done",
+        }
         figures: list[dict[str, Any]] = []
         limit = ends
         while True:
@@ -88,7 +96,12 @@ def _child(part: Part, device: str, toy: bool, results: Connection) -> None:
         _send(results, {"ready": True})
         seconds = json.loads(results.recv_bytes())
         # A margin: what a part reports before it is ended is better than what it would have found.
-        run = Run(torch.device(device), toy, time.monotonic() + seconds - 1, lambda found: _send(results, found))
+        run = Run(
+            torch.device(device),
+            toy,
+            time.monotonic() + seconds - 1,
+            lambda found: _send(results, found),
+        )
         if run.cuda:
             torch.set_float32_matmul_precision("high")
         else:
@@ -99,7 +112,10 @@ def _child(part: Part, device: str, toy: bool, results: Connection) -> None:
         return  # nobody waits for this part any more
     except Exception as error:
         traceback.print_exc()
-        _send(results, {"status": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+        _send(
+            results,
+            {"status": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"},
+        )
 
 
 def _send(results: Connection, found: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ import torch
 
 @dataclass
 class Run:
-    """One part's run. `toy`: sizes for a CPU; `ends`: on `time.monotonic`'s clock; `send`: takes a JSON object."""
+    """One part's run. `toy`: sizes for a CPU; `ends`: on `time.monotonic`'s clock; `send`: takes a
+    JSON object.
+    """
 
     device: torch.device
     toy: bool
@@ -29,15 +31,21 @@ class Run:
         return self.ends - time.monotonic()
 
     def report(self, name: str, **figures: Any) -> None:
-        """Figures of one measurement, printed at once: what a part has reported survives its end."""
+        """Figures of one measurement, printed at once: what a part has reported
+        survives its end.
+        """
         self.send({"name": name, **figures})
 
     def headline(self, text: str) -> None:
         """A few words for the last table."""
         self.send({"headline": text})
 
-    def attempt(self, name: str, work: Callable[[], dict[str, Any]], needs: float = 1) -> dict[str, Any] | None:
-        """Reports what `work` finds, or why it found nothing; None then. Not begun with less than `needs` seconds."""
+    def attempt(
+        self, name: str, work: Callable[[], dict[str, Any]], needs: float = 1
+    ) -> dict[str, Any] | None:
+        """Reports what `work` finds, or why it found nothing; None then. Not begun with less than
+        `needs` seconds.
+        """
         if not self.toy and self.left() < needs:
             self.report(name, skipped=f"{self.left():.0f} s left, needs {needs:.0f}")
             return None

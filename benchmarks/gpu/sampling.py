@@ -1,4 +1,6 @@
-"""Part 5: one guided sampling step of the 1B shape by dtype, compiled or not, for many prompts and for a single one."""
+"""Part 5: one guided sampling step of the 1B shape by dtype, compiled or not, for many prompts and
+for a single one.
+"""
 
 from __future__ import annotations
 
@@ -38,18 +40,27 @@ def part_5(run: Run) -> None:
         run.attempt("bfloat16, CUDA graph", lambda: replayed(run, model), needs=4)
 
 
-def _predictor(run: Run, model: LIDiT, many: bool) -> tuple[GuidedPredictor, torch.Tensor, torch.Tensor]:
+def _predictor(
+    run: Run, model: LIDiT, many: bool
+) -> tuple[GuidedPredictor, torch.Tensor, torch.Tensor]:
     """A predictor of as many prompts as images or of one, and its arguments."""
     shape = shape_of(run)
     size, dtype = shape.sampling_batch, next(model.parameters()).dtype
     lengths = torch.randint(shape.caption // 2, shape.caption + 1, (2, size if many else 1))
     inputs = lidit_inputs(shape, lengths, shape.caption, run.device, dtype)
     text: dict[str, TextStates] = inputs["text"]
-    empty = {name: TextStates.collate([entry.states[0, :0]], entry.prefix) for name, entry in text.items()}
+    empty = {
+        name: TextStates.collate([entry.states[0, :0]], entry.prefix)
+        for name, entry in text.items()
+    }
     rows = None if many else [0] * size
     latents = torch.randn(size, shape.channels, shape.latent, shape.latent, device=run.device)
     times = torch.full((size,), 0.5, device=run.device)
-    return GuidedPredictor(model, text, empty, SamplerSettings(guidance_scale=4), rows), latents, times
+    return (
+        GuidedPredictor(model, text, empty, SamplerSettings(guidance_scale=4), rows),
+        latents,
+        times,
+    )
 
 
 @torch.no_grad()
@@ -59,9 +70,15 @@ def step(run: Run, model: LIDiT, many: bool) -> dict[str, Any]:
     rounds = 1 if run.toy else 7
     seconds = timing.median(run, lambda: predict(latents, times), rounds)
     captions = len(next(iter(predict.both.values())).states)
-    conditioner = timing.median(run, lambda: model.conditioner(predict.both, times[:1].expand(captions)), rounds)
+    conditioner = timing.median(
+        run, lambda: model.conditioner(predict.both, times[:1].expand(captions)), rounds
+    )
     run.headline(f"{1e3 * seconds:.0f} ms")
-    return {"images": len(latents), "step_ms": round(1e3 * seconds, 2), "conditioner_ms": round(1e3 * conditioner, 2)}
+    return {
+        "images": len(latents),
+        "step_ms": round(1e3 * seconds, 2),
+        "conditioner_ms": round(1e3 * conditioner, 2),
+    }
 
 
 @torch.no_grad()

@@ -49,7 +49,9 @@ def median(run: Run, work: Callable[[], Any], rounds: int, warm: int = 2) -> flo
 
 
 def each(run: Run, work: Callable[[], Any], calls: int = 20, warm: int = 3) -> float:
-    """Seconds of a call among `calls` that are queued one behind the other, as kernels in a model are."""
+    """Seconds of a call among `calls` that are queued one behind the other, as kernels in a model
+    are.
+    """
     for _ in range(1 if run.toy else warm):
         work()
     calls = 2 if run.toy else calls
@@ -62,7 +64,9 @@ def each(run: Run, work: Callable[[], Any], calls: int = 20, warm: int = 3) -> f
 
 
 class Marks:
-    """Places in a step; `spans` are the milliseconds from each to the next, on the GPU's clock where there is a GPU."""
+    """Places in a step; `spans` are the milliseconds from each to the next, on the GPU's clock
+    where there is a GPU.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -86,7 +90,8 @@ class Marks:
 
 
 def kernels(run: Run, work: Callable[[], Any], steps: int = 1, top: int = 10) -> dict[str, Any]:
-    """What the GPU ran in `steps` calls: milliseconds per call by kernel and by kind, and how busy it was.
+    """What the GPU ran in `steps` calls: milliseconds per call by kernel and by kind, and how busy
+    it was.
 
     On a CPU torch's operators stand for the kernels.
     """
@@ -95,7 +100,9 @@ def kernels(run: Run, work: Callable[[], Any], steps: int = 1, top: int = 10) ->
         seconds = wall(run, lambda: [work() for _ in range(steps)])
     spent: dict[str, list[float]] = {}
     for event in profiler.events():
-        if run.cuda and (event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False)):
+        if run.cuda and (
+            event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False)
+        ):
             continue
         micro = event.time_range.elapsed_us() if run.cuda else event.self_cpu_time_total
         spent.setdefault(event.name, []).append(micro)
@@ -108,7 +115,10 @@ def kernels(run: Run, work: Callable[[], Any], steps: int = 1, top: int = 10) ->
         "kernels_per_call": round(sum(map(len, spent.values())) / steps),
         "busy": round(total / 1e6 / seconds, 3),
         "milliseconds": round(total / 1e3 / steps, 3),
-        "kinds": {name: round(micro / total, 3) for name, micro in sorted(kinds.items(), key=lambda item: -item[1])},
+        "kinds": {
+            name: round(micro / total, 3)
+            for name, micro in sorted(kinds.items(), key=lambda item: -item[1])
+        },
         "top": [
             {
                 "name": name[:110],

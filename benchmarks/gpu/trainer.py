@@ -1,5 +1,6 @@
-"""One training step as a single GPU takes it under ZeRO-1, without DeepSpeed: bfloat16 weights and gradients, float32
-master weights with torch's fused AdamW, gradient clipping, and an average of the weights.
+"""One training step as a single GPU takes it under ZeRO-1, without DeepSpeed: bfloat16 weights and
+gradients, float32 master weights with torch's fused AdamW, gradient clipping, and an average of the
+weights.
 
 Legend: B batch, T caption tokens of an LLM, padded to the longest.
 """
@@ -34,9 +35,11 @@ def recompile(model: torch.nn.Module, run: Run, dynamic: bool | None) -> None:
     """Compiles the model's blocks anew; in a dry run they are only traced."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
-    # Sizes that happen to be equal are not the same size: another caption length would compile again.
+    # Sizes that happen to be equal are not the same size: another caption length would compile
+    # again.
     torch.fx.experimental._config.use_duck_shape = False
-    # That cache does not know which attention kernels are allowed, and would give back those of another switch.
+    # That cache does not know which attention kernels are allowed, and would give back those of
+    # another switch.
     torch._functorch.config.enable_autograd_cache = False
     compile_blocks(model, dynamic, "inductor" if run.cuda else "eager")
 
@@ -56,15 +59,20 @@ class Trainer:
         self.dtype = torch.bfloat16 if run.cuda else torch.float32
         self.model = build_lidit(self.shape, run.device, self.dtype)
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.masters = [torch.nn.Parameter(weight.detach().float().clone()) for weight in self.weights]
+        self.masters = [
+            torch.nn.Parameter(weight.detach().float().clone()) for weight in self.weights
+        ]
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         self.average = [master.detach().clone() for master in self.masters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, fused=True)
 
-    def batch(self, size: int, lengths: torch.Tensor | None = None, rounded: int = 1) -> dict[str, Any]:
-        """Random inputs; `lengths` [2, B] of the captions in each LLM's tokens (default: as benchmarks.model), padded
-        to the longest, rounded up to a multiple of `rounded`."""
+    def batch(
+        self, size: int, lengths: torch.Tensor | None = None, rounded: int = 1
+    ) -> dict[str, Any]:
+        """Random inputs; `lengths` [2, B] of the captions in each LLM's tokens (default: as
+        benchmarks.model), padded to the longest, rounded up to a multiple of `rounded`.
+        """
         if lengths is None:
             longest = self.shape.caption
             lengths = torch.randint(longest // 2, longest + 1, (len(LLMS), size))
@@ -79,8 +87,9 @@ class Trainer:
         mark: Callable[[str], None] = lambda _name: None,
         check: Callable[[torch.Tensor], None] = lambda _value: None,
     ) -> torch.Tensor:
-        """One step. `mark` is told where a phase begins; `check` gets what an engine looks at in a step: the loss
-        before the backward pass, the norm after it."""
+        """One step. `mark` is told where a phase begins; `check` gets what an engine looks at in a
+        step: the loss before the backward pass, the norm after it.
+        """
         mark("forward")
         prediction = self.model(batch["latents"], batch["t"], batch["text"])
         loss = (prediction.float() - batch["noise"].float()).square().mean()
@@ -88,7 +97,9 @@ class Trainer:
         mark("backward")
         loss.backward()
         mark("clip")
-        torch._foreach_copy_([master.grad for master in self.masters], [weight.grad for weight in self.weights])
+        torch._foreach_copy_(
+            [master.grad for master in self.masters], [weight.grad for weight in self.weights]
+        )
         for weight in self.weights:
             weight.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.masters, CLIP, foreach=True)
@@ -105,7 +116,9 @@ class Trainer:
     def condition(self, batch: dict[str, Any]) -> None:
         """Forward and backward of the conditioner alone."""
         condition = self.model.conditioner(batch["text"], batch["t"])
-        (condition.tokens.float().square().mean() + condition.pooled.float().square().mean()).backward()
+        (
+            condition.tokens.float().square().mean() + condition.pooled.float().square().mean()
+        ).backward()
         for weight in self.weights:
             weight.grad = None
 
@@ -113,14 +126,20 @@ class Trainer:
         """FLOPs of one image's training step; `tokens` of its caption in each LLM."""
         captions = dict(zip(LLMS, tokens, strict=True))
         size = (self.shape.latent, self.shape.latent)
-        return 3 * sum(forward_flops(self.model, size, captions, dict.fromkeys(LLMS, self.shape.prefix)).values())
+        return 3 * sum(
+            forward_flops(
+                self.model, size, captions, dict.fromkeys(LLMS, self.shape.prefix)
+            ).values()
+        )
 
     def share_of_peak(self, flops: float, seconds: float) -> float | None:
         share = utilisation(flops, seconds, self.run.device)
         return None if share is None else round(share, 4)
 
     def measure(self, size: int, steps: int = 8, warm: int = 3) -> dict[str, Any]:
-        """Steps of one shape: milliseconds on the clock, of each phase, and until the CPU has queued a step."""
+        """Steps of one shape: milliseconds on the clock, of each phase, and until the CPU has
+        queued a step.
+        """
         for weight in self.weights:
             weight.grad = None  # of a step that ran out of memory
         if self.run.cuda:
@@ -150,7 +169,9 @@ class Trainer:
             "warm_up_seconds": round(warming, 2),
             "step_ms": round(1e3 * seconds, 2),
             "queued_ms": round(1e3 * statistics.median(queued), 2),
-            "phases_ms": {name: round(statistics.median(p[name] for p in phases), 2) for name in phases[0]},
+            "phases_ms": {
+                name: round(statistics.median(p[name] for p in phases), 2) for name in phases[0]
+            },
             "images_per_second": round(size / seconds, 1),
             "mfu": self.share_of_peak(flops, seconds),
         }
@@ -187,7 +208,9 @@ class Trainer:
 
 
 def drawn_lengths(size: int, seed: int = 0) -> Iterator[torch.Tensor]:
-    """Caption lengths [2, B] without end: two thirds short captions, one third long, the second LLM's a tenth more."""
+    """Caption lengths [2, B] without end: two thirds short captions, one third long, the second
+    LLM's a tenth more.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         short = torch.randint(8, 25, (size,), generator=generator).float()

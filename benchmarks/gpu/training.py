@@ -22,14 +22,23 @@ def part_2(run: Run) -> None:
         _step(run, trainer, "eager, cuDNN off", size)
     for enabled in (True, False):  # half the batch: eager, long captions need the memory
         with timing.cudnn_attention(enabled):
-            _drawn(run, trainer, f"eager, drawn, cuDNN {'on' if enabled else 'off'}", size // 2, 1, most=6)
+            _drawn(
+                run,
+                trainer,
+                f"eager, drawn, cuDNN {'on' if enabled else 'off'}",
+                size // 2,
+                1,
+                most=6,
+            )
 
     recompile(trainer.model, run, dynamic=False)
     if _step(run, trainer, "compiled", size, needs=COMPILING):
         batch = trainer.batch(size)
         top = run.attempt("compiled, kernels", lambda: _kernels(run, lambda: trainer.step(batch)))
         if top:
-            kinds = ", ".join(f"{name} {share:.0%}" for name, share in list(top["kinds"].items())[:4])
+            kinds = ", ".join(
+                f"{name} {share:.0%}" for name, share in list(top["kinds"].items())[:4]
+            )
             run.headline(f"busy {top['busy']:.0%}: {kinds}")
         run.attempt("compiled, conditioner", lambda: conditioner(run, trainer, batch))
         trainer.model.enable_gradient_checkpointing()
@@ -39,7 +48,9 @@ def part_2(run: Run) -> None:
     recompile(trainer.model, run, dynamic=True)
     if _step(run, trainer, "compiled for any length", size, needs=COMPILING):
         for rounded in (1, 32, 64):
-            _drawn(run, trainer, f"compiled for any length, drawn, rounded to {rounded}", size, rounded)
+            _drawn(
+                run, trainer, f"compiled for any length, drawn, rounded to {rounded}", size, rounded
+            )
         # The GPU has next to nothing to do for so few images: this is the time of the launches.
         _step(run, trainer, "compiled for any length, batch 2", 2)
 
@@ -53,7 +64,9 @@ def part_2(run: Run) -> None:
         _step(run, trainer, f"eager, batch {other}", other, needs=5)
 
 
-def _step(run: Run, trainer: Trainer, name: str, size: int, needs: float = 6) -> dict[str, Any] | None:
+def _step(
+    run: Run, trainer: Trainer, name: str, size: int, needs: float = 6
+) -> dict[str, Any] | None:
     found = run.attempt(name, lambda: trainer.measure(size), needs)
     if found:
         run.headline(f"{name} {found['step_ms']:.0f} ms, MFU {found['mfu'] or 0:.0%}")
@@ -81,6 +94,12 @@ def conditioner(run: Run, trainer: Trainer, batch: dict[str, Any]) -> dict[str, 
     run.headline(f"conditioner {1e3 * seconds:.1f} ms")
     with torch.no_grad():
         forward = timing.median(
-            run, lambda: trainer.model.conditioner(batch["text"], batch["t"]), rounds=1 if run.toy else 5
+            run,
+            lambda: trainer.model.conditioner(batch["text"], batch["t"]),
+            rounds=1 if run.toy else 5,
         )
-    return {"ms": round(1e3 * seconds, 2), "forward_ms": round(1e3 * forward, 2), **_kernels(run, work)}
+    return {
+        "ms": round(1e3 * seconds, 2),
+        "forward_ms": round(1e3 * forward, 2),
+        **_kernels(run, work),
+    }

@@ -1,4 +1,5 @@
-"""Part 3: a batch's way to the GPU: padded float32 as it is today, or what it holds, and what that costs the CPU.
+"""Part 3: a batch's way to the GPU: padded float32 as it is today, or what it holds, and what that
+costs the CPU.
 
 Legend: B batch, T tokens of a caption, N tokens of all captions, W width of an LLM.
 """
@@ -42,7 +43,9 @@ class Batch:
     def places(self) -> torch.Tensor:
         """Where each of the N tokens goes in the padded [B * T, W]."""
         longest = max(self.lengths)
-        return torch.cat([row * longest + torch.arange(length) for row, length in enumerate(self.lengths)])
+        return torch.cat(
+            [row * longest + torch.arange(length) for row, length in enumerate(self.lengths)]
+        )
 
 
 def part_3(run: Run) -> None:
@@ -59,13 +62,17 @@ def _pinned(run: Run, tensor: torch.Tensor) -> torch.Tensor:
 def copies(run: Run, batch: Batch) -> dict[str, Any]:
     """Milliseconds of one batch of two LLMs, and its bytes."""
     padded = batch.padded()
-    stored, scale, places = (_pinned(run, part) for part in (batch.values, batch.scale, batch.places()))
+    stored, scale, places = (
+        _pinned(run, part) for part in (batch.values, batch.scale, batch.places())
+    )
     half = _pinned(run, padded.bfloat16())
     with run.device:
         target = torch.zeros(padded.shape[0] * padded.shape[1], batch.width, dtype=torch.bfloat16)
 
     def dequantised() -> None:
-        values, factors, where = (part.to(run.device, non_blocking=True) for part in (stored, scale, places))
+        values, factors, where = (
+            part.to(run.device, non_blocking=True) for part in (stored, scale, places)
+        )
         target[where] = (values * factors[:, None]).to(torch.bfloat16)
 
     found = {}
@@ -75,7 +82,10 @@ def copies(run: Run, batch: Batch) -> dict[str, Any]:
         ("int8 as stored, pinned, dequantised there", stored, dequantised),
     ):
         spent = LLM_COUNT * timing.median(run, work, 2 if run.toy else 9)
-        found[name] = {"ms": round(1e3 * spent, 3), "megabytes": round(LLM_COUNT * sent.nbytes / 1e6, 2)}
+        found[name] = {
+            "ms": round(1e3 * spent, 3),
+            "megabytes": round(LLM_COUNT * sent.nbytes / 1e6, 2),
+        }
     run.headline(" / ".join(f"{entry['ms']:.1f}" for entry in found.values()) + " ms")
     return found
 
@@ -104,14 +114,19 @@ def overlap(run: Run, batch: Batch) -> dict[str, Any]:
 
 
 def processor(run: Run, batch: Batch) -> dict[str, Any]:
-    """Milliseconds of decoding and of collating, with one and two threads; and of queueing small kernels alone and
-    while two threads prepare batches, as the feed's readers do."""
+    """Milliseconds of decoding and of collating, with one and two threads; and of queueing small
+    kernels alone and while two threads prepare batches, as the feed's readers do.
+    """
     rounds = 1 if run.toy else 3
     threads, found = torch.get_num_threads(), {}
     for count in (1,) if run.toy else (1, 2):
         torch.set_num_threads(count)
-        found[f"decode_{count}_threads_ms"] = round(1e3 * timing.median(run, batch.decoded, rounds, warm=1), 2)
-        found[f"collate_{count}_threads_ms"] = round(1e3 * timing.median(run, batch.padded, rounds, warm=1), 2)
+        found[f"decode_{count}_threads_ms"] = round(
+            1e3 * timing.median(run, batch.decoded, rounds, warm=1), 2
+        )
+        found[f"collate_{count}_threads_ms"] = round(
+            1e3 * timing.median(run, batch.padded, rounds, warm=1), 2
+        )
     torch.set_num_threads(1)
     small = torch.zeros(8, device=run.device)
 
@@ -137,4 +152,8 @@ def processor(run: Run, batch: Batch) -> dict[str, Any]:
             thread.join()
         torch.set_num_threads(threads)
     run.headline(f"launches {beside / alone:.2f} times as long beside readers")
-    return {**found, "launches_ms": round(1e3 * alone, 2), "launches_beside_readers_ms": round(1e3 * beside, 2)}
+    return {
+        **found,
+        "launches_ms": round(1e3 * alone, 2),
+        "launches_beside_readers_ms": round(1e3 * beside, 2),
+    }

@@ -1,4 +1,6 @@
-"""Part 8: what a step loses by waiting for the GPU's answer, as an engine does that looks at loss and norm at once."""
+"""Part 8: what a step loses by waiting for the GPU's answer, as an engine does that looks at loss
+and norm at once.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,17 @@ def at_once(value: torch.Tensor) -> None:
 def part_8(run: Run) -> None:
     trainer = Trainer(run)
     size = trainer.shape.batch // 2  # few images: what the CPU does per step shows most
-    for name, check in (("nothing read", lambda _value: None), ("read at once", at_once), ("read later", Later())):
+    for name, check in (
+        ("nothing read", lambda _value: None),
+        ("read at once", at_once),
+        ("read later", Later()),
+    ):
         run.attempt(name, lambda: reading(run, trainer, size, check), needs=3)  # noqa: B023 - called at once
 
 
-def reading(run: Run, trainer: Trainer, size: int, check: Callable[[torch.Tensor], None]) -> dict[str, float]:
+def reading(
+    run: Run, trainer: Trainer, size: int, check: Callable[[torch.Tensor], None]
+) -> dict[str, float]:
     """Milliseconds of a step among several that follow each other."""
     batch = trainer.batch(size)
     steps = 2 if run.toy else 6

@@ -15,7 +15,9 @@ def load_documents(text: str) -> list[Document]:
 
 
 def cluster_spec(document: Document) -> Document | None:
-    """The RayCluster spec inside a RayJob, a RayService or a RayCluster, None for any other kind."""
+    """The RayCluster spec inside a RayJob, a RayService or a RayCluster, None for
+    any other kind.
+    """
     if document["kind"] == "RayCluster":
         return document["spec"]
     place = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(document["kind"])

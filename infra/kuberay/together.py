@@ -1,4 +1,6 @@
-"""Rules that no document shows alone: commands and the settings they use, the folder of runs, clusters kept apart."""
+"""Rules that no document shows alone: commands and the settings they use, the folder of runs,
+clusters kept apart.
+"""
 
 import shlex
 import string
@@ -9,7 +11,8 @@ from subprocess import list2cmdline
 
 from infra.kuberay.documents import Document, cluster_spec, pod_templates
 
-ANY_TRAINING = "output=$LIDIT_RUNS"  # what somebody sends to a cluster that has no entrypoint of its own
+# what somebody sends to a cluster that has no entrypoint of its own
+ANY_TRAINING = "output=$LIDIT_RUNS"
 OPERATORS = frozenset(";&|<>()\n")
 GLOBS = frozenset("*?[")
 
@@ -26,13 +29,17 @@ def together_errors(documents: list[Document]) -> Iterator[str]:
 def entrypoint_errors(documents: list[Document]) -> Iterator[str]:
     """A RayJob's command reaches our jobs as it was meant.
 
-    KubeRay pastes `entrypoint` as it stands into the command of bash in the submitter pod, which has no settings and no
-    recipe; Ray's CLI joins the words that bash made of it (subprocess.list2cmdline); sh in the job's own pod, which has
-    the settings, reads that line. So a variable needs single quotes, and an operator would end the submission.
+    KubeRay pastes `entrypoint` as it stands into the command of bash in the submitter pod, which
+    has no settings and no recipe; Ray's CLI joins the words that bash made of it
+    (subprocess.list2cmdline); sh in the job's own pod, which has the settings, reads that line. So
+    a variable needs single quotes, and an operator would end the submission.
     """
     for document in documents:
         spec = document.get("spec") or {}
-        if document["kind"] == "RayJob" and spec.get("submissionMode", "K8sJobMode") in ("K8sJobMode", "SidecarMode"):
+        if document["kind"] == "RayJob" and spec.get("submissionMode", "K8sJobMode") in (
+            "K8sJobMode",
+            "SidecarMode",
+        ):
             settings = _settings(spec["rayClusterSpec"]["headGroupSpec"]["template"], documents)
             for error in _command_errors(spec.get("entrypoint", ""), settings):
                 yield f"{_label(document)}: entrypoint: {error}"
@@ -52,20 +59,27 @@ def _command_errors(entrypoint: str, settings: dict[str, str]) -> Iterator[str]:
         return
     unset = [name for name in string.Template(line).get_identifiers() if name not in settings]
     if unset:
-        yield f"{', '.join(unset)}: in no ConfigMap of the job's pods (were the cluster's manifests given too?)"
+        yield (
+            f"{', '.join(unset)}: in no ConfigMap of the job's pods (were the cluster's "
+            "manifests given too?)"
+        )
         return
     if errors := list(_open_characters(line, "the job's pod", "`")):
         yield from errors
         return
     for name in string.Template(line).get_identifiers():
         if shlex.quote(settings[name]) != settings[name]:
-            yield f"{name}={settings[name]!r}: the job's shell would not take this value as one word"
+            yield (
+                f"{name}={settings[name]!r}: the job's shell would not take this value as one word"
+            )
     if shlex.split(line) != words:
         yield f"the job's shell would read {line!r} as other words"
 
 
 def _open_characters(line: str, where: str, expanded: str) -> Iterator[str]:
-    """What a shell does to a line besides taking quotes off: expansions (of `expanded`), operators, file patterns."""
+    """What a shell does to a line besides taking quotes off: expansions (of `expanded`), operators,
+    file patterns.
+    """
     quote, escaped = "", False
     for character in line:
         if escaped:
@@ -89,25 +103,42 @@ def _open_characters(line: str, where: str, expanded: str) -> Iterator[str]:
 
 
 def shared_state_errors(documents: list[Document]) -> Iterator[str]:
-    """Every cluster keeps its head's state under a name of its own, and its pods can be told from all others."""
+    """Every cluster keeps its head's state under a name of its own, and its pods can be told from
+    all others.
+    """
     clusters = [document for document in documents if cluster_spec(document) is not None]
     spaces = Counter(
-        (cluster_spec(document) or {}).get("gcsFaultToleranceOptions", {}).get("externalStorageNamespace")
+        (cluster_spec(document) or {})
+        .get("gcsFaultToleranceOptions", {})
+        .get("externalStorageNamespace")
         for document in clusters
     )
     jobs = Counter(job for document in clusters for job in _job_labels(document))
     for document in clusters:
-        space = (cluster_spec(document) or {}).get("gcsFaultToleranceOptions", {}).get("externalStorageNamespace")
+        space = (
+            (cluster_spec(document) or {})
+            .get("gcsFaultToleranceOptions", {})
+            .get("externalStorageNamespace")
+        )
         if spaces[space] > 1:
             yield f"{_label(document)}: externalStorageNamespace {space!r} is another cluster's too"
         if len(names := _job_labels(document)) != 1:
-            yield f"{_label(document)}: its pods have different labels lidit/job: {sorted(map(str, names))}"
+            yield (
+                f"{_label(document)}: its pods have different labels lidit/job: "
+                f"{sorted(map(str, names))}"
+            )
         elif jobs[next(iter(names))] > 1:
-            yield f"{_label(document)}: another cluster's pods have the same label lidit/job, and so reach its ports"
+            yield (
+                f"{_label(document)}: another cluster's pods have the same label lidit/job, "
+                "and so reach its ports"
+            )
 
 
 def _job_labels(document: Document) -> set[str | None]:
-    return {template["metadata"].get("labels", {}).get("lidit/job") for _, template in pod_templates(document)}
+    return {
+        template["metadata"].get("labels", {}).get("lidit/job")
+        for _, template in pod_templates(document)
+    }
 
 
 def _label(document: Document) -> str:
@@ -120,22 +151,29 @@ def _settings(template: Document, documents: list[Document]) -> dict[str, str]:
     container = template["spec"]["containers"][0]
     sources = [entry.get("configMapRef", {}).get("name") for entry in container.get("envFrom", [])]
     settings = {key: value for name in sources for key, value in maps.get(name, {}).items()}
-    return settings | {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
+    return settings | {
+        entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry
+    }
 
 
 def run_folder_errors(documents: list[Document]) -> Iterator[str]:
-    """Every cluster that trains has its `output` on one writable claim, mounted in the head and all workers.
+    """Every cluster that trains has its `output` on one writable claim, mounted in the head and all
+    workers.
 
-    Workers write their parts of a checkpoint, the driver publishes the model and a retry is a new set of pods: a
-    folder of one pod, or a URL, would lose the run.
+    Workers write their parts of a checkpoint, the driver publishes the model and a retry is a new
+    set of pods: a folder of one pod, or a URL, would lose the run.
     """
     for document in documents:
-        if cluster_spec(document) is None or document["kind"] == "RayService":  # a service trains nothing
+        # a service trains nothing
+        if cluster_spec(document) is None or document["kind"] == "RayService":
             continue
         for word in shlex.split(document["spec"].get("entrypoint", ANY_TRAINING)):
             key, _, value = word.partition("=")
             if key == "output":
-                yield from (f"{_label(document)}: {error}" for error in _claim_errors(document, value, documents))
+                yield from (
+                    f"{_label(document)}: {error}"
+                    for error in _claim_errors(document, value, documents)
+                )
 
 
 def _claim_errors(document: Document, output: str, documents: list[Document]) -> Iterator[str]:
@@ -159,7 +197,9 @@ def _claim_errors(document: Document, output: str, documents: list[Document]) ->
 
 
 def _claim_at(folder: PurePosixPath, pod: Document) -> tuple[Document, Document | None]:
-    """(mount, claim) that a path of the pod's first container lies on; the innermost mount hides the others."""
+    """(mount, claim) that a path of the pod's first container lies on; the innermost mount hides
+    the others.
+    """
     mounts = {mount["mountPath"]: mount for mount in pod["containers"][0].get("volumeMounts", [])}
     places = (str(place) for place in (folder, *folder.parents))
     mount: Document = next((mounts[place] for place in places if place in mounts), {})

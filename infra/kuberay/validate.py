@@ -1,10 +1,12 @@
-"""Check rendered manifests offline: the CRD schemas (unknown fields refused), KubeRay's own rules, our security rules.
+"""Check rendered manifests offline: the CRD schemas (unknown fields refused), KubeRay's own rules,
+our security rules.
 
-    for part in cluster embed train; do kubectl kustomize infra/kuberay/overlays/small/$part; echo ---; done > all.yaml
-    python -m infra.kuberay.validate all.yaml --crds DIR
+    for part in cluster embed train; do kubectl kustomize infra/kuberay/overlays/small/$part; echo
+    ---; done > all.yaml python -m infra.kuberay.validate all.yaml --crds DIR
 
-DIR holds `ray.io_rayjobs.yaml`, `ray.io_rayclusters.yaml` and `ray.io_rayservices.yaml` of the installed operator:
-docs/cluster.md says how to get them. Prints one line per finding; exit code 2 when there is any. Give the parts
+DIR holds `ray.io_rayjobs.yaml`, `ray.io_rayclusters.yaml` and `ray.io_rayservices.yaml` of the
+installed operator: docs/cluster.md says how to get them. Prints one line per finding; exit code 2
+when there is any. Give the parts
 together: jobs are checked against the settings that the cluster's part holds.
 """
 
@@ -35,7 +37,10 @@ CRDS = {
     "RayService": "ray.io_rayservices.yaml",
 }
 # What keeps clients of Ray Serve from steering it: docs/serving.md.
-DOOR = {"name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "value": "pipelines.serving.door:middlewares"}
+DOOR = {
+    "name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
+    "value": "pipelines.serving.door:middlewares",
+}
 RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 FIRST_VERSION_WITH_TOKENS = (2, 52)
 METADATA_FIELDS = {"name", "namespace", "labels", "annotations"}
@@ -50,7 +55,9 @@ def strict(node: Any) -> Any:
     if node.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     closed = {key: strict(value) for key, value in node.items()}
-    if isinstance(closed.get("properties"), dict) and not node.get("x-kubernetes-preserve-unknown-fields"):
+    if isinstance(closed.get("properties"), dict) and not node.get(
+        "x-kubernetes-preserve-unknown-fields"
+    ):
         closed.setdefault("additionalProperties", False)
     return closed
 
@@ -89,7 +96,9 @@ def schema_errors(document: Document, schemas: dict[str, Document]) -> Iterator[
 
 
 def rule_errors(document: Document) -> Iterator[str]:
-    """The operator's admission rules and the CRDs' CEL rules, which no JSON Schema holds (KubeRay 1.7)."""
+    """The operator's admission rules and the CRDs' CEL rules, which no JSON Schema holds (KubeRay
+    1.7).
+    """
     kind, spec = document["kind"], document.get("spec") or {}
     if kind not in LONGEST_NAME:
         return
@@ -127,7 +136,9 @@ def _job_errors(spec: Document) -> Iterator[str]:
     mode = spec.get("submissionMode", "K8sJobMode")
     if mode == "InteractiveMode" and spec.get("backoffLimit", 0) > 0:
         yield "backoffLimit does not go with InteractiveMode"
-    if mode == "SidecarMode" and ({"submitterPodTemplate", "submitterConfig", "clusterSelector"} & set(spec)):
+    if mode == "SidecarMode" and (
+        {"submitterPodTemplate", "submitterConfig", "clusterSelector"} & set(spec)
+    ):
         yield "SidecarMode takes no submitterPodTemplate, submitterConfig or clusterSelector"
     if spec.get("managedBy", MANAGERS[0]) not in MANAGERS:
         yield f"managedBy must be one of {MANAGERS}"
@@ -138,7 +149,9 @@ def _job_errors(spec: Document) -> Iterator[str]:
 
 
 def _service_errors(spec: Document) -> Iterator[str]:
-    """A service's config is a text that the operator hands to Serve: nothing else reads it before."""
+    """A service's config is a text that the operator hands to Serve: nothing else
+    reads it before.
+    """
     if "rayClusterConfig" not in spec:
         yield "rayClusterConfig is needed"
     try:
@@ -245,7 +258,12 @@ def security_errors(document: Document) -> Iterator[str]:
             yield from _container_errors("autoscaler", options, with_image=False)
     if document["kind"] == "RayJob":
         spec = document["spec"]
-        for field in ("activeDeadlineSeconds", "preRunningDeadlineSeconds", "backoffLimit", "ttlSecondsAfterFinished"):
+        for field in (
+            "activeDeadlineSeconds",
+            "preRunningDeadlineSeconds",
+            "backoffLimit",
+            "ttlSecondsAfterFinished",
+        ):
             if field not in spec:
                 yield f"{field} is required"
         if not spec.get("shutdownAfterJobFinishes"):
@@ -258,7 +276,9 @@ def security_errors(document: Document) -> Iterator[str]:
     if document["kind"] == "RayService":
         yield from _serving_errors(document)
     for where, template in pod_templates(document):
-        yield from (f"{where}: {error}" for error in _pod_errors(template, autoscaling and where == "head"))
+        yield from (
+            f"{where}: {error}" for error in _pod_errors(template, autoscaling and where == "head")
+        )
 
 
 def _serving_errors(document: Document) -> Iterator[str]:
@@ -272,13 +292,21 @@ def _serving_errors(document: Document) -> Iterator[str]:
         yield "serveConfigV2: http_options.request_timeout_s is required"
         return
     if spec.get("rayClusterDeletionDelaySeconds", 60) <= longest:
-        yield f"rayClusterDeletionDelaySeconds must be above the longest request, {longest:g} seconds"
+        yield (
+            f"rayClusterDeletionDelaySeconds must be above the longest request, {longest:g} seconds"
+        )
     for where, template in pod_templates(document):
         pod = template["spec"]
         if where != "head" and pod.get("terminationGracePeriodSeconds", 30) <= longest:
-            yield f"{where}: terminationGracePeriodSeconds must be above the longest request, {longest:g} seconds"
+            yield (
+                f"{where}: terminationGracePeriodSeconds must be above the longest request, "
+                f"{longest:g} seconds"
+            )
         if DOOR not in pod["containers"][0].get("env", []):
-            yield f"{where}: {DOOR['name']} must be {DOOR['value']}, or clients steer Serve by headers"
+            yield (
+                f"{where}: {DOOR['name']} must be {DOOR['value']}, or clients steer Serve by "
+                "headers"
+            )
 
 
 def _pod_errors(template: Document, needs_api_token: bool) -> Iterator[str]:
@@ -299,11 +327,16 @@ def _pod_errors(template: Document, needs_api_token: bool) -> Iterator[str]:
     for container in pod["containers"] + pod.get("initContainers", []):
         yield from _container_errors(container["name"], container)
         if container["name"].startswith("ray-") and container["name"] != "ray-job-submitter":
-            mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}
+            mounts = {
+                mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])
+            }
             volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
             for path in ("/tmp", "/tmp/ray", "/dev/shm"):
                 if "emptyDir" not in volumes.get(mounts.get(path, ""), {}):
-                    yield f"{container['name']}: {path} must be an emptyDir, the root file system is read-only"
+                    yield (
+                        f"{container['name']}: {path} must be an emptyDir, the root file "
+                        "system is read-only"
+                    )
             shared = volumes.get(mounts.get("/dev/shm", ""), {}).get("emptyDir", {})
             if shared.get("medium") != "Memory" or "sizeLimit" not in shared:
                 yield f"{container['name']}: /dev/shm must be a Memory emptyDir with a sizeLimit"
@@ -316,11 +349,18 @@ def _container_errors(name: str, container: Document, with_image: bool = True) -
     if context.get("allowPrivilegeEscalation") is not False or context.get("privileged"):
         yield f"{name}: allowPrivilegeEscalation: false is required, privileged is forbidden"
     resources = container.get("resources", {})
-    # Adapters of a fast network read memory that may not be swapped: the only capability, and theirs alone.
+    # Adapters of a fast network read memory that may not be swapped: the only capability, and
+    # theirs alone.
     has_adapters = any(resource.startswith("rdma/") for resource in resources.get("limits") or {})
-    allowed = [{"drop": ["ALL"]}, *([{"drop": ["ALL"], "add": ["IPC_LOCK"]}] if has_adapters else [])]
+    allowed = [
+        {"drop": ["ALL"]},
+        *([{"drop": ["ALL"], "add": ["IPC_LOCK"]}] if has_adapters else []),
+    ]
     if context.get("capabilities") not in allowed:
-        yield f"{name}: capabilities must drop ALL and add none, but IPC_LOCK beside an rdma/ resource"
+        yield (
+            f"{name}: capabilities must drop ALL and add none, but IPC_LOCK beside an rdma/ "
+            "resource"
+        )
     if not resources.get("limits") or resources.get("requests") != resources["limits"]:
         yield f"{name}: resource requests must equal limits"
     elif not {"cpu", "memory"} <= set(resources["limits"]):
@@ -342,16 +382,23 @@ def check(document: Document, schemas: dict[str, Document] | None) -> list[str]:
         errors.append(f"metadata: unknown field {field!r}")
     if schemas is not None:
         errors += schema_errors(document, schemas)
-    # The rules walk the structure that the schema promises, so a broken structure is reported alone.
+    # The rules walk the structure that the schema promises, so a broken structure is reported
+    # alone.
     if not errors:
         errors += [*rule_errors(document), *security_errors(document)]
     return [f"{label}: {error}" for error in errors]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifests", nargs="?", type=Path, help="rendered manifests (default: standard input)")
-    parser.add_argument("--crds", type=Path, help="folder with the operator's CRD files; without it no schema check")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "manifests", nargs="?", type=Path, help="rendered manifests (default: standard input)"
+    )
+    parser.add_argument(
+        "--crds", type=Path, help="folder with the operator's CRD files; without it no schema check"
+    )
     arguments = parser.parse_args()
     text = arguments.manifests.read_text() if arguments.manifests else sys.stdin.read()
     schemas = load_schemas(arguments.crds) if arguments.crds else None

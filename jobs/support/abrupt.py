@@ -25,25 +25,32 @@ SHOW_CURSOR = "\x1b[?25h\n"  # a progress bar has hidden it
 def end_now(line: str, code: int) -> NoReturn:
     """End this process with one line. Ray's processes end with it."""
     begin = SHOW_CURSOR if os.isatty(STDERR) else ""
-    os.write(STDERR, f"{begin}{line}\n".encode())  # before anything that may wait: Ray may end this process, too
+    # before anything that may wait: Ray may end this process, too
+    os.write(STDERR, f"{begin}{line}\n".encode())
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(code)
 
 
 def end_when_ray_dies() -> None:
-    """Say what to do, once Ray's own processes are gone: Ray would end this process without a word."""
+    """Say what to do, once Ray's own processes are gone: Ray would end this process
+    without a word.
+    """
     kept = "everything finished is kept: run the same command again"
     when_lost(lambda reason: end_now(f"failed: {reason}; {kept}", EXIT_FAILED))
 
 
 def end_at_second_interrupt() -> None:
-    """Let the first Ctrl-C be Python's KeyboardInterrupt and the second end this process at once, wherever it is."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a shell's background job ignores it
+    """Let the first Ctrl-C be Python's KeyboardInterrupt and the second end this process at once,
+    wherever it is.
+    """
+    # a shell's background job ignores it
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
     interrupts = 0
 
-    # In Python code: no second KeyboardInterrupt, whose traceback would come out of the handling of the first.
+    # In Python code: no second KeyboardInterrupt, whose traceback would come out of the handling of
+    # the first.
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += 1
@@ -51,7 +58,8 @@ def end_at_second_interrupt() -> None:
             end_now(AGAIN, EXIT_INTERRUPTED)
         raise KeyboardInterrupt
 
-    # In C++ code no handler of Python's runs, but the bytes of a wake-up descriptor come all the same.
+    # In C++ code no handler of Python's runs, but the bytes of a wake-up descriptor come all the
+    # same.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -62,7 +70,8 @@ def end_at_second_interrupt() -> None:
         end_now(AGAIN, EXIT_INTERRUPTED)
 
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=interrupts_are_answers)  # a child's bytes would count as this process's
+    # a child's bytes would count as this process's
+    os.register_at_fork(after_in_child=interrupts_are_answers)
     signal.signal(signal.SIGINT, interrupt)
     threading.Thread(target=count, name="interrupts", daemon=True).start()
 
@@ -75,9 +84,11 @@ def interrupts_are_answers() -> None:
 
 
 def end_interrupted() -> NoReturn:
-    """End after a Ctrl-C with everything that is to be done at the end, but without the interpreter's own.
+    """End after a Ctrl-C with everything that is to be done at the end, but without the
+    interpreter's own.
 
-    That one takes seconds with Ray and torch loaded, in which another Ctrl-C would kill it or show a traceback.
+    That one takes seconds with Ray and torch loaded, in which another Ctrl-C would kill it or show
+    a traceback.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

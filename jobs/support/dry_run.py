@@ -1,4 +1,6 @@
-"""What a command would do: read from what lies on disk, without Ray, and without a model in memory."""
+"""What a command would do: read from what lies on disk, without Ray, and without a
+model in memory.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def stages(recipe: Recipe, until: str) -> Iterator[tuple[str, str]]:
     if until == "ingest":
         return
     for encoder in recipe.encoders:
-        left = embedding(corpus, encoder, recipe.pool_of(encoder.name)) if corpus else "to do, after ingest"
+        left = (
+            embedding(corpus, encoder, recipe.pool_of(encoder.name))
+            if corpus
+            else "to do, after ingest"
+        )
         yield f"embed {encoder.name}", left
     if until == "embed":
         return
@@ -71,4 +77,7 @@ def family(corpus: Corpus, kind: str, name: str, spec: dict[str, Any]) -> str:
     counts = corpus.units["captions" if kind == "text" else "samples"].to_pylist()
     rows = sum(counts[unit] for unit in pending)
     unit = "captions" if kind == "text" else "images"
-    return f"to do, {rows:,} {unit} in {len(pending):,} of {len(counts):,} units, into {kind}/{writer.directory}"
+    return (
+        f"to do, {rows:,} {unit} in {len(pending):,} of {len(counts):,} units, into "
+        f"{kind}/{writer.directory}"
+    )

@@ -1,4 +1,6 @@
-"""A home folder that does not exist or cannot be written: libraries get folders of their own for what they keep."""
+"""A home folder that does not exist or cannot be written: libraries get folders of their own for
+what they keep.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def spare() -> None:
-    """Where HOME cannot be written, set libraries' own variables, and say so. What HOME has stays readable."""
+    """Where HOME cannot be written, set libraries' own variables, and say so. What HOME has stays
+    readable.
+    """
     try:
         getpass.getuser()
     except (KeyError, OSError):  # a container's number without a name, which torch asks for
@@ -46,11 +50,15 @@ def spare() -> None:
             os.environ.setdefault(name, str(folder / (Path(place).name or "triton")))
     if not home.is_dir():  # it holds nothing that could be read
         os.environ["HOME"] = str(folder)
-    log.warning("HOME=%s cannot be written: caches of models and compiled kernels go to %s", home, folder)
+    log.warning(
+        "HOME=%s cannot be written: caches of models and compiled kernels go to %s", home, folder
+    )
 
 
 def _registered_home() -> Path:
-    """The home folder in the system's list of users; the root folder for a number that is not in it."""
+    """The home folder in the system's list of users; the root folder for a number that is not in
+    it.
+    """
     try:
         return Path(pwd.getpwuid(os.getuid()).pw_dir)
     except KeyError:
@@ -58,7 +66,9 @@ def _registered_home() -> Path:
 
 
 def _own_folder() -> Path:
-    """A folder of this user alone that later commands find again; another where somebody else has taken its name."""
+    """A folder of this user alone that later commands find again; another where somebody else has
+    taken its name.
+    """
     folder = Path(tempfile.gettempdir(), f"lidit-home-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     facts = folder.lstat()

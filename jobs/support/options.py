@@ -23,7 +23,8 @@ def node_labels(words: list[str] | None) -> dict[str, str]:
 
 
 def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words without those that are settings, KEY=VALUE, and those: `lidit ingest scenes resolution=32`.
+    """Words without those that are settings, KEY=VALUE, and those:
+    `lidit ingest scenes resolution=32`.
 
     A file or folder that is called so is a file or folder.
     """

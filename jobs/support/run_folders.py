@@ -72,13 +72,19 @@ def required_run(folder: Path) -> RunFolder:
     found = read_run(folder)
     if found is None:
         near = [str(run.folder) for run in runs_below(folder)] if folder.is_dir() else []
-        hint = f"; there are {', '.join(near[:5])}" if near else "; a run is OUTPUT/NAME of lidit train"
+        hint = (
+            f"; there are {', '.join(near[:5])}"
+            if near
+            else "; a run is OUTPUT/NAME of lidit train"
+        )
         raise InputError(f"{folder}: no run here{hint}")
     return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none: a run that dies leaves files in any state."""
+    """The object in a JSON file; empty where there is none: a run that dies leaves files in any
+    state.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -97,9 +103,18 @@ def is_held(folder: Path) -> bool:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     steps = (
-        sorted((path for path in folder.iterdir() if STEP.search(path.name)), reverse=True) if folder.is_dir() else []
+        sorted((path for path in folder.iterdir() if STEP.search(path.name)), reverse=True)
+        if folder.is_dir()
+        else []
     )
-    return next((path for path in steps if (path / POSITION).is_file() and (path / "rank-00000.json").is_file()), None)
+    return next(
+        (
+            path
+            for path in steps
+            if (path / POSITION).is_file() and (path / "rank-00000.json").is_file()
+        ),
+        None,
+    )
 
 
 def _step(checkpoint: Path | None) -> int:

@@ -1,4 +1,6 @@
-"""How every job starts and ends: quiet libraries, one line for a user's mistake, the exit codes of the design."""
+"""How every job starts and ends: quiet libraries, one line for a user's mistake, the exit codes of
+the design.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ EXIT_INPUT = 2
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 QUIET = "LIDIT_QUIET"  # read where progress is shown, in processes that a job starts too
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-WRONG_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+WRONG_PLACE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 def environment() -> None:
@@ -39,12 +48,14 @@ def environment() -> None:
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "False")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours count captions and images, not weight files
+    # ours count captions and images, not weight files
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
     warnings.filterwarnings("ignore")
     for chatty in ("mlflow", "alembic", "DeepSpeed", "ray.train", "ray.data"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # its errors are ours to tell, without a traceback
+    # its errors are ours to tell, without a traceback
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -52,7 +63,9 @@ def environment() -> None:
 
 
 def enter(app: typer.Typer) -> None:
-    """A job as this process: `guarded`, and ended without a traceback also where no code of ours gets its turn."""
+    """A job as this process: `guarded`, and ended without a traceback also where no code of ours
+    gets its turn.
+    """
     environment()
     end_at_second_interrupt()
     end_when_ray_dies()
@@ -84,7 +97,10 @@ def _run(app: typer.Typer) -> None:
     except JobError as error:
         _end(f"failed: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
-        _end("interrupted: everything finished is kept; the same command goes on from there", EXIT_INTERRUPTED)
+        _end(
+            "interrupted: everything finished is kept; the same command goes on from there",
+            EXIT_INTERRUPTED,
+        )
     except OSError as error:
         cause = getattr(error, "cause", None) or error  # what a Ray task met
         if isinstance(cause, StorageError):
@@ -99,17 +115,22 @@ def _run(app: typer.Typer) -> None:
 
 
 def _usage(error: typer.TyperException) -> str:
-    """What typer says of wrong words on the command line; nothing where it has shown the help instead."""
+    """What typer says of wrong words on the command line; nothing where it has shown the help
+    instead.
+    """
     if type(error).__name__ == "NoArgsIsHelpError":
         return ""
     text = one_line(error.format_message()).replace(": Value error, ", ": ").rstrip(".")
-    context = getattr(error, "ctx", None)  # a usage error's; none where a file given as an option cannot be opened
+    # a usage error's; none where a file given as an option cannot be opened
+    context = getattr(error, "ctx", None)
     command = context.command_path if context else "lidit"
     return f"error: {command}: {text} (see {command} --help)"
 
 
 def _refused(error: OSError) -> str | None:
-    """What the file system refuses, with a remedy. None for what no other path or owner would mend: that is a bug."""
+    """What the file system refuses, with a remedy. None for what no other path or owner would mend:
+    that is a bug.
+    """
     if not isinstance(error.filename, str | bytes):
         return None
     path, reason = os.fsdecode(error.filename), os.strerror(error.errno or 0)
@@ -131,7 +152,10 @@ def _end(line: str, code: int) -> None:
 def run(command: Callable[..., None]) -> None:
     """`python -m jobs.NAME ...`: the same job, the same arguments, as `lidit NAME ...`."""
     app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown", context_settings=HELP_OPTIONS
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings=HELP_OPTIONS,
     )
     app.command()(command)
     enter(app)

@@ -1,4 +1,6 @@
-"""What commands write: nothing that a name, a caption or a server's reply could steer the terminal with."""
+"""What commands write: nothing that a name, a caption or a server's reply could steer the terminal
+with.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,23 @@ from lidit.errors import plain
 class PlainStream:
     """A text stream that writes control characters out.
 
-    Bars, tables and help come from rich, which writes to `rich_proxied_file`: their colours and cursor stay.
+    Bars, tables and help come from rich, which writes to `rich_proxied_file`: their colours and
+    cursor stay.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        """As a file's; a leading carriage return begins a line anew, as progress bars of libraries do."""
+        """As a file's; a leading carriage return begins a line anew, as progress bars of libraries
+        do.
+        """
         begin = "\r" if text.startswith("\r") else ""
         body = plain(text.removeprefix(begin))
         encoding = getattr(self.rich_proxied_file, "encoding", None) or "utf-8"
-        self.rich_proxied_file.write(begin + body.encode(encoding, "backslashreplace").decode(encoding))
+        self.rich_proxied_file.write(
+            begin + body.encode(encoding, "backslashreplace").decode(encoding)
+        )
         return len(text)
 
     def writelines(self, lines: Iterator[str]) -> None:

@@ -1,4 +1,5 @@
-"""Training an AutoencoderKL: the model, its loss, what its latents' scale is, and how well it reconstructs.
+"""Training an AutoencoderKL: the model, its loss, what its latents' scale is, and how well it
+reconstructs.
 
 Legend: B batch, C latent channels, H and W pixels, h and w latent positions.
 """
@@ -41,8 +42,12 @@ class TrainableAutoencoder(nn.Module):
             use_post_quant_conv=False,
         )
 
-    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """pixels [B, 3, H, W] on [-1, 1], noise [B, C, h, w] -> reconstruction, mean and log variance [B, C, h, w]."""
+    def forward(
+        self, pixels: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """pixels [B, 3, H, W] on [-1, 1], noise [B, C, h, w] -> reconstruction, mean and log
+        variance [B, C, h, w].
+        """
         mean, log_variance = self.autoencoder.encoder(pixels).chunk(2, dim=1)
         log_variance = log_variance.clamp(*LOG_VARIANCE)
         latents = mean + torch.exp(0.5 * log_variance) * noise
@@ -50,13 +55,19 @@ class TrainableAutoencoder(nn.Module):
 
 
 class ReconstructionLoss:
-    """L1 per pixel value, KL to a standard normal per latent value, and a perceptual term where there is a network."""
+    """L1 per pixel value, KL to a standard normal per latent value, and a perceptual term where
+    there is a network.
+    """
 
     def __init__(self, settings: CodecLossSettings, device: torch.device) -> None:
         self.settings = settings
-        self.perceptual = PerceptualDistance(settings, device) if settings.perceptual_model else None
+        self.perceptual = (
+            PerceptualDistance(settings, device) if settings.perceptual_model else None
+        )
 
-    def __call__(self, pixels: torch.Tensor, outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def __call__(
+        self, pixels: torch.Tensor, outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
         """pixels [B, 3, H, W] and what TrainableAutoencoder made of them -> float32 scalar."""
         reconstruction, mean, log_variance = (tensor.float() for tensor in outputs)
         loss = (reconstruction - pixels).abs().mean()
@@ -68,9 +79,11 @@ class ReconstructionLoss:
 
 
 class PerceptualDistance:
-    """Mean squared difference of a frozen network's hidden states, each position's channels made unit length.
+    """Mean squared difference of a frozen network's hidden states, each position's channels made
+    unit length.
 
-    LPIPS without its learned weights, over any vision network of transformers that gives hidden states.
+    LPIPS without its learned weights, over any vision network of transformers that gives hidden
+    states.
     """
 
     def __init__(self, settings: CodecLossSettings, device: torch.device) -> None:
@@ -79,10 +92,15 @@ class PerceptualDistance:
         name = str(settings.perceptual_model)
         try:
             self.network: Any = AutoModel.from_pretrained(
-                name, revision=settings.perceptual_revision or "main", use_safetensors=True, trust_remote_code=False
+                name,
+                revision=settings.perceptual_revision or "main",
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"loss.perceptual_model: {name} cannot be loaded ({one_line(error, 200)})") from None
+            raise InputError(
+                f"loss.perceptual_model: {name} cannot be loaded ({one_line(error, 200)})"
+            ) from None
         self.network.eval().requires_grad_(False).to(device)
         self.mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
         self.deviation = torch.tensor(_DEVIATION, device=device).view(1, 3, 1, 1)
@@ -101,15 +119,21 @@ class PerceptualDistance:
 
 
 @torch.no_grad()
-def measure_scale(model: AutoencoderKL, batches: Iterable[torch.Tensor], seed: int = 0) -> tuple[float, float]:
-    """Shift and scaling factor with which sampled latents have mean 0 and deviation 1 over all their values."""
+def measure_scale(
+    model: AutoencoderKL, batches: Iterable[torch.Tensor], seed: int = 0
+) -> tuple[float, float]:
+    """Shift and scaling factor with which sampled latents have mean 0 and deviation 1 over all
+    their values.
+    """
     generator = torch.Generator().manual_seed(seed)
     total = squares = 0.0
     count = 0
     for pixels in batches:
         posterior = model.encode(pixels.to(model.device, model.dtype)).latent_dist
         mean, deviation = posterior.mean.double().cpu(), posterior.std.double().cpu()
-        latents = mean + deviation * torch.randn(mean.shape, generator=generator, dtype=torch.float64)
+        latents = mean + deviation * torch.randn(
+            mean.shape, generator=generator, dtype=torch.float64
+        )
         total, squares, count = (
             total + latents.sum().item(),
             squares + latents.square().sum().item(),
@@ -128,7 +152,9 @@ def reconstruct(model: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image in decibels, [B]; both [B, 3, H, W] on [-1, 1], seen as 8 bits."""
+    """Peak signal-to-noise ratio of each image in decibels, [B]; both [B, 3, H, W] on [-1, 1], seen
+    as 8 bits.
+    """
     bits = [to_levels(image) for image in (one, other)]
     error = (bits[0] - bits[1]).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255.0**2 / error.clamp_min(1e-2))

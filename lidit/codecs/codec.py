@@ -70,8 +70,14 @@ class AutoencoderCodec:
     """A diffusers autoencoder; latents = (z - shift) x scaling, its own factors."""
 
     def __init__(self, model: Any, posterior: bool, storage: str) -> None:
-        self.model, self.posterior, self.storage = model.eval().requires_grad_(False), posterior, storage
-        self.factor, self.channels, self.scaling, self.shift = _shape(type(model).__name__, dict(model.config))
+        self.model, self.posterior, self.storage = (
+            model.eval().requires_grad_(False),
+            posterior,
+            storage,
+        )
+        self.factor, self.channels, self.scaling, self.shift = _shape(
+            type(model).__name__, dict(model.config)
+        )
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> Encoded:
@@ -105,13 +111,21 @@ class AutoencoderCodec:
 
 
 def codec_spec(settings: CodecSettings, device: str = "cpu") -> dict[str, Any]:
-    """Everything that determines the latents, as `family.json` stores it. Reads the codec's files, loads no weights.
+    """Everything that determines the latents, as `family.json` stores it. Reads the codec's files,
+    loads no weights.
 
     Raises InputError where there is no such codec.
     """
     common = {"code": CODEC_VERSION, "fit": "lanczos, cover, centre crop", "scale": settings.scale}
     if settings.model is None:
-        return {**common, "codec": "pixels", "factor": 1, "channels": 3, "storage": "uint8", "posterior": False}
+        return {
+            **common,
+            "codec": "pixels",
+            "factor": 1,
+            "channels": 3,
+            "storage": "uint8",
+            "posterior": False,
+        }
     folder, config = _model_folder(settings)
     name = config["_class_name"]
     factor, channels, scaling, shift = _shape(name, config)
@@ -126,7 +140,9 @@ def codec_spec(settings: CodecSettings, device: str = "cpu") -> dict[str, Any]:
         "dtype": _dtype_name(settings, device),
         "storage": settings.storage,
         "posterior": settings.posterior == "sample" and name == "AutoencoderKL",
-        "config_sha256": digest_of({key: value for key, value in config.items() if not key.startswith("_")}),
+        "config_sha256": digest_of(
+            {key: value for key, value in config.items() if not key.startswith("_")}
+        ),
         "weights_sha256": digest_of({file.name: _sha256(file) for file in weights}),
     }
 
@@ -147,7 +163,9 @@ def load_codec(settings: CodecSettings, device: str = "cpu") -> Codec:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: the codec cannot be loaded: {one_line(error, 300)}") from None
     return AutoencoderCodec(
-        model.to(device), settings.posterior == "sample" and name == "AutoencoderKL", settings.storage
+        model.to(device),
+        settings.posterior == "sample" and name == "AutoencoderKL",
+        settings.storage,
     )
 
 
@@ -158,7 +176,9 @@ def _dtype_name(settings: CodecSettings, device: str) -> str:
 
 
 def _model_folder(settings: CodecSettings) -> tuple[Path, dict[str, Any]]:
-    """The folder with the autoencoder's config and weights: the model itself, or `vae` of a whole pipeline."""
+    """The folder with the autoencoder's config and weights: the model itself, or `vae` of a whole
+    pipeline.
+    """
     model = str(settings.model)
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -168,22 +188,34 @@ def _model_folder(settings: CodecSettings) -> tuple[Path, dict[str, Any]]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{folder}: no config.json: not a folder of a diffusers autoencoder") from None
+        raise InputError(
+            f"{folder}: no config.json: not a folder of a diffusers autoencoder"
+        ) from None
     except ValueError:
         raise InputError(f"{folder}/config.json: not valid JSON") from None
     if config.get("_class_name") not in CLASSES:
-        raise InputError(f"{folder}: a {config.get('_class_name')} is no codec; codecs are {', '.join(CLASSES)}")
+        raise InputError(
+            f"{folder}: a {config.get('_class_name')} is no codec; codecs are {', '.join(CLASSES)}"
+        )
     if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{folder}: no *.safetensors file; other weight formats can run code and are not read")
+        raise InputError(
+            f"{folder}: no *.safetensors file; other weight formats can run code and are not read"
+        )
     return folder.resolve(), config
 
 
 def _download(model: str, revision: str | None) -> Path:
     if not is_hub_id(model):
-        raise InputError(f"{model}: no such folder; give a folder, `pixels`, or a hub id with a revision")
+        raise InputError(
+            f"{model}: no such folder; give a folder, `pixels`, or a hub id with a revision"
+        )
     if revision is None:
-        raise InputError(f"{model}: neither a folder here nor a pinned hub id: set codec.revision to the commit")
-    patterns = [f"{place}{name}" for place in ("", "vae/") for name in ("config.json", "*.safetensors")]
+        raise InputError(
+            f"{model}: neither a folder here nor a pinned hub id: set codec.revision to the commit"
+        )
+    patterns = [
+        f"{place}{name}" for place in ("", "vae/") for name in ("config.json", "*.safetensors")
+    ]
     return fetch_snapshot(model, revision, patterns)
 
 
@@ -196,11 +228,21 @@ def _shape(name: str, config: dict[str, Any]) -> tuple[int, int, float, float]:
         )
     if name == "AutoencoderDC":
         blocks = config["encoder_block_out_channels"]
-        return 2 ** (len(blocks) - 1), int(config["latent_channels"]), float(config.get("scaling_factor") or 1.0), 0.0
+        return (
+            2 ** (len(blocks) - 1),
+            int(config["latent_channels"]),
+            float(config.get("scaling_factor") or 1.0),
+            0.0,
+        )
     if name == "AutoencoderTiny":
         factor = 2 ** (len(config["encoder_block_out_channels"]) - 1)
         shift = float(config.get("shift_factor") or 0.0)
-        return factor, int(config["latent_channels"]), float(config.get("scaling_factor") or 1.0), shift
+        return (
+            factor,
+            int(config["latent_channels"]),
+            float(config.get("scaling_factor") or 1.0),
+            shift,
+        )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     shift = float(config.get("shift_factor") or 0.0)
     return factor, int(config["latent_channels"]), float(config.get("scaling_factor") or 1.0), shift

@@ -1,7 +1,8 @@
-"""A latents family's contents from one codec: the chunks of a unit, and the tables of their latents.
+"""A latents family's contents from one codec: the chunks of a unit, and the tables of their
+latents.
 
-Needs no cluster: `pipelines.corpus.latents` calls this from its actors, a notebook may call it in a loop over units,
-with the pixels of `lidit.sources.reading.bucket_images`.
+Needs no cluster: `pipelines.corpus.latents` calls this from its actors, a notebook may call it in a
+loop over units, with the pixels of `lidit.sources.reading.bucket_images`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ Pixels = tuple[Sequence[np.ndarray], Sequence[Crop]]
 
 
 def check_buckets(corpus: Corpus, factor: int, scale: int) -> None:
-    """InputError where a codec of this downsampling factor cannot encode the corpus's images at `scale`."""
+    """InputError where a codec of this downsampling factor cannot encode the corpus's images at
+    `scale`.
+    """
     first = next((u for u in range(corpus.num_units) if corpus.units["samples"][u].as_py()), None)
     if first is None or corpus.samples(first)["bucket"][0].as_py() is None:
-        raise InputError(f"{corpus.folder.location}: a corpus of captions only: there are no images to encode")
+        raise InputError(
+            f"{corpus.folder.location}: a corpus of captions only: there are no images to encode"
+        )
     multiple = int(corpus.facts["settings"].get("bucket_multiple", 1))
     if multiple * scale % factor:
         raise InputError(
-            f"{corpus.folder.location}: bucket sides are multiples of {multiple * scale}, the codec needs multiples of "
+            f"{corpus.folder.location}: bucket sides are multiples of {multiple * scale}, the "
+            "codec needs multiples of "
             f"{factor}; ingest again with bucket_multiple={factor} x the model's patch size"
         )
 
@@ -53,21 +59,28 @@ def unit_chunks(corpus: Corpus, unit: int, scale: int = 1) -> list[tuple[int, in
 
 
 class LatentEncoder:
-    """A codec at work. `codec_seconds` is the time it has computed since it was last set to zero."""
+    """A codec at work. `codec_seconds` is the time it has computed since it was last
+    set to zero.
+    """
 
     def __init__(self, codec: Codec, device: str = "cpu") -> None:
         self.codec, self.device = codec, device
         self.codec_seconds = 0.0
 
     def tables(self, chunks: Iterable[Pixels], statistics: UnitStatistics) -> Iterator[pa.Table]:
-        """The rows of one unit in order, a table per chunk; fills `statistics`. chunks: pixels of `unit_chunks`."""
+        """The rows of one unit in order, a table per chunk; fills `statistics`. chunks: pixels of
+        `unit_chunks`.
+        """
         for pixels, crops in chunks:
             means, deviations = self.encode(pixels)
             statistics.add(means)
             yield latents_table(means, crops, self.codec.storage, deviations)
 
-    def encode(self, pixels: Sequence[np.ndarray]) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Means and deviations of images [H, W, 3] in their order; batches hold one shape and depend on `pixels` alone.
+    def encode(
+        self, pixels: Sequence[np.ndarray]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Means and deviations of images [H, W, 3] in their order; batches hold one shape and
+        depend on `pixels` alone.
 
         Deviations are None for a codec without a posterior.
         """
@@ -90,7 +103,8 @@ class LatentEncoder:
     def _encode_batch(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """pixels: [B, H, W, 3] uint8; means and deviations: [B, C, h, w] on the CPU."""
         began = time.monotonic()
-        images = from_bytes(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2))  # [B, 3, H, W]
+        # [B, 3, H, W]
+        images = from_bytes(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2))
         encoded = self.codec.encode(images)
         mean = encoded.mean.cpu()
         deviation = None if encoded.deviation is None else encoded.deviation.cpu()

@@ -1,4 +1,6 @@
-"""What a person may set: the recipe and its sections, the other kinds of recipe, the files that ship with us."""
+"""What a person may set: the recipe and its sections, the other kinds of recipe, the files that
+ship with us.
+"""
 
 from lidit.config.encoder import PAPER_INSTRUCTION, EncoderSettings
 from lidit.config.online import OnlineSettings

@@ -26,7 +26,10 @@ class CodecModelSettings(Settings):
     def _groups_divide(self) -> Self:
         for channels in self.block_out_channels:
             if channels % self.norm_groups:
-                raise ValueError(f"norm_groups: {self.norm_groups} does not divide the {channels} channels of a block")
+                raise ValueError(
+                    f"norm_groups: {self.norm_groups} does not divide the {channels} "
+                    "channels of a block"
+                )
         return self
 
     @property
@@ -36,11 +39,15 @@ class CodecModelSettings(Settings):
 
 
 class CodecLossSettings(Settings):
-    """Reconstruction L1 + kl_weight x KL + perceptual_weight x the distance in a network's features."""
+    """Reconstruction L1 + kl_weight x KL + perceptual_weight x the distance in a network's
+    features.
+    """
 
     kl_weight: float = Field(1e-6, ge=0, description="per latent value, against L1 per pixel value")
     perceptual_weight: float = Field(0.0, ge=0)
-    perceptual_model: Place | None = Field(None, description="hub id or folder of a vision network of transformers")
+    perceptual_model: Place | None = Field(
+        None, description="hub id or folder of a vision network of transformers"
+    )
     perceptual_revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
 
     @model_validator(mode="after")
@@ -54,7 +61,9 @@ class CodecDataSettings(Settings):
     seed: Seed = 0
     window_units: int = Field(16, ge=1, description="units shuffled together")
     prefetch_batches: int = Field(4, ge=0)
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of images kept for PSNR and grids")
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=1, description="share of images kept for PSNR and grids"
+    )
     scale: int = Field(1, ge=1, le=8, description="buckets of the corpus times this")
 
 

@@ -1,4 +1,6 @@
-"""Settings of `lidit distill`: a student that draws as its teacher does, in fewer evaluations of the network."""
+"""Settings of `lidit distill`: a student that draws as its teacher does, in fewer evaluations of
+the network.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lidit.config import CodecSettings, DataSettings, EvaluateSettings, Recipe, RunRecipe, TrainSettings
+from lidit.config import (
+    CodecSettings,
+    DataSettings,
+    EvaluateSettings,
+    Recipe,
+    RunRecipe,
+    TrainSettings,
+)
 from lidit.config.fields import Place
 from lidit.config.settings import Settings
 
@@ -17,13 +26,20 @@ class DistillSettings(Settings):
     """What a student learns from its teacher, who samples with guidance as its folder says."""
 
     kind: Literal["guidance", "progressive", "consistency"] = Field(
-        description="guidance: the guided prediction in one evaluation; progressive: several steps in one; "
+        description="guidance: the guided prediction in one evaluation; progressive: several steps "
+        "in one; "
         "consistency: the same, step by step through the student's own jumps"
     )
-    sampler_steps: int | None = Field(None, ge=1, description="steps of the student; guidance: None, as the teacher")
-    teacher_steps: int | None = Field(None, ge=1, description="of the same walk; None: twice the student's")
+    sampler_steps: int | None = Field(
+        None, ge=1, description="steps of the student; guidance: None, as the teacher"
+    )
+    teacher_steps: int | None = Field(
+        None, ge=1, description="of the same walk; None: twice the student's"
+    )
     guidance_range: tuple[Scale, Scale] | None = Field(
-        None, description="the guidance scale becomes an input of the student, learnt between these; None: fixed"
+        None,
+        description="the guidance scale becomes an input of the student, learnt between these; "
+        "None: fixed",
     )
 
     @model_validator(mode="after")
@@ -31,16 +47,22 @@ class DistillSettings(Settings):
         if self.kind == "guidance":
             if self.teacher_steps is not None:
                 raise ValueError(
-                    "teacher_steps: guidance is learnt at every noise level, not along a walk; leave it out"
+                    "teacher_steps: guidance is learnt at every noise level, not along a walk; "
+                    "leave it out"
                 )
         elif self.sampler_steps is None:
-            raise ValueError(f"sampler_steps: say how many steps the student of kind {self.kind!r} takes")
+            raise ValueError(
+                f"sampler_steps: say how many steps the student of kind {self.kind!r} takes"
+            )
         if self.teacher_steps and self.sampler_steps and self.teacher_steps % self.sampler_steps:
             raise ValueError(
-                f"teacher_steps: {self.teacher_steps} is no multiple of sampler_steps = {self.sampler_steps}"
+                f"teacher_steps: {self.teacher_steps} is no multiple of sampler_steps = "
+                f"{self.sampler_steps}"
             )
         if self.guidance_range and self.guidance_range[0] >= self.guidance_range[1]:
-            raise ValueError("guidance_range: give the smaller scale first; for one scale leave it out")
+            raise ValueError(
+                "guidance_range: give the smaller scale first; for one scale leave it out"
+            )
         return self
 
     @property
@@ -57,10 +79,14 @@ class DistillStage(DistillSettings):
 
 
 class Distillation(RunRecipe):
-    """A chain of students, each with a run of its own; the last one is published as the run of this name."""
+    """A chain of students, each with a run of its own; the last one is published as the run of this
+    name.
+    """
 
     teacher: Place = Field(description="model folder")
-    codec: CodecSettings | None = Field(None, description="of the corpus's latents; None: as the teacher's folder says")
+    codec: CodecSettings | None = Field(
+        None, description="of the corpus's latents; None: as the teacher's folder says"
+    )
     activation_checkpointing: bool = False
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
@@ -70,12 +96,16 @@ class Distillation(RunRecipe):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.train.init_from is not None:
-            raise ValueError("train.init_from: a student starts with its teacher's weights; leave it out")
+            raise ValueError(
+                "train.init_from: a student starts with its teacher's weights; leave it out"
+            )
         return self
 
 
 class StudentRecipe(Recipe):
     """One stage as the training engine takes it: the teacher's recipe with a loss of its own."""
 
-    teacher: Place = Field(description="model folder; its weights are a fact of the run, its place is not")
+    teacher: Place = Field(
+        description="model folder; its weights are a fact of the run, its place is not"
+    )
     distill: DistillSettings

@@ -1,4 +1,6 @@
-"""What a value must be wherever it comes from: a place on disk, a prompt, a seed. Settings and commands share these."""
+"""What a value must be wherever it comes from: a place on disk, a prompt, a seed. Settings and
+commands share these.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ HOME = re.compile(r"(file://|sqlite:///)?(~[^/]*)")
 
 
 def expand_home(place: str) -> str:
-    """`~` and `~name` at the beginning of a path become that home folder; every other text stays as it is."""
+    """`~` and `~name` at the beginning of a path become that home folder; every other text stays as
+    it is.
+    """
     match = HOME.match(place)
     if match is None:
         return place
@@ -25,12 +29,16 @@ def expand_home(place: str) -> str:
     try:
         folder = str(Path(home).expanduser())
     except RuntimeError:
-        raise ValueError(f"{home!r} is nobody's home folder; write ./{home} for a folder of that name") from None
+        raise ValueError(
+            f"{home!r} is nobody's home folder; write ./{home} for a folder of that name"
+        ) from None
     return f"{(scheme or '')}{folder}{place[match.end() :]}"
 
 
 def text_problem(text: str, what: str) -> str | None:
-    """Why no tokenizer and no file takes a text; None for one that is good. what: "caption", "prompt"."""
+    """Why no tokenizer and no file takes a text; None for one that is good. what: "caption",
+    "prompt".
+    """
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         return f"invalid UTF-8: the {what} holds bytes that are no text"
     if "\0" in text:
@@ -49,7 +57,9 @@ def check_prompts(prompts: Iterable[str], origin: str) -> None:
     """Raises InputError that names the first prompt which cannot be drawn, by its number from 1."""
     for number, prompt in enumerate(prompts, start=1):
         if problem := prompt_problem(prompt):
-            raise InputError(f"{origin}: prompt {number}: {problem}; write it in UTF-8, and shorter")
+            raise InputError(
+                f"{origin}: prompt {number}: {problem}; write it in UTF-8, and shorter"
+            )
 
 
 def check_seeds(seeds: Iterable[int], origin: str) -> None:

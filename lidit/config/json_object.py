@@ -10,7 +10,9 @@ from lidit.errors import InputError, one_line
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError with the remedy where it is missing, torn or of another kind."""
+    """The object in a JSON file. Raises InputError with the remedy where it is missing, torn or of
+    another kind.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

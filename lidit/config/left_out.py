@@ -1,4 +1,6 @@
-"""Public systems whose prompt states no encoder file gives, and why: asked for by name, they are refused with it."""
+"""Public systems whose prompt states no encoder file gives, and why: asked for by name, they are
+refused with it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LeftOut:
-    """pipeline: the system's class in diffusers; reason: what an encoder would have to do that none does."""
+    """pipeline: the system's class in diffusers; reason: what an encoder would have to do that none
+    does.
+    """
 
     pipeline: str
     reason: str
@@ -16,16 +20,20 @@ class LeftOut:
 LEFT_OUT = {
     "glm-image": LeftOut(
         "GlmImagePipeline",
-        "its condition is the states of all quoted texts of a caption, one text behind the other, and a language model "
+        "its condition is the states of all quoted texts of a caption, one text behind the "
+        "other, and a language model "
         "draws visual tokens besides; an encoder reads one text per caption",
     ),
     "kolors": LeftOut(
-        "KolorsPipeline", "its ChatGLM3 is code of its own; only models that transformers itself has are run"
+        "KolorsPipeline",
+        "its ChatGLM3 is code of its own; only models that transformers itself has are run",
     ),
     "omnigen": LeftOut(
-        "OmniGenPipeline", "its language model is the denoiser itself, so no states of a prompt are a condition"
+        "OmniGenPipeline",
+        "its language model is the denoiser itself, so no states of a prompt are a condition",
     ),
     "qwen-image-edit": LeftOut(
-        "QwenImageEditPipeline", "its prompts hold the pictures that are edited; an encoder reads texts alone"
+        "QwenImageEditPipeline",
+        "its prompts hold the pictures that are edited; an encoder reads texts alone",
     ),
 }

@@ -1,4 +1,6 @@
-"""Recipe files: found by path or by the name of one that ships with the package, checked before anything starts."""
+"""Recipe files: found by path or by the name of one that ships with the package, checked before
+anything starts.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from lidit.errors import InputError
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"  # beside the commands that take them
 ENCODERS = RECIPES / "encoders"
 LISTED = 16  # names that a message holds
-# What a recipe is called -> as others call it, the command that takes it, a section that no other kind has.
+# What a recipe is called -> as others call it, the command that takes it, a section that no other
+# kind has.
 KINDS = {
     "recipe": ("a training recipe", "train", "encoders"),
     "ablation recipe": ("an ablation recipe", "ablate", "arms"),
@@ -39,7 +42,8 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe, check it, and put overrides over it.
 
     Args:
-        recipe: A YAML file with the keys of `Recipe`, or the name of a recipe that ships with the package, such as
+        recipe: A YAML file with the keys of `Recipe`, or the name of a recipe that ships with the
+        package, such as
             `demo`. Its `encoders` may name encoder files: shipped, or relative to the recipe.
         overrides: Changes such as `train.steps=200`, each a key path and a YAML value.
 
@@ -47,7 +51,8 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
         The recipe. Every key is checked; nothing is opened or fetched.
 
     Raises:
-        InputError: No such recipe, another kind of recipe, or a key or value that is not allowed; one line per
+        InputError: No such recipe, another kind of recipe, or a key or value that is not allowed;
+        one line per
             mistake.
     """
     path = find(recipe, RECIPES, "recipe")
@@ -77,19 +82,25 @@ def load_codec_recipe(recipe: str, overrides: list[str] | None = None) -> CodecR
 
 
 def load_distillation(recipe: str, overrides: list[str] | None = None) -> Distillation:
-    """A distillation recipe by path or shipped name, with overrides; a stage by its place: stages.0.train_steps=200."""
+    """A distillation recipe by path or shipped name, with overrides; a stage by its place:
+    stages.0.train_steps=200.
+    """
     tree = apply_overrides(load_yaml(find(recipe, RECIPES, "distillation recipe")), overrides or [])
     return validate(Distillation, tree, str(recipe))
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a file, one of `SETTINGS`. An encoder's `model` is a name, a recipe's a section."""
+    """The kind of a file, one of `SETTINGS`. An encoder's `model` is a name, a
+    recipe's a section.
+    """
     tree = load_yaml(path)
     return _kind(path) or ("encoder" if isinstance(tree.get("model"), str) else "recipe")
 
 
 def find(name: str, shipped: Path, what: str) -> Path:
-    """The YAML file meant by a path or a shipped name. InputError where there is none, or a recipe of another kind."""
+    """The YAML file meant by a path or a shipped name. InputError where there is none, or a recipe
+    of another kind.
+    """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name).expanduser()
         if not path.is_file():
@@ -97,12 +108,24 @@ def find(name: str, shipped: Path, what: str) -> Path:
     else:
         path = shipped / f"{name}.yaml"
         if not path.is_file() and what == "encoder" and name in LEFT_OUT:
-            raise InputError(f"{name}: left out, because {LEFT_OUT[name].reason}; lidit encoders lists what is there")
+            raise InputError(
+                f"{name}: left out, because {LEFT_OUT[name].reason}; lidit encoders lists "
+                "what is there"
+            )
         if not path.is_file():
-            known = [p.stem for p in sorted(shipped.glob("*.yaml")) if what not in KINDS or _kind(p) in (what, None)]
+            known = [
+                p.stem
+                for p in sorted(shipped.glob("*.yaml"))
+                if what not in KINDS or _kind(p) in (what, None)
+            ]
             if len(known) > LISTED:  # of many the near ones
-                known = [*difflib.get_close_matches(name, known, LISTED), "those that lidit recipes list names"]
-            raise InputError(f"{name!r}: no such {what}; give a YAML file or one of {', '.join(known)}")
+                known = [
+                    *difflib.get_close_matches(name, known, LISTED),
+                    "those that lidit recipes list names",
+                ]
+            raise InputError(
+                f"{name!r}: no such {what}; give a YAML file or one of {', '.join(known)}"
+            )
     if what in KINDS and (kind := _kind(path)) not in (what, None):
         said, command, _ = KINDS[kind]
         raise InputError(f"{name} is {said}: lidit {command} {name}")
@@ -116,7 +139,9 @@ def _kind(path: Path) -> str | None:
 
 
 def _with_encoders(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Names in `encoders` become the settings they stand for; relative files are looked up beside the recipe."""
+    """Names in `encoders` become the settings they stand for; relative files are looked up beside
+    the recipe.
+    """
     entries = tree.get("encoders")
     if not isinstance(entries, list):
         return tree

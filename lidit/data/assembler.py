@@ -56,7 +56,9 @@ class TrainingBatch:
             The same batch on `device`.
         """
         text = {name: states.to(device) for name, states in self.text.items()}
-        latents, noise, u = (t.to(device, non_blocking=True) for t in (self.latents, self.noise, self.u))
+        latents, noise, u = (
+            t.to(device, non_blocking=True) for t in (self.latents, self.noise, self.u)
+        )
         return replace(self, latents=latents, noise=noise, u=u, text=text)
 
     def split(self, parts: int) -> list[TrainingBatch]:
@@ -88,7 +90,9 @@ class Assembler:
     coded: whether states of coded families stay whole steps, for a model that knows their code.
     """
 
-    def __init__(self, families: Families, rows: Rows, settings: DataSettings, coded: bool = False) -> None:
+    def __init__(
+        self, families: Families, rows: Rows, settings: DataSettings, coded: bool = False
+    ) -> None:
         self.latents = families.latents
         self.rows, self.settings = rows, settings
         self.texts = {name: CaptionReader(family, coded) for name, family in families.texts.items()}
@@ -99,7 +103,10 @@ class Assembler:
         # of reading.
         seed, size = self.settings.seed, len(batch.row)
         pick = uniform(seed, Purpose.CAPTION, batch.epoch, batch.unit, batch.row)
-        dropped = uniform(seed, Purpose.DROPOUT, batch.epoch, batch.unit, batch.row) < self.settings.caption_dropout
+        dropped = (
+            uniform(seed, Purpose.DROPOUT, batch.epoch, batch.unit, batch.row)
+            < self.settings.caption_dropout
+        )
         u = uniform(seed, Purpose.TIMESTEP, batch.epoch, batch.unit, batch.row)
         posterior = draw(seed, Purpose.LATENT, batch.epoch, batch.unit, batch.row)
 
@@ -112,7 +119,10 @@ class Assembler:
         # Unit by unit, because a unit is one file per family: all its rows are read together.
         by_unit = np.argsort(batch.unit, kind="stable")
         parts = np.split(by_unit, np.flatnonzero(np.diff(batch.unit[by_unit])) + 1)
-        wanted = {int(batch.unit[places[0]]): self._captions(batch, places[~dropped[places]], pick) for places in parts}
+        wanted = {
+            int(batch.unit[places[0]]): self._captions(batch, places[~dropped[places]], pick)
+            for places in parts
+        }
         for reader in self.texts.values():
             reader.family.fetch(wanted)
         for places in parts:
@@ -152,7 +162,9 @@ class Assembler:
 
 
 class CaptionRow(NamedTuple):
-    """One caption: its states [T, W], or its whole steps [T, W] and the size [T] of each token's step."""
+    """One caption: its states [T, W], or its whole steps [T, W] and the size [T] of each token's
+    step.
+    """
 
     values: torch.Tensor
     size: torch.Tensor | None = None

@@ -1,7 +1,8 @@
 """The credit of a reader: one small sealed file that says how far a training has come.
 
-It is all that a producer knows of a training: its order, its step, its newest complete checkpoint. A training that has
-died gives no more credit, and so stops its producers; they are never more than `ahead` windows before it.
+It is all that a producer knows of a training: its order, its step, its newest complete checkpoint.
+A training that has died gives no more credit, and so stops its producers; they are never more than
+`ahead` windows before it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ BEATS_PER_PATIENCE = 20  # a reader is silent when it has missed that many
 
 @dataclass(frozen=True)
 class Credit:
-    """run: the reader's name. seed to validation_batches: what its order follows from. step: steps that all workers
-    have taken; checkpoint: the step a restart would go on from; step_seconds: of a step, waiting apart, 0 where
-    unknown; beat: rises while the reader lives.
+    """run: the reader's name. seed to validation_batches: what its order follows from. step: steps
+    that all workers have taken; checkpoint: the step a restart would go on from; step_seconds: of a
+    step, waiting apart, 0 where unknown; beat: rises while the reader lives.
     """
 
     run: str
@@ -103,13 +104,22 @@ def forget_credit(family: Folder, credit: Credit) -> None:
 class CreditKeeper:
     """Publishes a reader's credit from a thread of its own: no step waits for a disk.
 
-    families: folders of the rolling families that it reads. window_of: the window of a step. Close it at the end.
+    families: folders of the rolling families that it reads. window_of: the window of a step. Close
+    it at the end.
     """
 
     def __init__(
-        self, families: Sequence[Folder], credit: Credit, window_of: Callable[[int], int], patience: float
+        self,
+        families: Sequence[Folder],
+        credit: Credit,
+        window_of: Callable[[int], int],
+        patience: float,
     ) -> None:
-        self.families, self.window_of, self.every = families, window_of, patience / BEATS_PER_PATIENCE
+        self.families, self.window_of, self.every = (
+            families,
+            window_of,
+            patience / BEATS_PER_PATIENCE,
+        )
         # Another beat than an earlier start's, whose file may lie there still.
         self.credit = replace(credit, beat=time.time_ns())
         self._lock, self._woken, self._closed = threading.Lock(), threading.Event(), False
@@ -160,5 +170,10 @@ class CreditKeeper:
             try:
                 publish_credit(family, credit)
             except (OSError, InputError, JobError, StorageError) as error:
-                # It is tried again at the next beat; without credit the producers wait, they never run away.
-                log.warning("%s: the reader's file cannot be written: %s", family.location, one_line(error, 200))
+                # It is tried again at the next beat; without credit the producers wait, they never
+                # run away.
+                log.warning(
+                    "%s: the reader's file cannot be written: %s",
+                    family.location,
+                    one_line(error, 200),
+                )

@@ -1,8 +1,10 @@
-"""Which units a training needs next, by its own order: a pure function of unit table, settings and step.
+"""Which units a training needs next, by its own order: a pure function of unit table, settings and
+step.
 
-A rolling family is computed and deleted by it. A batch that is completed in window w reads rows of w and, where the
-windows before left rows over, of those: a rare bucket's batch may reach many windows back. The units of these
-leftovers are `carried`; nothing that a step still needs is ever outside `needed`.
+A rolling family is computed and deleted by it. A batch that is completed in window w reads rows of
+w and, where the
+windows before left rows over, of those: a rare bucket's batch may reach many windows back. The
+units of these leftovers are `carried`; nothing that a step still needs is ever outside `needed`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Demand:
         return self.last if step >= self.steps else self.order.window_of(step)
 
     def carried(self, window: int) -> list[int]:
-        """Units of earlier windows that batches completed in `window` or later still read, by the unit table alone."""
+        """Units of earlier windows that batches completed in `window` or later still read, by the
+        unit table alone.
+        """
         order, found = self.order, []
         for bucket, position in enumerate(order.rows_before(window).tolist()):
             number, left = divmod(position, order.batch_size)
@@ -47,9 +51,11 @@ class Demand:
         return unique(np.concatenate(found).tolist()) if found else []
 
     def needed(self, step: int, ahead: int) -> list[list[int]]:
-        """Units that `step` and later ones need, by distance: at 0 those of the window in use, then window by window.
+        """Units that `step` and later ones need, by distance: at 0 those of the window in use, then
+        window by window.
 
-        Of at most `ahead` windows more, none of them after the last step's. A unit stands at its first use.
+        Of at most `ahead` windows more, none of them after the last step's. A unit stands at its
+        first use.
         """
         if step >= self.steps:
             return []
@@ -60,19 +66,25 @@ class Demand:
         return first_uses(listed)
 
     def replayed(self, checkpoint: int, step: int) -> list[int]:
-        """Units that only the steps from `checkpoint` up to the window of `step` need, in the order of their use.
+        """Units that only the steps from `checkpoint` up to the window of `step` need, in the order
+        of their use.
 
         They are used again if the run goes on from its checkpoint.
         """
         if checkpoint >= self.steps:
             return []
         begin, end = self.window(checkpoint), self.window(step) + (step >= self.steps)
-        listed = [self.carried(begin), *(self.order.window_units_of(w).tolist() for w in range(begin, end))]
+        listed = [
+            self.carried(begin),
+            *(self.order.window_units_of(w).tolist() for w in range(begin, end)),
+        ]
         return unique(unit for units in listed for unit in units)
 
 
 def validation_units(order: Order, batches: int) -> frozenset[int]:
-    """The units behind the first `batches` batches of the held-out part: whole windows, no row is looked at."""
+    """The units behind the first `batches` batches of the held-out part: whole windows, no row is
+    looked at.
+    """
     if not batches:
         return frozenset()
     windows = range(order.window_of(batches - 1) + 1)
@@ -80,9 +92,11 @@ def validation_units(order: Order, batches: int) -> frozenset[int]:
 
 
 def kept_units(fingerprint: str, units: int, share: float) -> frozenset[int]:
-    """The fixed share of a family's units that is never deleted: the same in every epoch and for every reader.
+    """The fixed share of a family's units that is never deleted: the same in every epoch and for
+    every reader.
 
-    A cache that keeps what was used last has forgotten every unit before it comes again; a fixed share is met in full.
+    A cache that keeps what was used last has forgotten every unit before it comes again; a fixed
+    share is met in full.
     """
     order = permutation(units, int(fingerprint[:15], 16), Purpose.KEEP)
     return frozenset(order[: round(share * units)].tolist())

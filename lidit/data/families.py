@@ -36,12 +36,18 @@ class Families:
         if texts is None:
             texts = {handle.name: handle.name for handle in corpus.text_families()}
         if not texts:
-            raise InputError(f"{corpus.folder.location}: the corpus has no text family; make one with: lidit embed")
+            raise InputError(
+                f"{corpus.folder.location}: the corpus has no text family; make one with: "
+                "lidit embed"
+            )
         # A batch at a window's border reads from both windows.
         keep_open = max(OPEN_FILES, 2 * settings.window_units)
         return cls(
             corpus.latent_family(latents or _only_latents(corpus), keep_open),
-            {name: corpus.text_family(wanted, keep_open, rolling=True) for name, wanted in texts.items()},
+            {
+                name: corpus.text_family(wanted, keep_open, rolling=True)
+                for name, wanted in texts.items()
+            },
         )
 
     @property
@@ -71,7 +77,9 @@ class Families:
 
 
 def stored_layers(texts: Mapping[str, TextFamily]) -> dict[str, int]:
-    """How many layers of a token each family keeps apart, which a model averages; others hold one state per token."""
+    """How many layers of a token each family keeps apart, which a model averages; others hold one
+    state per token.
+    """
     return {
         name: len(family.spec.get("layers", (0,))) if family.spec.get("join") == "separate" else 1
         for name, family in texts.items()
@@ -82,5 +90,7 @@ def _only_latents(corpus: Corpus) -> str:
     directories = [handle.directory for handle in corpus.latent_families()]
     if len(directories) != 1:
         listed = ", ".join(directories) or "none; make them with: lidit latents"
-        raise InputError(f"{corpus.folder.location}: name one family of latents; the corpus has: {listed}")
+        raise InputError(
+            f"{corpus.folder.location}: name one family of latents; the corpus has: {listed}"
+        )
     return directories[0]

@@ -47,12 +47,18 @@ class Feed(Generic[AnyBatch_co]):
         prefetch: int,
         readers: int = 2,
     ) -> None:
-        self.order, self.assembler, self.prefetch, self.readers = order, assembler, prefetch, readers
+        self.order, self.assembler, self.prefetch, self.readers = (
+            order,
+            assembler,
+            prefetch,
+            readers,
+        )
         self._ordering = threading.Lock()  # the order caches its permutations in plain dictionaries
         share = shares(order.batch_size, world_size)[rank]
         self.start, self.stop = share.start, share.stop
         self.waited = 0.0  # seconds the training loop spent waiting for data
-        self.stop_waiting: Callable[[bool], None] = lambda stop: None  # for units of a rolling family
+        # for units of a rolling family
+        self.stop_waiting: Callable[[bool], None] = lambda stop: None
 
     def _make(self, step: int) -> AnyBatch_co:
         with self._ordering:
@@ -84,7 +90,9 @@ class Feed(Generic[AnyBatch_co]):
             upcoming = iter(range(start, stop))
             try:
                 while True:
-                    while len(queue) <= self.prefetch and (step := next(upcoming, None)) is not None:
+                    while (
+                        len(queue) <= self.prefetch and (step := next(upcoming, None)) is not None
+                    ):
                         queue.append(pool.submit(self._make, step))
                     if not queue:
                         return
@@ -113,38 +121,46 @@ def open_feed(
 ) -> Feed[TrainingBatch]:
     """Open one worker's stream of training batches over a corpus.
 
-    The batch of a step depends on corpus, settings, `batch_size` and the step alone. Workers of any number share the
-    same global batches, and `feed.batches(step, stop)` resumes at any step without replaying anything.
+    The batch of a step depends on corpus, settings, `batch_size` and the step alone. Workers of any
+    number share the same global batches, and `feed.batches(step, stop)` resumes at any step without
+    replaying anything.
 
     Args:
         corpus: A corpus with at least one text family and one family of latents.
-        settings: Seed, shuffling window, caption dropout, caption weights, held-out share; a recipe's `data` section.
+        settings: Seed, shuffling window, caption dropout, caption weights, held-out share; a
+        recipe's `data` section.
         batch_size: Samples of a global batch, over all workers.
         part: "train", or "validation" for the held-out samples (`settings.validation_fraction`).
         rank: This worker's number, from 0 to world_size - 1.
         world_size: Workers that share each global batch.
-        families: The latents and text states to read. Default: every text family of the corpus and its only latents.
-        coded: Whether states of coded families stay whole steps, which a model turns into states where it computes
+        families: The latents and text states to read. Default: every text family of the corpus and
+        its only latents.
+        coded: Whether states of coded families stay whole steps, which a model turns into states
+        where it computes
             (`conditioner.set_code`). Default: they become states here.
 
     Returns:
-        A feed whose batches hold, for this worker's B samples: `latents` and `noise` [B, C, H, W] float32, scaled as
-        the model sees them; `u` [B] float32 in [0, 1), to be turned into timesteps; `text`, encoder name -> states
-        [B, T, W], mask [B, T] and prefix [P, W]; `keys`, the samples' names.
+        A feed whose batches hold, for this worker's B samples: `latents` and `noise` [B, C, H, W]
+        float32, scaled as the model sees them; `u` [B] float32 in [0, 1), to be turned into
+        timesteps; `text`, encoder name -> states [B, T, W], mask [B, T] and prefix [P, W]; `keys`,
+        the samples' names.
 
     Raises:
-        InputError: The corpus has no images, no sample is held out, a family is missing, unfinished or ambiguous, or
+        InputError: The corpus has no images, no sample is held out, a family is missing, unfinished
+        or ambiguous, or
             rank and batch size do not fit. While reading: a file is damaged.
     """
     if not 0 <= rank < world_size <= batch_size:
         raise InputError(
-            f"open_feed: rank {rank} of {world_size} workers with batch_size={batch_size}; ranks run from 0 to "
+            f"open_feed: rank {rank} of {world_size} workers with batch_size={batch_size}; "
+            "ranks run from 0 to "
             "world_size - 1, and every worker needs at least one sample of a batch"
         )
     rows = Rows(corpus, settings, part)
     if not rows.counts.any():
         raise InputError(
-            f"{corpus.folder.location}: no sample is held out for part {part!r}; raise settings.validation_fraction"
+            f"{corpus.folder.location}: no sample is held out for part {part!r}; raise "
+            "settings.validation_fraction"
         )
     families = families or Families.open(corpus, settings)
     assembler = Assembler(families, rows, settings, coded)
@@ -156,8 +172,9 @@ def open_feed(
 class FeedDataset(IterableDataset[Any]):
     """A feed's batches as a torch dataset: `DataLoader(FeedDataset(feed), batch_size=None)`.
 
-    Batches are whole already, hence `batch_size=None`, and the feed reads ahead with threads of its own, hence
-    `num_workers=0` (torch's default). Sharding over trainers is the feed's `rank` and `world_size`, not the loader's.
+    Batches are whole already, hence `batch_size=None`, and the feed reads ahead with threads of its
+    own, hence `num_workers=0` (torch's default). Sharding over trainers is the feed's `rank` and
+    `world_size`, not the loader's.
 
     Args:
         feed: What `open_feed` returns.
@@ -165,7 +182,8 @@ class FeedDataset(IterableDataset[Any]):
         stop: The step to stop before. Default: the end of the epoch in which `start` lies.
 
     Raises:
-        InputError: When iterated in a worker process of a DataLoader: every worker would yield the same batches.
+        InputError: When iterated in a worker process of a DataLoader: every worker would yield the
+        same batches.
     """
 
     def __init__(self, feed: Feed[Any], start: int = 0, stop: int | None = None) -> None:
@@ -179,7 +197,8 @@ class FeedDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info() is not None:
             raise InputError(
-                "FeedDataset: use DataLoader(..., num_workers=0): the feed reads ahead with its own threads, and "
+                "FeedDataset: use DataLoader(..., num_workers=0): the feed reads ahead with its "
+                "own threads, and "
                 "worker processes would all yield the same batches"
             )
         return self.feed.batches(self.start, self.stop)

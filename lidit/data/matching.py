@@ -34,17 +34,22 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
         if found == asked:
             matches.append(handle)
         differences += [f"{handle.directory}: {line}" for line in spec_differences(found, asked)]
-    complete = [handle for handle in matches if handle.complete] or [handle for handle in matches if handle.rolling]
+    complete = [handle for handle in matches if handle.complete] or [
+        handle for handle in matches if handle.rolling
+    ]
     if len(complete) > 1:
         listed = "\n  ".join(spec_differences(complete[0].spec, complete[1].spec))
         raise InputError(
-            f"{corpus.folder.location}: {complete[0].directory} and {complete[1].directory} both fit encoder "
+            f"{corpus.folder.location}: {complete[0].directory} and {complete[1].directory} "
+            "both fit encoder "
             f"{encoder.name!r}; they differ in:\n  {listed}\ndelete the one that is not meant"
         )
     if matches:
         return corpus.text_family((complete or matches)[0].fingerprint, rolling=True)
     if differences:
-        raise _no_match(corpus, "text", encoder.name, differences, "compute it with lidit embed", "encoder")
+        raise _no_match(
+            corpus, "text", encoder.name, differences, "compute it with lidit embed", "encoder"
+        )
     return corpus.text_family(encoder.name)  # raises InputError, listing the families
 
 
@@ -64,25 +69,42 @@ def matching_latents(corpus: Corpus, codec: CodecSettings) -> str:
     wanted = codec_spec(codec)
     free = {key: wanted[key] for key in {"dtype"} & set(wanted) if codec.dtype == "auto"}
     named = [handle for handle in corpus.latent_families() if handle.name == codec.name]
-    differing = {handle.directory: spec_differences({**handle.spec, **free}, wanted) for handle in named}
+    differing = {
+        handle.directory: spec_differences({**handle.spec, **free}, wanted) for handle in named
+    }
     matches = [handle for handle in named if not differing[handle.directory]]
     if named and not matches:
-        differences = [f"{directory}: {line}" for directory, lines in differing.items() for line in lines]
-        raise _no_match(corpus, "latents", codec.name, differences, "compute it with lidit latents --recipe", "codec")
+        differences = [
+            f"{directory}: {line}" for directory, lines in differing.items() for line in lines
+        ]
+        raise _no_match(
+            corpus,
+            "latents",
+            codec.name,
+            differences,
+            "compute it with lidit latents --recipe",
+            "codec",
+        )
     complete = [handle for handle in matches if handle.complete]
     if len(complete) > 1:
         listed = ", ".join(f"{handle.directory} ({handle.spec['dtype']})" for handle in complete)
         raise InputError(
-            f"{corpus.folder.location}: latents of codec {codec.name!r} in several dtypes: {listed}; set codec.dtype"
+            f"{corpus.folder.location}: latents of codec {codec.name!r} in several dtypes: "
+            f"{listed}; set codec.dtype"
         )
     # Raises InputError, listing the families, where none has this name or the one that matches is
     # unfinished.
-    return corpus.latent_family(next((handle.directory for handle in [*complete, *matches]), codec.name)).fingerprint
+    return corpus.latent_family(
+        next((handle.directory for handle in [*complete, *matches]), codec.name)
+    ).fingerprint
 
 
-def _no_match(corpus: Corpus, kind: str, name: str, differences: list[str], remedy: str, section: str) -> InputError:
+def _no_match(
+    corpus: Corpus, kind: str, name: str, differences: list[str], remedy: str, section: str
+) -> InputError:
     listed = "\n  ".join(differences)
     return InputError(
-        f"{corpus.folder.location}: no {kind} family {name!r} with the recipe's settings; found -> wanted:\n"
+        f"{corpus.folder.location}: no {kind} family {name!r} with the recipe's settings; found "
+        "-> wanted:\n"
         f"  {listed}\n{remedy}, or change the recipe's {section}"
     )

@@ -1,11 +1,14 @@
-"""The order of training: which samples make up global batch number `step`, for every step, without any history.
+"""The order of training: which samples make up global batch number `step`, for every step, without
+any history.
 
-An epoch permutes the units, cuts them into windows of `window_units`, and permutes the rows of each window. The rows
-of one aspect bucket, in that order over all windows and epochs, form one endless stream per bucket; consecutive chunks
-of the global batch size are its batches, so leftovers carry over by themselves (also into the next epoch) and every
-sample is seen exactly once per epoch. A window emits the batches whose last row lies in it, in permuted order.
+An epoch permutes the units, cuts them into windows of `window_units`, and permutes the rows of each
+window. The rows of one aspect bucket, in that order over all windows and epochs, form one endless
+stream per bucket; consecutive chunks of the global batch size are its batches, so leftovers carry
+over by themselves (also into the next epoch) and every sample is seen exactly once per epoch. A
+window emits the batches whose last row lies in it, in permuted order.
 
-Batch counts per window follow from the unit table alone (samples per unit and bucket), so batch `step` is found by
+Batch counts per window follow from the unit table alone (samples per unit and bucket), so batch
+`step` is found by
 prefix sums: the resume state is the step number, and nothing is replayed.
 
 Letters: U units, K buckets, W windows.
@@ -42,7 +45,13 @@ class GlobalBatch:
     row: Ints
 
     def slice(self, start: int, stop: int) -> GlobalBatch:
-        return GlobalBatch(self.step, self.bucket, self.epoch[start:stop], self.unit[start:stop], self.row[start:stop])
+        return GlobalBatch(
+            self.step,
+            self.bucket,
+            self.epoch[start:stop],
+            self.unit[start:stop],
+            self.row[start:stop],
+        )
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,20 @@ class EpochSchedule:
 
 
 class Order:
-    """`counts` [U, K]: samples of each bucket in each unit. `buckets_of(unit)` -> bucket of each row, -1 = left out.
+    """`counts` [U, K]: samples of each bucket in each unit. `buckets_of(unit)` -> bucket of each
+    row, -1 = left out.
 
-    Memory: the counts, one permutation and W x K prefix sums; rows are looked at only for windows in use.
+    Memory: the counts, one permutation and W x K prefix sums; rows are looked at only for windows
+    in use.
     """
 
     def __init__(
-        self, counts: Ints, buckets_of: Callable[[int], Ints], batch_size: int, seed: int, window_units: int
+        self,
+        counts: Ints,
+        buckets_of: Callable[[int], Ints],
+        batch_size: int,
+        seed: int,
+        window_units: int,
     ) -> None:
         self.counts, self.buckets_of = counts, buckets_of
         self.batch_size, self.seed, self.window_units = batch_size, seed, window_units
@@ -90,7 +106,8 @@ class Order:
     def batch(self, step: int) -> GlobalBatch:
         """Global batch number `step`, counted from 0 over all epochs."""
         epoch, window, done = self._completing(step)
-        emitted = done[window + 1] - done[window]  # [K] batches each bucket completes in this window
+        # [K] batches each bucket completes in this window
+        emitted = done[window + 1] - done[window]
         # Within a window, batches of all buckets come in permuted order.
         shuffled = permutation(int(emitted.sum()), self.seed, Purpose.BATCHES, epoch, window)
         place = int(shuffled[step - done[window].sum()])
@@ -99,7 +116,9 @@ class Order:
         return self._chunk(step, bucket, number * self.batch_size)
 
     def _completing(self, step: int) -> tuple[int, int, Ints]:
-        """Epoch and window that complete batch `step`, and the epoch's [W + 1, K] batches before each window."""
+        """Epoch and window that complete batch `step`, and the epoch's [W + 1, K] batches before
+        each window.
+        """
         epoch = self.epoch_of(step)
         # Windows complete batches in order, so the window of a step is a search among running
         # totals.
@@ -116,7 +135,9 @@ class Order:
     def window_units_of(self, window: int) -> Ints:
         """The units of a window."""
         epoch, within = divmod(window, self.num_windows)
-        return self._schedule(epoch).units[within * self.window_units : (within + 1) * self.window_units]
+        return self._schedule(epoch).units[
+            within * self.window_units : (within + 1) * self.window_units
+        ]
 
     def rows_before(self, window: int) -> Ints:
         """Rows [K] of each bucket's stream that lie before a window."""
@@ -141,14 +162,19 @@ class Order:
             units.append(unit[start : start + taken])
             rows.append(row[start : start + taken])
             position, wanted = position + taken, wanted - taken
-        return GlobalBatch(step, bucket, np.concatenate(epochs), np.concatenate(units), np.concatenate(rows))
+        return GlobalBatch(
+            step, bucket, np.concatenate(epochs), np.concatenate(units), np.concatenate(rows)
+        )
 
     def _schedule(self, epoch: int) -> EpochSchedule:
         if epoch not in self._schedules:
             units = permutation(len(self.counts), self.seed, Purpose.UNITS, epoch)
             starts = np.arange(0, len(units), self.window_units)
-            per_window = np.add.reduceat(self.counts[units], starts, axis=0, dtype=np.int64)  # [W, K]
-            before = np.concatenate([np.zeros((1, per_window.shape[1]), np.int64), per_window.cumsum(0)])
+            # [W, K]
+            per_window = np.add.reduceat(self.counts[units], starts, axis=0, dtype=np.int64)
+            before = np.concatenate(
+                [np.zeros((1, per_window.shape[1]), np.int64), per_window.cumsum(0)]
+            )
             self._schedules[epoch] = EpochSchedule(units, before)
             while len(self._schedules) > 2:
                 self._schedules.popitem(last=False)
@@ -158,13 +184,17 @@ class Order:
     def _window(self, epoch: int, window: int) -> list[tuple[Ints, Ints]]:
         """Per bucket the (unit, row) pairs of a window, permuted."""
         if (epoch, window) not in self._rows:
-            members = self._schedule(epoch).units[window * self.window_units : (window + 1) * self.window_units]
+            members = self._schedule(epoch).units[
+                window * self.window_units : (window + 1) * self.window_units
+            ]
             buckets = [self.buckets_of(int(unit)) for unit in members]
             unit = np.repeat(members, [len(b) for b in buckets])
             row = np.concatenate([np.arange(len(b)) for b in buckets])
             shuffled = permutation(len(unit), self.seed, Purpose.ROWS, epoch, window)
             unit, row, bucket = unit[shuffled], row[shuffled], np.concatenate(buckets)[shuffled]
-            self._rows[epoch, window] = [(unit[bucket == k], row[bucket == k]) for k in range(self.counts.shape[1])]
+            self._rows[epoch, window] = [
+                (unit[bucket == k], row[bucket == k]) for k in range(self.counts.shape[1])
+            ]
             while len(self._rows) > WINDOWS_KEPT:
                 self._rows.popitem(last=False)
         self._rows.move_to_end((epoch, window))

@@ -1,6 +1,7 @@
 """From a corpus's pixels to the tensors of a codec's training step.
 
-Letters: B images of this worker's part of a global batch; C, h, w channels and sides of their latents.
+Letters: B images of this worker's part of a global batch; C, h, w channels and sides of their
+latents.
 """
 
 from __future__ import annotations
@@ -34,14 +35,24 @@ class PixelBatch:
     def split(self, parts: int) -> list[PixelBatch]:
         """Slices, in order, for gradient accumulation."""
         cuts = shares(len(self.keys), parts)
-        return [PixelBatch(self.step, self.keys[cut], self.pixels[cut], self.noise[cut]) for cut in cuts]
+        return [
+            PixelBatch(self.step, self.keys[cut], self.pixels[cut], self.noise[cut]) for cut in cuts
+        ]
 
 
 class PixelAssembler:
     """Reads a family of codec `pixels`; the noise depends on (seed, epoch, image) alone."""
 
-    def __init__(self, pixels: LatentFamily, rows: Rows, seed: int, channels: int, factor: int) -> None:
-        self.pixels, self.rows, self.seed, self.channels, self.factor = pixels, rows, seed, channels, factor
+    def __init__(
+        self, pixels: LatentFamily, rows: Rows, seed: int, channels: int, factor: int
+    ) -> None:
+        self.pixels, self.rows, self.seed, self.channels, self.factor = (
+            pixels,
+            rows,
+            seed,
+            channels,
+            factor,
+        )
 
     def assemble(self, batch: GlobalBatch) -> PixelBatch:
         images: list[torch.Tensor] = [torch.empty(0)] * len(batch.row)
@@ -51,7 +62,9 @@ class PixelAssembler:
             places = np.flatnonzero(batch.unit == unit).tolist()
             members = batch.row[places].tolist()
             held = self.rows.unit(unit).keys
-            for place, row, image in zip(places, members, self.pixels.read(unit, members), strict=True):
+            for place, row, image in zip(
+                places, members, self.pixels.read(unit, members), strict=True
+            ):
                 images[place], keys[place] = image, held[row]
         pixels = torch.stack(images)
         size, _, height, width = pixels.shape

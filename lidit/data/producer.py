@@ -1,7 +1,10 @@
-"""The producer of a rolling family: a loop that starts units, deletes others, and says how it is going.
+"""The producer of a rolling family: a loop that starts units, deletes others, and says how it is
+going.
 
-Needs no cluster: encoders are behind `EncoderPool`, in actors or in this very process. The loop keeps no state that
-counts: what is on disk and what readers say is looked at anew, so it may be killed at any point and started again.
+Needs no cluster: encoders are behind `EncoderPool`, in actors or in this very process. The loop
+keeps no state that
+counts: what is on disk and what readers say is looked at anew, so it may be killed at any point and
+started again.
 """
 
 from __future__ import annotations
@@ -36,9 +39,11 @@ FULL_SECONDS = 10.0  # between two tries on a full disk
 
 @dataclass(frozen=True)
 class Finished:
-    """A unit that a pool is done with. device: what computed it; facts: the pool's own, for its metrics.
+    """A unit that a pool is done with. device: what computed it; facts: the pool's own, for its
+    metrics.
 
-    outcome: "lost" where the encoder died, "disk full" where it did not fit; both are tried again, "failed" is not.
+    outcome: "lost" where the encoder died, "disk full" where it did not fit; both are tried again,
+    "failed" is not.
     """
 
     unit: int
@@ -70,7 +75,8 @@ class EncoderPool(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """How a production stands. ahead: whole windows on disk beyond the slowest reader's; -1: its own is not complete.
+    """How a production stands. ahead: whole windows on disk beyond the slowest reader's; -1: its
+    own is not complete.
 
     wanted_actors: how many would keep the readers supplied; 0 before that is known.
     """
@@ -121,22 +127,28 @@ class Producer:
         self.speed = _Speed()
         self.computed = self.met = 0
         self._demands: dict[Credit, Demand] = {}
-        self._heard: dict[str, tuple[int, float]] = {}  # reader -> its last beat, and when it was new here
+        # reader -> its last beat, and when it was new here
+        self._heard: dict[str, tuple[int, float]] = {}
         self._silent: set[str] = set()
         self._needs: tuple[object, Needs] | None = None
         self._devices: set[str] = set()
         self._told_at, self._full_until, self._seen_met = -math.inf, -math.inf, set[int]()
 
     def run(self, stop: threading.Event) -> State:
-        """Returns the last state. Raises InputError or JobError for what no other try would mend."""
+        """Returns the last state. Raises InputError or JobError for what no other
+        try would mend.
+        """
         self._tell(Needs([], [], frozenset()), [], force=True)
         try:
             while True:
-                # Asked before the readers are: their last word is heard, and what they leave is deleted.
+                # Asked before the readers are: their last word is heard, and what they leave is
+                # deleted.
                 stopping = stop.is_set()
                 readers, living = self._readers()
                 wants = self._wants(readers)
-                done = stopping or (self.work.ends and all(reader.credit.finished for reader in readers))
+                done = stopping or (
+                    self.work.ends and all(reader.credit.finished for reader in readers)
+                )
                 self._act(wants, living, starting=not done)
                 self._tell(wants, readers)
                 if done and not self.in_flight:
@@ -147,10 +159,12 @@ class Producer:
             self._publish({"failed": one_line(error, 500)})
             raise
 
-    # -- readers --------------------------------------------------------------------------------------------------
+    # -- readers -----------------------------------------------------------------------------------
 
     def _readers(self) -> tuple[list[Reader], bool]:
-        """Everybody whose credit counts, and whether one of them was heard of: before that nothing is deleted."""
+        """Everybody whose credit counts, and whether one of them was heard of: before that nothing
+        is deleted.
+        """
         now, credits = time.monotonic(), read_credits(self.folder)
         counted, living = [], False
         expected = self.work.expected
@@ -168,7 +182,8 @@ class Producer:
             if not heard and not credit.finished and name not in self._silent:
                 self._silent.add(name)
                 log.warning(
-                    "%s: reader %s was silent for %g s (online.patience) and is dropped at step %d: its units are "
+                    "%s: reader %s was silent for %g s (online.patience) and is dropped at step "
+                    "%d: its units are "
                     "deleted as others go on, and computed anew when it comes back",
                     self.folder.location, name, self.online.patience, credit.step,
                 )  # fmt: skip
@@ -197,13 +212,14 @@ class Producer:
                   r.demand.window(r.credit.checkpoint)) for r in readers]  # fmt: skip
         if self._needs is None or self._needs[0] != place:
             self._needs = (place, needs(readers, self.online.ahead))
-            # A unit that is there when its window comes into sight need not be computed: what `keep` is for.
+            # A unit that is there when its window comes into sight need not be computed: what
+            # `keep` is for.
             sight = {unit for units in self._needs[1].wanted[-1:] for unit in units}
             self.met += len((sight - self._seen_met) & self.present)
             self._seen_met = sight
         return self._needs[1]
 
-    # -- units ----------------------------------------------------------------------------------------------------
+    # -- units -------------------------------------------------------------------------------------
 
     def _act(self, wants: Needs, living: bool, starting: bool) -> None:
         full = time.monotonic() < self._full_until
@@ -217,7 +233,9 @@ class Producer:
                 delete_unit(self.writer, unit)
                 self.present.discard(unit)
         elif step.remove and self.online.budget is not None:
-            return  # no reader has been heard of: nothing is deleted, so nothing that needs the room may start
+            # no reader has been heard of: nothing is deleted, so nothing that needs the room may
+            # start
+            return
         if step.stuck and not full:
             raise JobError(f"{self.folder.location}: {step.stuck}")
         for unit in step.start:
@@ -242,24 +260,28 @@ class Producer:
         self.on_finished(unit)
 
     def _compare(self, unit: Finished) -> None:
-        """Say it where a unit's bytes are not those of its first computation, or where devices differ."""
+        """Say it where a unit's bytes are not those of its first computation, or where devices
+        differ.
+        """
         self._devices.add(unit.device)
         if len(self._devices) > 1:
             devices = " and ".join(sorted(self._devices))
             if self.online.exact:
                 raise InputError(
-                    f"{self.folder.location}: computed on {devices}, whose states differ in their last bits; keep to "
+                    f"{self.folder.location}: computed on {devices}, whose states differ in "
+                    "their last bits; keep to "
                     "one kind of device, or set online.exact=false"
                 )
         first, record = first_record(self.writer, unit.unit), self.writer.committed(unit.unit)
         if first and record and first.sha256 != record.sha256:
             log.warning(
-                "%s: unit %d has other bytes than when it was first computed (sha256 %s, then %s): another device or "
+                "%s: unit %d has other bytes than when it was first computed (sha256 %s, then %s): "
+                    "another device or "
                 "library rounds otherwise",
                 self.folder.location, unit.unit, first.sha256[:12], record.sha256[:12],
             )  # fmt: skip
 
-    # -- what is said ---------------------------------------------------------------------------------------------
+    # -- what is said ------------------------------------------------------------------------------
 
     def _tell(self, wants: Needs, readers: list[Reader], force: bool = False) -> State:
         self.speed.busy(min(len(self.in_flight), self.pool.actors))
@@ -281,7 +303,14 @@ class Producer:
         )
         if due:
             self._told_at = time.monotonic()
-            self._publish({"ahead": ahead, "wanted_actors": wanted, "actors": state.actors, "computed": state.computed})
+            self._publish(
+                {
+                    "ahead": ahead,
+                    "wanted_actors": wanted,
+                    "actors": state.actors,
+                    "computed": state.computed,
+                }
+            )
             self.told(state)
         return state
 
@@ -296,10 +325,15 @@ class Producer:
         return math.ceil(rate * (1 - self.online.keep) * self.speed.seconds_per_unit)
 
     def _publish(self, facts: dict[str, Any]) -> None:
-        who = {"process": os.getpid(), "host": socket.gethostname(), "written": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
+        who = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        }
         try:
             publish_bytes(self.folder, PRODUCER_FILE, seal({**who, **facts}))
-        except (OSError, JobError, StorageError) as error:  # a full disk holds up what is said, not what is done
+        except (OSError, JobError, StorageError) as error:
+            # a full disk holds up what is said, not what is done
             log.debug("%s: %s", self.folder.location, one_line(error, 200))
 
 

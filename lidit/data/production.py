@@ -1,11 +1,13 @@
-"""What the producer of a rolling family does next: which unit it computes, which it deletes. Files are not its matter.
+"""What the producer of a rolling family does next: which unit it computes, which it deletes. Files
+are not its matter.
 
 Three classes of units on disk, by the readers' needs:
-- needed: by the window in use, which are never deleted, or by one of those ahead, which only make room for a unit that
-  is needed sooner (after a return to a checkpoint).
-- replayed: behind the reader, but not behind its newest checkpoint; kept while there is room, for the run may go back.
-- kept: a fixed share of the family, and what readers have pinned; never deleted, and not counted in the budget.
-Everything else goes as soon as a living reader has passed it.
+- needed: by the window in use, which are never deleted, or by one of those ahead, which only make
+  room for a unit that is needed sooner (after a return to a checkpoint).
+- replayed: behind the reader, but not behind its newest checkpoint; kept while there is room, for
+  the run may go back.
+- kept: a fixed share of the family, and what readers have pinned; never deleted, and not counted in
+  the budget. Everything else goes as soon as a living reader has passed it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Needs:
-    """What all living readers need. wanted: units by distance in windows; replayed: in the order of their use."""
+    """What all living readers need. wanted: units by distance in windows; replayed: in the order of
+    their use.
+    """
 
     wanted: list[list[int]]
     replayed: list[int]
@@ -45,7 +49,9 @@ class Needs:
 
 @dataclass(frozen=True)
 class Step:
-    """Units to delete, then units to start. stuck: why not even the window in use can be computed."""
+    """Units to delete, then units to start. stuck: why not even the window in use
+    can be computed.
+    """
 
     remove: list[int] = field(default_factory=list)
     start: list[int] = field(default_factory=list)
@@ -55,7 +61,8 @@ class Step:
 def together(readers: Sequence[Reader], ahead: int) -> list[list[Reader]]:
     """Readers that share their units: of one order, and no further apart than the windows ahead.
 
-    A reader far from the others goes at its own pace: to wait for it would stop them for its whole way.
+    A reader far from the others goes at its own pace: to wait for it would stop them for its whole
+    way.
     """
     groups: list[list[Reader]] = []
     for reader in sorted(readers, key=lambda reader: (reader.credit.order_key, reader.window)):
@@ -69,7 +76,9 @@ def together(readers: Sequence[Reader], ahead: int) -> list[list[Reader]]:
 
 
 def needs(readers: Sequence[Reader], ahead: int) -> Needs:
-    """The readers' needs together. Of a group none is served further than `ahead` windows before its slowest."""
+    """The readers' needs together. Of a group none is served further than `ahead` windows before
+    its slowest.
+    """
     wanted: list[list[int]] = [[] for _ in range(ahead + 1)]
     reading = [reader for reader in readers if reader.credit.step < reader.credit.steps]
     for group in together(reading, ahead):
@@ -82,9 +91,13 @@ def needs(readers: Sequence[Reader], ahead: int) -> Needs:
             for distance, units in enumerate(listed):
                 wanted[distance] += units
     replayed = [
-        unit for reader in readers for unit in reader.demand.replayed(reader.credit.checkpoint, reader.credit.step)
+        unit
+        for reader in readers
+        for unit in reader.demand.replayed(reader.credit.checkpoint, reader.credit.step)
     ]
-    pinned = frozenset(unit for reader in readers if not reader.credit.finished for unit in reader.demand.pinned)
+    pinned = frozenset(
+        unit for reader in readers if not reader.credit.finished for unit in reader.demand.pinned
+    )
     return Needs(first_uses(wanted), unique(replayed), pinned)
 
 
@@ -98,8 +111,8 @@ def plan_step(
 ) -> Step:
     """The next deletions and starts.
 
-    present: units on disk; in_flight: units being computed; slots: how many more may start now; budget: most units on
-    disk or in flight, kept and pinned ones not counted.
+    present: units on disk; in_flight: units being computed; slots: how many more may start now;
+    budget: most units on disk or in flight, kept and pinned ones not counted.
     """
     needed, lasting = wants.needed, kept | wants.pinned
     behind = [unit for unit in wants.replayed if unit not in needed]
@@ -107,13 +120,20 @@ def plan_step(
     step = Step(loose)
     room = None if budget is None else budget - len((present | in_flight) - lasting - set(loose))
 
-    # What makes room, the last of the list first: the first of the next window is missed the most, and of what lies
-    # behind, the units that a return to the checkpoint would begin with.
-    spare = [unit for units in [*wants.wanted[1:], behind] for unit in units if unit in present and unit not in lasting]
+    # What makes room, the last of the list first: the first of the next window is missed the most,
+    # and of what lies behind, the units that a return to the checkpoint would begin with.
+    spare = [
+        unit
+        for units in [*wants.wanted[1:], behind]
+        for unit in units
+        if unit in present and unit not in lasting
+    ]
     pinned = [unit for unit in sorted(wants.pinned) if unit not in needed]
     for distance, units in enumerate([*wants.wanted, pinned]):
         # Units as near as this one no longer make room.
-        spare = spare[sum(unit in spare for unit in units) if 0 < distance < len(wants.wanted) else 0 :]
+        spare = spare[
+            sum(unit in spare for unit in units) if 0 < distance < len(wants.wanted) else 0 :
+        ]
         for unit in units:
             if len(step.start) >= slots:
                 return step
@@ -135,13 +155,17 @@ def plan_step(
 def _stuck(wants: Needs, lasting: AbstractSet[int], budget: int) -> str:
     at_once = len(set(wants.wanted[0]) - lasting)
     return (
-        f"online.budget: {budget} units are too few, the window in use needs {at_once} at once; raise it, or lower "
-        "data.window_units. A rare aspect bucket keeps the units of many windows until a batch of it is full"
+        f"online.budget: {budget} units are too few, the window in use needs {at_once} at once; "
+        "raise it, or lower "
+        "data.window_units. A rare aspect bucket keeps the units of many windows until a batch "
+        "of it is full"
     )
 
 
 def windows_ready(wants: Needs, present: AbstractSet[int]) -> int:
-    """Windows beyond the one in use whose units are all there; -1 where that one is not complete itself."""
+    """Windows beyond the one in use whose units are all there; -1 where that one is not complete
+    itself.
+    """
     ready = -1
     for units in wants.wanted:
         if not present >= set(units):

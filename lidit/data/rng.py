@@ -1,8 +1,8 @@
 """Every random number of training, a pure function of (seed, purpose, epoch, unit, row).
 
-Counter-based: a draw needs no state and no history, so any worker can make the draws of any sample, and a resumed run
-makes the same ones. The mixer is SplitMix64's finaliser (Steele et al., 2014), applied once per key: integer
-arithmetic only, the same bits on every machine and in every numpy.
+Counter-based: a draw needs no state and no history, so any worker can make the draws of any sample,
+and a resumed run makes the same ones. The mixer is SplitMix64's finaliser (Steele et al., 2014),
+applied once per key: integer arithmetic only, the same bits on every machine and in every numpy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Purpose(IntEnum):
-    """What a draw is for: two purposes never share numbers. The values are part of the format of a run."""
+    """What a draw is for: two purposes never share numbers. The values are part of the format of a
+    run.
+    """
 
     UNITS = 1
     ROWS = 2
@@ -52,15 +54,17 @@ def uniform(seed: int, purpose: Purpose, *keys: ArrayLike) -> NDArray[np.float64
 
 
 def permutation(count: int, seed: int, purpose: Purpose, *keys: int) -> NDArray[np.int64]:
-    """A permutation of range(count). Ties of 64-bit keys are broken by position, so it is always one."""
+    """A permutation of range(count). Ties of 64-bit keys are broken by position, so it is always
+    one.
+    """
     return np.argsort(draw(seed, purpose, *keys, np.arange(count)), kind="stable")
 
 
 def fill_gaussian(out: torch.Tensor, numbers: NDArray[np.uint64]) -> None:
     """Standard normal noise into `out` [B, ...] float32, row i a function of `numbers[i]` alone.
 
-    On the CPU whatever the training device, so that it is the same; written in place, because fresh memory for every
-    sample costs more than the numbers.
+    On the CPU whatever the training device, so that it is the same; written in place, because fresh
+    memory for every sample costs more than the numbers.
     """
     generator = torch.Generator()
     for row, number in zip(out, (numbers >> np.uint64(1)).tolist()):

@@ -1,4 +1,6 @@
-"""The samples of a corpus as training sees them: buckets, captions and the rows held out for validation."""
+"""The samples of a corpus as training sees them: buckets, captions and the rows held out for
+validation.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +26,29 @@ Part = Literal["train", "validation"]
 
 @dataclass(frozen=True)
 class UnitRows:
-    """One unit's samples. Captions of row r: `caption[offset[r]:offset[r + 1]]`, chosen by their weights."""
+    """One unit's samples. Captions of row r: `caption[offset[r]:offset[r + 1]]`, chosen by their
+    weights.
+    """
 
     keys: list[str]
     bucket: Ints  # [rows]
     offset: Ints  # [rows + 1]
     caption: Ints  # [captions of all rows] indices into captions/
-    cumulative: NDArray[np.float64]  # [captions of all rows + 1] sum of the weights before each caption
+    # [captions of all rows + 1] sum of the weights before each caption
+    cumulative: NDArray[np.float64]
 
     def choose(self, rows: Ints, u: NDArray[np.float64]) -> Ints:
         """The caption of each of `rows` that its uniform number in `u` picks, by origin weight."""
         low, high = self.cumulative[self.offset[rows]], self.cumulative[self.offset[rows + 1]]
-        wanted = np.minimum(low + u * (high - low), np.nextafter(high, 0.0))  # rounding must not reach the next row
+        # rounding must not reach the next row
+        wanted = np.minimum(low + u * (high - low), np.nextafter(high, 0.0))
         return np.asarray(self.caption[np.searchsorted(self.cumulative, wanted, side="right") - 1])
 
 
 class Rows:
-    """The training rows (`part="train"`) or the held-out rows (`part="validation"`) of every unit of a corpus."""
+    """The training rows (`part="train"`) or the held-out rows (`part="validation"`) of every unit
+    of a corpus.
+    """
 
     def __init__(self, corpus: Corpus, settings: DataSettings, part: Part = "train") -> None:
         self.corpus, self.settings, self.part = corpus, settings, part
@@ -52,7 +60,9 @@ class Rows:
 
     def order(self, batch_size: int) -> Order:
         """The order in which global batches of `batch_size` take these rows."""
-        return Order(self.counts, self.buckets_of, batch_size, self.settings.seed, self.settings.window_units)
+        return Order(
+            self.counts, self.buckets_of, batch_size, self.settings.seed, self.settings.window_units
+        )
 
     def unit(self, unit: int) -> UnitRows:
         with self._lock:
@@ -92,26 +102,34 @@ class Rows:
 
 
 def require_held_out(corpus: Corpus, settings: DataSettings, batch_size: int) -> None:
-    """Raise InputError where no bucket's held-out samples fill a batch: told before training begins."""
+    """Raise InputError where no bucket's held-out samples fill a batch: told before training
+    begins.
+    """
     counts = Rows(corpus, settings, "validation").counts.sum(0)
     if not (counts >= batch_size).any():
         raise InputError(
-            f"data.validation_fraction: only {counts.sum()} samples are held out, fewer than one batch of {batch_size}"
+            f"data.validation_fraction: only {counts.sum()} samples are held out, fewer than "
+            f"one batch of {batch_size}"
             f"{' in any bucket' if len(counts) > 1 else ''}; raise it or lower train.batch_size"
         )
 
 
 def bucket_counts(corpus: Corpus) -> tuple[list[str], Ints]:
-    """The corpus's buckets, sorted, and the samples of each in each unit [units, buckets], from the unit table."""
+    """The corpus's buckets, sorted, and the samples of each in each unit [units, buckets], from the
+    unit table.
+    """
     column = corpus.units.column("buckets").combine_chunks()
     flat = column.flatten()
     if len(flat) == 0:
         raise InputError(
-            f"{corpus.folder.location}: the corpus has captions but no images, nothing can be trained on it"
+            f"{corpus.folder.location}: the corpus has captions but no images, nothing can be "
+            "trained on it"
         )
     names = flat.field("bucket").to_numpy(zero_copy_only=False).astype(str)
     buckets, index = np.unique(names, return_inverse=True)
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)
     counts = np.zeros((len(column), len(buckets)), np.int64)
-    counts[np.repeat(np.arange(len(column)), lengths), index] = flat.field("samples").to_numpy(zero_copy_only=False)
+    counts[np.repeat(np.arange(len(column)), lengths), index] = flat.field("samples").to_numpy(
+        zero_copy_only=False
+    )
     return [str(name) for name in buckets], counts

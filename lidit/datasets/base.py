@@ -15,8 +15,9 @@ Files = Mapping[str, Mapping[str, bytes]]  # package name -> path in the package
 class Picture:
     """One image file as the package holds it, with what is said of it.
 
-    captions: (text, origin), the plain one first. ties: pictures that share one are near copies of each other and
-    must be on one side of a split; equal bytes are a tie of their own. origin: package and path, for attribution.
+    captions: (text, origin), the plain one first. ties: pictures that share one are near copies of
+    each other and must be on one side of a split; equal bytes are a tie of their own. origin:
+    package and path, for attribution.
     """
 
     key: str
@@ -39,7 +40,8 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """wanted: which files of its packages are read; pictures: from them to pictures, in a fixed order.
+    """wanted: which files of its packages are read; pictures: from them to pictures, in a fixed
+    order.
 
     attribution: who made the art and under which terms, Markdown; written beside the tars.
     """

@@ -12,23 +12,39 @@ from dataclasses import dataclass
 from lidit.datasets.base import Files, LeftOut, Picture, PictureSet
 from lidit.datasets.packages import Package
 
-LABELS = Package("npm", "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
+LABELS = Package(
+    "npm",
+    "emojibase-data",
+    "17.0.0",
+    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+)
 GOOGLE = Package(
-    "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+    "npm",
+    "emoji-datasource-google",
+    "16.0.0",
+    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
 )
 TWITTER = Package(
-    "npm", "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
+    "npm",
+    "emoji-datasource-twitter",
+    "16.0.0",
+    "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
 )
 FLUENT = Package(
-    "npm", "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+    "npm",
+    "@lobehub/fluent-emoji-3d",
+    "1.1.0",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
 )
 _DATA, _GROUPS = "en/data.json", "meta/groups.json"
 
-# What differs between near copies: skin tone, presentation, gender, direction. People are drawn in three genders.
+# What differs between near copies: skin tone, presentation, gender, direction. People are drawn in
+# three genders.
 _SKIN_TONES = {f"1F3F{digit}" for digit in "BCDEF"}
 _DROPPED = _SKIN_TONES | {"FE0F", "2640", "2642", "27A1", "200D"}
 _ONE_PERSON = {
-    "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2", "1F474": "1F9D3", "1F475": "1F9D3",
+    "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2", "1F474": "1F9D3",
+    "1F475": "1F9D3",
     "1F934": "1FAC5", "1F478": "1FAC5", "1F936": "1F385", "1F46B": "1F46D", "1F46C": "1F46D",
 }  # fmt: skip
 _SAME_SCENE = {
@@ -78,7 +94,9 @@ def _wanted(name: str) -> bool:
 
 
 def _labels(files: Files) -> dict[str, Label]:
-    """By the hexcode in lower case without the presentation selector, as vendors name their files."""
+    """By the hexcode in lower case without the presentation selector, as vendors
+    name their files.
+    """
     table = files[LABELS.name]
     groups = json.loads(table[_GROUPS])["groups"]
     found = {}
@@ -86,7 +104,9 @@ def _labels(files: Files) -> dict[str, Label]:
         category = groups.get(str(entry.get("group")), "other")
         for variant in [entry, *entry.get("skins", [])]:
             tags = tuple(entry.get("tags", ()))
-            found[_plain(variant["hexcode"])] = Label(variant["label"], tags, entry["hexcode"], category)
+            found[_plain(variant["hexcode"])] = Label(
+                variant["label"], tags, entry["hexcode"], category
+            )
     return found
 
 
@@ -129,10 +149,13 @@ EMOJI = PictureSet(
     pictures=lambda files: _pictures(files, (NOTO, TWEMOJI)),
     attribution=(
         "# Emoji\n\n"
-        f"- Pictures noto-*: Noto Emoji, copyright Google, Apache-2.0, from {GOOGLE} (npm; its code is MIT).\n"
+        f"- Pictures noto-*: Noto Emoji, copyright Google, Apache-2.0, from {GOOGLE} (npm; its "
+        "code is MIT).\n"
         "- Pictures twemoji-*: Twemoji, copyright Twitter, Inc and other contributors, CC-BY-4.0 "
-        f"(https://creativecommons.org/licenses/by/4.0/), from {TWITTER} (npm; its code is MIT). The files are "
-        "unchanged; whoever shows them, or pictures adapted from them, names Twemoji and the licence.\n" + _LABELS_LINE
+        f"(https://creativecommons.org/licenses/by/4.0/), from {TWITTER} (npm; its code is "
+        "MIT). The files are "
+        "unchanged; whoever shows them, or pictures adapted from them, names Twemoji and the "
+        "licence.\n" + _LABELS_LINE
     ),
 )
 
@@ -143,7 +166,8 @@ FLUENT_EMOJI = PictureSet(
     pictures=lambda files: _pictures(files, (FLUENT_3D,)),
     attribution=(
         "# Fluent emoji, 3D\n\n"
-        f"- Pictures: Fluent Emoji by Microsoft, from {FLUENT} (npm), which says MIT. Microsoft's own terms were not "
+        f"- Pictures: Fluent Emoji by Microsoft, from {FLUENT} (npm), which says MIT. "
+        "Microsoft's own terms were not "
         "checked: read them before you publish these pictures.\n" + _LABELS_LINE
     ),
 )

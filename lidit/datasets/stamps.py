@@ -1,4 +1,6 @@
-"""Tux Paint stamps: photographs and drawings of things, each with a sentence. Letters and signs are left out."""
+"""Tux Paint stamps: photographs and drawings of things, each with a sentence. Letters and signs are
+left out.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,15 @@ def _pictures(files: Files) -> Iterator[Picture | LeftOut]:
 TUXPAINT = PictureSet(
     name="tuxpaint-stamps",
     packages=(STAMPS,),
-    wanted=lambda name: (name.startswith(_FOLDER) and name.endswith((".png", ".txt"))) or name == _COPYRIGHT,
+    wanted=lambda name: (
+        (name.startswith(_FOLDER) and name.endswith((".png", ".txt"))) or name == _COPYRIGHT
+    ),
     pictures=_pictures,
     attribution=(
         "# Tux Paint stamps\n\n"
-        f"- Pictures and captions: Tux Paint stamps, copyright 2002-2022 Bill Kendrick and contributors, GPL-2.0-or-"
-        f"later, from {STAMPS} (Debian). Whoever passes these files on does so under that licence.\n"
+        "- Pictures and captions: Tux Paint stamps, copyright 2002-2022 Bill Kendrick and "
+        "contributors, GPL-2.0-or-"
+        f"later, from {STAMPS} (Debian). Whoever passes these files on does so under that "
+        "licence.\n"
     ),
 )

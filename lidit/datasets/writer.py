@@ -34,15 +34,20 @@ class WrittenSet:
 
 
 def write_picture_set(
-    chosen: PictureSet, out: Path, held_out: float = 0.1, packages: Path | None = None, progress: Progress = SILENT
+    chosen: PictureSet,
+    out: Path,
+    held_out: float = 0.1,
+    packages: Path | None = None,
+    progress: Progress = SILENT,
 ) -> WrittenSet:
-    """Write OUT/train/*.tar, OUT/held_out/*.tar, OUT/ATTRIBUTION.md, OUT/licences/ and OUT/picture-set.json.
+    """Write OUT/train/*.tar, OUT/held_out/*.tar, OUT/ATTRIBUTION.md, OUT/licences/ and
+    OUT/picture-set.json.
 
-    held_out: share of the groups of near copies that is held out. packages: folder of archives fetched before;
-    missing archives are downloaded into it. progress: counts packages.
+    held_out: share of the groups of near copies that is held out. packages: folder of archives
+    fetched before; missing archives are downloaded into it. progress: counts packages.
 
-    The folder appears with everything in it or not at all; the same call again
-    writes the same bytes. Raises InputError where something cannot be fetched, or OUT holds something else.
+    The folder appears with everything in it or not at all; the same call again writes the same
+    bytes. Raises InputError where something cannot be fetched, or OUT holds something else.
     """
     identity = {
         "set": chosen.name,
@@ -70,7 +75,9 @@ def write_picture_set(
         pictures = [one for one in candidates if isinstance(one, Picture)]
         left_out = dict(Counter(one.reason for one in candidates if isinstance(one, LeftOut)))
         if not pictures:
-            raise InputError(f"{chosen.name}: its packages hold no picture with a caption: {left_out}")
+            raise InputError(
+                f"{chosen.name}: its packages hold no picture with a caption: {left_out}"
+            )
 
         # Write everything beside `out`, then move it there whole.
         made = work / "made"
@@ -96,20 +103,24 @@ def _known(out: Path, identity: dict[str, object]) -> WrittenSet | None:
         record = json.loads((out / RECORD_FILE).read_text("utf-8"))
         differing = sorted(key for key, value in identity.items() if record[key] != value)
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{out}: not empty and not a picture set; name a new folder for --out") from None
+        raise InputError(
+            f"{out}: not empty and not a picture set; name a new folder for --out"
+        ) from None
     if differing:
         raise InputError(
-            f"{out}: holds another picture set ({', '.join(f'{k}: {record[k]} there' for k in differing)}); "
+            f"{out}: holds another picture set "
+            f"({', '.join(f'{k}: {record[k]} there' for k in differing)}); "
             "name a new folder for --out or delete this one"
         )
     return WrittenSet(out, record["pictures"], record["left_out"], skipped=True)
 
 
 def split(pictures: Sequence[Picture], held_out: float) -> dict[str, list[Picture]]:
-    """Both parts, in order of key. Pictures tied to each other, also through others, are on one side.
+    """Both parts, in order of key. Pictures tied to each other, also through others, are on one
+    side.
 
-    A group's side follows from its names alone, so more pictures of other things move none of these. Raises
-    InputError where a part would be empty.
+    A group's side follows from its names alone, so more pictures of other things move none of
+    these. Raises InputError where a part would be empty.
     """
     group = _groups(pictures)
     parts: dict[str, list[Picture]] = {part: [] for part in PARTS}
@@ -118,7 +129,9 @@ def split(pictures: Sequence[Picture], held_out: float) -> dict[str, list[Pictur
         parts["held_out" if drawn < held_out else "train"].append(picture)
     empty = [part for part in PARTS if not parts[part] and (held_out > 0 or part == "train")]
     if empty:
-        raise InputError(f"held_out={held_out}: no picture would be in {empty[0]}; choose another share")
+        raise InputError(
+            f"held_out={held_out}: no picture would be in {empty[0]}; choose another share"
+        )
     return {part: members for part, members in parts.items() if members}
 
 
@@ -136,7 +149,9 @@ def _groups(pictures: Iterable[Picture]) -> dict[str, str]:
     first: dict[str, str] = {}
     for picture in pictures:
         if picture.key in first:
-            raise InputError(f"{picture.origin}: its key {picture.key} is taken; the package has changed")
+            raise InputError(
+                f"{picture.origin}: its key {picture.key} is taken; the package has changed"
+            )
         # "~" sorts after words, so that a group is named by what it shows and not by a digest.
         ties = [*picture.ties, f"~{hashlib.sha256(picture.content).hexdigest()}"]
         first[picture.key] = ties[0]
@@ -148,7 +163,8 @@ def _groups(pictures: Iterable[Picture]) -> dict[str, str]:
 
 def _write_tars(folder: Path, pictures: Sequence[Picture], motifs: Mapping[str, str]) -> None:
     folder.mkdir()
-    # In the order of a digest: neighbours in the list are of one kind, and a unit should hold all kinds.
+    # In the order of a digest: neighbours in the list are of one kind, and a unit should hold all
+    # kinds.
     mixed = sorted(pictures, key=lambda one: hashlib.sha256(one.key.encode()).digest())
     for number, start in enumerate(range(0, len(mixed), PER_SHARD)):
         with tarfile.open(folder / f"{number:05}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
@@ -163,7 +179,11 @@ def _write_tars(folder: Path, pictures: Sequence[Picture], motifs: Mapping[str, 
                 }
                 _add(tar, f"{picture.key}.{picture.suffix}", picture.content)
                 _add(tar, f"{picture.key}.txt", plain.encode())
-                _add(tar, f"{picture.key}.json", json.dumps(record, ensure_ascii=False, sort_keys=True).encode())
+                _add(
+                    tar,
+                    f"{picture.key}.json",
+                    json.dumps(record, ensure_ascii=False, sort_keys=True).encode(),
+                )
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

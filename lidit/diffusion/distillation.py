@@ -1,8 +1,9 @@
-"""What a student is taught: an example per sample, made from a batch and its teacher. No step of an optimizer here.
+"""What a student is taught: an example per sample, made from a batch and its teacher. No step of an
+optimizer here.
 
-    guidance      the teacher's guided prediction at any noise level
-    progressive   the one prediction that lands where the teacher lands after several steps (arXiv 2202.00512)
-    consistency   the one that lands where the student lands after one step of the teacher (arXiv 2403.06807)
+    guidance      the teacher's guided prediction at any noise level progressive   the one
+    prediction that lands where the teacher lands after several steps (arXiv 2202.00512) consistency
+    the one that lands where the student lands after one step of the teacher (arXiv 2403.06807)
 
 Shapes: B batch, C latent channels, H x W latent size.
 """
@@ -27,9 +28,13 @@ LOW_BITS = 2**12  # of a uniform float32 with 24 random bits: those below choose
 
 
 class Student(Protocol):
-    """The student's prediction as it is now: x_t [B, C, H, W], t [B], guidance [B] where it is an input."""
+    """The student's prediction as it is now: x_t [B, C, H, W], t [B], guidance [B] where it is an
+    input.
+    """
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor: ...
+    def __call__(
+        self, x_t: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor | None
+    ) -> torch.Tensor: ...
 
 
 class Teacher:
@@ -37,10 +42,13 @@ class Teacher:
 
     Args:
         model: the network, which is never changed. objective: the network's.
-        empty: states of one empty caption per encoder. sampler: scale, interval and rescale of guidance.
+        empty: states of one empty caption per encoder. sampler: scale, interval and rescale of
+        guidance.
     """
 
-    def __init__(self, model: LIDiT, objective: Objective, empty: Text, sampler: SamplerSettings) -> None:
+    def __init__(
+        self, model: LIDiT, objective: Objective, empty: Text, sampler: SamplerSettings
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.objective, self.empty, self.sampler = objective, dict(empty), sampler
 
@@ -76,7 +84,9 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Example:
-    """The student is to predict `target` at x_t and t, with `guidance` as its input where it takes one."""
+    """The student is to predict `target` at x_t and t, with `guidance` as its input where it takes
+    one.
+    """
 
     x_t: torch.Tensor  # [B, C, H, W]
     t: torch.Tensor  # [B]
@@ -94,17 +104,24 @@ class Lessons:
 
     def __init__(self, settings: DistillSettings, teacher: Teacher) -> None:
         self.settings, self.teacher, self.objective = settings, teacher, teacher.objective
-        self.grid = None if settings.kind == "guidance" else JumpGrid.of(self.objective, *settings.walk_steps)
+        self.grid = (
+            None
+            if settings.kind == "guidance"
+            else JumpGrid.of(self.objective, *settings.walk_steps)
+        )
 
     @torch.no_grad()
-    def example(self, x0: torch.Tensor, noise: torch.Tensor, u: torch.Tensor, text: Text, student: Student) -> Example:
+    def example(
+        self, x0: torch.Tensor, noise: torch.Tensor, u: torch.Tensor, text: Text, student: Student
+    ) -> Example:
         """From data and noise [B, C, H, W] and uniform u [B], which alone decide what is taught."""
         scale = self._scale(u)
         if self.grid is None:
             t = self.objective.timesteps(u)
             x_t = self.objective.add_noise(x0, noise, t)
             return Example(x_t, t, scale, self.teacher(x_t, t, text, scale), landing=False)
-        # Which levels: a step of the student's, or for consistency any of the teacher's steps in one.
+        # Which levels: a step of the student's, or for consistency any of the teacher's steps in
+        # one.
         each = self.grid.levels.shape[1] - 1 if self.settings.kind == "consistency" else 1
         place = self.grid.pick(u, len(self.grid.levels) * each)
         levels = self.grid.levels.to(x0.device)[place // each]  # [B, m + 1]
@@ -126,7 +143,9 @@ class Lessons:
         fixed = self.teacher.sampler.guidance_scale
         return torch.full_like(u, fixed) if self.teacher.model.takes_guidance else None
 
-    def _walked(self, x_t: torch.Tensor, levels: torch.Tensor, text: Text, scale: torch.Tensor | None) -> torch.Tensor:
+    def _walked(
+        self, x_t: torch.Tensor, levels: torch.Tensor, text: Text, scale: torch.Tensor | None
+    ) -> torch.Tensor:
         """Where the teacher's steps over `levels` [B, m + 1] lead."""
         for begin, end in zip(levels.T[:-1], levels.T[1:], strict=True):
             x_t = jump(self.objective, self.teacher(x_t, begin, text, scale), x_t, begin, end)
@@ -140,11 +159,13 @@ class Lessons:
         scale: torch.Tensor | None,
         student: Student,
     ) -> torch.Tensor:
-        """Where one step of the teacher, from the first to the second of `levels`, and the student's own jump to the
-        last lead."""
+        """Where one step of the teacher, from the first to the second of `levels`, and the
+        student's own jump to the last lead.
+        """
         t, then, s = levels
         stepped = jump(self.objective, self.teacher(x_t, t, text, scale), x_t, t, then)
-        # Where the teacher's step ends the student's, it is the landing; nothing can be jumped from its level.
+        # Where the teacher's step ends the student's, it is the landing; nothing can be jumped from
+        # its level.
         ended = then == s
         before = torch.where(ended, t, then)
         onward = jump(self.objective, student(stepped, before, scale), stepped, before, s)

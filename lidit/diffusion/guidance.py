@@ -18,14 +18,16 @@ ROUNDING = 1e-6
 class GuidedPredictor:
     """predict(x_t, t) for `sample`: unconditional + scale * (conditional - unconditional).
 
-    Both run as the two halves of one batch, in which a caption of several images, such as the empty one, is refined
-    once. Outside the guidance interval (its ends belong to it), or at scale 1, only the captions run. A model that
-    takes the scale as an input is asked once.
+    Both run as the two halves of one batch, in which a caption of several images, such as the empty
+    one, is refined once. Outside the guidance interval (its ends belong to it), or at scale 1, only
+    the captions run. A model that takes the scale as an input is asked once.
 
     Args:
         model: the network. text: states of R captions per encoder.
-        empty: of N captions that guidance leads away from: the empty one, or what a picture should not show.
-        sampler: guidance_scale, guidance_interval (timesteps, 0 data, 1 noise), guidance_rescale (arXiv 2305.08891).
+        empty: of N captions that guidance leads away from: the empty one, or what a picture should
+        not show.
+        sampler: guidance_scale, guidance_interval (timesteps, 0 data, 1 noise), guidance_rescale
+        (arXiv 2305.08891).
         rows: each image's caption, B indices; None: one image each, B = R.
         empty_rows: each image's caption of `empty`, B indices; None: the one that there is.
     Raises:
@@ -78,20 +80,25 @@ class GuidedPredictor:
 
 
 NO_NEGATIVE = (
-    "this model takes the guidance scale as an input and has nothing that a negative prompt could lead away from: "
+    "this model takes the guidance scale as an input and has nothing that a negative prompt "
+    "could lead away from: "
     "leave it out, or draw with the model that it was distilled from"
 )
 
 
 def acts_at(sampler: SamplerSettings, level: float) -> bool:
-    """Whether guidance acts at a timestep: it has a scale, and the timestep is in its interval, ends included."""
+    """Whether guidance acts at a timestep: it has a scale, and the timestep is in its interval,
+    ends included.
+    """
     low, high = sampler.guidance_interval
     # A timestep is a float32: 0.8 as one lies above the 0.8 of the settings.
     return sampler.guidance_scale != 1 and low - ROUNDING <= level <= high + ROUNDING
 
 
 def rescale(guided: torch.Tensor, conditional: torch.Tensor, amount: float) -> torch.Tensor:
-    """Pull each sample's deviation back to the conditional prediction's (arXiv 2305.08891, section 3.4)."""
+    """Pull each sample's deviation back to the conditional prediction's (arXiv 2305.08891,
+    section 3.4).
+    """
     dims = tuple(range(1, guided.dim()))
     # A prediction that is the same everywhere has no deviation: it stays as it is.
     own = guided.std(dim=dims, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)

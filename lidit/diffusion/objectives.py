@@ -1,6 +1,7 @@
 """What the network predicts and how it is trained: three objectives behind one small interface.
 
-Timesteps are floats in [0, 1]: 0 is data, 1 is noise. All arithmetic is float32 whatever the network's dtype.
+Timesteps are floats in [0, 1]: 0 is data, 1 is noise. All arithmetic is float32 whatever the
+network's dtype.
 
 Shapes: B batch, C latent channels, H x W latent size.
 """
@@ -46,21 +47,34 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(
-        self, prediction: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor
+        self,
+        prediction: torch.Tensor,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        x_t: torch.Tensor,
     ) -> torch.Tensor:
         """Mean squared error of each sample, [B], float32."""
 
     @abstractmethod
-    def scheduler_input(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The prediction in the form the scheduler takes: noise, or velocity dx/dt = noise - data."""
+    def scheduler_input(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """The prediction in the form the scheduler takes: noise, or velocity dx/dt =
+        noise - data.
+        """
 
     @abstractmethod
-    def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def estimate(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         """The data x0 [B, C, H, W] that a prediction at x_t and t [B] points to, float32."""
 
     @abstractmethod
     def prediction(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The prediction at x_t and t [B] that points to the data x0, float32: the inverse of `estimate`."""
+        """The prediction at x_t and t [B] that points to the data x0, float32: the inverse of
+        `estimate`.
+        """
 
     @abstractmethod
     def path(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,12 +82,16 @@ class Objective(ABC):
 
     @property
     def clean_end(self) -> float:
-        """Where the last step of a walk lands: below the lowest timestep where that one has noise."""
+        """Where the last step of a walk lands: below the lowest timestep where that
+        one has noise.
+        """
         return 0.0
 
     @abstractmethod
     def scheduler(self, sampler: SamplerSettings) -> Any:
-        """A diffusers scheduler with its timesteps set. Raises InputError for one that cannot run this objective."""
+        """A diffusers scheduler with its timesteps set. Raises InputError for one that cannot run
+        this objective.
+        """
 
     @abstractmethod
     def sampling_timesteps(self, scheduler: Any) -> torch.Tensor:
@@ -90,7 +108,8 @@ class Objective(ABC):
 
 
 class NoisePrediction(Objective):
-    """DDPM: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, the network predicts the noise (paper appendix A.1).
+    """DDPM: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, the network predicts the noise (paper
+    appendix A.1).
 
     Step k of K is t = k / K. Betas are linear from 1e-4 to 0.02.
     """
@@ -114,14 +133,23 @@ class NoisePrediction(Objective):
         return signal.sqrt() * x0.float() + (1 - signal).sqrt() * noise.float()
 
     def loss(
-        self, prediction: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor
+        self,
+        prediction: torch.Tensor,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        x_t: torch.Tensor,
     ) -> torch.Tensor:
         return (prediction.float() - noise.float()).square().flatten(1).mean(1)
 
-    def scheduler_input(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def scheduler_input(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         return prediction.float()
 
-    def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def estimate(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         signal = self._signal(t, x_t)
         return (x_t.float() - (1 - signal).sqrt() * prediction.float()) / signal.sqrt()
 
@@ -130,7 +158,8 @@ class NoisePrediction(Objective):
         return (x_t.float() - signal.sqrt() * x0.float()) / (1 - signal).sqrt()
 
     def path(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Step 0 has a little noise; what lies below it has none, as where diffusers' last step lands.
+        # Step 0 has a little noise; what lies below it has none, as where diffusers' last step
+        # lands.
         signal = torch.where(t < 0, torch.ones_like(t), self._signal(t, t))
         return signal.sqrt(), (1 - signal).sqrt()
 
@@ -142,10 +171,12 @@ class NoisePrediction(Objective):
         name = self.scheduler_name(sampler)
         if sampler.steps > self.train_steps:
             raise InputError(
-                f"sampler.steps: {sampler.steps}, but the objective has {self.train_steps} noise levels "
+                f"sampler.steps: {sampler.steps}, but the objective has {self.train_steps} "
+                "noise levels "
                 "(objective.train_steps); take fewer steps"
             )
-        # "trailing" starts at the last, noisiest step; "leading" would start short of it (arXiv 2305.08891).
+        # "trailing" starts at the last, noisiest step; "leading" would start short of it (arXiv
+        # 2305.08891).
         common = {
             "num_train_timesteps": self.train_steps,
             "beta_start": BETA_START,
@@ -157,7 +188,9 @@ class NoisePrediction(Objective):
         if name == "dpm_solver":
             scheduler = DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++")
         else:
-            scheduler = (DDIMScheduler if name == "ddim" else DDPMScheduler)(**common, clip_sample=False)
+            scheduler = (DDIMScheduler if name == "ddim" else DDPMScheduler)(
+                **common, clip_sample=False
+            )
         scheduler.set_timesteps(sampler.steps)
         return scheduler
 
@@ -170,7 +203,9 @@ class NoisePrediction(Objective):
 
 
 class RectifiedFlow(Objective):
-    """x_t = (1 - t) x0 + t noise, the network predicts the velocity noise - x0 (arXiv 2209.03003, 2403.03206)."""
+    """x_t = (1 - t) x0 + t noise, the network predicts the velocity noise - x0 (arXiv 2209.03003,
+    2403.03206).
+    """
 
     kind = "rectified_flow"
     train_steps = FLOW_TRAIN_STEPS
@@ -184,15 +219,24 @@ class RectifiedFlow(Objective):
         return (1 - level) * x0.float() + level * noise.float()
 
     def loss(
-        self, prediction: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor
+        self,
+        prediction: torch.Tensor,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        x_t: torch.Tensor,
     ) -> torch.Tensor:
         velocity = noise.float() - x0.float()
         return (prediction.float() - velocity).square().flatten(1).mean(1)
 
-    def scheduler_input(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def scheduler_input(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         return prediction.float()
 
-    def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def estimate(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         return x_t.float() - _per_sample(t.float(), x_t) * prediction.float()
 
     def prediction(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -204,7 +248,9 @@ class RectifiedFlow(Objective):
     def scheduler(self, sampler: SamplerSettings) -> Any:
         if self.scheduler_name(sampler) == "dpm_solver":
             solver = DPMSolverMultistepScheduler(
-                num_train_timesteps=self.train_steps, prediction_type="flow_prediction", use_flow_sigmas=True
+                num_train_timesteps=self.train_steps,
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
             )
             solver.set_timesteps(sampler.steps)
             return solver
@@ -221,23 +267,32 @@ class RectifiedFlow(Objective):
 class CleanPrediction(RectifiedFlow):
     """Rectified flow's path, but the network predicts x0; the loss is taken in velocity space.
 
-    |(prediction - x0) / max(t, 0.1)|^2, since the velocity is (x_t - x0) / t. A narrow network that cannot pass all
-    the noise of a patch through its width can still predict the image (3 p^2 > D).
+    |(prediction - x0) / max(t, 0.1)|^2, since the velocity is (x_t - x0) / t. A narrow network that
+    cannot pass all the noise of a patch through its width can still predict the image (3 p^2 > D).
     """
 
     kind = "clean"
 
     def loss(
-        self, prediction: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor
+        self,
+        prediction: torch.Tensor,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        x_t: torch.Tensor,
     ) -> torch.Tensor:
         level = _per_sample(t.float().clamp_min(CLEAN_FLOOR), x0)
         return ((prediction.float() - x0.float()) / level).square().flatten(1).mean(1)
 
-    def scheduler_input(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def scheduler_input(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         # No floor here: the last Euler step then lands exactly on the prediction.
         return (x_t.float() - prediction.float()) / _per_sample(t.float(), x_t)
 
-    def estimate(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def estimate(
+        self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
         return prediction.float()
 
     def prediction(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -253,7 +308,9 @@ def build_objective(settings: ObjectiveSettings) -> Objective:
 
 
 def logit_normal(u: torch.Tensor) -> torch.Tensor:
-    """sigmoid(standard normal) from uniform u by the inverse distribution function (arXiv 2403.03206, section 3.1)."""
+    """sigmoid(standard normal) from uniform u by the inverse distribution function (arXiv
+    2403.03206, section 3.1).
+    """
     inside = u.double().clamp(1e-6, 1 - 1e-6)  # u = 0 would be t = 0 exactly: nothing to denoise
     return torch.sigmoid(torch.special.ndtri(inside)).float()
 

@@ -19,26 +19,36 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per sample, so that neither batch nor device decides what a sample looks like."""
+    """One CPU generator per sample, so that neither batch nor device decides what a sample looks
+    like.
+    """
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def initial_noise(
-    generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device | str = "cpu"
+    generators: Sequence[torch.Generator],
+    shape: tuple[int, int, int],
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Standard normal noise [B, *shape], sample i from generator i, drawn where the generator is."""
-    drawn = [torch.randn(shape, generator=generator, device=generator.device) for generator in generators]
+    """Standard normal noise [B, *shape], sample i from generator i, drawn where the
+    generator is.
+    """
+    drawn = [
+        torch.randn(shape, generator=generator, device=generator.device) for generator in generators
+    ]
     return torch.stack(drawn).to(device)
 
 
 class Walk:
     """Latents on their way from noise to data, one step of their scheduler at a time.
 
-    A scheduler of diffusers keeps the step and the predictions before it, so every walk has its own.
+    A scheduler of diffusers keeps the step and the predictions before it, so every walk has its
+    own.
 
     Args:
         objective, sampler: which scheduler, and its steps. noise: [B, C, H, W] to start from.
-        generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required there.
+        generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required
+        there.
         scheduler: in place of the sampler's, with its steps set (`Schedule.prepared`).
     Raises:
         InputError: the sampler's scheduler cannot run this objective.
@@ -57,7 +67,9 @@ class Walk:
             scheduler = objective.scheduler(sampler)
         stochastic = isinstance(scheduler, DDPMScheduler)
         if stochastic and generators is None:
-            raise ValueError("the ddpm scheduler adds noise at every step: pass one generator per sample")
+            raise ValueError(
+                "the ddpm scheduler adds noise at every step: pass one generator per sample"
+            )
         self.objective, self.scheduler = objective, scheduler
         takes = "generator" in inspect.signature(scheduler.step).parameters
         self.options = {"generator": list(generators)} if takes and generators is not None else {}
@@ -75,7 +87,9 @@ class Walk:
 
     @property
     def network_input(self) -> torch.Tensor:
-        """The latents as the network was trained to see them, [B, C, H, W]: some schedulers hold them scaled."""
+        """The latents as the network was trained to see them, [B, C, H, W]: some schedulers hold
+        them scaled.
+        """
         scale = getattr(self.scheduler, "scale_model_input", None)
         if scale is None:
             return self.latents
@@ -91,7 +105,9 @@ class Walk:
         """Take the next step with the network's prediction [B, C, H, W] at `latents` and `t`."""
         taken = self.objective.scheduler_input(prediction, self.latents, self.t)
         step = self.scheduler.timesteps[self.number]
-        self.latents = self.scheduler.step(taken, step, self.latents, return_dict=False, **self.options)[0]
+        self.latents = self.scheduler.step(
+            taken, step, self.latents, return_dict=False, **self.options
+        )[0]
         self.number += 1
 
     def estimate(self, prediction: torch.Tensor) -> torch.Tensor:
@@ -111,8 +127,10 @@ def sample(
     """Walk from `noise` [B, C, H, W] to latents x0 [B, C, H, W], float32; refuses what `Walk` does.
 
     Args:
-        predict: (x_t, t [B] in [0, 1]) -> the network's prediction, guidance included (see `GuidedPredictor`).
-        generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required there.
+        predict: (x_t, t [B] in [0, 1]) -> the network's prediction, guidance included (see
+        `GuidedPredictor`).
+        generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required
+        there.
         on_step: called after every step with its number and the latents.
     """
     walk = Walk(objective, noise, sampler, generators)

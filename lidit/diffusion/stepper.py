@@ -1,11 +1,11 @@
 """Rows of unlike requests advanced together: one step of each, in one forward pass.
 
-A row is one image on its way, with its own sampler, scheduler state, step, guidance and seed. Rows in a pass have one
-latent size; everything else may differ. `sample` walks a batch with one sampler; here each row walks by itself, so a
-row may join or leave at any step.
+A row is one image on its way, with its own sampler, scheduler state, step, guidance and seed. Rows
+in a pass have one latent size; everything else may differ. `sample` walks a batch with one sampler;
+here each row walks by itself, so a row may join or leave at any step.
 
-Shapes: R rows, F rows of the pass (a guided row twice), U captions, C latent channels, H x W latent size,
-S condition tokens, D width.
+Shapes: R rows, F rows of the pass (a guided row twice), U captions, C latent channels, H x W latent
+size, S condition tokens, D width.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ LEVELS_KEPT = 4096
 
 @dataclass(frozen=True)
 class Padding:
-    """What a pass is padded to: its rows and captions to a multiple of `rows`, a caption's tokens to one of `tokens`.
+    """What a pass is padded to: its rows and captions to a multiple of `rows`, a caption's tokens
+    to one of `tokens`.
 
-    A matrix product of another shape may round otherwise, so a row's bytes are the same for the same padded shapes
-    only. Few shapes also compile few times. (1, 1) pads nothing.
+    A matrix product of another shape may round otherwise, so a row's bytes are the same for the
+    same padded shapes only. Few shapes also compile few times. (1, 1) pads nothing.
     """
 
     rows: int = 1
@@ -41,7 +42,9 @@ class Padding:
 
 @dataclass(frozen=True, eq=False)
 class Caption:
-    """States [T, W] per encoder, without the instruction, on the network's device; equal `key`, equal states."""
+    """States [T, W] per encoder, without the instruction, on the network's device; equal `key`,
+    equal states.
+    """
 
     key: str
     states: Mapping[str, torch.Tensor]
@@ -49,9 +52,9 @@ class Caption:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One image on its way. Guidance leads away from `negative`, or from nothing: `empty`, the condition of the empty
-    caption at each step, is None where guidance never acts or has a negative caption. told: the network takes the scale
-    as an input, in one pass.
+    """One image on its way. Guidance leads away from `negative`, or from nothing: `empty`, the
+    condition of the empty caption at each step, is None where guidance never acts or has a negative
+    caption. told: the network takes the scale as an input, in one pass.
     """
 
     caption: Caption
@@ -78,17 +81,24 @@ class Row:
 
 
 class Stepper:
-    """The network, and what all rows share: prefixes, and the empty caption's condition of each schedule.
+    """The network, and what all rows share: prefixes, and the empty caption's condition of each
+    schedule.
 
     Args:
-        model, objective: of one trained model. empty: states of one empty caption per encoder, on the model's device.
+        model, objective: of one trained model. empty: states of one empty caption per encoder, on
+        the model's device.
     """
 
     def __init__(
-        self, model: LIDiT, objective: Objective, empty: Mapping[str, TextStates], padding: Padding | None = None
+        self,
+        model: LIDiT,
+        objective: Objective,
+        empty: Mapping[str, TextStates],
+        padding: Padding | None = None,
     ) -> None:
         self.model, self.objective = model, objective
-        self.device = torch.device(model.device)  # asked once: diffusers looks through all modules for it
+        # asked once: diffusers looks through all modules for it
+        self.device = torch.device(model.device)
         self.empty = dict(empty)
         self.padding = padding or Padding()
         self._schedules: OrderedDict[tuple[str, int], PromptCondition] = OrderedDict()
@@ -104,13 +114,16 @@ class Stepper:
     ) -> Row:
         """A row of latents [C, H, W] before its first step.
 
-        Raises InputError for a sampler that does not fit, and for a negative caption that nothing would read.
+        Raises InputError for a sampler that does not fit, and for a negative caption that nothing
+        would read.
         """
         told = self.model.takes_guidance
         if told and negative is not None:
             raise InputError(NO_NEGATIVE)
         generators = seeded_generators([seed])
-        walk = Walk(self.objective, initial_noise(generators, shape, self.device), sampler, generators)
+        walk = Walk(
+            self.objective, initial_noise(generators, shape, self.device), sampler, generators
+        )
         guided = not told and any(acts_at(sampler, level) for level in walk.levels)
         empty = self._empty_condition(sampler, walk.levels) if guided and negative is None else None
         return Row(caption, sampler, walk, empty, negative, told)
@@ -119,9 +132,11 @@ class Stepper:
     def advance(self, rows: Sequence[Row], previewed: Collection[Row] = ()) -> list[torch.Tensor]:
         """Take one step of every row in one forward pass; the rows have one latent size.
 
-        Returns the data [C, H, W] that the predictions of the `previewed` among the rows point to, in the rows' order.
+        Returns the data [C, H, W] that the predictions of the `previewed` among the rows point to,
+        in the rows' order.
         """
-        # 1. Guided rows come a second time, with the empty or their negative caption; unguided rows do not.
+        # 1. Guided rows come a second time, with the empty or their negative caption; unguided rows
+        #    do not.
         guided = [row for row in rows if row.guided]
         both = [*rows, *guided]  # F rows
         condition = self._condition(rows, guided)
@@ -131,9 +146,13 @@ class Stepper:
         fill = torch.zeros(self._missing(len(both)), dtype=torch.long)
         places = torch.cat([torch.arange(len(both)), fill]).to(self.device)
         scales = (
-            torch.tensor([row.scale for row in both]).to(self.device)[places] if self.model.takes_guidance else None
+            torch.tensor([row.scale for row in both]).to(self.device)[places]
+            if self.model.takes_guidance
+            else None
         )
-        predicted = self.model.transformer(latents[places], t[places], condition.take(places), scales).float()
+        predicted = self.model.transformer(
+            latents[places], t[places], condition.take(places), scales
+        ).float()
         # 3. Each row's own guidance, then a step of its own scheduler.
         estimates = []
         for row, prediction in zip(rows, self._guide(rows, guided, predicted), strict=True):
@@ -142,7 +161,9 @@ class Stepper:
             row.walk.advance(prediction)
         return estimates
 
-    def _guide(self, rows: Sequence[Row], guided: Sequence[Row], predicted: torch.Tensor) -> list[torch.Tensor]:
+    def _guide(
+        self, rows: Sequence[Row], guided: Sequence[Row], predicted: torch.Tensor
+    ) -> list[torch.Tensor]:
         """The rows' predictions [1, C, H, W] from those of the pass, [F and padding, C, H, W]."""
         found = list(predicted[: len(rows)].split(1))
         if not guided:
@@ -152,13 +173,17 @@ class Stepper:
         unconditional = predicted[len(rows) : len(rows) + len(guided)]
         scales = torch.tensor([row.sampler.guidance_scale for row in guided]).to(self.device)
         together = unconditional + scales[:, None, None, None] * (conditional - unconditional)
-        for place, row, plain, contrasted in zip(places, guided, conditional.split(1), together.split(1), strict=True):
+        for place, row, plain, contrasted in zip(
+            places, guided, conditional.split(1), together.split(1), strict=True
+        ):
             amount = row.sampler.guidance_rescale
             found[place] = rescale(contrasted, plain, amount) if amount > 0 else contrasted
         return found
 
     def _condition(self, rows: Sequence[Row], guided: Sequence[Row]) -> PromptCondition:
-        """The condition of each of the F rows: a caption that rows share at one t is refined once."""
+        """The condition of each of the F rows: a caption that rows share at one t is
+        refined once.
+        """
         places: dict[tuple[str, float], int] = {}
         captions: list[Caption] = []
         negative = [(row.negative, row.level) for row in guided if row.negative is not None]
@@ -168,8 +193,11 @@ class Stepper:
         levels = [level for _, level in places]
         fill = self._missing(len(captions))
         text = self._text([*captions, *captions[:1] * fill])
-        refined = self.model.conditioner(text, torch.tensor([*levels, *levels[:1] * fill]).to(self.device))
-        # The empty caption depends on t alone, and t on the schedule: its condition is there already.
+        refined = self.model.conditioner(
+            text, torch.tensor([*levels, *levels[:1] * fill]).to(self.device)
+        )
+        # The empty caption depends on t alone, and t on the schedule: its condition is there
+        # already.
         parts, of_row = [refined], [places[row.caption.key, row.level] for row in rows]
         for row in guided:
             if row.negative is not None:
@@ -181,12 +209,16 @@ class Stepper:
         return PromptCondition.join(parts).take(torch.tensor(of_row).to(self.device))
 
     def _text(self, captions: Sequence[Caption]) -> dict[str, TextStates]:
-        """The captions' states as one padded batch, kept until a row joins, leaves or parts from its caption."""
+        """The captions' states as one padded batch, kept until a row joins, leaves or parts from
+        its caption.
+        """
         keys = [caption.key for caption in captions]
         if keys != self._collated[0]:
             text = {}
             for name, empty in self.empty.items():
-                entry = TextStates.collate([caption.states[name] for caption in captions], empty.prefix)
+                entry = TextStates.collate(
+                    [caption.states[name] for caption in captions], empty.prefix
+                )
                 tokens = entry.states.shape[1]
                 text[name] = entry.pad_to(tokens + -tokens % self.padding.tokens).to(self.device)
             self._collated = (keys, text)
@@ -199,15 +231,23 @@ class Stepper:
         return sum(len(condition.tokens) for condition in self._schedules.values())
 
     @torch.no_grad()
-    def _empty_condition(self, sampler: SamplerSettings, levels: Sequence[float]) -> PromptCondition:
-        """The empty caption's condition at every step of a schedule, [steps, S, D]; computed once per schedule."""
+    def _empty_condition(
+        self, sampler: SamplerSettings, levels: Sequence[float]
+    ) -> PromptCondition:
+        """The empty caption's condition at every step of a schedule, [steps, S, D]; computed once
+        per schedule.
+        """
         key = (self.objective.scheduler_name(sampler), sampler.steps)
         if key not in self._schedules:
             parts = []
             for first in range(0, len(levels), LEVELS_AT_ONCE):
                 t = torch.tensor(levels[first : first + LEVELS_AT_ONCE]).to(self.device)
                 text = {
-                    name: TextStates(entry.states.expand(len(t), -1, -1), entry.mask.expand(len(t), -1), entry.prefix)
+                    name: TextStates(
+                        entry.states.expand(len(t), -1, -1),
+                        entry.mask.expand(len(t), -1),
+                        entry.prefix,
+                    )
                     for name, entry in self.empty.items()
                 }
                 parts.append(self.model.conditioner(text, t))

@@ -1,4 +1,5 @@
-"""Validation loss by timestep, on fixed noise: two evaluations of the same weights give the same number.
+"""Validation loss by timestep, on fixed noise: two evaluations of the same weights give the same
+number.
 
 Shapes: B batch, C latent channels, H x W latent size, K timesteps.
 """
@@ -33,7 +34,9 @@ def timestep_losses(
 
     Sample i always gets the noise of seeds[i], whatever batch it is in.
     """
-    noise = initial_noise(seeded_generators(seeds), (x0.shape[1], x0.shape[2], x0.shape[3]), x0.device)
+    noise = initial_noise(
+        seeded_generators(seeds), (x0.shape[1], x0.shape[2], x0.shape[3]), x0.device
+    )
     losses = []
     for level in validation_timesteps(objective, count).to(x0.device):
         t = level.expand(len(x0))

@@ -1,1 +1,3 @@
-"""Evidence: scenes whose truth is known, a deterministic scorer, curves, and the official benchmarks' formats."""
+"""Evidence: scenes whose truth is known, a deterministic scorer, curves, and the official
+benchmarks' formats.
+"""

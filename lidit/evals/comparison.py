@@ -22,7 +22,8 @@ from lidit.plots import plot_lines
 
 Curve = Sequence[tuple[int, float]]
 SMALLEST_SIDE = 96
-NOT_BETTER_HIGHER = ("floor", "drop", "gap")  # parts of the names of scores of which higher is not better
+# parts of the names of scores of which higher is not better
+NOT_BETTER_HIGHER = ("floor", "drop", "gap")
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; }
 table { border-collapse: collapse; margin: .8rem 0; }
@@ -33,16 +34,17 @@ td img { image-rendering: pixelated; display: inline-block; margin: 0 3px 3px 0;
 img.curve { max-width: 100%; }
 .differs td { background: #fff7e0; }
 p { margin: 0 0 .4em; color: #555; }
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
 class RunPage:
-    """One run. `facts`: setting -> value; `scores`: metric -> value; `curves`: metric -> (step, value);
+    """One run. `facts`: setting -> value; `scores`: metric -> value; `curves`: metric -> (step,
+    value);
     `images`: prompt -> its images, uint8 [H, W, 3], sampled with the same seeds in every run.
 
-    `measured`: metric -> the settings it was measured with; values of different settings are not compared. `notes`:
-    what a reader must know of the scores.
+    `measured`: metric -> the settings it was measured with; values of different settings are not
+    compared. `notes`: what a reader must know of the scores.
     """
 
     name: str
@@ -57,10 +59,15 @@ class RunPage:
 def check_names(names: Sequence[str]) -> None:
     """Raises InputError for fewer than two runs or two runs of one name."""
     if len(names) < 2 or len(set(names)) != len(names):
-        raise InputError(f"a comparison needs two or more runs of different names, found {', '.join(names) or 'none'}")
+        raise InputError(
+            "a comparison needs two or more runs of different names, found "
+            f"{', '.join(names) or 'none'}"
+        )
 
 
-def write_report(path: Path, runs: Sequence[RunPage], seeds: Sequence[int], title: str = "Runs side by side") -> None:
+def write_report(
+    path: Path, runs: Sequence[RunPage], seeds: Sequence[int], title: str = "Runs side by side"
+) -> None:
     """Writes the page. Raises InputError for fewer than two runs or two runs of one name."""
     names = [run.name for run in runs]
     check_names(names)
@@ -75,7 +82,8 @@ def write_report(path: Path, runs: Sequence[RunPage], seeds: Sequence[int], titl
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{heading}</title>\n'
+        '<meta name="viewport" content="width=device-width, '
+        f'initial-scale=1">\n<title>{heading}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{heading}</h1>\n{body}\n</body>\n</html>\n",
         encoding="utf-8",
     )
@@ -96,10 +104,14 @@ def _images(runs: Sequence[RunPage], seeds: Sequence[int]) -> str:
         return ""
     rows = []
     for prompt in prompts:
-        cells = "".join(f"<td>{''.join(map(_picture, run.images.get(prompt, ())))}</td>" for run in runs)
+        cells = "".join(
+            f"<td>{''.join(map(_picture, run.images.get(prompt, ())))}</td>" for run in runs
+        )
         rows.append(f"<tr><td>{html.escape(prompt)}</td>{cells}</tr>")
     note = f"Every run draws every prompt with the seeds {', '.join(map(str, seeds))}."
-    return _section("Same prompts, same seeds", [note], ["prompt", *(run.name for run in runs)], rows)
+    return _section(
+        "Same prompts, same seeds", [note], ["prompt", *(run.name for run in runs)], rows
+    )
 
 
 def _picture(image: NDArray[np.uint8]) -> str:
@@ -107,7 +119,10 @@ def _picture(image: NDArray[np.uint8]) -> str:
     Image.fromarray(image).save(buffer, format="PNG")
     height, width = image.shape[:2]
     factor = max(1, -(-SMALLEST_SIDE // width))
-    return f'<img src="{_data(buffer.getvalue())}" width="{width * factor}" height="{height * factor}" alt="">'
+    return (
+        f'<img src="{_data(buffer.getvalue())}" width="{width * factor}" '
+        f'height="{height * factor}" alt="">'
+    )
 
 
 def _data(content: bytes) -> str:
@@ -116,13 +131,23 @@ def _data(content: bytes) -> str:
 
 def _scores(runs: Sequence[RunPage]) -> str:
     known = {name for run in runs for name in run.scores}
-    bounds = {f"{name}_{end}" for name in known for end in ("low", "high") if f"{name}_low" in known}
+    bounds = {
+        f"{name}_{end}" for name in known for end in ("low", "high") if f"{name}_low" in known
+    }
     rows, apart = [], False
-    for name in (name for name in dict.fromkeys(name for run in runs for name in run.scores) if name not in bounds):
+    for name in (
+        name
+        for name in dict.fromkeys(name for run in runs for name in run.scores)
+        if name not in bounds
+    ):
         values = [run.scores[name] for run in runs if name in run.scores]
         alike = len({run.measured.get(name) for run in runs if name in run.scores}) == 1
         apart = apart or not alike
-        ranked = alike and max(values) > min(values) and not any(part in name for part in NOT_BETTER_HIGHER)
+        ranked = (
+            alike
+            and max(values) > min(values)
+            and not any(part in name for part in NOT_BETTER_HIGHER)
+        )
         cells = ""
         for run in runs:
             best = " best" if ranked and _stands_out(name, run, runs) else ""
@@ -132,11 +157,15 @@ def _scores(runs: Sequence[RunPage]) -> str:
     if rows:
         notes.insert(
             0,
-            "The highest score of a row is bold where its interval (95 %) lies above the others', or where none is "
-            "known: then the difference may be chance. Floors are what another true scene would score.",
+            "The highest score of a row is bold where its interval (95 %) lies above the "
+            "others', or where none is "
+            "known: then the difference may be chance. Floors are what another true scene would "
+            "score.",
         )
     if apart:
-        notes.append("* Measured with different settings (see below): these numbers cannot be compared.")
+        notes.append(
+            "* Measured with different settings (see below): these numbers cannot be compared."
+        )
     return _section("Scores", notes, ["score", *(run.name for run in runs)], rows) if notes else ""
 
 
@@ -154,7 +183,9 @@ def _number(scores: Mapping[str, float], name: str) -> str:
     if name not in scores:
         return ""
     low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
-    return f"{scores[name]:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
+    return f"{scores[name]:.3f}" + (
+        "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    )
 
 
 def _facts(runs: Sequence[RunPage]) -> str:
@@ -166,7 +197,9 @@ def _facts(runs: Sequence[RunPage]) -> str:
         cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
         rows.append(f"<tr{differs}><td>{html.escape(name)}</td>{cells}</tr>")
     note = "Settings that differ are marked."
-    return _section("Settings", [note], ["setting", *(run.name for run in runs)], rows) if rows else ""
+    return (
+        _section("Settings", [note], ["setting", *(run.name for run in runs)], rows) if rows else ""
+    )
 
 
 def _curves(runs: Sequence[RunPage]) -> str:
@@ -176,7 +209,9 @@ def _curves(runs: Sequence[RunPage]) -> str:
         curves = {run.name: run.curves[name] for run in runs if run.curves.get(name)}
         if curves:
             label = html.escape(name)
-            pictures.append(f'<img class="curve" src="{_data(_plot(name, curves))}" alt="{label} of every run">')
+            pictures.append(
+                f'<img class="curve" src="{_data(_plot(name, curves))}" alt="{label} of every run">'
+            )
     return "<h2>Curves</h2>\n" + "\n".join(pictures) if pictures else ""
 
 

@@ -1,4 +1,5 @@
-"""How drawn pictures are scored one by one, for comparisons of samplers: by program, or by the model's own losses.
+"""How drawn pictures are scored one by one, for comparisons of samplers: by program, or by the
+model's own losses.
 
 Shapes: B pictures.
 """
@@ -47,11 +48,16 @@ class SceneJudge:
 
     def score(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
         drawn = image_bytes(images)
-        return [float(score_image(image, prompt.record).strict) for image, prompt in zip(drawn, prompts, strict=True)]
+        return [
+            float(score_image(image, prompt.record).strict)
+            for image, prompt in zip(drawn, prompts, strict=True)
+        ]
 
 
 class CaptionJudge:
-    """Whether the model itself has a lower loss of the picture under its own caption than under another one."""
+    """Whether the model itself has a lower loss of the picture under its own caption than under
+    another one.
+    """
 
     name = "caption preference"
 
@@ -69,15 +75,24 @@ class CaptionJudge:
         return scores
 
 
-def scene_prompts(pipe: LIDiTPipeline, layout: str, seed: int, per_tag: int, tags: tuple[str, ...]) -> list[Prompt]:
+def scene_prompts(
+    pipe: LIDiTPipeline, layout: str, seed: int, per_tag: int, tags: tuple[str, ...]
+) -> list[Prompt]:
     """The benchmark's prompts of the model's size."""
     items = benchmark_prompts(pipe.config.height, layout, seed, per_tag, tags)
     return [Prompt(item["prompt"], item["tag"], item) for item in items]
 
 
 def caption_prompts(captions: Sequence[str], origin: str) -> list[Prompt]:
-    """Distinct captions, each with the next one, going round, as the other. Raises InputError for fewer than two."""
+    """Distinct captions, each with the next one, going round, as the other. Raises InputError for
+    fewer than two.
+    """
     texts = list(dict.fromkeys(caption.strip() for caption in captions if caption.strip()))
     if len(texts) < 2:
-        raise InputError(f"{origin}: {len(texts)} distinct captions; give a file with two or more, one per line")
-    return [Prompt(text, "captions", {"other": other}) for text, other in zip(texts, [*texts[1:], texts[0]])]
+        raise InputError(
+            f"{origin}: {len(texts)} distinct captions; give a file with two or more, one per line"
+        )
+    return [
+        Prompt(text, "captions", {"other": other})
+        for text, other in zip(texts, [*texts[1:], texts[0]])
+    ]

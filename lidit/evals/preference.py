@@ -22,7 +22,8 @@ from lidit.sources.base import OpenedSource
 class HeldOutPicture:
     """image: uint8 [height, width, 3], fitted as for training.
 
-    group: shared by pictures of a kind, such as a style. motif: shared by near copies, whose results are alike.
+    group: shared by pictures of a kind, such as a style. motif: shared by near copies, whose
+    results are alike.
     """
 
     key: str
@@ -32,11 +33,14 @@ class HeldOutPicture:
     motif: str
 
 
-def read_pictures(sources: Sequence[str], width: int, height: int, count: int) -> list[HeldOutPicture]:
+def read_pictures(
+    sources: Sequence[str], width: int, height: int, count: int
+) -> list[HeldOutPicture]:
     """The first `count` pictures of the sources, each with its first caption.
 
-    Metadata may name a `style` (the group; without it all pictures share a group) and a `motif` (without it each
-    picture has its own). Raises InputError for a source without pictures and captions, and for an unreadable picture.
+    Metadata may name a `style` (the group; without it all pictures share a group) and a `motif`
+    (without it each picture has its own). Raises InputError for a source without pictures and
+    captions, and for an unreadable picture.
     """
     settings = IngestSettings()
     fields = FieldNames(settings.caption_fields, settings.image_fields, captions_only=False)
@@ -46,13 +50,18 @@ def read_pictures(sources: Sequence[str], width: int, height: int, count: int) -
         try:
             for raw in read_source(opened, fields):
                 if not isinstance(raw, RawSample) or raw.image is None or not raw.captions:
-                    raise InputError(f"{file.path}: a sample without image or caption cannot be compared with anything")
+                    raise InputError(
+                        f"{file.path}: a sample without image or caption cannot be compared "
+                        "with anything"
+                    )
                 try:
                     image, _ = fit(decode_image(raw.image).image, Bucket(width, height))
                 except BadImageError as error:
                     raise InputError(f"{file.path}: {raw.key}: {error}") from None
                 style, motif = str(raw.meta.get("style", "")), str(raw.meta.get("motif", raw.key))
-                pictures.append(HeldOutPicture(raw.key, raw.captions[0][0], np.asarray(image), style, motif))
+                pictures.append(
+                    HeldOutPicture(raw.key, raw.captions[0][0], np.asarray(image), style, motif)
+                )
                 if len(pictures) == count:
                     return pictures
         finally:
@@ -68,10 +77,14 @@ def wrong_captions(pictures: Sequence[HeldOutPicture]) -> list[str]:
     wrong = []
     for place, picture in enumerate(pictures):
         order = [*pictures[place + 1 :], *pictures[:place]]
-        others = (p.caption for p in order if p.group == picture.group and p.caption != picture.caption)
+        others = (
+            p.caption for p in order if p.group == picture.group and p.caption != picture.caption
+        )
         other = next(others, None)
         if other is None:
-            raise InputError(f"{picture.key}: no other caption of its kind ({picture.group}); take more pictures")
+            raise InputError(
+                f"{picture.key}: no other caption of its kind ({picture.group}); take more pictures"
+            )
         wrong.append(other)
     return wrong
 
@@ -85,7 +98,8 @@ def caption_preference(
     motifs: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Interval:
-    """Share of pictures, `latents` [N, C, H, W], with a lower loss under their own caption; chance 0.5.
+    """Share of pictures, `latents` [N, C, H, W], with a lower loss under their own caption; chance
+    0.5.
 
     `motifs` [N]: near copies share one, and the interval takes them as one draw.
     """

@@ -9,7 +9,9 @@ DEEPEST = 64
 
 
 def read_record(text: str) -> Any:
-    """One JSON value. Raises ValueError for what is none, for texts with half a character, for nesting without end."""
+    """One JSON value. Raises ValueError for what is none, for texts with half a character, for
+    nesting without end.
+    """
     try:
         value = json.loads(text)
     except RecursionError:
@@ -27,4 +29,10 @@ def read_record(text: str) -> Any:
 
 
 def _children(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return (
+        list(value.values())
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else []
+    )

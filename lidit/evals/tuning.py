@@ -1,7 +1,7 @@
 """A race of samplers: which settings draw best for how many evaluations of the network.
 
-All candidates of a round draw the same prompts from the same seeds, so two are compared picture by picture. After a
-round a candidate leaves that another one beats surely, for no more evaluations.
+All candidates of a round draw the same prompts from the same seeds, so two are compared picture by
+picture. After a round a candidate leaves that another one beats surely, for no more evaluations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ LEAST_PROMPTS = 4
 
 @dataclass
 class Candidate:
-    """A sampler, what a picture costs with it, and its pictures' scores so far, in the prompts' order."""
+    """A sampler, what a picture costs with it, and its pictures' scores so far, in the prompts'
+    order.
+    """
 
     sampler: SamplerSettings
     evaluations: int
@@ -38,13 +40,17 @@ class Candidate:
         s = self.sampler
         low, high = s.guidance_interval
         inside = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
-        guidance = "no guidance" if s.guidance_scale == 1 else f"guidance {s.guidance_scale:g}{inside}"
+        guidance = (
+            "no guidance" if s.guidance_scale == 1 else f"guidance {s.guidance_scale:g}{inside}"
+        )
         return f"{s.steps} steps, {s.scheduler}, {guidance}"
 
     def mean(self, tags: Sequence[str]) -> float:
         """The score without its interval, which takes long for many candidates."""
         names, scores = np.array(tags[: len(self.scores)]), np.array(self.scores)
-        return float(np.mean([scores[names == name].mean() for name in dict.fromkeys(names.tolist())]))
+        return float(
+            np.mean([scores[names == name].mean() for name in dict.fromkeys(names.tolist())])
+        )
 
     def score(self, tags: Sequence[str]) -> Interval:
         """Unweighted mean over categories, as `lidit evaluate` has it; one picture per prompt."""
@@ -52,14 +58,21 @@ class Candidate:
         return bootstrap_overall(self.scores, tags[:count], list(range(count)))
 
 
-def evaluations_of(objective: Objective, sampler: SamplerSettings, takes_guidance: bool = False) -> int:
-    """Evaluations of the network for one picture: a step where guidance acts has two, unless it is an input."""
+def evaluations_of(
+    objective: Objective, sampler: SamplerSettings, takes_guidance: bool = False
+) -> int:
+    """Evaluations of the network for one picture: a step where guidance acts has two, unless it is
+    an input.
+    """
     levels = objective.sampling_timesteps(objective.scheduler(sampler)).tolist()
     return sum(2 if acts_at(sampler, level) and not takes_guidance else 1 for level in levels)
 
 
-def candidates(settings: TuneSettings, objective: Objective, takes_guidance: bool = False) -> list[Candidate]:
-    """Every combination once: without guidance there are no intervals, and two that guide the same steps are one.
+def candidates(
+    settings: TuneSettings, objective: Objective, takes_guidance: bool = False
+) -> list[Candidate]:
+    """Every combination once: without guidance there are no intervals, and two that guide the same
+    steps are one.
 
     Raises InputError where no scheduler of the settings can run the objective.
     """
@@ -72,7 +85,10 @@ def candidates(settings: TuneSettings, objective: Objective, takes_guidance: boo
             for scale in settings.guidance_scales:
                 for interval in settings.guidance_intervals:
                     sampler = SamplerSettings(
-                        steps=steps, scheduler=resolved, guidance_scale=scale, guidance_interval=interval
+                        steps=steps,
+                        scheduler=resolved,
+                        guidance_scale=scale,
+                        guidance_interval=interval,
                     )
                     levels = objective.sampling_timesteps(objective.scheduler(sampler)).tolist()
                     guided = tuple(acts_at(sampler, level) for level in levels)
@@ -81,13 +97,15 @@ def candidates(settings: TuneSettings, objective: Objective, takes_guidance: boo
                     found.setdefault(key, Candidate(sampler, cost))
     if not found:
         raise InputError(
-            f"schedulers: none of these can sample the objective; it has {', '.join(objective.schedulers)}"
+            "schedulers: none of these can sample the objective; it has "
+            f"{', '.join(objective.schedulers)}"
         )
     return sorted(found.values(), key=lambda candidate: candidate.evaluations)
 
 
 def drop_beaten(running: Sequence[Candidate], tags: Sequence[str]) -> None:
-    """End the race for every candidate that another one beats surely on the same pictures, for no more evaluations.
+    """End the race for every candidate that another one beats surely on the same pictures, for no
+    more evaluations.
 
     Of too few prompts of a category an interval says nothing: nobody leaves.
     """
@@ -138,8 +156,12 @@ def pareto_table(shown: Sequence[Candidate], chosen: Candidate, tags: Sequence[s
     return "\n".join(lines)
 
 
-def plot_pareto(path: Path, groups: Mapping[str, Sequence[Candidate]], line: str, tags: Sequence[str]) -> None:
-    """Evaluations against score with 95 % intervals; the candidates of the group `line` are joined."""
+def plot_pareto(
+    path: Path, groups: Mapping[str, Sequence[Candidate]], line: str, tags: Sequence[str]
+) -> None:
+    """Evaluations against score with 95 % intervals; the candidates of the group
+    `line` are joined.
+    """
     figure = new_figure((7, 4.5), dpi=120)
     axes = figure.add_subplot()
     for name, group in groups.items():
@@ -149,9 +171,18 @@ def plot_pareto(path: Path, groups: Mapping[str, Sequence[Candidate]], line: str
         values = np.array([score.value for score in scores])
         spread = [values - [s.low for s in scores], np.array([s.high for s in scores]) - values]
         joined = name == line
-        style: dict[str, Any] = {"marker": "o"} if joined else {"marker": ".", "linestyle": "none", "alpha": 0.4}
-        axes.errorbar([c.evaluations for c in group], values, yerr=spread, capsize=2, label=name, **style)
-    axes.set(xscale="log", xlabel="evaluations of the network per picture", ylabel="score", ylim=(-0.02, 1.02))
+        style: dict[str, Any] = (
+            {"marker": "o"} if joined else {"marker": ".", "linestyle": "none", "alpha": 0.4}
+        )
+        axes.errorbar(
+            [c.evaluations for c in group], values, yerr=spread, capsize=2, label=name, **style
+        )
+    axes.set(
+        xscale="log",
+        xlabel="evaluations of the network per picture",
+        ylabel="score",
+        ylim=(-0.02, 1.02),
+    )
     add_grid(axes)
     axes.legend()
     save_figure(figure, path)

@@ -1,4 +1,6 @@
-"""Aspect-ratio buckets: images of like shape share one size, near the area of the base resolution."""
+"""Aspect-ratio buckets: images of like shape share one size, near the area of the
+base resolution.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Bucket:
 
 
 class Buckets:
-    """All sides are multiples of `multiple`, areas close to resolution^2, aspect ratios at most `max_aspect`."""
+    """All sides are multiples of `multiple`, areas close to resolution^2, aspect ratios at most
+    `max_aspect`.
+    """
 
     def __init__(self, resolution: int, multiple: int, max_aspect: float = 4.0) -> None:
         found = set()
@@ -45,7 +49,9 @@ class Buckets:
 
 
 def fit(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, Crop]:
-    """Resize to cover the bucket, cut the centre. Returns it with the crop in the original's pixels."""
+    """Resize to cover the bucket, cut the centre. Returns it with the crop in the original's
+    pixels.
+    """
     scale = max(bucket.width / image.width, bucket.height / image.height)
     width, height = min(image.width, bucket.width / scale), min(image.height, bucket.height / scale)
     left, top = (image.width - width) / 2, (image.height - height) / 2
@@ -53,4 +59,6 @@ def fit(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, Crop]:
     crop = Crop(round(left), round(top), round(width), round(height))
     if image.size == (bucket.width, bucket.height):
         return image, crop
-    return image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0), crop
+    return image.resize(
+        (bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0
+    ), crop

@@ -1,4 +1,6 @@
-"""Safe decoding: every image that comes out is 8-bit RGB, upright, opaque; everything else is refused with a reason."""
+"""Safe decoding: every image that comes out is 8-bit RGB, upright, opaque; everything else is
+refused with a reason.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +21,27 @@ DEFAULT_MAX_PIXELS = 64_000_000
 
 
 class BadImageError(Exception):
-    """The bytes are no image this package takes; the message is the reason, for a quarantine row."""
+    """The bytes are no image this package takes; the message is the reason, for a
+    quarantine row.
+    """
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """image: PIL, mode RGB, EXIF orientation applied. notes: what was changed on the way, in words."""
+    """image: PIL, mode RGB, EXIF orientation applied. notes: what was changed on the
+    way, in words.
+    """
 
     image: Image.Image
     notes: tuple[str, ...]
 
 
 def decode_image(content: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> DecodedImage:
-    """Decode completely. Alpha is laid on white, 16 bits become 8, the first frame of an animation is taken.
+    """Decode completely. Alpha is laid on white, 16 bits become 8, the first frame of an animation
+    is taken.
 
-    Raises BadImageError for anything broken, truncated, not one of FORMATS, or (by its header) above `max_pixels`.
+    Raises BadImageError for anything broken, truncated, not one of FORMATS, or (by its header)
+    above `max_pixels`.
     """
     if not content:
         raise BadImageError("broken image: zero bytes")
@@ -56,7 +64,9 @@ def decode_image(content: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decode
     except BadImageError:
         raise
     except Image.DecompressionBombError:
-        raise BadImageError(f"image too large: more pixels than PIL accepts; max_pixels={max_pixels}") from None
+        raise BadImageError(
+            f"image too large: more pixels than PIL accepts; max_pixels={max_pixels}"
+        ) from None
     except UnidentifiedImageError:
         raise BadImageError(f"broken image: not one of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise almost anything on hostile bytes
@@ -67,11 +77,14 @@ def decode_image(content: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Decode
 
 def _decode(content: bytes, max_pixels: int, pixels_alone: bool = False) -> DecodedImage:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns of large images and odd metadata; the checks here decide
+        # PIL warns of large images and odd metadata; the checks here decide
+        warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise BadImageError(f"image too large: {width}x{height} is more than max_pixels={max_pixels}")
+                raise BadImageError(
+                    f"image too large: {width}x{height} is more than max_pixels={max_pixels}"
+                )
             notes = []
             frames = getattr(image, "n_frames", 1)
             if frames > 1:

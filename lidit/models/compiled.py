@@ -18,13 +18,16 @@ from lidit.models.transformer import LIDiTBlock, PositionBlock
 BLOCKS = (LIDiTBlock, PositionBlock, RefinerBlock, FusionBranch)
 
 
-# Kinds of graph that torch may keep of a block before it gives up and runs it as it is, without a word: training and
-# validation, each for several numbers of images and tokens. torch's own limit is 8.
+# Kinds of graph that torch may keep of a block before it gives up and runs it as it is, without a
+# word: training and validation, each for several numbers of images and tokens. torch's own limit is
+# 8.
 GRAPHS_KEPT = 64
 
 
 def missing_tools() -> str | None:
-    """What torch.compile lacks on this machine to compile for a GPU, None where nothing is missing."""
+    """What torch.compile lacks on this machine to compile for a GPU, None where
+    nothing is missing.
+    """
     compilers = (os.environ.get("CC"), "gcc", "cc", "clang")
     if not any(name and shutil.which(name) for name in compilers):
         return "no C compiler (gcc, or CC in the environment)"
@@ -36,13 +39,17 @@ def missing_tools() -> str | None:
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """Why blocks stay uncompiled on a device where nobody says otherwise; None where they are compiled."""
+    """Why blocks stay uncompiled on a device where nobody says otherwise; None where they are
+    compiled.
+    """
     if device.type != "cuda":
         return f"on {device.type} compiling takes longer than it saves"
     return missing_tools()
 
 
-def compile_blocks(model: nn.Module, dynamic: bool | None = True, backend: str = "inductor") -> None:
+def compile_blocks(
+    model: nn.Module, dynamic: bool | None = True, backend: str = "inductor"
+) -> None:
     """Compile every repeated block of a model in place.
 
     Args:

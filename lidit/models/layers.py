@@ -17,7 +17,9 @@ FREQUENCIES = 256
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with RMSNorm on queries and keys (paper 3.2, "QK-norm"). [B, L, D] -> [B, L, D]."""
+    """Multi-head self-attention with RMSNorm on queries and keys (paper 3.2, "QK-norm"). [B, L, D]
+    -> [B, L, D].
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -27,15 +29,23 @@ class SelfAttention(nn.Module):
         self.key_norm = nn.RMSNorm(width // heads, eps=EPSILON)
         self.output = nn.Linear(width, width)
 
-    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`mask` bool, broadcastable to [B, H, L, L], True where a query may attend."""
         query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)  # each [B, L, D]
-        query, key = self.query_norm(split(query, self.heads)), self.key_norm(split(key, self.heads))  # [B, L, H, E]
+        # [B, L, H, E]
+        query, key = (
+            self.query_norm(split(query, self.heads)),
+            self.key_norm(split(key, self.heads)),
+        )
         return self.output(attend(query, key, split(value, self.heads), mask))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head cross-attention with RMSNorm on queries and keys. [B, L, D], [B, S, D] -> [B, L, D]."""
+    """Multi-head cross-attention with RMSNorm on queries and keys. [B, L, D], [B, S, D] ->
+    [B, L, D].
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -47,11 +57,16 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(
-        self, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`mask` bool [B, S], True at keys that exist, at least one per row.
 
-        rows: [B] long, each query's place in a `context` and `mask` of fewer rows, whose keys and values are shared.
+        rows: [B] long, each query's place in a `context` and `mask` of fewer rows, whose keys and
+        values are shared.
         """
         query = self.query_norm(split(self.query(hidden_states), self.heads))  # [B, L, H, E]
         key, value = self.key_value(context).chunk(2, dim=-1)  # each [B, S, D]
@@ -66,9 +81,12 @@ def split(tokens: torch.Tensor, heads: int) -> torch.Tensor:
     return tokens.unflatten(-1, (heads, -1))
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
     """[B, L, H, E], [B, S, H, E] twice, `mask` broadcastable to [B, H, L, S] -> [B, L, D]."""
-    query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))  # [B, H, L or S, E]
+    # [B, H, L or S, E]
+    query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)
 
@@ -86,7 +104,9 @@ class FeedForward(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`count` vectors from a condition, zero at start (adaLN-Zero). [B, D] -> `count` times [B, 1, D]."""
+    """`count` vectors from a condition, zero at start (adaLN-Zero). [B, D] -> `count` times
+    [B, 1, D].
+    """
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -95,7 +115,9 @@ class Modulation(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All zero: a gate starts closed, a shift at 0, a scale at 1; the layer starts as identity."""
+        """All zero: a gate starts closed, a shift at 0, a scale at 1; the layer
+        starts as identity.
+        """
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -103,12 +125,16 @@ class Modulation(nn.Module):
         return self.linear(F.silu(condition))[:, None, :].chunk(self.count, dim=-1)
 
 
-def shift_scale(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def shift_scale(
+    hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     """A normalised [B, L, D] scaled by 1 + `scale` and shifted by `shift`, [B, 1, D] each."""
     return torch.addcmul(shift, hidden_states, 1 + scale)
 
 
-def gated_add(hidden_states: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+def gated_add(
+    hidden_states: torch.Tensor, gate: torch.Tensor, update: torch.Tensor
+) -> torch.Tensor:
     """[B, L, D] plus a layer's output `update` [B, L, D], scaled by `gate` [B, 1, D]."""
     return torch.addcmul(hidden_states, gate, update)
 
@@ -128,13 +154,21 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         frequencies = get_timestep_embedding(
-            timestep, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000
-        )  # [B, 256], float32 whatever the model's dtype: t in bfloat16 would merge neighbouring steps
+            timestep,
+            FREQUENCIES,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=0,
+            scale=1000,
+            # [B, 256], float32 whatever the model's dtype: t in bfloat16 would merge neighbouring
+            # steps
+        )
         return self.contract(F.silu(self.expand(frequencies.to(self.expand.weight.dtype))))
 
 
 class GuidanceEmbedder(TimestepEmbedder):
-    """A guidance scale as an input, zero at start: the network then draws as without it. [B] -> [B, D]."""
+    """A guidance scale as an input, zero at start: the network then draws as without it. [B] ->
+    [B, D].
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -145,13 +179,15 @@ class GuidanceEmbedder(TimestepEmbedder):
         nn.init.zeros_(self.contract.bias)
 
     def forward(self, guidance: torch.Tensor) -> torch.Tensor:
-        # Scales are tens of what timesteps are; the fastest sinusoid should not turn between two that are alike.
+        # Scales are tens of what timesteps are; the fastest sinusoid should not turn between two
+        # that are alike.
         return super().forward(guidance / 100)
 
 
 def call_block(owner: Any, block: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
-    """`block(*inputs)`, computed again in the backward pass where diffusers' `enable_gradient_checkpointing` reached
-    `owner`, whose flag it sets."""
+    """`block(*inputs)`, computed again in the backward pass where diffusers'
+    `enable_gradient_checkpointing` reached `owner`, whose flag it sets.
+    """
     if owner.gradient_checkpointing and torch.is_grad_enabled():
         return owner._gradient_checkpointing_func(block, *inputs)
     return block(*inputs)
@@ -160,7 +196,8 @@ def call_block(owner: Any, block: nn.Module, *inputs: torch.Tensor | None) -> to
 def initialise(module: nn.Module) -> None:
     """Starting weights of the whole model; call once, on the root.
 
-    Xavier-uniform linear layers with zero bias as in DiT; then every `Modulation` and `GuidanceEmbedder` back to zero.
+    Xavier-uniform linear layers with zero bias as in DiT; then every `Modulation` and
+    `GuidanceEmbedder` back to zero.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

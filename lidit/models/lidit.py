@@ -1,7 +1,8 @@
 """LI-DiT: conditioner and transformer as one trainable model (paper 3.1 and 3.2).
 
     instruction + caption -> frozen LLM, one or several       lidit/text/encoder.py
-      -> states, standardised and projected, per LLM          conditioner.py, StateProjection (layers: mixture.py)
+      -> states, standardised and projected, per LLM          conditioner.py, StateProjection
+      (layers: mixture.py)
       -> linguistic token refiner, per LLM                    refiner.py
       -> collaborative refiner, over all LLMs                 fusion.py
       -> instruction cut off, captions joined: the condition  conditioner.py, PromptConditioner
@@ -9,8 +10,8 @@
       -> depth x [self-attention, cross-attention to the      transformer.py, LIDiTBlock
          condition, feed-forward] -> prediction
 
-The timestep and the pooled text drive every gate, shift and scale (layers.py, Modulation). What enters and leaves
-the conditioner is in states.py, the sizes are in presets.py.
+The timestep and the pooled text drive every gate, shift and scale (layers.py, Modulation). What
+enters and leaves the conditioner is in states.py, the sizes are in presets.py.
 
 Shapes: B batch, C latent channels, H x W latent size.
 """
@@ -39,9 +40,11 @@ from lidit.models.transformer import LIDiTTransformer
 
 
 class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """The network: noisy latents, timesteps and the captions' LLM states in, prediction out. A torch module.
+    """The network: noisy latents, timesteps and the captions' LLM states in, prediction out. A
+    torch module.
 
-    Build it with `from_settings` or `load`; the arguments are what a saved model's config.json holds.
+    Build it with `from_settings` or `load`; the arguments are what a saved model's config.json
+    holds.
 
     Args:
         encoders: Encoder name -> width of its states.
@@ -59,7 +62,8 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         visible_tokens: Caption tokens the model may see; None shows all.
         layers: How the layers that an encoder keeps apart become one.
         stored_layers: Encoder name -> how many layers it keeps apart; one where it is not named.
-        guidance_input: Whether the guidance scale is an input, as of a distilled model that needs no second pass.
+        guidance_input: Whether the guidance scale is an input, as of a distilled model that needs
+        no second pass.
     """
 
     _supports_gradient_checkpointing = True
@@ -103,7 +107,9 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             stored_layers,
             blocks=depth,
         )
-        self.transformer = LIDiTTransformer(channels, width, depth, heads, patch_size, guidance_input)
+        self.transformer = LIDiTTransformer(
+            channels, width, depth, heads, patch_size, guidance_input
+        )
         initialise(self)
         # The model starts by predicting zero, as DiT does.
         nn.init.zeros_(self.transformer.final_linear.weight)
@@ -122,14 +128,16 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             settings: A recipe's `model` section.
             encoders: Encoder name -> width of its states.
             channels: Channels of the latents.
-            stored_layers: Encoder name -> how many layers of a token its states keep apart: a family with
+            stored_layers: Encoder name -> how many layers of a token its states keep apart: a
+            family with
                 `join: separate`. One where it is not named.
 
         Returns:
             The model, on the CPU in float32. It predicts zero until it is trained.
 
         Raises:
-            InputError: Sizes that do not fit each other, or `model.layers` that the encoders do not have.
+            InputError: Sizes that do not fit each other, or `model.layers` that the encoders do not
+            have.
         """
         shape = resolve_shape(settings)
         model = cls(
@@ -155,7 +163,9 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return model
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Self:
+    def load(
+        cls, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None
+    ) -> Self:
         """Load what `save_pretrained` wrote.
 
         Args:
@@ -167,26 +177,43 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             The model, on the CPU.
 
         Raises:
-            InputError: No such folder, or its safetensors cannot be loaded, lack a tensor or hold an unknown tensor.
+            InputError: No such folder, or its safetensors cannot be loaded, lack a tensor or hold
+            an unknown tensor.
         """
         if not folder.is_dir():  # else it would be taken for the name of a model on the hub
-            raise InputError(f"{folder}: no such folder; give the `model` folder of a run of lidit train")
+            raise InputError(
+                f"{folder}: no such folder; give the `model` folder of a run of lidit train"
+            )
         # diffusers takes whatever the file holds for an object, a text even for a name on the hub.
         read_object(folder / "config.json", "fetch or train the model again")
         try:
-            # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
+            # Without the flag a folder that has only a pickle is opened as one, and a pickle can
+            # run code.
             model, found = cls.from_pretrained(
-                str(folder), use_safetensors=True, torch_dtype=dtype, output_loading_info=True, variant=variant
+                str(folder),
+                use_safetensors=True,
+                torch_dtype=dtype,
+                output_loading_info=True,
+                variant=variant,
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = one_line(error, 300)
-            raise InputError(f"{folder}: the model cannot be loaded ({reason}); fetch or train it again") from None
-        # diffusers only logs these, and gives a tensor that is missing any value at all.
-        wrong = {kind: names for kind in ("missing", "unexpected", "mismatched") if (names := found[f"{kind}_keys"])}
-        if wrong:
-            listed = "; ".join(f"{kind}: {', '.join(map(str, sorted(names)[:3]))}" for kind, names in wrong.items())
             raise InputError(
-                f"{folder}: config.json and weights do not belong together ({listed}); fetch the folder again"
+                f"{folder}: the model cannot be loaded ({reason}); fetch or train it again"
+            ) from None
+        # diffusers only logs these, and gives a tensor that is missing any value at all.
+        wrong = {
+            kind: names
+            for kind in ("missing", "unexpected", "mismatched")
+            if (names := found[f"{kind}_keys"])
+        }
+        if wrong:
+            listed = "; ".join(
+                f"{kind}: {', '.join(map(str, sorted(names)[:3]))}" for kind, names in wrong.items()
+            )
+            raise InputError(
+                f"{folder}: config.json and weights do not belong together ({listed}); fetch "
+                "the folder again"
             )
         return model
 
@@ -209,25 +236,32 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             latents: [B, C, H, W], noisy; H and W multiples of the patch size.
             timestep: [B] float in [0, 1]; 0 is data, 1 is noise.
             text: Encoder name -> states of B captions, or of R captions with `rows`.
-            rows: [B] long, the caption of each latent, where several latents share captions: each of the R captions
-                is refined once. Latents of one caption must have the same timestep, because the refiners depend on
+            rows: [B] long, the caption of each latent, where several latents share captions: each
+            of the R captions
+                is refined once. Latents of one caption must have the same timestep, because the
+                refiners depend on
                 it: true in sampling, not in training.
-            guidance: [B] float, the guidance scale of each latent, for a model that takes it (`takes_guidance`); None
+            guidance: [B] float, the guidance scale of each latent, for a model that takes it
+            (`takes_guidance`); None
                 is 1, no guidance.
 
         Returns:
             [B, C, H, W] in the dtype of the latents.
 
         Raises:
-            InputError: An encoder's states are missing or of a wrong width, or captions and latents differ in number.
+            InputError: An encoder's states are missing or of a wrong width, or captions and latents
+            differ in number.
         """
         captions = len(next(iter(text.values())).states) if text else 0
         if rows is not None:
             of_caption = timestep.new_zeros(captions).scatter(0, rows, timestep)  # [R]
-            return self.transformer(latents, timestep, self.conditioner(text, of_caption).shared(rows), guidance)
+            return self.transformer(
+                latents, timestep, self.conditioner(text, of_caption).shared(rows), guidance
+            )
         if captions not in (0, len(latents)):
             raise InputError(
-                f"{len(latents)} latents need states of as many captions, got {captions}; pass `rows`, "
+                f"{len(latents)} latents need states of as many captions, got {captions}; pass "
+                "`rows`, "
                 "the caption of each latent, where latents share captions"
             )
         return self.transformer(latents, timestep, self.conditioner(text, timestep), guidance)

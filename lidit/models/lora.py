@@ -1,4 +1,6 @@
-"""LoRA adapters in a network that is trained (arXiv 2106.09685), by peft: thin matrices beside frozen layers."""
+"""LoRA adapters in a network that is trained (arXiv 2106.09685), by peft: thin matrices beside
+frozen layers.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ ADAPTER = "default"  # the name of the one adapter that is trained
 def require_peft() -> None:
     """Raise InputError where peft is not installed."""
     if find_spec("peft") is None:
-        raise InputError("LoRA adapters need peft, which is not installed: pip install 'lidit-pipeline[lora]'")
+        raise InputError(
+            "LoRA adapters need peft, which is not installed: pip install 'lidit-pipeline[lora]'"
+        )
 
 
 def add_lora(model: LIDiT, settings: LoraSettings) -> None:
-    """Freeze a network and give its chosen layers an adapter that changes nothing yet; weights by torch's seed.
+    """Freeze a network and give its chosen layers an adapter that changes nothing yet; weights by
+    torch's seed.
 
     Raises InputError where no layer's name matches, or peft is not installed.
     """

@@ -1,6 +1,7 @@
 """Named sizes, and how many parameters they have (docs/model.md has the table).
 
-S, B and L are DiT's; 1B and 10B are the paper's table 7; tiny is for 32-pixel images on two CPU cores.
+S, B and L are DiT's; 1B and 10B are the paper's table 7; tiny is for 32-pixel images on two CPU
+cores.
 """
 
 from __future__ import annotations

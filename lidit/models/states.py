@@ -1,6 +1,8 @@
-"""What enters and leaves the conditioner: LLM states per encoder, and the one text condition of the transformer.
+"""What enters and leaves the conditioner: LLM states per encoder, and the one text condition of the
+transformer.
 
-Shapes: B batch, T caption tokens, P prefix tokens, W width of an LLM, S condition tokens, D width of the transformer.
+Shapes: B batch, T caption tokens, P prefix tokens, W width of an LLM, S condition tokens, D width
+of the transformer.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class TextStates:
-    """The states of one encoder for a batch of captions, as stored: neither normalised nor projected.
+    """The states of one encoder for a batch of captions, as stored: neither normalised nor
+    projected.
 
     Args:
         states: [B, T, W], any floating dtype: B captions of up to T tokens, W the LLM's width.
         mask: [B, T] bool, True at real tokens. Values elsewhere never matter.
         prefix: [P, W], the states of the instruction, one copy for all captions; P may be 0.
-        size: None, or [B, T] float32 where `states` are whole steps [B, T, W] of a coded family: what a step of each
+        size: None, or [B, T] float32 where `states` are whole steps [B, T, W] of a coded family:
+        what a step of each
             token is. The prefix is never coded.
     """
 
@@ -44,7 +48,8 @@ class TextStates:
         states = pad_sequence(list(captions), batch_first=True)  # [B, T, W]
         mask = torch.arange(states.shape[1])[None, :] < lengths[:, None]  # [B, T]
         batch = cls(states, mask.to(states.device), prefix)
-        return batch if states.shape[1] else batch.pad_to(1)  # attention needs a place, be it a masked one
+        # attention needs a place, be it a masked one
+        return batch if states.shape[1] else batch.pad_to(1)
 
     def rounded(self, multiple: int) -> TextStates:
         """Pad to a whole multiple of `multiple` tokens, so that batches have few lengths.
@@ -111,7 +116,9 @@ class TextStates:
             torch.cat([first.states, second.states]),  # of two dtypes the wider one is taken
             torch.cat([first.mask, second.mask]),
             self.prefix,
-            None if first.size is None or second.size is None else torch.cat([first.size, second.size]),
+            None
+            if first.size is None or second.size is None
+            else torch.cat([first.size, second.size]),
         )
 
     def pad_to(self, tokens: int) -> TextStates:
@@ -135,11 +142,13 @@ class TextStates:
 
 @dataclass(frozen=True)
 class PromptCondition:
-    """`tokens` [B, S, D] refined caption tokens of all encoders, `mask` bool [B, S], `pooled` [B, D] their mean.
+    """`tokens` [B, S, D] refined caption tokens of all encoders, `mask` bool [B, S], `pooled`
+    [B, D] their mean.
 
     `of_blocks` [B, K, S, D]: the tokens that each transformer block reads, where they differ.
-    rows: each sample's place among them, long, where samples share captions: what depends on the caption alone, such
-    as its keys and values in every block, is then computed once. None: one sample each.
+    rows: each sample's place among them, long, where samples share captions: what depends on the
+    caption alone, such as its keys and values in every block, is then computed once. None: one
+    sample each.
     """
 
     tokens: torch.Tensor
@@ -162,7 +171,8 @@ class PromptCondition:
         """The rows of all parts, padded with masked tokens to the longest."""
         longest = max(part.tokens.shape[1] for part in parts)
         padded = [part.pad_to(longest) for part in parts]
-        of_blocks = [part.of_blocks for part in padded if part.of_blocks is not None]  # all parts have them, or none
+        # all parts have them, or none
+        of_blocks = [part.of_blocks for part in padded if part.of_blocks is not None]
         return cls(
             torch.cat([part.tokens for part in padded]),
             torch.cat([part.mask for part in padded]),
@@ -175,7 +185,9 @@ class PromptCondition:
         more = tokens - self.tokens.shape[1]
         pad = torch.nn.functional.pad
         of_blocks = None if self.of_blocks is None else pad(self.of_blocks, (0, 0, 0, more))
-        return PromptCondition(pad(self.tokens, (0, 0, 0, more)), pad(self.mask, (0, more)), self.pooled, of_blocks)
+        return PromptCondition(
+            pad(self.tokens, (0, 0, 0, more)), pad(self.mask, (0, more)), self.pooled, of_blocks
+        )
 
     def shared(self, rows: torch.Tensor) -> PromptCondition:
         """The same without a copy: samples that share a row share what is computed of it."""
@@ -183,7 +195,9 @@ class PromptCondition:
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the True tokens of [B, T, D] -> [B, D], at least float32; zero where a row has none."""
+    """Mean over the True tokens of [B, T, D] -> [B, D], at least float32; zero where a row has
+    none.
+    """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     total = (tokens * mask[..., None]).sum(1, dtype=dtype)
     return total / mask.sum(1, keepdim=True).clamp_min(1)
@@ -192,7 +206,8 @@ def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def attendable(mask: torch.Tensor) -> torch.Tensor:
     """Key mask [B, T] with at least one True per row.
 
-    A softmax over nothing is NaN. Rows without any token get their first position, which holds zeros.
+    A softmax over nothing is NaN. Rows without any token get their first position, which holds
+    zeros.
     """
     first = torch.zeros_like(mask)
     first[:, 0] = True

@@ -1,7 +1,7 @@
 """The diffusion transformer (paper 3.2).
 
-Shapes: B batch, C latent channels, H x W latent size, p patch size, h = H / p, w = W / p, N = h * w image tokens,
-S condition tokens, D width.
+Shapes: B batch, C latent channels, H x W latent size, p patch size, h = H / p, w = W / p, N = h * w
+image tokens, S condition tokens, D width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from lidit.models.states import PromptCondition
 
 
 class PositionBlock(nn.Module):
-    """A convolutional ResBlock in place of a position table: zero padding at the border tells where a token is.
+    """A convolutional ResBlock in place of a position table: zero padding at the border tells where
+    a token is.
 
     Being a convolution, it takes any height and width (paper 3.2). [B, D, h, w] -> [B, D, h, w].
     """
@@ -50,7 +51,9 @@ class PositionBlock(nn.Module):
 
 
 class LIDiTBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; shift, scale and gate for each of the three."""
+    """Self-attention, cross-attention to the text, feed-forward; shift, scale and gate for each of
+    the three.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -67,8 +70,12 @@ class LIDiTBlock(nn.Module):
         condition: torch.Tensor,
         context_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, N, D], [B, S, D], bool [B, S], [B, D] -> [B, N, D]; context_rows as `PromptCondition.rows`."""
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition)
+        """[B, N, D], [B, S, D], bool [B, S], [B, D] -> [B, N, D]; context_rows as
+        `PromptCondition.rows`.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(
+            condition
+        )
 
         seen = shift_scale(normalise(hidden_states), shift1, scale1)
         attended = self.self_attention(seen)
@@ -87,9 +94,11 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
     """Noisy latents + timestep + text condition -> prediction of the same shape.
 
     Args:
-        channels: latent channels C, in and out. width, depth, heads: D, number of blocks, attention heads.
+        channels: latent channels C, in and out. width, depth, heads: D, number of blocks, attention
+        heads.
         patch_size: p; heights and widths must be divisible by it, any such size works.
-        guidance_input: whether the guidance scale is an input, as of a distilled model that needs no second pass.
+        guidance_input: whether the guidance scale is an input, as of a distilled model that needs
+        no second pass.
     Raises:
         InputError: width not divisible by heads.
     """
@@ -100,7 +109,13 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, channels: int, width: int, depth: int, heads: int, patch_size: int, guidance_input: bool = False
+        self,
+        channels: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch_size: int,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -110,7 +125,9 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
         self.patch_embedder = nn.Linear(patch_values, width)
         self.position = PositionBlock(width)
         self.timestep_embedder = TimestepEmbedder(width)
-        self.pooled_embedder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.pooled_embedder = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+        )
         self.guidance_embedder = GuidanceEmbedder(width) if guidance_input else None
         self.blocks = nn.ModuleList(LIDiTBlock(width, heads) for _ in range(depth))
         self.final_modulation = Modulation(width, 2)
@@ -124,20 +141,26 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
         condition: PromptCondition,
         guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`hidden_states` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise) -> [B, C, H, W].
+        """`hidden_states` [B, C, H, W], `timestep` float [B] in [0, 1] (0 data, 1 noise) ->
+        [B, C, H, W].
 
-        guidance: scale of each sample, [B], for a model that takes it; None is 1, no guidance. The result has the
-        weights' dtype. Raises InputError where height or width is not divisible by the patch size.
+        guidance: scale of each sample, [B], for a model that takes it; None is 1, no guidance. The
+        result has the weights' dtype. Raises InputError where height or width is not divisible by
+        the patch size.
         """
         height, width = (side // self.patch_size for side in hidden_states.shape[2:])
         if (height * self.patch_size, width * self.patch_size) != tuple(hidden_states.shape[2:]):
             raise InputError(
-                f"latents of {hidden_states.shape[2]} x {hidden_states.shape[3]} cannot be cut into patches of "
+                f"latents of {hidden_states.shape[2]} x {hidden_states.shape[3]} cannot be cut "
+                "into patches of "
                 f"{self.patch_size}: both sides must be multiples of it"
             )
-        patches = F.pixel_unshuffle(hidden_states.to(self.patch_embedder.weight.dtype), self.patch_size)
+        patches = F.pixel_unshuffle(
+            hidden_states.to(self.patch_embedder.weight.dtype), self.patch_size
+        )
         tokens = self.patch_embedder(patches.flatten(2).transpose(1, 2))  # [B, N, D]
-        image = tokens.transpose(1, 2).unflatten(2, (height, width))  # [B, D, h, w], channels last in memory
+        # [B, D, h, w], channels last in memory
+        image = tokens.transpose(1, 2).unflatten(2, (height, width))
         tokens = self.position(image).flatten(2).transpose(1, 2)  # [B, N, D]
 
         pooled = condition.pooled if condition.rows is None else condition.pooled[condition.rows]
@@ -151,4 +174,6 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
 
         shift, scale = self.final_modulation(vector)
         patches = self.final_linear(shift_scale(normalise(tokens), shift, scale))  # [B, N, C p p]
-        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height, width)), self.patch_size)
+        return F.pixel_shuffle(
+            patches.transpose(1, 2).unflatten(2, (height, width)), self.patch_size
+        )

@@ -6,4 +6,11 @@ from lidit.pipeline.pipeline import LIDiTPipeline
 from lidit.pipeline.saving import save_pipeline
 from lidit.pipeline.settings import PipelineSettings
 
-__all__ = ["INDEX", "LIDiTPipeline", "LIDiTPipelineOutput", "PipelineSettings", "image_bytes", "save_pipeline"]
+__all__ = [
+    "INDEX",
+    "LIDiTPipeline",
+    "LIDiTPipelineOutput",
+    "PipelineSettings",
+    "image_bytes",
+    "save_pipeline",
+]

@@ -41,31 +41,44 @@ class PipelineAdapters(LoraBaseMixin):
         """Put an adapter onto the network; it acts at once, with those that are there already.
 
         Args:
-            source: A safetensors file or a folder with one, such as `lora` of an aligned model; a hub id; or tensors.
+            source: A safetensors file or a folder with one, such as `lora` of an aligned model; a
+            hub id; or tensors.
             adapter_name: By which `set_adapters` scales it; default: default_0, default_1, ...
             weight_name: The file's name in a folder or on the hub.
             revision: Commit of a hub id.
             local_files_only: Never ask the hub: it was fetched before.
 
         Raises:
-            InputError: No such file, one that is no adapter of this network, or a name that is taken.
+            InputError: No such file, one that is no adapter of this network, or a name that is
+            taken.
         """
         require_peft()
         origin, tensors, metadata = _read(source, weight_name, revision, local_files_only)
         if adapter_name in getattr(self.model, "peft_config", {}):
-            raise InputError(f"adapter_name: {adapter_name!r} is taken; give another, or unload_lora_weights() first")
+            raise InputError(
+                f"adapter_name: {adapter_name!r} is taken; give another, or "
+                "unload_lora_weights() first"
+            )
         self._check(origin, tensors)
         try:
             self.model.load_lora_adapter(
-                dict(tensors), prefix=NETWORK, adapter_name=adapter_name, metadata=metadata, _pipeline=self
+                dict(tensors),
+                prefix=NETWORK,
+                adapter_name=adapter_name,
+                metadata=metadata,
+                _pipeline=self,
             )
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             if not getattr(self.model, "peft_config", {}):
                 self.model.unload_lora()  # layers that were changed already
-            raise InputError(f"{origin}: the adapter cannot be loaded ({one_line(error, 200)})") from None
+            raise InputError(
+                f"{origin}: the adapter cannot be loaded ({one_line(error, 200)})"
+            ) from None
         self.model.eval()
 
-    def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> Path:
+    def save_lora_weights(
+        self, save_directory: str | Path, adapter_name: str | None = None
+    ) -> Path:
         """Write an adapter as `load_lora_weights` reads it.
 
         Args:
@@ -82,7 +95,10 @@ class PipelineAdapters(LoraBaseMixin):
         if adapter_name is None and len(names) == 1:
             (adapter_name,) = names
         if adapter_name is None or adapter_name not in names:
-            raise InputError(f"adapter_name: {adapter_name!r} is none of the adapters {', '.join(names) or '(none)'}")
+            raise InputError(
+                f"adapter_name: {adapter_name!r} is none of the adapters "
+                f"{', '.join(names) or '(none)'}"
+            )
         return save_adapter(self.model, Path(save_directory), adapter_name)
 
     def fuse_lora(
@@ -92,7 +108,8 @@ class PipelineAdapters(LoraBaseMixin):
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Merge the active adapters into the network's weights; `unload_lora_weights` then forgets the thin matrices.
+        """Merge the active adapters into the network's weights; `unload_lora_weights` then forgets
+        the thin matrices.
 
         Args:
             components: The network only.
@@ -114,20 +131,32 @@ class PipelineAdapters(LoraBaseMixin):
         """Raise InputError where an adapter is loaded: a saved network is one without."""
         if names := list(getattr(self.model, "peft_config", {})):
             raise InputError(
-                f"the adapters {', '.join(names)} are loaded: call fuse_lora() and unload_lora_weights() to save the "
+                f"the adapters {', '.join(names)} are loaded: call fuse_lora() and "
+                "unload_lora_weights() to save the "
                 "merged network, or save_lora_weights(folder) to save an adapter"
             )
 
     def _check(self, origin: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """diffusers only warns of keys that fit nothing, and of another shape it learns when layers are changed."""
-        layers = {f"{NETWORK}.{n.replace('.base_layer', '')}": layer for n, layer in self.model.named_modules()}
+        """diffusers only warns of keys that fit nothing, and of another shape it learns when layers
+        are changed.
+        """
+        layers = {
+            f"{NETWORK}.{n.replace('.base_layer', '')}": layer
+            for n, layer in self.model.named_modules()
+        }
         for key, value in tensors.items():
             name, _, part = key.partition(".lora_")
             weight = getattr(layers.get(name), "weight", None)
             side = 1 if part.startswith("A") else 0
-            if not part or weight is None or value.ndim < 2 or value.shape[side] != weight.shape[side]:
+            if (
+                not part
+                or weight is None
+                or value.ndim < 2
+                or value.shape[side] != weight.shape[side]
+            ):
                 raise InputError(
-                    f"{origin}: no adapter of this network: {key!r} {list(value.shape)} fits no layer of it"
+                    f"{origin}: no adapter of this network: {key!r} {list(value.shape)} fits no "
+                    "layer of it"
                 )
         if not tensors:
             raise InputError(f"{origin}: no adapter: it holds nothing")
@@ -139,12 +168,17 @@ def save_adapter(model: Any, folder: Path, name: str = ADAPTER) -> Path:
 
     layers = get_peft_model_state_dict(model, adapter_name=name)
     settings = {NETWORK: _plain(model.peft_config[name].to_dict())}
-    PipelineAdapters._save_lora_weights(str(folder), {NETWORK: layers}, settings, weight_name=LORA_FILE)
+    PipelineAdapters._save_lora_weights(
+        str(folder), {NETWORK: layers}, settings, weight_name=LORA_FILE
+    )
     return folder / LORA_FILE
 
 
 def _read(
-    source: str | Path | Mapping[str, torch.Tensor], name: str | None, revision: str | None, local_files_only: bool
+    source: str | Path | Mapping[str, torch.Tensor],
+    name: str | None,
+    revision: str | None,
+    local_files_only: bool,
 ) -> tuple[str, Mapping[str, torch.Tensor], dict[str, Any] | None]:
     """Where an adapter is from, its tensors and its settings."""
     if isinstance(source, Mapping):
@@ -160,9 +194,13 @@ def _read(
     try:
         return str(file), load_file(file), _load_sft_state_dict_metadata(str(file))
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read ({one_line(error, 200)}); fetch it again") from None
+        raise InputError(
+            f"{file}: cannot be read ({one_line(error, 200)}); fetch it again"
+        ) from None
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """An adapter's settings as JSON has them."""
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    return {
+        key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()
+    }

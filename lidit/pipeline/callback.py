@@ -12,7 +12,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from lidit.errors import InputError
 
 # pipeline, step number, the scheduler's timestep, tensors by name -> the tensors that change
-OnStep = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
+OnStep = Callable[
+    [Any, int, torch.Tensor, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None
+]
 TENSORS = ("latents",)
 
 
@@ -25,20 +27,27 @@ class StepCallback:
 
     @classmethod
     def of(
-        cls, function: OnStep | PipelineCallback | MultiPipelineCallbacks | None, tensors: Sequence[str]
+        cls,
+        function: OnStep | PipelineCallback | MultiPipelineCallbacks | None,
+        tensors: Sequence[str],
     ) -> StepCallback | None:
-        """None where nothing is called. Raises InputError for a tensor that this pipeline does not show."""
+        """None where nothing is called. Raises InputError for a tensor that this pipeline does not
+        show.
+        """
         if function is None:
             return None
         if isinstance(function, PipelineCallback | MultiPipelineCallbacks):
             tensors = function.tensor_inputs
         if unknown := [name for name in tensors if name not in TENSORS]:
             raise InputError(
-                f"callback_on_step_end_tensor_inputs: {', '.join(unknown)}: a callback can have {', '.join(TENSORS)}"
+                f"callback_on_step_end_tensor_inputs: {', '.join(unknown)}: a callback can have "
+                f"{', '.join(TENSORS)}"
             )
         return cls(function, tuple(tensors))
 
-    def __call__(self, pipeline: Any, number: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, pipeline: Any, number: int, timestep: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
         """The latents to go on with: as they were, or as the function changed them."""
         shown = {"latents": latents} if "latents" in self.tensors else {}
         changed = self.function(pipeline, number, timestep, shown) or {}

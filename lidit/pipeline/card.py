@@ -22,12 +22,16 @@ DIGITS = 12  # of a fingerprint, as in a family's folder name
 
 
 def model_card(
-    model: LIDiT, encoders: Sequence[ModelEncoder], settings: PipelineSettings, facts: Mapping[str, Any]
+    model: LIDiT,
+    encoders: Sequence[ModelEncoder],
+    settings: PipelineSettings,
+    facts: Mapping[str, Any],
 ) -> str:
     """Markdown with the front matter that model hubs read.
 
-    facts: the run's own (corpus digest, recipe); besides them `scores` (name -> value), `license` and `datasets` in
-    the hub's words, and `prompts` that the model was trained for, of which the first is the example.
+    facts: the run's own (corpus digest, recipe); besides them `scores` (name -> value), `license`
+    and `datasets` in the hub's words, and `prompts` that the model was trained for, of which the
+    first is the example.
     """
     objective, sampler, codec = settings.objective, settings.sampler, settings.codec
     rows = "\n".join(
@@ -72,7 +76,7 @@ Objective `{objective.kind}`; codec `{codec.name}`; {settings.height} x {setting
 Sampling by default: {sampler.steps} steps, scheduler {sampler.scheduler}, guidance {sampler.guidance_scale}.
 {_section("Licence", _licence(facts))}
 {_section("Scores", SCORE_HEAD + scores if scores else "")}
-{_section("Run", FENCE.format(run) if other else "")}"""
+{_section("Run", FENCE.format(run) if other else "")}"""  # noqa: E501
 
 
 def front_matter(encoders: Sequence[ModelEncoder], facts: Mapping[str, Any]) -> str:
@@ -88,7 +92,8 @@ def front_matter(encoders: Sequence[ModelEncoder], facts: Mapping[str, Any]) -> 
         datasets=list(facts.get("datasets") or ()) or None,
         metrics=sorted(facts.get("scores", {})) or None,
         model_name="LI-DiT",
-        eval_results=[_result(name, value) for name, value in facts.get("scores", {}).items()] or None,
+        eval_results=[_result(name, value) for name, value in facts.get("scores", {}).items()]
+        or None,
         widget=[{"text": prompt} for prompt in facts.get("prompts") or ()] or None,
     )
     return str(data.to_yaml())
@@ -108,7 +113,8 @@ def _licence(facts: Mapping[str, Any]) -> str:
     if facts.get("license"):
         return f"`{facts['license']}`. The LLMs and the training data have terms of their own."
     return (
-        "The owner of this model has not named a licence: set `license` above before it is published. "
+        "The owner of this model has not named a licence: set `license` above before it is "
+        "published. "
         "The LLMs and the training data have terms of their own."
     )
 

@@ -1,11 +1,11 @@
-"""What a pipeline is made of, under the names that diffusers gives the parts: network, LLMs, codec, scheduler.
+"""What a pipeline is made of, under the names that diffusers gives the parts: network, LLMs, codec,
+scheduler.
 
     FOLDER/model_index.json   class, objective, sampler and codec settings, training size
-           model/             LIDiT: config.json + safetensors
-           vae/               the autoencoder, unless latents are pixels
-           encoders/NAME.*    one LLM each: its identity, and the prefix and empty states training used
-           pipeline.py        what diffusers runs for `custom_pipeline`
-           README.md          model card
+           model/             LIDiT: config.json + safetensors vae/               the autoencoder,
+           unless latents are pixels encoders/NAME.*    one LLM each: its identity, and the prefix
+           and empty states training used pipeline.py        what diffusers runs for
+           `custom_pipeline` README.md          model card
 
 Shapes: B batch, T caption tokens, P prefix tokens, W width of an LLM.
 """
@@ -36,7 +36,9 @@ INDEX = "model_index.json"
 
 
 class PipelineParts(PipelineAdapters, DiffusionPipeline):
-    """The parts of a pipeline, where they are and what is loaded of them; `LIDiTPipeline` draws with them."""
+    """The parts of a pipeline, where they are and what is loaded of them; `LIDiTPipeline` draws
+    with them.
+    """
 
     model: LIDiT
     model_cpu_offload_seq = "model"
@@ -52,15 +54,19 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(model=model)
-        self.register_to_config(objective=objective, sampler=sampler, codec=codec, height=height, width=width)
-        self.objective = build_objective(validate(ObjectiveSettings, objective or {}, f"{INDEX}: objective"))
+        self.register_to_config(
+            objective=objective, sampler=sampler, codec=codec, height=height, width=width
+        )
+        self.objective = build_objective(
+            validate(ObjectiveSettings, objective or {}, f"{INDEX}: objective")
+        )
         self.sampler = validate(SamplerSettings, sampler or {}, f"{INDEX}: sampler")
         self.codec_settings = validate(CodecSettings, codec or {}, f"{INDEX}: codec")
         self._encoders: dict[str, ModelEncoder] | None = None
         self._codec: Codec | None = None
         self._scheduler: Any | None = None
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # The LLMs
 
     @property
@@ -75,16 +81,22 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
         self._encoders = encoders
 
     def _read_encoders(self) -> dict[str, ModelEncoder]:
-        """Those of the folder the network came from: all that is left to know where diffusers made the pipeline."""
+        """Those of the folder the network came from: all that is left to know where diffusers made
+        the pipeline.
+        """
         folder = self._folder
         if folder is None:
             return {}
         if not (folder / ENCODERS).is_dir():
             raise InputError(
-                f"{folder}: the encoders' files are not beside the model; load it with LIDiTPipeline.from_pretrained"
+                f"{folder}: the encoders' files are not beside the model; load it with "
+                "LIDiTPipeline.from_pretrained"
             )
         check_model(folder)
-        return {name: ModelEncoder.load(folder / ENCODERS, name) for name in self.model.conditioner.names}
+        return {
+            name: ModelEncoder.load(folder / ENCODERS, name)
+            for name in self.model.conditioner.names
+        }
 
     @property
     def _folder(self) -> Path | None:
@@ -95,16 +107,23 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
         """Name -> the LLM as a torch module; loads those that are not in memory."""
-        return {name: entry.encoder(str(self._execution_device)).trunk.model for name, entry in self.encoders.items()}
+        return {
+            name: entry.encoder(str(self._execution_device)).trunk.model
+            for name, entry in self.encoders.items()
+        }
 
     @property
     def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
         """Name -> the LLM's tokenizer; loads the LLM with it."""
-        loaded = {name: entry.encoder(str(self._execution_device)) for name, entry in self.encoders.items()}
+        loaded = {
+            name: entry.encoder(str(self._execution_device))
+            for name, entry in self.encoders.items()
+        }
         return {name: encoder.tokenizer.tokenizer for name, encoder in loaded.items()}
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, TextStates]:
-        """Encode prompts with all of the model's LLMs: the values that a corpus would hold for these captions.
+        """Encode prompts with all of the model's LLMs: the values that a corpus would hold for
+        these captions.
 
         Args:
             prompts: B texts.
@@ -129,7 +148,7 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
         for entry in self.encoders.values():
             entry.loaded = None
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # Network, codec and scheduler
 
     @property
@@ -170,7 +189,9 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
         self._switch_vae("disable_slicing")
 
     def enable_vae_tiling(self) -> None:
-        """Decode large images in overlapping tiles, to save memory; their seams are blended, so pixels may differ."""
+        """Decode large images in overlapping tiles, to save memory; their seams are blended, so
+        pixels may differ.
+        """
         self._switch_vae("enable_tiling")
 
     def disable_vae_tiling(self) -> None:
@@ -181,17 +202,22 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
         if (vae := self.vae) is None:
             return
         if not hasattr(vae, method):
-            raise InputError(f"{type(vae).__name__} has no {method}; this codec decodes images in one way only")
+            raise InputError(
+                f"{type(vae).__name__} has no {method}; this codec decodes images in one way only"
+            )
         getattr(vae, method)()
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler of diffusers that calls use. Assign another to swap it, None for the model's own again.
+        """The scheduler of diffusers that calls use. Assign another to swap it, None for the
+        model's own again.
 
-        Any that walks the model's path fits: `OtherScheduler.from_config(pipe.scheduler.config)`. Every call takes a
-        copy, and a saved model keeps its own.
+        Any that walks the model's path fits: `OtherScheduler.from_config(pipe.scheduler.config)`.
+        Every call takes a copy, and a saved model keeps its own.
         """
-        return self.objective.scheduler(self.sampler) if self._scheduler is None else self._scheduler
+        return (
+            self.objective.scheduler(self.sampler) if self._scheduler is None else self._scheduler
+        )
 
     @scheduler.setter
     def scheduler(self, scheduler: Any | None) -> None:
@@ -208,7 +234,9 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
         # Not by assignment, with which diffusers changes the configuration that a save writes, too.
         self.__dict__["sampler"] = changes.applied(self.sampler)
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
         """The latents of an image.
 
         Args:
@@ -225,10 +253,13 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
         width = self.config.width if width is None else width
         step = self.codec.factor * self.model.config.patch_size
         if height < 1 or width < 1 or height % step or width % step:
-            raise InputError(f"{height} x {width} pixels: height and width must be multiples of {step} for this model")
+            raise InputError(
+                f"{height} x {width} pixels: height and width must be multiples of {step} "
+                "for this model"
+            )
         return self.model.config.channels, height // self.codec.factor, width // self.codec.factor
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # Where the parts are
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -245,9 +276,11 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
         self._move_parts(self.model.device)
         return self
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep one part at a time on the GPU, the others in the machine's memory: each LLM while it reads the prompts,
-        then the network for all steps, then the codec. The images stay the same.
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep one part at a time on the GPU, the others in the machine's memory: each LLM while it
+        reads the prompts, then the network for all steps, then the codec. The images stay the same.
 
         Args:
             gpu_id: Number of the GPU.

@@ -1,4 +1,5 @@
-"""What a call of the pipeline is given: prompts or their states, and seeds, brought into one form or refused.
+"""What a call of the pipeline is given: prompts or their states, and seeds, brought into one form
+or refused.
 
 Shapes: B images, C latent channels, H x W latent size.
 """
@@ -21,7 +22,9 @@ States = Mapping[str, TextStates]
 
 @dataclass(frozen=True)
 class Captions:
-    """What images show: prompts, each distinct one read once, or their states; `rows` is each image's among them."""
+    """What images show: prompts, each distinct one read once, or their states; `rows` is each
+    image's among them.
+    """
 
     prompts: list[str] | None
     states: States | None
@@ -51,12 +54,23 @@ class Captions:
     def spread(self, count: int) -> Captions:
         """One of these for each of `count` captions: itself, or the one that there is."""
         if len(self.rows) not in (1, count):
-            raise InputError(f"{len(self.rows)} negative prompts for {count} prompts: give one, or one per prompt")
-        return self if len(self.rows) == count else Captions(self.prompts, self.states, self.rows * count)
+            raise InputError(
+                f"{len(self.rows)} negative prompts for {count} prompts: give one, or one "
+                "per prompt"
+            )
+        return (
+            self
+            if len(self.rows) == count
+            else Captions(self.prompts, self.states, self.rows * count)
+        )
 
 
-def negative_captions(prompt: str | Sequence[str] | None, states: States | None, count: int) -> Captions | None:
-    """What guidance leads away from, for each of `count` captions; None for the model's own empty caption."""
+def negative_captions(
+    prompt: str | Sequence[str] | None, states: States | None, count: int
+) -> Captions | None:
+    """What guidance leads away from, for each of `count` captions; None for the model's own empty
+    caption.
+    """
     if prompt is None and states is None:
         return None
     if prompt is not None and states is not None:
@@ -67,7 +81,9 @@ def negative_captions(prompt: str | Sequence[str] | None, states: States | None,
 
 
 def seed_per_image(seed: int | Sequence[int] | None, captions: int, each: int = 1) -> list[int]:
-    """Seeds of `each` images per caption. One that is given per caption counts up over the caption's images."""
+    """Seeds of `each` images per caption. One that is given per caption counts up over the
+    caption's images.
+    """
     count = captions * each
     if seed is None:
         return [int(value) for value in torch.randint(0, 2**31, (count,))]
@@ -81,17 +97,23 @@ def seed_per_image(seed: int | Sequence[int] | None, captions: int, each: int = 
     return [int(value) for value in seeds]
 
 
-def generators_per_image(generator: torch.Generator | Sequence[torch.Generator], count: int) -> list[torch.Generator]:
+def generators_per_image(
+    generator: torch.Generator | Sequence[torch.Generator], count: int
+) -> list[torch.Generator]:
     """One generator per image, or one that all draw from in turn."""
     generators = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
     if len(generators) != count:
-        raise InputError(f"{len(generators)} generators for {count} images: give one, or one per image")
+        raise InputError(
+            f"{len(generators)} generators for {count} images: give one, or one per image"
+        )
     return generators
 
 
 @dataclass(frozen=True)
 class Randomness:
-    """Where an image's noise comes from: its first, unless that is given, and what a scheduler adds on the way."""
+    """Where an image's noise comes from: its first, unless that is given, and what a scheduler adds
+    on the way.
+    """
 
     generators: list[torch.Generator]
     latents: torch.Tensor | None
@@ -114,7 +136,9 @@ class Randomness:
             return initial_noise(self.generators, shape, device)
         expected = (len(self.generators), *shape)
         if tuple(self.latents.shape) != expected:
-            raise InputError(f"latents of shape {tuple(self.latents.shape)}: these images need {expected}")
+            raise InputError(
+                f"latents of shape {tuple(self.latents.shape)}: these images need {expected}"
+            )
         return self.latents.to(device)
 
 

@@ -1,4 +1,5 @@
-"""The LLMs of a saved model: what training read of them, kept beside the weights, and the LLM itself when asked for.
+"""The LLMs of a saved model: what training read of them, kept beside the weights, and the LLM
+itself when asked for.
 
 Shapes: P prefix tokens, T caption tokens, W width of the LLM.
 """
@@ -35,9 +36,10 @@ SHARED_TENSORS = ("prefix", "empty", "mean", "deviation")
 class ModelEncoder:
     """One LLM a model was trained with.
 
-    `spec` is the text family's identity and `fingerprint` its sha256; `prefix` [P, W] and `empty` [T, W] are the
-    states training used, so sampling from stored states needs no LLM. `settings` say where to find it when prompts
-    come as text; it is loaded at the first prompt and refused if its fingerprint is another.
+    `spec` is the text family's identity and `fingerprint` its sha256; `prefix` [P, W] and `empty`
+    [T, W] are the states training used, so sampling from stored states needs no LLM. `settings` say
+    where to find it when prompts come as text; it is loaded at the first prompt and refused if its
+    fingerprint is another.
     """
 
     settings: EncoderSettings
@@ -56,14 +58,20 @@ class ModelEncoder:
 
     @classmethod
     def of_family(cls, settings: EncoderSettings, family: TextFamily) -> ModelEncoder:
-        """The encoder behind a corpus's text family; dtype and storage are fixed to what the family holds."""
+        """The encoder behind a corpus's text family; dtype and storage are fixed to what the family
+        holds.
+        """
         shared: SharedStates = family.shared()
-        fixed = settings.model_copy(update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]})
+        fixed = settings.model_copy(
+            update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]}
+        )
         found = (shared.prefix, shared.empty, shared.mean, shared.deviation)
         return cls(fixed, family.spec, family.fingerprint, *found, code=shared.code)
 
     def save(self, folder: Path) -> None:
-        """`<name>.json` with spec, fingerprint and settings; `<name>.safetensors` with the shared states."""
+        """`<name>.json` with spec, fingerprint and settings; `<name>.safetensors` with the shared
+        states.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         facts = {
             "name": self.name,
@@ -71,7 +79,9 @@ class ModelEncoder:
             "spec": self.spec,
             "settings": self.settings.model_dump(mode="json"),
         }
-        (folder / f"{self.name}.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        (folder / f"{self.name}.json").write_text(
+            json.dumps(facts, indent=2, sort_keys=True) + "\n"
+        )
         tensors = {name: getattr(self, name).cpu().contiguous() for name in SHARED_TENSORS}
         if self.code is not None:  # what rounds a prompt's states as the corpus stores captions'
             tensors["basis"] = self.code.basis.cpu().contiguous()
@@ -85,7 +95,8 @@ class ModelEncoder:
         missing = [file.name for file in (path, states) if not file.is_file()]
         if missing:
             raise InputError(
-                f"{folder}: the model was trained with the encoder {name!r}, but {' and '.join(missing)} "
+                f"{folder}: the model was trained with the encoder {name!r}, but "
+                f"{' and '.join(missing)} "
                 f"{'are' if len(missing) > 1 else 'is'} missing; copy the whole model folder"
             )
         try:
@@ -98,20 +109,27 @@ class ModelEncoder:
                 code = StateCode(tensors["basis"], float(tensors["step"]))
         except (OSError, ValueError, LookupError, SafetensorError) as error:
             raise InputError(
-                f"{path}: encoder {name!r} cannot be read ({one_line(error, 200)}); copy the model folder again"
+                f"{path}: encoder {name!r} cannot be read ({one_line(error, 200)}); copy the "
+                "model folder again"
             ) from None
         if digest_of(spec) != fingerprint:
-            raise InputError(f"{path}: the fingerprint does not belong to the spec; the file was edited")
+            raise InputError(
+                f"{path}: the fingerprint does not belong to the spec; the file was edited"
+            )
         checked = validate(EncoderSettings, settings, str(path))
         return cls(checked, spec, fingerprint, prefix, empty, mean, deviation, code=code)
 
     def share(self, encoder: PromptEncoder) -> None:
-        """Use an LLM that is already loaded. Raises InputError naming the fields in which it differs."""
+        """Use an LLM that is already loaded. Raises InputError naming the fields in which it
+        differs.
+        """
         self._check(encoder.spec.to_dict())
         self.loaded = encoder
 
     def encoder(self, device: str | None = None) -> PromptEncoder:
-        """The LLM, loaded once. Raises InputError where it cannot be found or is not the one of the training."""
+        """The LLM, loaded once. Raises InputError where it cannot be found or is not the one of the
+        training.
+        """
         if self.loaded is None:
             spec = resolve_encoder(self.settings)
             self._check(spec.to_dict())
@@ -119,7 +137,9 @@ class ModelEncoder:
         return self.loaded
 
     def encode(self, captions: Sequence[str], device: str | None = None) -> list[torch.Tensor]:
-        """States [T_i, W] of each caption, read and rounded as the corpus stores it: the same as training saw."""
+        """States [T_i, W] of each caption, read and rounded as the corpus stores it: the same as
+        training saw.
+        """
         storage = self.spec["storage"]
         captions = [normalise(text.strip()) for text in captions]  # as ingest does
         rows = []
@@ -127,20 +147,29 @@ class ModelEncoder:
         for caption in encoded:
             values, scale = encode(caption.states, storage, self.mean, self.deviation, self.code)
             rows.append(decode(values, storage, scale, self.mean, self.deviation, self.code))
-        if cut := sum(caption.truncated for caption in encoded):  # never a word of a prompt: logs outlive requests
+        # never a word of a prompt: logs outlive requests
+        if cut := sum(caption.truncated for caption in encoded):
             log.warning(
-                "encoder %s: cut to their first %d tokens, more were not used in training either: %d of %d prompts",
+                "encoder %s: cut to their first %d tokens, more were not used in training either: "
+                "%d of %d prompts",
                 self.name, self.spec["max_tokens"], cut, len(encoded),
             )  # fmt: skip
         return rows
 
     def require_instruction(self, prefix: torch.Tensor) -> None:
-        """Raises InputError unless a prefix [P, W] is this encoder's but for rounding: guidance would mix the two."""
+        """Raises InputError unless a prefix [P, W] is this encoder's but for rounding: guidance
+        would mix the two.
+        """
         own, given = self.prefix.float(), prefix.float().to(self.prefix.device)
         # Of another instruction of the same length, states are about a deviation apart.
-        if given.shape == own.shape and (given - own).abs().sum() <= ROUNDING * self.deviation.mean() * own.numel():
+        if (
+            given.shape == own.shape
+            and (given - own).abs().sum() <= ROUNDING * self.deviation.mean() * own.numel()
+        ):
             return
-        raise InputError(f"encoder {self.name!r}: these states follow another instruction than the model's")
+        raise InputError(
+            f"encoder {self.name!r}: these states follow another instruction than the model's"
+        )
 
     def collate(self, rows: Sequence[torch.Tensor]) -> TextStates:
         """Captions' states with this encoder's prefix."""
@@ -151,6 +180,7 @@ class ModelEncoder:
         if differences:
             listed = "; ".join(differences)
             raise InputError(
-                f"encoder {self.name!r}: {self.settings.model} is not what the model was trained with "
+                f"encoder {self.name!r}: {self.settings.model} is not what the model was "
+                "trained with "
                 f"(trained -> found): {listed}"
             )

@@ -21,7 +21,8 @@ class LIDiTPipelineOutput:
     """Images of one call; it is also a sequence of them: `pipe(prompt)[0]` is the first image.
 
     Args:
-        images: B images: a list of PIL images, an array [B, height, width, 3], a tensor [B, 3, height, width], or
+        images: B images: a list of PIL images, an array [B, height, width, 3], a tensor
+        [B, 3, height, width], or
             latents [B, C, H, W], as the call's `output_type` says.
     """
 
@@ -40,7 +41,9 @@ class LIDiTPipelineOutput:
 def check_output_type(output_type: str) -> None:
     """Raises InputError for a form that images cannot be given in."""
     if output_type not in get_args(OutputType):
-        raise InputError(f"output_type: {output_type!r} is none of {', '.join(get_args(OutputType))}")
+        raise InputError(
+            f"output_type: {output_type!r} is none of {', '.join(get_args(OutputType))}"
+        )
 
 
 def as_images(images: torch.Tensor, output_type: str) -> Any:

@@ -27,10 +27,24 @@ from lidit.pipeline.callback import OnStep, StepCallback
 from lidit.pipeline.card import model_card
 from lidit.pipeline.checksums import check_model, write_checksums
 from lidit.pipeline.components import ENCODERS, INDEX, VAE, PipelineParts
-from lidit.pipeline.inputs import Captions, Randomness, States, negative_captions, seed_per_image, size_of
+from lidit.pipeline.inputs import (
+    Captions,
+    Randomness,
+    States,
+    negative_captions,
+    seed_per_image,
+    size_of,
+)
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.pipeline.output import LIDiTPipelineOutput, OutputType, as_images, check_output_type
-from lidit.pipeline.places import LOADER, LOADER_TEXT, device_of, local_folder, one_dtype, replace_encoder
+from lidit.pipeline.places import (
+    LOADER,
+    LOADER_TEXT,
+    device_of,
+    local_folder,
+    one_dtype,
+    replace_encoder,
+)
 from lidit.pipeline.settings import PipelineSettings
 from lidit.text import PromptEncoder
 
@@ -38,7 +52,8 @@ CARD = "README.md"
 
 
 class LIDiTPipeline(PipelineParts):
-    """Samples images of prompts. Load with `from_pretrained`; call with prompts, or with states computed before.
+    """Samples images of prompts. Load with `from_pretrained`; call with prompts, or with states
+    computed before.
 
     Args:
         model: The network.
@@ -73,9 +88,11 @@ class LIDiTPipeline(PipelineParts):
             folder: The model folder, or a hub id.
             revision: Commit of a hub id.
             dtype: Of the weights; None keeps them as saved.
-            encoders: Encoder name -> an encoder that is already loaded, to share it; or the folder where its files are
+            encoders: Encoder name -> an encoder that is already loaded, to share it; or the folder
+            where its files are
                 on this machine; or a hub id as `id@commit`.
-            check_files: Compare every file with the checksums it was saved with; None does so below 20 GB.
+            check_files: Compare every file with the checksums it was saved with; None does so below
+            20 GB.
             torch_dtype: The same as `dtype`, by its older name.
             device_map: The device that all parts go to, such as "cuda".
             variant: Which of several saved sets of the network's weights, such as "bf16".
@@ -85,29 +102,39 @@ class LIDiTPipeline(PipelineParts):
             The pipeline, on the CPU unless `device_map` says otherwise; `to("cuda")` moves it.
 
         Raises:
-            InputError: The folder is no model folder, an encoder's files are missing, or a shared encoder is not the
+            InputError: The folder is no model folder, an encoder's files are missing, or a shared
+            encoder is not the
                 one of the training.
         """
         device, dtype = device_of(device_map), one_dtype(dtype, torch_dtype)
         path = local_folder(folder, revision, local_files_only)
         if not (path / INDEX).is_file():
-            raise InputError(f"{path}: no {INDEX}, so this is not a model folder written by lidit train")
+            raise InputError(
+                f"{path}: no {INDEX}, so this is not a model folder written by lidit train"
+            )
         check_model(path, check_files)
         # diffusers takes whatever the file holds for an object, a text even for a name on the hub.
         read_object(path / INDEX, "copy the model folder again")
         try:
             model = LIDiT.load(path / "model", dtype, variant)
-            # Without the flag a folder that has only a pickle is opened as one, and a pickle can run code.
-            pipeline = super().from_pretrained(str(path), model=model, torch_dtype=dtype, use_safetensors=True)
+            # Without the flag a folder that has only a pickle is opened as one, and a pickle can
+            # run code.
+            pipeline = super().from_pretrained(
+                str(path), model=model, torch_dtype=dtype, use_safetensors=True
+            )
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = one_line(error)[:300]
-            raise InputError(f"{path}: the model cannot be loaded ({reason}); fetch or train it again") from None
+            raise InputError(
+                f"{path}: the model cannot be loaded ({reason}); fetch or train it again"
+            ) from None
         pipeline.model.eval()
         names = pipeline.model.conditioner.names
         pipeline.encoders = {name: ModelEncoder.load(path / ENCODERS, name) for name in names}
         for name, replacement in (encoders or {}).items():
             if name not in pipeline.encoders:
-                raise InputError(f"the model has no encoder {name!r}; it was trained with {', '.join(names)}")
+                raise InputError(
+                    f"the model has no encoder {name!r}; it was trained with {', '.join(names)}"
+                )
             replace_encoder(pipeline.encoders[name], replacement)
         return pipeline if device is None else pipeline.to(device)
 
@@ -127,7 +154,9 @@ class LIDiTPipeline(PipelineParts):
             safe_serialization: Always true: weights are safetensors, never pickles.
         """
         if not safe_serialization:
-            raise InputError("safe_serialization=False would write pickles, which can run code; leave it out")
+            raise InputError(
+                "safe_serialization=False would write pickles, which can run code; leave it out"
+            )
         self.require_no_adapters()
         folder = Path(save_directory)
         if self.codec_settings.model is not None:
@@ -136,10 +165,13 @@ class LIDiTPipeline(PipelineParts):
             exact.model.save_pretrained(folder / VAE, safe_serialization=True)
             inside = self.codec_settings.model_copy(update={"model": VAE, "revision": None})
             self.register_to_config(codec=inside.model_dump(mode="json"))
-        # diffusers would leave the index of a save in shards, and could not load what is saved whole over it.
+        # diffusers would leave the index of a save in shards, and could not load what is saved
+        # whole over it.
         kind = f".{variant}" if variant else ""
         (folder / "model" / f"{SAFETENSORS_WEIGHTS_NAME}.index{kind}.json").unlink(missing_ok=True)
-        super().save_pretrained(str(folder), safe_serialization=True, max_shard_size=max_shard_size, variant=variant)
+        super().save_pretrained(
+            str(folder), safe_serialization=True, max_shard_size=max_shard_size, variant=variant
+        )
         for encoder in self.encoders.values():
             encoder.save(folder / ENCODERS)
         (folder / LOADER).write_text(LOADER_TEXT)
@@ -187,7 +219,11 @@ class LIDiTPipeline(PipelineParts):
         """
         saved = validate(SamplerSettings, self.config.sampler or {}, f"{INDEX}: sampler")
         settings = PipelineSettings(
-            self.objective.settings, saved, self.codec_settings, self.config.height, self.config.width
+            self.objective.settings,
+            saved,
+            self.codec_settings,
+            self.config.height,
+            self.config.width,
         )
         return model_card(self.model, list(self.encoders.values()), settings, facts)
 
@@ -223,39 +259,52 @@ class LIDiTPipeline(PipelineParts):
 
         Args:
             prompt: One or more captions, each encoded once however often it is given.
-            height: Pixels, a multiple of codec factor x patch size. Default: that of `latents`, else the training size.
+            height: Pixels, a multiple of codec factor x patch size. Default: that of `latents`,
+            else the training size.
             width: The same.
             num_inference_steps: Sampling steps. Default, here and below: the model's own settings.
-            timesteps: The steps themselves, in the scheduler's units, for schedulers that take them.
-            sigmas: The steps themselves, as noise levels from 1 down, for schedulers that take them.
+            timesteps: The steps themselves, in the scheduler's units, for schedulers that take
+            them.
+            sigmas: The steps themselves, as noise levels from 1 down, for schedulers that take
+            them.
             guidance_scale: Weight of the prompt against the empty caption; 1 is no guidance.
             guidance_interval: Timesteps (low, high) in [0, 1] between which guidance acts.
-            guidance_rescale: Share in [0, 1] by which guided predictions get back their standard deviation.
-            scheduler: Name of the sampler's method, "auto" for the objective's first. Default: `pipe.scheduler`.
-            negative_prompt: What guidance leads away from, in place of the empty caption: one, or one per prompt.
+            guidance_rescale: Share in [0, 1] by which guided predictions get back their standard
+            deviation.
+            scheduler: Name of the sampler's method, "auto" for the objective's first. Default:
+            `pipe.scheduler`.
+            negative_prompt: What guidance leads away from, in place of the empty caption: one, or
+            one per prompt.
             num_images_per_prompt: Images of each prompt, one after the other.
-            seed: One for all prompts, or one per prompt, or one per image: an image depends on its prompt and seed,
-                not on the batch. The images of one prompt take the seed, seed + 1, and so on. None draws seeds at
-                random.
+            seed: One for all prompts, or one per prompt, or one per image: an image depends on its
+            prompt and seed,
+                not on the batch. The images of one prompt take the seed, seed + 1, and so on. None
+                draws seeds at random.
             generator: In place of seeds: one per image, or one that all images draw from in turn.
-            latents: Noise to start from, [B, C, H, W], in place of the one that seeds or generators give.
-            states: In place of prompts, encoder name -> states of captions, from `encode_prompts` or a corpus.
+            latents: Noise to start from, [B, C, H, W], in place of the one that seeds or generators
+            give.
+            states: In place of prompts, encoder name -> states of captions, from `encode_prompts`
+            or a corpus.
             prompt_embeds: The same as `states`, by diffusers' name.
             negative_prompt_embeds: The same for `negative_prompt`.
-            output_type: "pil" gives a list of images; "np" float32 [B, height, width, 3] in [0, 1]; "pt" float32
+            output_type: "pil" gives a list of images; "np" float32 [B, height, width, 3] in [0, 1];
+            "pt" float32
                 [B, 3, height, width] in [0, 1]; "latent" the latents [B, C, H, W], not decoded.
             return_dict: False gives the tuple (images,).
-            callback_on_step_end: Called after each step with the pipeline, the step's number, its timestep and
-                {"latents": latents}; it may give back {"latents": others}. `pipe._interrupt = True` ends the walk.
+            callback_on_step_end: Called after each step with the pipeline, the step's number, its
+            timestep and
+                {"latents": latents}; it may give back {"latents": others}. `pipe._interrupt = True`
+                ends the walk.
             callback_on_step_end_tensor_inputs: What the callback is given: "latents", or nothing.
 
         Returns:
             `LIDiTPipelineOutput`, whose `images` have the form that `output_type` names.
 
         Raises:
-            InputError: A wrong size, a missing encoder, states of another instruction, a scheduler that does not fit,
-                a prompt that is no text, a seed of more than 64 bits, or a number of seeds that is neither one nor
-                that of the prompts.
+            InputError: A wrong size, a missing encoder, states of another instruction, a scheduler
+            that does not fit,
+                a prompt that is no text, a seed of more than 64 bits, or a number of seeds that is
+                neither one nor that of the prompts.
         """
         # 1. Refuse what cannot work before the LLMs are loaded.
         check_output_type(output_type)
@@ -287,7 +336,9 @@ class LIDiTPipeline(PipelineParts):
         # 3. Walk from noise to latents.
         walk = Walk(self.objective, noise, sampler, randomness.generators, prepared)
         drawn = self._denoise(
-            walk, GuidedPredictor(self.model, text, empty, sampler, captions.rows, empty_rows), callback
+            walk,
+            GuidedPredictor(self.model, text, empty, sampler, captions.rows, empty_rows),
+            callback,
         )
         # 4. Decode.
         images = drawn if output_type == "latent" else self._decode(drawn, output_type)
@@ -304,8 +355,12 @@ class LIDiTPipeline(PipelineParts):
         return self._num_timesteps
 
     def _text(self, captions: Captions) -> dict[str, TextStates]:
-        """The captions' states on the network's device; raises InputError for states that are not this model's."""
-        states = captions.states if captions.prompts is None else self.encode_prompts(captions.prompts)
+        """The captions' states on the network's device; raises InputError for states that are not
+        this model's.
+        """
+        states = (
+            captions.states if captions.prompts is None else self.encode_prompts(captions.prompts)
+        )
         assert states is not None
         text = {name: entry.to(self._execution_device) for name, entry in states.items()}
         self.model.conditioner.check(text)
@@ -316,15 +371,21 @@ class LIDiTPipeline(PipelineParts):
     def _away(
         self, negative: Captions | None, each: int, sampler: SamplerSettings
     ) -> tuple[dict[str, TextStates], list[int] | None]:
-        """States that guidance leads away from, and each image's among them; of the empty caption unless told."""
+        """States that guidance leads away from, and each image's among them; of the empty caption
+        unless told.
+        """
         if negative is not None and self.model.takes_guidance:
             raise InputError(NO_NEGATIVE)
         if negative is not None and sampler.guidance_scale != 1:
             return self._text(negative), negative.repeated(each).rows
         device = self._execution_device
-        return {name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()}, None
+        return {
+            name: entry.collate([entry.empty]).to(device) for name, entry in self.encoders.items()
+        }, None
 
-    def _denoise(self, walk: Walk, predict: GuidedPredictor, callback: StepCallback | None) -> torch.Tensor:
+    def _denoise(
+        self, walk: Walk, predict: GuidedPredictor, callback: StepCallback | None
+    ) -> torch.Tensor:
         """Latents [B, C, H, W] at the end of the walk, or where the callback ended it."""
         self._interrupt, self._num_timesteps = False, len(walk.levels)
         with self.progress_bar(total=len(walk.levels)) as bar:
@@ -338,7 +399,9 @@ class LIDiTPipeline(PipelineParts):
         return walk.latents
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
-        """Images in the form that was asked for; the codec leaves the GPU again where parts are offloaded."""
+        """Images in the form that was asked for; the codec leaves the GPU again where parts are
+        offloaded.
+        """
         images = self.codec.decode(latents)
         if self._offloads:
             self.codec.to("cpu")

@@ -1,4 +1,6 @@
-"""Where a pipeline is loaded from and to: a folder or the hub, an LLM's files elsewhere, a device, a dtype."""
+"""Where a pipeline is loaded from and to: a folder or the hub, an LLM's files elsewhere, a device,
+a dtype.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ LOADER_TEXT = '''"""The class that DiffusionPipeline.from_pretrained(..., custom
 from lidit.pipeline import LIDiTPipeline
 
 __all__ = ["LIDiTPipeline"]
-'''
+'''  # noqa: E501
 
 
 def local_folder(folder: str | Path, revision: str | None, local_files_only: bool) -> Path:
@@ -25,22 +27,32 @@ def local_folder(folder: str | Path, revision: str | None, local_files_only: boo
     path = Path(folder).expanduser()
     if path.exists() or not is_hub_id(str(folder)):
         if not path.is_dir():
-            raise InputError(f"{folder}: no such model folder; give one that lidit train wrote, or a hub id")
+            raise InputError(
+                f"{folder}: no such model folder; give one that lidit train wrote, or a hub id"
+            )
         return path
-    return fetch_snapshot(str(folder), revision, ["*.json", "*.safetensors", "README.md"], local_files_only)
+    return fetch_snapshot(
+        str(folder), revision, ["*.json", "*.safetensors", "README.md"], local_files_only
+    )
 
 
 def replace_encoder(entry: ModelEncoder, replacement: str | Path | PromptEncoder) -> None:
-    """Share a loaded LLM, or say where else the LLM's files are: a folder, or a hub id as `id@commit`."""
+    """Share a loaded LLM, or say where else the LLM's files are: a folder, or a hub id as
+    `id@commit`.
+    """
     if isinstance(replacement, PromptEncoder):
         entry.share(replacement)
     else:
         place, _, commit = str(replacement).partition("@")
-        entry.settings = entry.settings.model_copy(update={"model": place, "revision": commit or None})
+        entry.settings = entry.settings.model_copy(
+            update={"model": place, "revision": commit or None}
+        )
 
 
 def one_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The weights' dtype under either of its names; raises InputError for two, or for what is no dtype."""
+    """The weights' dtype under either of its names; raises InputError for two, or for what is no
+    dtype.
+    """
     given = {value for value in (dtype, torch_dtype) if value is not None}
     if len(given) > 1:
         raise InputError(f"dtype is {dtype} and torch_dtype is {torch_dtype}: give one of them")
@@ -51,7 +63,9 @@ def one_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> tor
 
 
 def device_of(device_map: str | None) -> torch.device | None:
-    """The device that all parts go to. Raises InputError for a plan that spreads them: the network is one piece."""
+    """The device that all parts go to. Raises InputError for a plan that spreads them: the network
+    is one piece.
+    """
     if device_map is None:
         return None
     try:

@@ -1,4 +1,6 @@
-"""Writing the folder that people load: a trained network with its LLMs' states, settings and model card."""
+"""Writing the folder that people load: a trained network with its LLMs' states, settings and model
+card.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from lidit.config import CodecSettings, ObjectiveSettings, SamplerSettings
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """The settings a pipeline is built with; `height` and `width` are the training size in pixels."""
+    """The settings a pipeline is built with; `height` and `width` are the training
+    size in pixels.
+    """
 
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)

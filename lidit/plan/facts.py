@@ -1,4 +1,6 @@
-"""The facts of a plan: read from the corpus and the models where these exist, else from the recipe's `plan`."""
+"""The facts of a plan: read from the corpus and the models where these exist, else from the
+recipe's `plan`.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,19 @@ from lidit.text.rules import joined_width, resolve_reading
 
 
 def gather_facts(recipe: Recipe) -> Facts:
-    """Raises InputError naming the setting to give for everything that is neither measured nor assumed yet."""
+    """Raises InputError naming the setting to give for everything that is neither measured nor
+    assumed yet.
+    """
     corpus = _corpus(recipe)
     assumed = recipe.plan
     if assumed.samples is None and corpus is None:
         raise InputError(f"the corpus {recipe.corpus} does not exist yet; give plan.samples=NUMBER")
     samples = assumed.samples or (corpus.num_samples if corpus else 0)
-    per_sample = corpus.facts["totals"]["captions"] / corpus.num_samples if corpus else assumed.captions_per_sample
+    per_sample = (
+        corpus.facts["totals"]["captions"] / corpus.num_samples
+        if corpus
+        else assumed.captions_per_sample
+    )
     tokens, prefixes, encoders, coded_bits = {}, {}, {}, {}
     for encoder in recipe.encoders:
         encoders[encoder.name] = planned_encoder(encoder, recipe)
@@ -32,11 +40,15 @@ def gather_facts(recipe: Recipe) -> Facts:
         if family is not None:
             tokens[encoder.name] = family.manifest["tokens"] / max(1, family.manifest["rows"])
             if family.spec["storage"] == "coded":
-                coded_bits[encoder.name] = 8 * family.manifest["bytes"] / (family.manifest["tokens"] * family.width)
+                coded_bits[encoder.name] = (
+                    8 * family.manifest["bytes"] / (family.manifest["tokens"] * family.width)
+                )
             prefixes[encoder.name] = len(family.shared().prefix)
         else:
             prefixes[encoder.name] = 0 if encoder.kind == "encoder" else assumed.prefix_tokens
-            tokens[encoder.name] = _stored_tokens(encoder, assumed.caption_tokens, prefixes[encoder.name])
+            tokens[encoder.name] = _stored_tokens(
+                encoder, assumed.caption_tokens, prefixes[encoder.name]
+            )
     pixels = recipe.codec.model is None
     return Facts(
         samples=samples,
@@ -52,7 +64,9 @@ def gather_facts(recipe: Recipe) -> Facts:
 
 
 def planned_encoder(encoder: EncoderSettings, recipe: Recipe) -> PlannedEncoder:
-    """What of an encoder's model runs and is stored. InputError for a layer that the model lacks."""
+    """What of an encoder's model runs and is stored. InputError for a layer that the
+    model lacks.
+    """
     shape = encoder_shape(encoder, recipe)
     blocks, reading = resolve_reading(encoder, shape.blocks)
     return PlannedEncoder(
@@ -65,19 +79,25 @@ def planned_encoder(encoder: EncoderSettings, recipe: Recipe) -> PlannedEncoder:
 
 
 def _stored_tokens(encoder: EncoderSettings, caption_tokens: float, prefix: int) -> float:
-    """Tokens of a caption on disk, where a caption has `caption_tokens`; padding is there where states depend on it."""
+    """Tokens of a caption on disk, where a caption has `caption_tokens`; padding is there where
+    states depend on it.
+    """
     longest = max(1, encoder.max_tokens - (prefix if encoder.counted == "whole" else 0))
     if encoder.padding is None:
         return min(caption_tokens, longest)
     if encoder.padding.multiple_of is None:
         return longest
-    return min(longest, math.ceil(caption_tokens / encoder.padding.multiple_of) * encoder.padding.multiple_of)
+    return min(
+        longest,
+        math.ceil(caption_tokens / encoder.padding.multiple_of) * encoder.padding.multiple_of,
+    )
 
 
 def _corpus(recipe: Recipe) -> Corpus | None:
     """The recipe's corpus, or None before ingest.
 
-    Also None where its store cannot be reached and `plan.samples` is given: plans are made far from the store too.
+    Also None where its store cannot be reached and `plan.samples` is given: plans are made far from
+    the store too.
     """
     try:
         there = Folder.at(recipe.corpus).exists(CORPUS_FILE)
@@ -89,7 +109,8 @@ def _corpus(recipe: Recipe) -> Corpus | None:
 
 
 def _family(corpus: Corpus | None, encoder: EncoderSettings) -> TextFamily | None:
-    """The recipe's text family, or None if it is missing, unfinished or was made with other settings.
+    """The recipe's text family, or None if it is missing, unfinished or was made with other
+    settings.
 
     A plan works without it.
     """
@@ -105,18 +126,22 @@ def _latent(recipe: Recipe, corpus: Corpus | None) -> tuple[int, int, int]:
         return recipe.plan.latent
     if corpus is not None:
         for handle in corpus.latent_families():
-            if handle.name == recipe.codec.name and handle.complete:  # a retrained codec's have the same shape
+            # a retrained codec's have the same shape
+            if handle.name == recipe.codec.name and handle.complete:
                 return corpus.latent_family(handle.directory).shapes(0)[0]
     if recipe.codec.model is None:
         side = recipe.ingest.resolution * recipe.codec.scale
         return (3, side, side)
     raise InputError(
-        f"plan.latent: the corpus has no latents of codec {recipe.codec.name!r} yet; give [channels, height, width]"
+        f"plan.latent: the corpus has no latents of codec {recipe.codec.name!r} yet; give "
+        "[channels, height, width]"
     )
 
 
 def encoder_shape(encoder: EncoderSettings, recipe: Recipe) -> EncoderShape:
-    """Width, blocks and parameters of one block: from `plan.encoders`, else from a model folder on this machine."""
+    """Width, blocks and parameters of one block: from `plan.encoders`, else from a model folder on
+    this machine.
+    """
     if encoder.name in recipe.plan.encoders:
         return recipe.plan.encoders[encoder.name]
     folder = Path(encoder.model).expanduser()
@@ -142,6 +167,10 @@ def shape_of_folder(folder: Path) -> EncoderShape:
         model = AutoModel.from_config(text, trust_remote_code=False)
     blocks = int(text.num_hidden_layers)
     inside = sum(
-        p.numel() for name, p in model.named_parameters() if {"layers", "layer", "block"} & set(name.split("."))
+        p.numel()
+        for name, p in model.named_parameters()
+        if {"layers", "layer", "block"} & set(name.split("."))
     )
-    return EncoderShape(width=int(text.hidden_size), blocks=blocks, block_parameters=round(inside / blocks))
+    return EncoderShape(
+        width=int(text.hidden_size), blocks=blocks, block_parameters=round(inside / blocks)
+    )

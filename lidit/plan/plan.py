@@ -1,9 +1,12 @@
-"""What a run will need, worked out before anything is spent: memory, arithmetic, storage, bandwidth, money.
+"""What a run will need, worked out before anything is spent: memory, arithmetic, storage,
+bandwidth, money.
 
-Nothing here reads a file or starts a job. Every formula is held by a test to what a small real run measures: FLOPs to
-torch's counter, bytes on disk to written families, memory to the tensors an engine keeps.
+Nothing here reads a file or starts a job. Every formula is held by a test to what a small real run
+measures: FLOPs to torch's counter, bytes on disk to written families, memory to the tensors an
+engine keeps.
 
-Symbols: P parameters, N workers, B samples of one micro-batch, T caption tokens, W width of an LLM, D of the model.
+Symbols: P parameters, N workers, B samples of one micro-batch, T caption tokens, W width of an LLM,
+D of the model.
 """
 
 from __future__ import annotations
@@ -21,18 +24,27 @@ from torch.overrides import TorchFunctionMode
 from lidit.config import EncoderSettings, EncoderShape, ModelSettings, OnlineSettings, Recipe
 from lidit.models import LIDiT, TextStates
 from lidit.models.flops import forward_flops
-from lidit.plan.states import STATE_BITS, Run, StatesPlan, encoders_per_trainer, plan_states, text_bytes
+from lidit.plan.states import (
+    STATE_BITS,
+    Run,
+    StatesPlan,
+    encoders_per_trainer,
+    plan_states,
+    text_bytes,
+)
 
 LATENT_BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
-# In elements, DeepSpeed's defaults: gradients reduced together, and gathered parameters ZeRO-3 may keep for reuse.
+# In elements, DeepSpeed's defaults: gradients reduced together, and gathered parameters ZeRO-3 may
+# keep for reuse.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class PlannedEncoder:
-    """An LLM of `shape` of which `blocks` run. `width`: of a stored token, `layers` of which are kept apart; `pooled`:
-    of a caption's own vector."""
+    """An LLM of `shape` of which `blocks` run. `width`: of a stored token, `layers` of which are
+    kept apart; `pooled`: of a caption's own vector.
+    """
 
     shape: EncoderShape
     blocks: int
@@ -45,7 +57,8 @@ class PlannedEncoder:
 class Facts:
     """What a plan is about, measured from a corpus or assumed in the recipe.
 
-    `caption_tokens`, `prefix_tokens`: mean per caption, and once per encoder. `latent`: (channels, height, width).
+    `caption_tokens`, `prefix_tokens`: mean per caption, and once per encoder. `latent`: (channels,
+    height, width).
     """
 
     samples: int
@@ -56,11 +69,14 @@ class Facts:
     latent: tuple[int, int, int]
     latent_storage: str
     posterior: bool
-    coded_bits: Mapping[str, float] = field(default_factory=dict)  # per value, of encoders whose coded states are there
+    # per value, of encoders whose coded states are there
+    coded_bits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.captions < self.samples or min(self.samples, *self.latent) < 1:
-            raise ValueError(f"a plan needs samples with at least one caption each and latents: {self}")
+            raise ValueError(
+                f"a plan needs samples with at least one caption each and latents: {self}"
+            )
 
 
 def build_on_meta(settings: ModelSettings, facts: Facts) -> LIDiT:
@@ -71,12 +87,14 @@ def build_on_meta(settings: ModelSettings, facts: Facts) -> LIDiT:
         return LIDiT.from_settings(settings, widths, facts.latent[0], layers)
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one worker. `states`: weights, gradients, optimizer moments, master weights, average."""
+    """Bytes on one worker. `states`: weights, gradients, optimizer moments, master weights,
+    average.
+    """
 
     states: float
     buffers: float
@@ -88,10 +106,12 @@ class Memory:
 
 
 def state_bytes(count: int, stage: int, workers: int, precision: str) -> float:
-    """Weights, gradients and everything the optimizer and the average keep for P = `count`, on one worker.
+    """Weights, gradients and everything the optimizer and the average keep for P = `count`, on one
+    worker.
 
-    ZeRO keeps master weights even in float32. Stage 0 has none: bfloat16 is then autocast over float32 weights. Stage 1
-    holds whole gradients and, while they are averaged, its own share of them again.
+    ZeRO keeps master weights even in float32. Stage 0 has none: bfloat16 is then autocast over
+    float32 weights. Stage 1 holds whole gradients and, while they are averaged, its own share of
+    them again.
     """
     share = count / workers
     low = 4 if precision == "float32" or stage == 0 else 2
@@ -104,7 +124,9 @@ def state_bytes(count: int, stage: int, workers: int, precision: str) -> float:
 
 
 def buffer_bytes(count: int, stage: int, precision: str) -> float:
-    """What DeepSpeed holds for communication: a bucket of gradients, and under stage 3 gathered parameters."""
+    """What DeepSpeed holds for communication: a bucket of gradients, and under stage 3 gathered
+    parameters.
+    """
     low = 4 if precision == "float32" else 2
     if stage < 2:
         return 0.0
@@ -112,7 +134,9 @@ def buffer_bytes(count: int, stage: int, precision: str) -> float:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch would take the attention that stores all weights; on CPU and GPU it never does."""
+    """On the meta device torch would take the attention that stores all weights; on CPU and GPU it
+    never does.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -120,13 +144,20 @@ class _FusedAttention(TorchFunctionMode):
         mask = (kwargs or {}).get("attn_mask")
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.to(args[0].dtype)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], attn_mask=mask)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *args[:3], attn_mask=mask
+        )[0]
 
 
-def saved_bytes(model: LIDiT, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, TextStates]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, parameters apart. On any device, meta included."""
+def saved_bytes(
+    model: LIDiT, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, TextStates]
+) -> int:
+    """Bytes that a forward pass keeps for the backward pass, parameters apart. On any device, meta
+    included.
+    """
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages stay alive here, so that no address comes twice
+    # the storages stay alive here, so that no address comes twice
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -141,18 +172,29 @@ def saved_bytes(model: LIDiT, latents: torch.Tensor, timestep: torch.Tensor, tex
 
 
 def activation_bytes(recipe: Recipe, facts: Facts, micro_batch: int) -> float:
-    """What one micro-batch keeps between forward and backward; with checkpointing also one block's own part."""
+    """What one micro-batch keeps between forward and backward; with checkpointing also one block's
+    own part.
+    """
     dtype = torch.float32 if recipe.engine.precision == "float32" else torch.bfloat16
     found = {}
     for again in {False, recipe.model.activation_checkpointing}:
-        model = build_on_meta(recipe.model.model_copy(update={"activation_checkpointing": again}), facts).train()
+        model = build_on_meta(
+            recipe.model.model_copy(update={"activation_checkpointing": again}), facts
+        ).train()
         with torch.device("meta"), _FusedAttention():
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
             text = {
                 name: TextStates(
-                    torch.empty(micro_batch, max(1, round(facts.caption_tokens[name])), encoder.width, dtype=dtype),
-                    torch.empty(micro_batch, max(1, round(facts.caption_tokens[name])), dtype=torch.bool),
+                    torch.empty(
+                        micro_batch,
+                        max(1, round(facts.caption_tokens[name])),
+                        encoder.width,
+                        dtype=dtype,
+                    ),
+                    torch.empty(
+                        micro_batch, max(1, round(facts.caption_tokens[name])), dtype=torch.bool
+                    ),
                     torch.empty(facts.prefix_tokens[name], encoder.width, dtype=dtype),
                 )
                 for name, encoder in facts.encoders.items()
@@ -164,22 +206,26 @@ def activation_bytes(recipe: Recipe, facts: Facts, micro_batch: int) -> float:
     return found[True] + found[False] / model.config.depth
 
 
-# -- arithmetic -------------------------------------------------------------------------------------------------------
+# -- arithmetic ------------------------------------------------------------------------------------
 
 
 def step_flops(model: LIDiT, facts: Facts, batch_size: int) -> float:
-    """FLOPs of one optimizer step: three forward passes; recomputation by activation checkpointing is not counted."""
+    """FLOPs of one optimizer step: three forward passes; recomputation by activation checkpointing
+    is not counted.
+    """
     tokens = {name: max(1, round(count)) for name, count in facts.caption_tokens.items()}
     forward = forward_flops(model, facts.latent[1:], tokens, facts.prefix_tokens)
     return 3.0 * batch_size * sum(forward.values())
 
 
 def embedding_flops(encoder: PlannedEncoder, tokens: float, prefix: int, length: float) -> float:
-    """FLOPs of the states of `tokens` caption tokens in captions of mean `length`, the prefix computed once.
+    """FLOPs of the states of `tokens` caption tokens in captions of mean `length`, the prefix
+    computed once.
 
     Several layers are read in one pass.
     """
-    attention = 4.0 * encoder.shape.width * (prefix + length / 2)  # scores and weighted sums over what a token sees
+    # scores and weighted sums over what a token sees
+    attention = 4.0 * encoder.shape.width * (prefix + length / 2)
     return tokens * encoder.blocks * (2.0 * encoder.shape.block_parameters + attention)
 
 
@@ -187,11 +233,15 @@ def gpu_hours(flops: float, tflops: float, utilisation: float) -> float:
     return flops / (tflops * 1e12 * utilisation) / 3600
 
 
-# -- storage ----------------------------------------------------------------------------------------------------------
+# -- storage ---------------------------------------------------------------------------------------
 
 
-def latent_bytes(samples: int, latent: tuple[int, int, int], storage: str, posterior: bool) -> float:
-    """Bytes of a latents family's unit files; with a posterior mean and deviation are both there."""
+def latent_bytes(
+    samples: int, latent: tuple[int, int, int], storage: str, posterior: bool
+) -> float:
+    """Bytes of a latents family's unit files; with a posterior mean and deviation
+    are both there.
+    """
     copies = 2 if posterior else 1
     row = 4 + (4 + 12) + 16 + 8 * copies  # tokens, shape, crop, offsets
     return samples * (copies * math.prod(latent) * LATENT_BYTES[storage] + row)
@@ -199,13 +249,20 @@ def latent_bytes(samples: int, latent: tuple[int, int, int], storage: str, poste
 
 def sample_text_bytes(recipe: Recipe, facts: Facts, storage: str | None = None) -> float:
     """Bytes of one caption's states of all encoders; None: each encoder's own storage."""
-    return sum(family_bytes(1, recipe, facts, encoder, storage or _storage(encoder)) for encoder in recipe.encoders)
+    return sum(
+        family_bytes(1, recipe, facts, encoder, storage or _storage(encoder))
+        for encoder in recipe.encoders
+    )
 
 
-def family_bytes(captions: int, recipe: Recipe, facts: Facts, encoder: EncoderSettings, storage: str) -> float:
+def family_bytes(
+    captions: int, recipe: Recipe, facts: Facts, encoder: EncoderSettings, storage: str
+) -> float:
     """`text_bytes` of one of a plan's encoders."""
     planned, tokens = facts.encoders[encoder.name], facts.caption_tokens[encoder.name]
-    bits = facts.coded_bits.get(encoder.name, recipe.plan.coded_bits) if storage == "coded" else None
+    bits = (
+        facts.coded_bits.get(encoder.name, recipe.plan.coded_bits) if storage == "coded" else None
+    )
     return text_bytes(captions, tokens, planned.width, storage, planned.pooled, bits)
 
 
@@ -214,12 +271,14 @@ def _storage(encoder: EncoderSettings) -> str:
     return "bfloat16" if encoder.storage == "compute" else encoder.storage
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- the whole -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, FLOPs, hours and money of a recipe. Money is in the unit of `plan.price_per_gpu_hour`."""
+    """Bytes, FLOPs, hours and money of a recipe. Money is in the unit of
+    `plan.price_per_gpu_hour`.
+    """
 
     parameters: int
     steps: int
@@ -242,12 +301,16 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, facts: Facts) -> Plan:
-    """Everything `lidit plan` prints. Workers are GPUs: `plan.gpus`, or the recipe's own number of workers."""
+    """Everything `lidit plan` prints. Workers are GPUs: `plan.gpus`, or the recipe's own number of
+    workers.
+    """
     setting, batch = recipe.plan, recipe.train.batch_size
     gpus = setting.gpus or recipe.engine.workers
     model = build_on_meta(recipe.model, facts)
     count = model.num_parameters()
-    activations = activation_bytes(recipe, facts, max(1, batch // (gpus * recipe.engine.accumulation)))
+    activations = activation_bytes(
+        recipe, facts, max(1, batch // (gpus * recipe.engine.accumulation))
+    )
     memory = {
         stage: Memory(
             state_bytes(count, stage, gpus, recipe.engine.precision),
@@ -263,7 +326,10 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     for encoder in recipe.encoders:
         length = facts.caption_tokens[encoder.name]
         needed = embedding_flops(
-            facts.encoders[encoder.name], facts.captions * length, facts.prefix_tokens[encoder.name], length
+            facts.encoders[encoder.name],
+            facts.captions * length,
+            facts.prefix_tokens[encoder.name],
+            length,
         )
         embed[encoder.name] = gpu_hours(needed, setting.peak_tflops, setting.embed_mfu)
     latent = latent_bytes(1, facts.latent, facts.latent_storage, facts.posterior)
@@ -280,11 +346,14 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         embed_gpu_hours=embed,
         text_bytes={
             encoder.name: {
-                storage: family_bytes(facts.captions, recipe, facts, encoder, storage) for storage in STATE_BITS
+                storage: family_bytes(facts.captions, recipe, facts, encoder, storage)
+                for storage in STATE_BITS
             }
             for encoder in recipe.encoders
         },
-        latent_bytes=latent_bytes(facts.samples, facts.latent, facts.latent_storage, facts.posterior),
+        latent_bytes=latent_bytes(
+            facts.samples, facts.latent, facts.latent_storage, facts.posterior
+        ),
         bytes_per_sample=per_sample,
         read_bytes_per_second_per_node=per_sample * batch / seconds / nodes,
         cost=(train + sum(embed.values())) * setting.price_per_gpu_hour,
@@ -292,8 +361,12 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     )
 
 
-def _states(recipe: Recipe, facts: Facts, train: float, embed: float, samples_per_second: float) -> StatesPlan:
-    """Where the states should live. train, embed: GPU-hours; samples_per_second: of the whole run."""
+def _states(
+    recipe: Recipe, facts: Facts, train: float, embed: float, samples_per_second: float
+) -> StatesPlan:
+    """Where the states should live. train, embed: GPU-hours; samples_per_second: of
+    the whole run.
+    """
     setting, online = recipe.plan, OnlineSettings()
     samples = recipe.train.batch_size * recipe.train.steps
     window = recipe.data.window_units * recipe.ingest.unit_samples
@@ -302,7 +375,9 @@ def _states(recipe: Recipe, facts: Facts, train: float, embed: float, samples_pe
         epochs=samples / facts.samples,
         embed_cost=embed * setting.price_per_gpu_hour,
         train_cost=train * setting.price_per_gpu_hour,
-        sizes={name: facts.captions * sample_text_bytes(recipe, facts, name) for name in STATE_BITS},
+        sizes={
+            name: facts.captions * sample_text_bytes(recipe, facts, name) for name in STATE_BITS
+        },
         # Encoders of several storages are compared at the widest of theirs.
         storage=max(storages, key=lambda name: STATE_BITS[name]),
         window=window / facts.samples,
@@ -314,5 +389,8 @@ def _states(recipe: Recipe, facts: Facts, train: float, embed: float, samples_pe
         window_seconds=window / samples_per_second,
     )
     nodes = max(1, math.ceil((setting.gpus or recipe.engine.workers) / setting.gpus_per_node))
-    read = {name: sample_text_bytes(recipe, facts, name) * samples_per_second / nodes / 1e9 for name in STATE_BITS}
+    read = {
+        name: sample_text_bytes(recipe, facts, name) * samples_per_second / nodes / 1e9
+        for name in STATE_BITS
+    }
     return plan_states(run, encoders_per_trainer(embed / facts.samples, train / samples), read)

@@ -1,7 +1,8 @@
-"""Requests drawn together, step by step, by one model on one device: a library, no cluster and no network.
+"""Requests drawn together, step by step, by one model on one device: a library, no cluster and no
+network.
 
-Each name is looked up when it is first used: what only keeps keys or an audit log loads no torch. `__init__.pyi` says
-to type checkers what the names are.
+Each name is looked up when it is first used: what only keeps keys or an audit log loads no torch.
+`__init__.pyi` says to type checkers what the names are.
 """
 
 from importlib import import_module

@@ -1,4 +1,5 @@
-"""From a model and a request to what the step loop works on; whatever cannot be drawn is refused here.
+"""From a model and a request to what the step loop works on; whatever cannot be drawn is refused
+here.
 
 Shapes: T caption tokens, W width of an LLM.
 """
@@ -22,12 +23,16 @@ from lidit.serving.request import Request, preview_steps, states_key
 def stepper_of(pipeline: LIDiTPipeline, padding: Padding | None = None) -> Stepper:
     """A stepper of the pipeline's model, on the device where the model is."""
     device = pipeline.model.device
-    empty = {name: entry.collate([entry.empty]).to(device) for name, entry in pipeline.encoders.items()}
+    empty = {
+        name: entry.collate([entry.empty]).to(device) for name, entry in pipeline.encoders.items()
+    }
     return Stepper(pipeline.model, pipeline.objective, empty, padding)
 
 
 def accept(pipeline: LIDiTPipeline, request: Request) -> Job:
-    """The request with the model's defaults filled in. Raises InputError for what the model cannot draw."""
+    """The request with the model's defaults filled in. Raises InputError for what the model cannot
+    draw.
+    """
     sampler = request.sampler.applied(pipeline.sampler)
     pipeline.objective.scheduler(sampler)  # refuses what does not fit the objective
     shape = pipeline.latent_shape(request.height, request.width)
@@ -55,8 +60,13 @@ def _caption(pipeline: LIDiTPipeline, given: Mapping[str, torch.Tensor]) -> Capt
     """A prompt's states on the model's device; raises InputError unless they fit the model."""
     for name, entry in given.items():
         if entry.dim() != 2:
-            raise InputError(f"encoder {name!r}: states of one prompt are [tokens, width], got {list(entry.shape)}")
+            raise InputError(
+                f"encoder {name!r}: states of one prompt are [tokens, width], got "
+                f"{list(entry.shape)}"
+            )
     # float32 holds what states are stored in exactly, so captions of two dtypes can share a pass.
     states = {name: entry.to(pipeline.model.device, torch.float32) for name, entry in given.items()}
-    pipeline.model.conditioner.check({name: TextStates.collate([entry], entry[:0]) for name, entry in states.items()})
+    pipeline.model.conditioner.check(
+        {name: TextStates.collate([entry], entry[:0]) for name, entry in states.items()}
+    )
     return Caption(states_key(given), states)

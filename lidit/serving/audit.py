@@ -1,7 +1,9 @@
-"""The audit log: JSON lines, each with the hash of the one before it, on disk before the call returns.
+"""The audit log: JSON lines, each with the hash of the one before it, on disk before the call
+returns.
 
-A line never holds a prompt. What may stand in it are the fields of `Entry`, none of which can carry a sentence; a
-prompt is its keyed digest, by which two lines can be compared and nothing be looked up without the key.
+A line never holds a prompt. What may stand in it are the fields of `Entry`, none of which can carry
+a sentence; a prompt is its keyed digest, by which two lines can be compared and nothing be looked
+up without the key.
 """
 
 from __future__ import annotations
@@ -33,21 +35,25 @@ KEY_BYTES = 32
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Event = Literal[
-    "started", "stopped", "key-denied", "quota-exceeded", "accepted", "prompt-refused", "image-refused",
+    "started", "stopped", "key-denied", "quota-exceeded", "accepted", "prompt-refused",
+    "image-refused",
     "issued", "cancelled", "failed", "safety-unavailable",
 ]  # fmt: skip
 
 
 class AuditUnavailable(Exception):
-    """The log cannot be written or cannot be trusted: serving must stop until an operator has looked."""
+    """The log cannot be written or cannot be trusted: serving must stop until an operator has
+    looked.
+    """
 
 
 class Entry(Settings):
     """What may be said of an event. Every field has a form that no prompt fits into.
 
-    request: our request id. key: the key's id. prompt: `AuditLog.digest` of the prompt. guard: name of the guard and
-    its version. score: of that guard. seed, steps, width, height, units: of the request. model: sha256 of the model
-    folder's checksums. image: sha256 of the bytes that were delivered. manifest: id of the C2PA manifest.
+    request: our request id. key: the key's id. prompt: `AuditLog.digest` of the prompt. guard: name
+    of the guard and its version. score: of that guard. seed, steps, width, height, units: of the
+    request. model: sha256 of the model folder's checksums. image: sha256 of the bytes that were
+    delivered. manifest: id of the C2PA manifest.
     """
 
     event: Event
@@ -85,7 +91,8 @@ class ChainBroken(Exception):
 class AuditLog:
     """The one writer of a log; a second one is refused. Threads may share it.
 
-    Opening reads the whole chain: a broken one is never continued. After a failed write every further `append` fails.
+    Opening reads the whole chain: a broken one is never continued. After a failed write every
+    further `append` fails.
 
     Args:
         path: made where it is missing. key: of the digests of prompts, from `load_key`.
@@ -103,17 +110,21 @@ class AuditLog:
         except (ChainBroken, InputError) as error:
             os.close(self._file)
             raise AuditUnavailable(
-                f"{path}: {error}; a broken log is not continued: keep the file as evidence and start another"
+                f"{path}: {error}; a broken log is not continued: keep the file as evidence and "
+                "start another"
             ) from None
         self._lines, self._head = chain.lines, chain.head
         self._size = os.fstat(self._file).st_size
 
     def digest(self, prompt: str) -> str:
         """The prompt's HMAC-SHA256, for `Entry.prompt`."""
-        return hmac.new(self._key, prompt.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+        return hmac.new(
+            self._key, prompt.encode("utf-8", "surrogatepass"), hashlib.sha256
+        ).hexdigest()
 
     def append(self, entry: Entry) -> str:
-        """Write a line and wait for the disk; its hash. Raises AuditUnavailable where that fails, disk full included.
+        """Write a line and wait for the disk; its hash. Raises AuditUnavailable where that fails,
+        disk full included.
 
         Entries that were made without validation are validated here, so that no text slips in.
         """
@@ -141,7 +152,9 @@ class AuditLog:
                 self._file = -1
 
     def _require_own_file(self) -> None:
-        """A log that was moved, replaced or written to by others is no longer the one that is continued."""
+        """A log that was moved, replaced or written to by others is no longer the one that is
+        continued.
+        """
         own = os.fstat(self._file)
         there = self.path.stat()
         if (own.st_dev, own.st_ino) != (there.st_dev, there.st_ino):
@@ -150,8 +163,12 @@ class AuditLog:
             raise OSError(errno.ESTALE, "somebody else has changed it")
 
     def _give_up(self, error: OSError) -> NoReturn:
-        """Take half a line back, so that the log can be continued once there is room, and write no more."""
-        self._failure = f"{self.path}: the log cannot be written ({error.strerror or type(error).__name__})"
+        """Take half a line back, so that the log can be continued once there is room, and write no
+        more.
+        """
+        self._failure = (
+            f"{self.path}: the log cannot be written ({error.strerror or type(error).__name__})"
+        )
         with contextlib.suppress(OSError):
             if error.errno != errno.ESTALE:
                 os.ftruncate(self._file, self._size)
@@ -167,7 +184,8 @@ def load_key(path: Path) -> bytes:
         key = path.read_bytes()
         if len(key) != KEY_BYTES:
             raise InputError(
-                f"{path}: an audit key has {KEY_BYTES} bytes, this file {len(key)}; give the right file"
+                f"{path}: an audit key has {KEY_BYTES} bytes, this file {len(key)}; give the "
+                "right file"
             ) from None
         return key
     try:
@@ -180,9 +198,11 @@ def load_key(path: Path) -> bytes:
 
 
 def check_chain(path: Path, known: str | None = None) -> Chain:
-    """Read a log from its first line. Raises ChainBroken at the first bad line, InputError for no readable file.
+    """Read a log from its first line. Raises ChainBroken at the first bad line, InputError for no
+    readable file.
 
-    known: the hash of a line that was noted elsewhere; a log that does not hold it was cut off or written anew.
+    known: the hash of a line that was noted elsewhere; a log that does not hold it was cut off or
+    written anew.
     """
     lines, head, seen = 0, START, known in (None, START)
     try:
@@ -192,9 +212,13 @@ def check_chain(path: Path, known: str | None = None) -> Chain:
                 head = _checked(raw, lines, head)
                 seen = seen or head == known
     except OSError as error:
-        raise InputError(f"{path}: the log cannot be read ({error.strerror}); give the path of an audit log") from None
+        raise InputError(
+            f"{path}: the log cannot be read ({error.strerror}); give the path of an audit log"
+        ) from None
     if not seen:
-        raise ChainBroken(lines + 1, f"no line has the hash {known}: the log was cut off or written anew")
+        raise ChainBroken(
+            lines + 1, f"no line has the hash {known}: the log was cut off or written anew"
+        )
     return Chain(lines, head)
 
 

@@ -26,13 +26,17 @@ from lidit.serving.request import Request
 class Engine:
     """Draws many requests at once with one model on one device.
 
-    A picture is that of the pipeline with the same prompt, seed and settings, whatever is drawn beside it.
+    A picture is that of the pipeline with the same prompt, seed and settings, whatever is drawn
+    beside it.
 
     Args:
         pipeline: a loaded model, on its device for good: no part of it may be offloaded.
-        sizes: (height, width) in pixels whose row caps are measured now rather than at their first request.
-        padding: what passes are padded to. cap_of: latent size -> rows of a pass, in place of measured caps.
-        on_pass: told (latent size, rows, seconds) of each pass, in the engine's thread; it must return, and not raise.
+        sizes: (height, width) in pixels whose row caps are measured now rather than at their first
+        request.
+        padding: what passes are padded to. cap_of: latent size -> rows of a pass, in place of
+        measured caps.
+        on_pass: told (latent size, rows, seconds) of each pass, in the engine's thread; it must
+        return, and not raise.
     """
 
     def __init__(
@@ -59,7 +63,8 @@ class Engine:
     def submit(self, request: Request) -> Future[torch.Tensor]:
         """Take a request; its future gets the latents [n, C, H, W], for `pipeline.codec.decode`.
 
-        `future.cancel()` ends the request at the next step, also while it waits. Previews are called in the engine's
+        `future.cancel()` ends the request at the next step, also while it waits. Previews are
+        called in the engine's
         thread: they must hand the tensor on and return; what they raise ends the request.
 
         Raises InputError for what the model cannot draw, JobError after `close`.
@@ -74,7 +79,9 @@ class Engine:
 
     @property
     def units(self) -> int:
-        """Compute units, pixels x steps, that wait or are in work: what a new request stands behind."""
+        """Compute units, pixels x steps, that wait or are in work: what a new request stands
+        behind.
+        """
         with self._changed:
             arrived = sum(job.units for job in self._arrived)
             return self._units + arrived
@@ -94,7 +101,9 @@ class Engine:
         return self._thread.is_alive()
 
     def close(self, drain: bool = False) -> None:
-        """Take no more requests and end the thread; `drain` finishes those it has, else they are cancelled."""
+        """Take no more requests and end the thread; `drain` finishes those it has, else they are
+        cancelled.
+        """
         with self._changed:
             self._closing, self._draining = True, self._draining or drain
             self._changed.notify()
@@ -104,7 +113,10 @@ class Engine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close(drain=kind is None)
 

@@ -1,4 +1,5 @@
-"""The step loop: who takes part in the next step, and what becomes of the images after it. One thread, no waiting.
+"""The step loop: who takes part in the next step, and what becomes of the images after it. One
+thread, no waiting.
 
 Shapes: C latent channels, H x W latent size, n images of a request.
 """
@@ -18,14 +19,16 @@ from lidit.serving.profile import Size
 from lidit.serving.request import OnPreview
 from lidit.serving.turns import DeficitRoundRobin
 
-# (latent size, rows, seconds) of a pass that was made. On a GPU, whose work is only begun here, seconds are right on
-# average: its queue is short, so whoever fills it waits for it.
+# (latent size, rows, seconds) of a pass that was made. On a GPU, whose work is only begun here,
+# seconds are right on average: its queue is short, so whoever fills it waits for it.
 OnPass = Callable[[Size, int, float], None]
 
 
 @dataclass(eq=False)
 class Job:
-    """A request that was accepted. `future` gets the latents [n, C, H, W]; whoever cancels it ends the job."""
+    """A request that was accepted. `future` gets the latents [n, C, H, W]; whoever cancels it ends
+    the job.
+    """
 
     caption: Caption
     sampler: SamplerSettings
@@ -41,7 +44,9 @@ class Job:
 
     @property
     def units_of_step(self) -> int:
-        """Compute units of one step of one image: its pixels, twice where the sampler guides in two passes."""
+        """Compute units of one step of one image: its pixels, twice where the sampler guides in two
+        passes.
+        """
         return self.pixels * (1 if self.told or self.sampler.guidance_scale == 1 else 2)
 
     @property
@@ -61,12 +66,16 @@ class Image:
     @property
     def units(self) -> int:
         """Compute units that are left."""
-        return self.job.units_of_step * (self.job.sampler.steps - (self.row.walk.number if self.row else 0))
+        return self.job.units_of_step * (
+            self.job.sampler.steps - (self.row.walk.number if self.row else 0)
+        )
 
 
 @dataclass
 class Counts:
-    """passes of the network; steps: of single images; rows: of the passes, where a guided image has two."""
+    """passes of the network; steps: of single images; rows: of the passes, where a guided image has
+    two.
+    """
 
     passes: int = 0
     steps: int = 0
@@ -79,11 +88,13 @@ class Counts:
 class StepLoop:
     """Images in queues by latent size; `turn` takes one step of some of them.
 
-    Within a size the first to come are served, as many as `cap_of` allows; sizes share the device by compute units,
-    pixels x rows of a pass. `on_pass` must not raise.
+    Within a size the first to come are served, as many as `cap_of` allows; sizes share the device
+    by compute units, pixels x rows of a pass. `on_pass` must not raise.
     """
 
-    def __init__(self, stepper: Stepper, cap_of: Callable[[Size], int], on_pass: OnPass | None = None) -> None:
+    def __init__(
+        self, stepper: Stepper, cap_of: Callable[[Size], int], on_pass: OnPass | None = None
+    ) -> None:
         self.stepper, self.cap_of, self.on_pass = stepper, cap_of, on_pass
         self.counts = Counts()
         self._queues: dict[Size, list[Image]] = {}
@@ -110,7 +121,9 @@ class StepLoop:
             except Exception as error:
                 self._fail({image.job for image in self._queues.pop(size)}, error)
         if chosen:
-            costs = {size: images[0].job.pixels * _weight(images) for size, images in chosen.items()}
+            costs = {
+                size: images[0].job.pixels * _weight(images) for size, images in chosen.items()
+            }
             self._step(chosen[self._turns.choose(costs)])
         return True
 
@@ -143,7 +156,9 @@ class StepLoop:
             if image.row is None:
                 job = image.job
                 seed = job.seeds[image.place]
-                image.row = self.stepper.row(job.caption, job.sampler, seed, job.shape, job.negative)
+                image.row = self.stepper.row(
+                    job.caption, job.sampler, seed, job.shape, job.negative
+                )
             left -= _weight([image])
             if chosen and left < 0:
                 break
@@ -152,7 +167,11 @@ class StepLoop:
 
     def _step(self, images: Sequence[Image]) -> None:
         rows = [image.row for image in images if image.row is not None]
-        shown = [image for image in images if image.row and image.row.walk.number + 1 in image.job.preview_steps]
+        shown = [
+            image
+            for image in images
+            if image.row and image.row.walk.number + 1 in image.job.preview_steps
+        ]
         size, weight, began = images[0].job.shape[1:], _weight(images), time.perf_counter()
         self.counts.passes += 1
         self.counts.rows += weight
@@ -189,7 +208,9 @@ class StepLoop:
             return
         # From here on nobody can cancel; False: somebody just has.
         if job.future.set_running_or_notify_cancel():
-            job.future.set_result(torch.stack([job.finished[place] for place in range(len(job.seeds))]))
+            job.future.set_result(
+                torch.stack([job.finished[place] for place in range(len(job.seeds))])
+            )
             self.counts.finished += 1
         else:
             self.counts.cancelled += 1

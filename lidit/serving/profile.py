@@ -1,7 +1,8 @@
 """How many rows a pass of one latent size should have, found by running passes.
 
-A pass of more rows pays while it draws more rows per second, which ends early where a row is large, and while its
-memory is there. Both depend on model, size and device: they are measured, never assumed.
+A pass of more rows pays while it draws more rows per second, which ends early where a row is large,
+and while its memory is there. Both depend on model, size and device: they are measured, never
+assumed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ Size = tuple[int, int]  # latent height and width
 
 @dataclass(frozen=True)
 class Pass:
-    """One measured pass: rows, seconds of the fastest repetition, bytes above what was in use before."""
+    """One measured pass: rows, seconds of the fastest repetition, bytes above what was in use
+    before.
+    """
 
     rows: int
     seconds: float
@@ -99,7 +102,9 @@ class Capacity:
         return Pass(each * images, min(seconds), memory)
 
     def _seconds(self, rows: Sequence[Row]) -> float:
-        """Of one pass. On a CPU this thread's own time: other processes must not make up the cap."""
+        """Of one pass. On a CPU this thread's own time: other processes must not
+        make up the cap.
+        """
         if self.stepper.device.type != "cuda":
             began = time.thread_time()
             self.stepper.advance(rows)
@@ -111,7 +116,10 @@ class Capacity:
         return time.perf_counter() - began
 
     def _states(self) -> dict[str, torch.Tensor]:
-        return {name: entry.states[0, :1].expand(CAPTION_TOKENS, -1) for name, entry in self.stepper.empty.items()}
+        return {
+            name: entry.states[0, :1].expand(CAPTION_TOKENS, -1)
+            for name, entry in self.stepper.empty.items()
+        }
 
 
 def free_memory(device: torch.device) -> int:
@@ -123,7 +131,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
-    """Bytes that `work` needs above what is in use now. On a CPU pages that are kept from before do not count."""
+    """Bytes that `work` needs above what is in use now. On a CPU pages that are kept from before do
+    not count.
+    """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

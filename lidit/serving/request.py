@@ -24,9 +24,12 @@ class Request:
 
     Args:
         states: encoder name -> the prompt's states [T, W], as `PromptCache.states` gives them.
-        seeds: one per image. sampler: what differs from the model's own. height, width: pixels; None: training size.
-        previews: how often `on_preview` is called for an image, at equal distances before its last step.
-        negative: states of a prompt that guidance leads away from; None: from the empty caption, as in training.
+        seeds: one per image. sampler: what differs from the model's own. height, width: pixels;
+        None: training size.
+        previews: how often `on_preview` is called for an image, at equal distances before its last
+        step.
+        negative: states of a prompt that guidance leads away from; None: from the empty caption, as
+        in training.
     """
 
     states: Mapping[str, torch.Tensor]
@@ -40,7 +43,9 @@ class Request:
 
 
 def states_key(states: Mapping[str, torch.Tensor]) -> str:
-    """The sha256 of a prompt's states: requests of the same words share the refiners' work, and no word is kept."""
+    """The sha256 of a prompt's states: requests of the same words share the refiners' work, and no
+    word is kept.
+    """
     digest = hashlib.sha256()
     for name, entry in sorted(states.items()):
         digest.update(f"{name} {entry.dtype} {tuple(entry.shape)}\n".encode())
@@ -49,6 +54,8 @@ def states_key(states: Mapping[str, torch.Tensor]) -> str:
 
 
 def preview_steps(steps: int, previews: int) -> frozenset[int]:
-    """After which steps an image is shown: `previews` at equal distances, never after the last step."""
+    """After which steps an image is shown: `previews` at equal distances, never after the last
+    step.
+    """
     at = {math.ceil(number * steps / (previews + 1)) for number in range(1, previews + 1)}
     return frozenset(step for step in at if step < steps)

@@ -1,8 +1,9 @@
 """API keys and their quotas in Redis, for a ledger that may start on another machine.
 
-The same rows and the same rules as in `lidit.serving.keys`; a quota is charged in one transaction of the server, which
-whoever else has charged in between makes begin anew. The password comes by LIDIT_REDIS_PASSWORD, never in an address.
-Keys live as long as the server keeps them: it needs `appendonly yes`.
+The same rows and the same rules as in `lidit.serving.keys`; a quota is charged in one transaction
+of the server, which whoever else has charged in between makes begin anew. The password comes by
+LIDIT_REDIS_PASSWORD, never in an address. Keys live as long as the server keeps them: it needs
+`appendonly yes`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def open_keys(place: str | Path, create: bool = False) -> Keys:
 
 
 class RedisKeyStore:
-    """Keys and what they used, at `address`: `redis://host:6379/0`, `rediss://` with TLS. Any number of processes."""
+    """Keys and what they used, at `address`: `redis://host:6379/0`, `rediss://` with TLS. Any
+    number of processes.
+    """
 
     def __init__(self, address: str, clock: Callable[[], float] = time.time) -> None:
         try:
@@ -77,13 +80,16 @@ class RedisKeyStore:
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError:
-            raise KeysUnavailable(f"{address}: the client is not installed; pip install redis") from None
+            raise KeysUnavailable(
+                f"{address}: the client is not installed; pip install redis"
+            ) from None
         self.address, self._clock = address, clock
         self._errors: type[Exception] = redis.RedisError
         try:
             # Nothing is sent twice: units whose answer was lost might be charged twice.
             self._server: Any = redis.Redis.from_url(
-                address, password=os.environ.get(PASSWORD), socket_timeout=WAIT, socket_connect_timeout=WAIT,
+                address, password=os.environ.get(PASSWORD), socket_timeout=WAIT,
+                socket_connect_timeout=WAIT,
                 decode_responses=True, retry=Retry(NoBackoff(), 0),
             )  # fmt: skip
         except ValueError as error:
@@ -113,7 +119,9 @@ class RedisKeyStore:
         def change(pipe: Any) -> Key:
             row = pipe.hget(ROWS, key_id)
             if row is None:
-                raise InputError(f"{self.address}: no key has the id {key_id!r}; lidit keys list shows all")
+                raise InputError(
+                    f"{self.address}: no key has the id {key_id!r}; lidit keys list shows all"
+                )
             key, digest = _found(row)
             if key.revoked is None:
                 key = replace(key, revoked=self._clock())
@@ -185,7 +193,9 @@ class RedisKeyStore:
         try:
             yield
         except (self._errors, OSError) as error:
-            raise KeysUnavailable(f"{self.address}: the keys cannot be used ({one_line(error, 200)})") from None
+            raise KeysUnavailable(
+                f"{self.address}: the keys cannot be used ({one_line(error, 200)})"
+            ) from None
 
 
 def _row(key: Key, digest: str) -> str:

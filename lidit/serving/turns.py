@@ -12,15 +12,18 @@ Key = TypeVar("Key")
 class DeficitRoundRobin(Generic[Key]):
     """Every queue with work gets the same share of the cost, whatever its single turn costs.
 
-    A queue that comes to the front may spend as much as the dearest turn costs, and what is left over later (Shreedhar
-    and Varghese, 1995). A queue without work loses what it has left, so idling saves up nothing.
+    A queue that comes to the front may spend as much as the dearest turn costs, and what is left
+    over later (Shreedhar and Varghese, 1995). A queue without work loses what it has left, so
+    idling saves up nothing.
     """
 
     def __init__(self) -> None:
         self._left: OrderedDict[Key, int] = OrderedDict()  # the front is first
 
     def choose(self, costs: Mapping[Key, int]) -> Key:
-        """The queue whose turn it is, charged with its cost. `costs`: of the next turn of each queue with work, > 0."""
+        """The queue whose turn it is, charged with its cost. `costs`: of the next turn of each
+        queue with work, > 0.
+        """
         for gone in self._left.keys() - costs.keys():
             del self._left[gone]
         for come in costs:

@@ -37,7 +37,8 @@ def call_apart(module: str, arguments: dict[str, Any], subject: str) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(json.dumps(arguments).encode() + b"\n")
-        process.stdin.flush()  # and left open: its end tells the other process that this one has died
+        # and left open: its end tells the other process that this one has died
+        process.stdin.flush()
         answer = process.stdout.read()
         status = process.wait()
     if status == 0:
@@ -48,7 +49,9 @@ def call_apart(module: str, arguments: dict[str, Any], subject: str) -> None:
         raise ReaderDiedError(signal.Signals(-status).name)
     else:
         ended = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        raise JobError(f"{subject}: the process reading it ended ({ended}); run the same command again")
+        raise JobError(
+            f"{subject}: the process reading it ended ({ended}); run the same command again"
+        )
 
 
 def serve(function: Callable[[dict[str, Any]], None]) -> None:
@@ -64,5 +67,6 @@ def serve(function: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # nothing more is sent; below Python's buffer, whose lock would outlive this thread
+    # nothing more is sent; below Python's buffer, whose lock would outlive this thread
+    os.read(sys.stdin.fileno(), 1)
     os._exit(1)

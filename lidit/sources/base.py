@@ -16,7 +16,8 @@ from lidit.store.files.folder import is_url, open_url
 from lidit.store.files.remote import plain_refusals
 from lidit.store.samples import printable
 
-# Text members and rows larger than this are refused unread: no caption or metadata record needs more.
+# Text members and rows larger than this are refused unread: no caption or metadata record needs
+# more.
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 MAX_IMAGE_BYTES = 512 * 1024 * 1024
 ORIGINAL = "original"
@@ -79,7 +80,9 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class FieldNames:
-    """Which fields hold captions (field -> origin) and images, and whether images are wanted at all."""
+    """Which fields hold captions (field -> origin) and images, and whether images are wanted at
+    all.
+    """
 
     captions: dict[str, str]
     images: tuple[str, ...]
@@ -120,7 +123,9 @@ class OpenedSource:
 
     def stream(self) -> io.BufferedReader:
         """The bytes from the start, to be read in order."""
-        self._stream = io.BufferedReader(_HashingReader(open_binary(self.source.path), self._hash), 1 << 20)
+        self._stream = io.BufferedReader(
+            _HashingReader(open_binary(self.source.path), self._hash), 1 << 20
+        )
         return self._stream
 
     def hash(self, content: bytes) -> None:
@@ -180,7 +185,10 @@ def shown(name: str) -> str:
     """A name as a reason shows it: any bytes, none that a terminal obeys, and not the whole of an
     image that stands where its path should."""
     text = printable(name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}...")
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROL else c for c in text)
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROL else c
+        for c in text
+    )
 
 
 def suffix_kind(name: str) -> str:
@@ -226,7 +234,9 @@ def captions_in(record: dict[str, Any], fields: dict[str, str]) -> list[tuple[st
     Taken from the configured fields and from `captions`: a text, UTF-8 bytes, or a list of texts,
     of bytes or of {"text": ..., "origin": ...}.
     """
-    found = [entry for name, origin in fields.items() for entry in _captions(record.get(name), origin)]
+    found = [
+        entry for name, origin in fields.items() for entry in _captions(record.get(name), origin)
+    ]
     return found if "captions" in fields else found + _captions(record.get("captions"), ORIGINAL)
 
 

@@ -16,10 +16,11 @@ _OF_NOTHING = hashlib.sha256().hexdigest()
 
 
 def compare_sources(corpus: Corpus) -> Iterator[tuple[str, str | None]]:
-    """(path, what is wrong with it or None) of each source file, or folder of images. Reads all of every one.
+    """(path, what is wrong with it or None) of each source file, or folder of images. Reads all of
+    every one.
 
-    Pictures that a table or a text file names are in files of their own, of which no sha256 is known: nothing is said
-    about them here, and when they are encoded only their sizes are compared.
+    Pictures that a table or a text file names are in files of their own, of which no sha256 is
+    known: nothing is said about them here, and when they are encoded only their sizes are compared.
     """
     for row in corpus.sources.to_pylist():
         path = corpus.image_path(row["file"]).rstrip("/")
@@ -31,7 +32,12 @@ def compare_sources(corpus: Corpus) -> Iterator[tuple[str, str | None]]:
         except OSError as error:
             yield path, f"cannot be read: {error}"
             continue
-        yield path, None if found == row["sha256"] else "other contents than were ingested (sha256 differs)"
+        yield (
+            path,
+            None
+            if found == row["sha256"]
+            else "other contents than were ingested (sha256 differs)",
+        )
 
 
 def _unread(path: str, row: dict[str, Any]) -> bool:

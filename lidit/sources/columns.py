@@ -19,11 +19,15 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 IMAGE_PATH, TEXT, WORD, URL, EMPTY = "image path", "text", "word", "URL", "empty"
 
 
-def note(columns: dict[str, str], record: Mapping[str, Any], schema: pa.Schema | None = None) -> None:
+def note(
+    columns: dict[str, str], record: Mapping[str, Any], schema: pa.Schema | None = None
+) -> None:
     """Add a row's fields to `columns`; a value replaces an empty one. With a schema, its types name
     all but texts."""
     for name, value in record.items():
-        if columns.get(name, EMPTY) != EMPTY or (name not in columns and len(columns) >= MAX_COLUMNS):
+        if columns.get(name, EMPTY) != EMPTY or (
+            name not in columns and len(columns) >= MAX_COLUMNS
+        ):
             continue
         said = _kind(value)
         if schema is not None and said not in (IMAGE_PATH, TEXT, WORD, URL):
@@ -60,7 +64,11 @@ def unused(columns: Mapping[str, str], fields: FieldNames) -> tuple[list[str], l
     image = next((name for name in fields.images if name in columns), None)
     rest = {name: kind for name, kind in columns.items() if name not in captions and name != image}
     images = [name for name, kind in rest.items() if kind == IMAGE_PATH or _holds_bytes(kind)]
-    texts = [name for name, kind in rest.items() if kind in (TEXT, f"list of {TEXT}") and name not in KEY_FIELDS]
+    texts = [
+        name
+        for name, kind in rest.items()
+        if kind in (TEXT, f"list of {TEXT}") and name not in KEY_FIELDS
+    ]
     return images, [name for name in texts if name not in images]
 
 
@@ -68,25 +76,46 @@ def _holds_bytes(kind: str) -> bool:
     return "binary" in kind or kind == f"list of {IMAGE_PATH}"
 
 
-def lines_about(columns: Mapping[str, str], fields: FieldNames, samples: int, images: int) -> list[str]:
+def lines_about(
+    columns: Mapping[str, str], fields: FieldNames, samples: int, images: int
+) -> list[str]:
     """What a person should know of the columns: one line with all of them, and one for each setting
     that takes more."""
     told = []
-    image = None if fields.captions_only else next((name for name in fields.images if name in columns), None)
+    image = (
+        None
+        if fields.captions_only
+        else next((name for name in fields.images if name in columns), None)
+    )
     if columns:
-        listed = ", ".join(f"{name} ({kind}{_role(name, image, fields)})" for name, kind in columns.items())
+        listed = ", ".join(
+            f"{name} ({kind}{_role(name, image, fields)})" for name, kind in columns.items()
+        )
         told.append(f"columns found: {listed}")
     more_images, more_captions = unused(columns, fields)
     if samples and not images and not fields.captions_only:
-        where = f"no column is called {', '.join(fields.images)}" if image is None else f"{image} holds none"
+        where = (
+            f"no column is called {', '.join(fields.images)}"
+            if image is None
+            else f"{image} holds none"
+        )
         why = where if columns else "the sources hold none"
-        told.append(f"captions only, without images: {why}; set captions_only=true where that is meant")
+        told.append(
+            f"captions only, without images: {why}; set captions_only=true where that is meant"
+        )
     if more_images and not images and not fields.captions_only:
-        told.append(f"--set 'image_fields=[{more_images[0]}]' takes images from {' or '.join(more_images)}")
+        told.append(
+            f"--set 'image_fields=[{more_images[0]}]' takes images from {' or '.join(more_images)}"
+        )
     if more_captions:
         kept = {name: origin for name, origin in fields.captions.items() if name in columns}
-        origins = ", ".join(f"{name}: {kept.get(name, ORIGINAL)}" for name in [*kept, *more_captions[:3]])
-        told.append(f"--set 'caption_fields={{{origins}}}' takes captions from {', '.join(more_captions[:3])}")
+        origins = ", ".join(
+            f"{name}: {kept.get(name, ORIGINAL)}" for name in [*kept, *more_captions[:3]]
+        )
+        told.append(
+            f"--set 'caption_fields={{{origins}}}' takes captions from "
+            f"{', '.join(more_captions[:3])}"
+        )
     return told
 
 

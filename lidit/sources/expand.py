@@ -81,7 +81,9 @@ def expand(sources: Sequence[str], fields: FieldNames | None = None) -> Expanded
             matches = _Found()
             (_remote if is_url(pattern) else _local)(pattern, fields, matches)
             if not matches.taken:
-                raise InputError(f"{pattern}: nothing here to ingest{_listed(matches)}; expected {_expected()}")
+                raise InputError(
+                    f"{pattern}: nothing here to ingest{_listed(matches)}; expected {_expected()}"
+                )
             found.taken |= matches.taken
             found.left |= matches.left
             found.loose |= matches.loose
@@ -89,9 +91,13 @@ def expand(sources: Sequence[str], fields: FieldNames | None = None) -> Expanded
         raise InputError("no source given")
     paths = sorted(found.taken)
     if unnamable := next((path for path in paths if printable(path) != path), None):
-        raise InputError(f"{printable(unnamable)}: this name is not UTF-8, a corpus cannot note it; rename it")
+        raise InputError(
+            f"{printable(unnamable)}: this name is not UTF-8, a corpus cannot note it; rename it"
+        )
     if len({is_url(path) for path in paths}) > 1:
-        raise InputError("sources: local files and URLs cannot be one corpus; ingest them separately")
+        raise InputError(
+            "sources: local files and URLs cannot be one corpus; ingest them separately"
+        )
     root = _root(paths, found.taken)
     files = [
         SourceFile(kind, path, path[len(root) + 1 :], size, modified, problem)
@@ -125,7 +131,9 @@ def _patterns(source: str) -> list[str]:
     except ValueError:
         if glob.has_magic(rest) and _matches(source):
             return [source]
-        raise InputError(f"{source}: a brace without its other one; write data/{{00..41}}.tar, or * instead") from None
+        raise InputError(
+            f"{source}: a brace without its other one; write data/{{00..41}}.tar, or * instead"
+        ) from None
 
 
 def _standing(pattern: str) -> tuple[str, str]:
@@ -179,7 +187,8 @@ def _local(pattern: str, fields: FieldNames, found: _Found) -> None:
     if not glob.has_magic(pattern):
         raise InputError(f"{pattern}: no such file or folder")
     for match in _matches(pattern):
-        if not match.name.startswith(".") and (system := hidden_kind(match.name)):  # a glob means its dots
+        # a glob means its dots
+        if not match.name.startswith(".") and (system := hidden_kind(match.name)):
             found.left[str(match)] = system
         elif match.is_dir():
             _local_folder(match, fields, found)
@@ -207,7 +216,8 @@ def _local_folder(folder: Path, fields: FieldNames, found: _Found) -> None:
         if (parent := str(file.parent)) not in members:
             found.leave([str(file)], "the images")
         elif file.is_file():
-            members[parent].append(file)  # what of them is no image or caption is counted when they are read
+            # what of them is no image or caption is counted when they are read
+            members[parent].append(file)
     for parent, inside in members.items():
         size = sum(member.stat().st_size for member in inside)
         newest = max((member.stat().st_mtime_ns for member in inside), default=0)
@@ -231,11 +241,15 @@ def _choose(names: Sequence[str], fields: FieldNames) -> tuple[str, list[str]]:
 
 
 def _captioned(images: Sequence[str], names: Sequence[str]) -> bool:
-    beside = {name[: name.rindex(".")] for name in names if suffix_kind(name).lstrip(".") in TEXT_SUFFIXES}
+    beside = {
+        name[: name.rindex(".")] for name in names if suffix_kind(name).lstrip(".") in TEXT_SUFFIXES
+    }
     return any(image.rpartition(".")[0] in beside for image in images)
 
 
-def _leave_others(found: _Found, names: Sequence[str], kind: str, taken: Sequence[str], fields: FieldNames) -> None:
+def _leave_others(
+    found: _Found, names: Sequence[str], kind: str, taken: Sequence[str], fields: FieldNames
+) -> None:
     """Leave out all but the one kind of file that is taken, and the images whose paths its rows
     hold."""
     chosen = set(taken)
@@ -245,7 +259,9 @@ def _leave_others(found: _Found, names: Sequence[str], kind: str, taken: Sequenc
         found.loose |= images
     elif not fields.captions_only:
         images = set()
-    found.leave((name for name in others if name not in images), KINDS[kind][0] if taken else "no source")
+    found.leave(
+        (name for name in others if name not in images), KINDS[kind][0] if taken else "no source"
+    )
 
 
 def _remote(pattern: str, fields: FieldNames, found: _Found) -> None:
@@ -264,7 +280,11 @@ def _remote(pattern: str, fields: FieldNames, found: _Found) -> None:
     sizes: dict[str, Any] = {}
     for name, info in entries.items():
         url = f"{protocol}://{name.lstrip('/')}"
-        below = name.removeprefix(path).lstrip("/").split("/") if name.startswith(path) else [name.rpartition("/")[2]]
+        below = (
+            name.removeprefix(path).lstrip("/").split("/")
+            if name.startswith(path)
+            else [name.rpartition("/")[2]]
+        )
         if info["type"] != "file":
             continue
         if hidden := next(filter(None, map(hidden_kind, below)), None):
@@ -278,11 +298,14 @@ def _remote(pattern: str, fields: FieldNames, found: _Found) -> None:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return str(info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or "")
+    return str(
+        info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or ""
+    )
 
 
 def _root(paths: Sequence[str], found: dict[str, tuple[str, int, str, str | None]]) -> str:
-    # A folder of images is its own root when it is the only source, so that names never depend on where it lies.
+    # A folder of images is its own root when it is the only source, so that names never depend on
+    # where it lies.
     parents = [path if found[path][0] == FOLDER else path.rpartition("/")[0] for path in paths]
     parts = [parent.split("/") for parent in parents]
     common = []

@@ -1,4 +1,6 @@
-"""What is accepted: captions, keys and images judged against the ingest settings, each refusal with its reason."""
+"""What is accepted: captions, keys and images judged against the ingest settings, each refusal with
+its reason.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,30 @@ from lidit.store.samples import printable
 from lidit.store.schema import canonical_json
 
 _URL = re.compile(r"https?://|www\.\w", re.IGNORECASE)
-_AESTHETIC_FIELDS = ("aesthetic", "aesthetic_score", "aesthetics", "AESTHETIC_SCORE", "score_aesthetic")
+_AESTHETIC_FIELDS = (
+    "aesthetic",
+    "aesthetic_score",
+    "aesthetics",
+    "AESTHETIC_SCORE",
+    "score_aesthetic",
+)
 _TAGS_FROM = 5
 _WORDS_PER_TAG = 2.5
 _FOUND_SHOWN = 10
 
 
 class SampleChecker:
-    """Turns raw samples into accepted ones. Pure: the outcome depends on the sample and the settings alone."""
+    """Turns raw samples into accepted ones. Pure: the outcome depends on the sample and the
+    settings alone.
+    """
 
     def __init__(self, settings: IngestSettings, class_names: Mapping[str, str]) -> None:
         self.settings, self.class_names = settings, class_names
         self.buckets = Buckets(settings.resolution, settings.bucket_multiple, settings.max_aspect)
 
-    def check(self, raw: RawSample, file: str, has_images: bool) -> tuple[Sample | None, list[Refusal]]:
+    def check(
+        self, raw: RawSample, file: str, has_images: bool
+    ) -> tuple[Sample | None, list[Refusal]]:
         """The accepted sample or None, and refusals of the sample or of single captions of it."""
         key = printable(raw.key)
 
@@ -71,8 +83,15 @@ class SampleChecker:
             except (ValueError, OverflowError):
                 score = None
             if score is not None and score == score:
-                return None if score >= least else f"aesthetic score too low: {score:g}, min_aesthetic={least:g}"
-        return f"no aesthetic score: min_aesthetic={least:g} needs one of {', '.join(_AESTHETIC_FIELDS)}"
+                return (
+                    None
+                    if score >= least
+                    else f"aesthetic score too low: {score:g}, min_aesthetic={least:g}"
+                )
+        return (
+            f"no aesthetic score: min_aesthetic={least:g} needs one of "
+            f"{', '.join(_AESTHETIC_FIELDS)}"
+        )
 
     def _captions(self, raw: RawSample) -> tuple[list[tuple[str, str]], list[str]]:
         """Good captions, distinct, and the reasons of the others."""
@@ -80,7 +99,9 @@ class SampleChecker:
         if self.settings.class_template is not None and raw.label is not None:
             name = self.class_names.get(raw.label, None if self.class_names else raw.label)
             if name is None:
-                return [], [f"unknown class: {printable(raw.label)!r} is not in {self.settings.class_names}"]
+                return [], [
+                    f"unknown class: {printable(raw.label)!r} is not in {self.settings.class_names}"
+                ]
             wanted.append((self.settings.class_template.replace("{class}", name), ORIGINAL))
         kept: dict[str, str] = {}
         bad = []
@@ -93,12 +114,16 @@ class SampleChecker:
         return list(kept.items()), bad
 
     def _no_caption(self, raw: RawSample) -> str:
-        others = [name for name in self.settings.caption_fields if raw.meta.get(name) not in (None, "")]
+        others = [
+            name for name in self.settings.caption_fields if raw.meta.get(name) not in (None, "")
+        ]
         reason = f"no caption: no text member, caption field or class label{_found(raw)}"
         if others:
             return f"{reason}; {others[0]} is no text but {type(raw.meta[others[0]]).__name__}"
         if raw.label is not None and self.settings.class_template is None:
-            return f"{reason}; class_template makes a caption of the class label {shown(raw.label)!r}"
+            return (
+                f"{reason}; class_template makes a caption of the class label {shown(raw.label)!r}"
+            )
         return reason
 
     def _caption_problem(self, text: str) -> str | None:
@@ -106,9 +131,15 @@ class SampleChecker:
         if problem := text_problem(text, "caption"):
             return problem
         if len(text) < settings.min_caption_chars:
-            return f"caption too short: {len(text)} characters, min_caption_chars={settings.min_caption_chars}"
+            return (
+                f"caption too short: {len(text)} characters, "
+                f"min_caption_chars={settings.min_caption_chars}"
+            )
         if len(text) > settings.max_caption_chars:
-            return f"caption too long: {len(text)} characters, max_caption_chars={settings.max_caption_chars}"
+            return (
+                f"caption too long: {len(text)} characters, "
+                f"max_caption_chars={settings.max_caption_chars}"
+            )
         if settings.refuse_url_captions and _URL.search(text):
             return "caption with URL: refuse_url_captions is set"
         if settings.refuse_tag_captions and is_tag_list(text):
@@ -124,10 +155,16 @@ def _found(raw: RawSample) -> str:
 
 
 def is_tag_list(text: str) -> bool:
-    """Five or more parts between commas, 2.5 words each or fewer on average, no sentence end: "cat, red, cute, ..."."""
+    """Five or more parts between commas, 2.5 words each or fewer on average, no sentence end: "cat,
+    red, cute, ...".
+    """
     parts = [part.split() for part in re.split(r"[,;|，、]", text) if part.strip()]
     ends = text.rstrip()[-1:] in (".", "!", "?", "。")
-    return len(parts) >= _TAGS_FROM and not ends and sum(map(len, parts)) <= _WORDS_PER_TAG * len(parts)
+    return (
+        len(parts) >= _TAGS_FROM
+        and not ends
+        and sum(map(len, parts)) <= _WORDS_PER_TAG * len(parts)
+    )
 
 
 def _key_problem(key: str) -> str | None:
@@ -157,7 +194,8 @@ def _encodable(text: str) -> bool:
 def _json(meta: dict[str, Any]) -> str:
     try:
         text = canonical_json(meta)
-    except (TypeError, ValueError):  # values of table columns that JSON does not know, such as dates
+    except (TypeError, ValueError):
+        # values of table columns that JSON does not know, such as dates
         text = canonical_json({name: _plain(value) for name, value in meta.items()})
     return printable(text)
 

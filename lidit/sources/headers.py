@@ -32,7 +32,11 @@ def image_field(kind: str, path: str, fields: FieldNames) -> str | None:
             if name is None:
                 return None
             kind_of_values = schema.field(name).type
-            return PATHS if pa.types.is_string(kind_of_values) or pa.types.is_large_string(kind_of_values) else BYTES
+            return (
+                PATHS
+                if pa.types.is_string(kind_of_values) or pa.types.is_large_string(kind_of_values)
+                else BYTES
+            )
         return PATHS if set(_first_fields(kind, path, fields)) & set(fields.images) else None
     except (OSError, pa.ArrowException, BadRecordError, csv.Error):
         return None
@@ -41,8 +45,14 @@ def image_field(kind: str, path: str, fields: FieldNames) -> str | None:
 def _first_fields(kind: str, path: str, fields: FieldNames) -> list[Any]:
     """The fields of the first row, or the header."""
     with open_binary(path) as file:
-        stream = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, file))
-        first = next((line for _, line in lines(stream) if line is None or line.strip()), None) or b""
+        stream = (
+            file
+            if isinstance(file, io.BufferedReader)
+            else io.BufferedReader(cast(io.RawIOBase, file))
+        )
+        first = (
+            next((line for _, line in lines(stream) if line is None or line.strip()), None) or b""
+        )
     if kind == "csv":
         header = first.decode("utf-8-sig", "replace")
         return next(csv.reader([header], delimiter=delimiter_of(path, header, fields)), [])

@@ -35,7 +35,9 @@ def read_folder(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample 
     folder, name = opened.source.path, opened.source.name
     label = Path(folder).name
     # Hidden files were counted where the folder was found.
-    paths = [p for p in sorted(Path(folder).iterdir()) if not hidden_kind(p.name) and not p.is_dir()]
+    paths = [
+        p for p in sorted(Path(folder).iterdir()) if not hidden_kind(p.name) and not p.is_dir()
+    ]
     texts = _texts(paths)
     images = [path for path in paths if _suffix(path) in SUFFIXES]
     _count_others(opened, paths, {path.stem for path in images})
@@ -57,7 +59,10 @@ def read_folder(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample 
                 meta = parse_json(text)
                 if not isinstance(meta, dict):
                     raise BadRecordError(f"invalid JSON: {shown(text_path.name)} is no object")
-                note(opened.columns, {name: value for name, value in meta.items() if name not in fields.images})
+                note(
+                    opened.columns,
+                    {name: value for name, value in meta.items() if name not in fields.images},
+                )
                 captions += captions_in(meta, fields.captions)
         except BadRecordError as error:
             yield Refusal(key, file, str(error))

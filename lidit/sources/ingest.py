@@ -1,8 +1,9 @@
 """Ingest: source files -> a corpus. What is the same on one machine and on many.
 
-Three steps, each resumable: every source is read and checked (CORPUS/ingest/), units are numbered over all sources and
-written, corpus.json comes last. No image is copied. `ingest` takes one source after the other in this process, a
-notebook's way; `pipelines.corpus.ingest` makes the same two calls per source in Ray tasks. Both write the same bytes.
+Three steps, each resumable: every source is read and checked (CORPUS/ingest/), units are numbered
+over all sources and written, corpus.json comes last. No image is copied. `ingest` takes one source
+after the other in this process, a notebook's way; `pipelines.corpus.ingest` makes the same two
+calls per source in Ray tasks. Both write the same bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,21 @@ from lidit.progress import SILENT, Progress
 from lidit.sources import FieldNames, SourceFile, expand
 from lidit.sources.base import IGNORED_KINDS, OTHER_KINDS
 from lidit.sources.columns import EMPTY, MAX_COLUMNS, lines_about
-from lidit.sources.staging import STAGING, StagedSource, read_class_names, read_staged, stage_source, staged_name
-from lidit.sources.units import SourceListing, WrittenSource, find_duplicates, number_units, write_units
+from lidit.sources.staging import (
+    STAGING,
+    StagedSource,
+    read_class_names,
+    read_staged,
+    stage_source,
+    staged_name,
+)
+from lidit.sources.units import (
+    SourceListing,
+    WrittenSource,
+    find_duplicates,
+    number_units,
+    write_units,
+)
 from lidit.store import Corpus, publish_corpus, publish_root
 from lidit.store.corpus import CORPUS_FILE
 from lidit.store.files.atomic import publish_bytes, remove_leftovers
@@ -79,11 +93,15 @@ class IngestSummary:
     told: tuple[str, ...] = ()
 
 
-def ingest(sources: Sequence[str], corpus: str, settings: IngestSettings, progress: Progress = SILENT) -> IngestSummary:
-    """Make `corpus` from `sources` (files, folders, globs, URLs) in this process, one source file after the other.
+def ingest(
+    sources: Sequence[str], corpus: str, settings: IngestSettings, progress: Progress = SILENT
+) -> IngestSummary:
+    """Make `corpus` from `sources` (files, folders, globs, URLs) in this process, one source file
+    after the other.
 
-    A finished corpus of the same sources and settings is left alone but for where they lie, an interrupted one is
-    finished. Raises InputError for sources or a folder that cannot be used, and for a corpus made from something else.
+    A finished corpus of the same sources and settings is left alone but for where they lie, an
+    interrupted one is finished. Raises InputError for sources or a folder that cannot be used, and
+    for a corpus made from something else.
     """
     job = Ingest(sources, corpus, settings)
     if (summary := job.finished()) is not None:
@@ -100,22 +118,33 @@ def ingest(sources: Sequence[str], corpus: str, settings: IngestSettings, progre
 
 
 class Ingest:
-    """One ingest from its plan to its corpus. Reads and writes small files only: the heavy calls are its user's."""
+    """One ingest from its plan to its corpus. Reads and writes small files only: the heavy calls
+    are its user's.
+    """
 
     def __init__(self, sources: Sequence[str], corpus: str, settings: IngestSettings) -> None:
-        """List the sources. Raises InputError for sources that cannot be used, before anything is written."""
+        """List the sources. Raises InputError for sources that cannot be used, before anything is
+        written.
+        """
         self._started = time.monotonic()
         if secret := next(filter(has_password, sources), None):
             raise InputError(f"source at {secret.rpartition('@')[2]}: {PASSWORD}")
         self.folder = Folder.at(corpus)
         self.staging = self.folder.child(STAGING)
-        inside = [s for s in sources if self.folder.location.startswith(f"{Folder.at(s).location}/")]
+        inside = [
+            s for s in sources if self.folder.location.startswith(f"{Folder.at(s).location}/")
+        ]
         if inside:
-            raise InputError(f"{corpus}: lies inside the source {inside[0]}; name a folder outside it for --corpus")
+            raise InputError(
+                f"{corpus}: lies inside the source {inside[0]}; name a folder outside it "
+                "for --corpus"
+            )
         if self.folder.local and self.folder.path.is_file():
             raise InputError(f"{self.folder.location}: is a file; name a folder for --corpus")
         self.sources, self.corpus, self.settings = sources, corpus, settings
-        self.fields = FieldNames(settings.caption_fields, settings.image_fields, settings.captions_only)
+        self.fields = FieldNames(
+            settings.caption_fields, settings.image_fields, settings.captions_only
+        )
         self.root, self.files, self.left_out, self.loose = expand(list(sources), self.fields)
         read_class_names(settings.class_names)
         # What the corpus is made from: an interrupted or finished one of anything else is refused.
@@ -129,7 +158,9 @@ class Ingest:
         self._duplicates: dict[int, dict[int, str]] = {}
 
     def finished(self) -> IngestSummary | None:
-        """The summary of the corpus where it is finished, its sources' place noted anew where they have moved."""
+        """The summary of the corpus where it is finished, its sources' place noted anew where they
+        have moved.
+        """
         if not self.folder.exists(CORPUS_FILE):
             return None
         made = Corpus.open(self.folder)
@@ -142,7 +173,9 @@ class Ingest:
         return _summary(publish_root(made, self.root), skipped=True, moved_to=self.root)
 
     def begin(self, progress: Progress = SILENT) -> list[tuple[int, SourceFile]]:
-        """Make the folder ours, or make sure that it holds this ingest, interrupted; the sources still to be read."""
+        """Make the folder ours, or make sure that it holds this ingest, interrupted; the sources
+        still to be read.
+        """
         self._claim()
         staged = [read_staged(self.staging, file, index) for index, file in enumerate(self.files)]
         self._read = {entry.index: entry for entry in staged if entry is not None}
@@ -158,8 +191,10 @@ class Ingest:
         progress.update(len(self._read), self._note())
 
     def number_units(self) -> list[SourceListing]:
-        """Every source's units, once all sources are read. InputError where no sample is usable or kinds are mixed;
-        then the folder is as it was before, for the corrected command has other settings."""
+        """Every source's units, once all sources are read. InputError where no sample is usable or
+        kinds are mixed; then the folder is as it was before, for the corrected command has other
+        settings.
+        """
         staged = self._in_order()
         try:
             self._require_samples(staged)
@@ -178,9 +213,13 @@ class Ingest:
             counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
             left = ", ".join(f"{count} x {kind}" for kind, count in self._left_out(staged).items())
             counts += f"{'; ' if counts else ''}left out {left}" if left else ""
-            found = [*self._first_refusal(staged), *lines_about(_columns(staged), self.fields, 0, 0)]
+            found = [
+                *self._first_refusal(staged),
+                *lines_about(_columns(staged), self.fields, 0, 0),
+            ]
             raise InputError(
-                f"{', '.join(self.sources)}: not one usable sample ({counts or 'every source is empty'}); "
+                f"{', '.join(self.sources)}: not one usable sample "
+                f"({counts or 'every source is empty'}); "
                 f"{self.corpus} was not made{''.join(f'; {line}' for line in found)}"
             )
 
@@ -199,13 +238,17 @@ class Ingest:
             "reasons": dict(sorted(reasons.items())),
             "ignored": self._left_out(staged),
             "joined": sum(joined.values()),
-            "images": sum(row["samples"] for source in written for row in source.rows) if images else 0,
+            "images": sum(row["samples"] for source in written for row in source.rows)
+            if images
+            else 0,
             "columns": _columns(staged),
         }
         rows = [row for source in written for row in source.rows]
         table = _sources_table(staged, copies, written)
         digits = unit_digits(len(rows))
-        made = publish_corpus(self.folder, rows, digits, self.root, table, self.plan["settings"], totals)
+        made = publish_corpus(
+            self.folder, rows, digits, self.root, table, self.plan["settings"], totals
+        )
         self.staging.remove_tree()
         return _summary(made, seconds=time.monotonic() - self._started)
 
@@ -213,9 +256,12 @@ class Ingest:
         try:
             before = json.loads(self.staging.read_bytes(PLAN_FILE))
         except FileNotFoundError:
-            if [name for name in self.folder.folders() if name != STAGING] or self.folder.sizes().keys() - {MARK}:
+            if [
+                name for name in self.folder.folders() if name != STAGING
+            ] or self.folder.sizes().keys() - {MARK}:
                 raise InputError(
-                    f"{self.folder.location}: not empty and not a corpus; name a new folder for --corpus"
+                    f"{self.folder.location}: not empty and not a corpus; name a new folder for "
+                    "--corpus"
                 ) from None
             self.staging.create()
             publish_bytes(self.staging, PLAN_FILE, canonical_json(self.plan).encode())
@@ -232,13 +278,17 @@ class Ingest:
         differing += [f"source {name}: {old[name]} -> {new[name]} bytes" for name in changed[:5]]
         if differing:
             raise InputError(
-                f"{self.folder.location}: made from other sources or settings ({'; '.join(differing)}); name a new "
+                f"{self.folder.location}: made from other sources or settings "
+                f"({'; '.join(differing)}); name a new "
                 "folder or delete this one"
             )
 
     def _left_out(self, staged: Sequence[StagedSource]) -> dict[str, int]:
-        unnamed = self.loose - sum(entry.named for entry in staged)  # too few, where two sources name one image
-        return _ignored(staged, self.left_out | ({"image that no row names": unnamed} if unnamed > 0 else {}))
+        # too few, where two sources name one image
+        unnamed = self.loose - sum(entry.named for entry in staged)
+        return _ignored(
+            staged, self.left_out | ({"image that no row names": unnamed} if unnamed > 0 else {})
+        )
 
     def _first_refusal(self, staged: Sequence[StagedSource]) -> list[str]:
         """In full: a count says that captions are missing, the reason what was there instead."""
@@ -261,7 +311,8 @@ def _require_one_kind(staged: Sequence[StagedSource]) -> None:
         return
     without = next(entry.name for entry in staged if entry.images != entry.samples)
     raise InputError(
-        f"{without}: has captions without images while other sources have images; ingest them into two corpora, or set "
+        f"{without}: has captions without images while other sources have images; ingest them "
+        "into two corpora, or set "
         "captions_only"
     )
 
@@ -277,7 +328,9 @@ def _sources_table(
         "bytes": [entry.bytes for entry in staged],
         "sha256": [entry.sha256 for entry in staged],
         "samples": [samples[entry.index] for entry in staged],
-        "refused": [sum(entry.refused.values()) + duplicates.get(entry.index, 0) for entry in staged],
+        "refused": [
+            sum(entry.refused.values()) + duplicates.get(entry.index, 0) for entry in staged
+        ],
         "quarantine": [file and file.name for file in quarantines],
         "quarantine_bytes": [file and file.bytes for file in quarantines],
         "quarantine_sha256": [file and file.sha256 for file in quarantines],
@@ -302,14 +355,22 @@ def _ignored(staged: Sequence[StagedSource], left_out: Mapping[str, int]) -> dic
     others = counts.pop(OTHER_KINDS, 0)
     kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
     others += sum(counts[kind] for kind in kinds[IGNORED_KINDS:])
-    return {kind: counts[kind] for kind in sorted(kinds[:IGNORED_KINDS])} | ({OTHER_KINDS: others} if others else {})
+    return {kind: counts[kind] for kind in sorted(kinds[:IGNORED_KINDS])} | (
+        {OTHER_KINDS: others} if others else {}
+    )
 
 
-def _summary(corpus: Corpus, skipped: bool = False, seconds: float = 0.0, moved_to: str | None = None) -> IngestSummary:
+def _summary(
+    corpus: Corpus, skipped: bool = False, seconds: float = 0.0, moved_to: str | None = None
+) -> IngestSummary:
     totals, settings = corpus.facts["totals"], corpus.facts["settings"]
-    fields = FieldNames(settings["caption_fields"], tuple(settings["image_fields"]), settings["captions_only"])
+    fields = FieldNames(
+        settings["caption_fields"], tuple(settings["image_fields"]), settings["captions_only"]
+    )
     images = totals.get("images")  # the first release did not count them
-    told = () if images is None else lines_about(totals["columns"], fields, totals["samples"], images)
+    told = (
+        () if images is None else lines_about(totals["columns"], fields, totals["samples"], images)
+    )
     return IngestSummary(
         corpus=corpus.folder.location,
         digest=corpus.digest,

@@ -1,9 +1,10 @@
 """A corpus's images, read again from the sources they stayed in.
 
-A source that was changed since ingest must not give other images. Compared on every reading, for it costs nothing: the
-size in bytes of each source file and of each picture in a file of its own; name and size of each member of a tar; the
-sha256 of a compressed tar, which is read to its end anyway; each image's width and height. Other bytes of the same
-sizes in a tar, a table or a picture's file are not seen here; `lidit verify --sources` reads everything.
+A source that was changed since ingest must not give other images. Compared on every reading, for it
+costs nothing: the size in bytes of each source file and of each picture in a file of its own; name
+and size of each member of a tar; the sha256 of a compressed tar, which is read to its end anyway;
+each image's width and height. Other bytes of the same sizes in a tar, a table or a picture's file
+are not seen here; `lidit verify --sources` reads everything.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from lidit.sources.tables import image_bytes
 from lidit.sources.webdataset_tar import read_members
 from lidit.store import Corpus, Crop
 
-MOVED = "put the old file back; where all have moved, run the same lidit ingest with their new place"
+MOVED = (
+    "put the old file back; where all have moved, run the same lidit ingest with their new place"
+)
 
 
 def bucket_images(
     corpus: Corpus, unit: int, start: int, stop: int, scale: int, max_pixels: int
 ) -> tuple[list[np.ndarray], list[Crop]]:
-    """Images of rows [start, stop) of a unit, fitted to their buckets x scale: uint8 [H, W, 3] each, and the crops.
+    """Images of rows [start, stop) of a unit, fitted to their buckets x scale: uint8 [H, W, 3]
+    each, and the crops.
 
     Raises JobError, naming file and key, where a source is not what was ingested.
     """
@@ -54,13 +58,20 @@ def bucket_images(
 
 
 def unit_images(corpus: Corpus, unit: int) -> Iterator[bytes]:
-    """The image files of a unit's samples as they are in their sources, in order. Raises JobError like the above."""
+    """The image files of a unit's samples as they are in their sources, in order. Raises JobError
+    like the above.
+    """
     yield from _contents(corpus, corpus.samples(unit).to_pylist())
 
 
-def _changed(corpus: Corpus, sample: dict[str, Any], why: str, remedy: str = "put the old file back") -> JobError:
+def _changed(
+    corpus: Corpus, sample: dict[str, Any], why: str, remedy: str = "put the old file back"
+) -> JobError:
     place = f"{corpus.image_path(sample['image']['file'])} {sample['image']['member']}".strip()
-    return JobError(f"{place}: sample {sample['key']} is not what was ingested ({why}); {remedy}, or ingest anew")
+    return JobError(
+        f"{place}: sample {sample['key']} is not what was ingested ({why}); {remedy}, or "
+        "ingest anew"
+    )
 
 
 def _contents(corpus: Corpus, samples: Sequence[dict[str, Any]]) -> Iterator[bytes]:
@@ -98,13 +109,17 @@ def _contents(corpus: Corpus, samples: Sequence[dict[str, Any]]) -> Iterator[byt
 
 
 def _recorded(corpus: Corpus, reference: dict[str, Any], column: str) -> Any:
-    """What the table of sources says about an image's file; None for a picture in a file of its own."""
+    """What the table of sources says about an image's file; None for a picture in a file of its
+    own.
+    """
     row = pc.index(corpus.sources["file"], reference["file"]).as_py()
     return None if row < 0 else corpus.sources[column][row].as_py()
 
 
 def _check_size(file: BinaryIO, corpus: Corpus, reference: dict[str, Any]) -> None:
-    """Raise BadRecordError where a source file, or a picture in a file of its own, has another size than it had."""
+    """Raise BadRecordError where a source file, or a picture in a file of its own, has another size
+    than it had.
+    """
     recorded = _recorded(corpus, reference, "bytes")
     size = reference["size"] if recorded is None else recorded
     found = file.seek(0, os.SEEK_END)
@@ -125,8 +140,12 @@ def _check_header(file: BinaryIO, reference: dict[str, Any]) -> None:
     except tarfile.HeaderError:
         raise BadRecordError("it is not where it was in the tar") from None
     # Other names may stand in front of the header, in full.
-    if header.size != size or (header.name != name and name.isascii() and len(name) <= tarfile.LENGTH_NAME):
-        raise BadRecordError(f"in its place is {header.name!r} of {header.size} bytes, it had {size}")
+    if header.size != size or (
+        header.name != name and name.isascii() and len(name) <= tarfile.LENGTH_NAME
+    ):
+        raise BadRecordError(
+            f"in its place is {header.name!r} of {header.size} bytes, it had {size}"
+        )
 
 
 def _members(corpus: Corpus, samples: Sequence[dict[str, Any]]) -> dict[str, bytes]:

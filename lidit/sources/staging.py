@@ -1,7 +1,7 @@
 """One source file read, checked and written down, before units are numbered.
 
-A staged source is three files under CORPUS/ingest/: NNNNN-samples.arrow, NNNNN-refused.arrow and, last, NNNNN.json.
-They hold text and references only; images stay where they are.
+A staged source is three files under CORPUS/ingest/: NNNNN-samples.arrow, NNNNN-refused.arrow and,
+last, NNNNN.json. They hold text and references only; images stay where they are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ STAGED = pa.schema(
     [
         ("key", pa.large_string()),
         ("key_hash", pa.binary(16)),
-        ("image_hash", pa.binary(16)),  # of rows only, where it tells copies from further captions of one image
+        # of rows only, where it tells copies from further captions of one image
+        ("image_hash", pa.binary(16)),
         ("captions", pa.list_(pa.struct([("text", pa.large_string()), ("origin", pa.string())]))),
         ("image", IMAGE_REFERENCE),
         ("width", pa.int32()),
@@ -67,14 +68,17 @@ class StagedSource:
 
 
 def read_class_names(path: str | None) -> dict[str, str]:
-    """Class label -> name. Lines are names, labelled 0, 1, ..., or all of the form `n01440764 tench`.
+    """Class label -> name. Lines are names, labelled 0, 1, ..., or all of the form
+    `n01440764 tench`.
 
     Raises InputError where the file is not there or empty.
     """
     if path is None:
         return {}
     try:
-        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        names = [
+            line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: class names cannot be read: {error}") from None
     if not names:
@@ -100,12 +104,15 @@ def read_staged(folder: Folder, source: SourceFile, index: int) -> StagedSource 
         return None
     if (staged.name, staged.bytes, staged.modified) != (source.name, source.bytes, source.modified):
         raise InputError(
-            f"{source.path}: has changed since this ingest began; delete {folder.location} to read everything again"
+            f"{source.path}: has changed since this ingest began; delete {folder.location} to "
+            "read everything again"
         )
     return staged
 
 
-def stage_source(folder: Folder, source: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
+def stage_source(
+    folder: Folder, source: SourceFile, index: int, settings: IngestSettings
+) -> StagedSource:
     """Read one source file to its end. Raises JobError where it cannot be read at all.
 
     Arrow IPC files are read in a process of their own, which their offsets may end: then they are
@@ -127,10 +134,15 @@ def stage_source(folder: Folder, source: SourceFile, index: int, settings: Inges
 
 def refused_unread(source: SourceFile, died_of: str) -> SourceFile:
     """The source as one refusal, after its bytes have ended the process that read them."""
-    return replace(source, problem=f"reader died: {died_of} while reading {shown(source.name)}; write this file anew")
+    return replace(
+        source,
+        problem=f"reader died: {died_of} while reading {shown(source.name)}; write this file anew",
+    )
 
 
-def _arguments(folder: Folder, source: SourceFile, index: int, settings: IngestSettings) -> dict[str, Any]:
+def _arguments(
+    folder: Folder, source: SourceFile, index: int, settings: IngestSettings
+) -> dict[str, Any]:
     return {
         "folder": folder.location,
         "source": asdict(source),
@@ -150,12 +162,16 @@ def main() -> None:
     serve(stage)
 
 
-def _read_and_stage(folder: Folder, source: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
+def _read_and_stage(
+    folder: Folder, source: SourceFile, index: int, settings: IngestSettings
+) -> StagedSource:
     reader = _SourceReader(source, settings)
     name = staged_name(index)
 
     def read(sink: Any) -> None:
-        """Samples and refusals come out of one reading: the samples' file is written while the refusals' is open."""
+        """Samples and refusals come out of one reading: the samples' file is written while the
+        refusals' is open.
+        """
         samples = arrow_writer(reader.tables())
         with reader.refusals.written_to(sink):
             publish_written(folder, f"{name}-samples.arrow", samples)
@@ -166,7 +182,8 @@ def _read_and_stage(folder: Folder, source: SourceFile, index: int, settings: In
         raise
     except OSError as error:
         raise JobError(f"{source.path}: cannot be read: {error}") from None
-    except Exception as error:  # a reader's bug on bytes nobody thought of: the file must be known at least
+    except Exception as error:
+        # a reader's bug on bytes nobody thought of: the file must be known at least
         said = f"{type(error).__name__}: {one_line(error)}"
         raise JobError(f"{source.path}: cannot be read ({said}); take this file out") from error
     finally:
@@ -205,7 +222,9 @@ class _Refusals:
     @contextlib.contextmanager
     def written_to(self, sink: Any) -> Iterator[None]:
         """As one Arrow IPC file, whole after the `with` block."""
-        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), quarantine_table([]).schema) as self._writer:
+        with pa.ipc.new_file(
+            pa.PythonFile(sink, mode="w"), quarantine_table([]).schema
+        ) as self._writer:
             yield
             self._write()
 
@@ -228,7 +247,9 @@ class _SourceReader:
 
     def __init__(self, source: SourceFile, settings: IngestSettings) -> None:
         self.source, self.settings = source, settings
-        self.fields = FieldNames(settings.caption_fields, settings.image_fields, settings.captions_only)
+        self.fields = FieldNames(
+            settings.caption_fields, settings.image_fields, settings.captions_only
+        )
         self.checker = SampleChecker(settings, read_class_names(settings.class_names))
         self.opened = OpenedSource(source)
         self.refusals = _Refusals()
@@ -256,12 +277,16 @@ class _SourceReader:
                 self.samples += 1
                 self.images += sample.image is not None
                 rows = self.source.kind in _ROWS
-                yield self._keyed(sample), hashlib.sha256(raw.image or b"").digest()[:16] if rows else None
+                yield (
+                    self._keyed(sample),
+                    hashlib.sha256(raw.image or b"").digest()[:16] if rows else None,
+                )
 
     def _has_image(self, raw: RawSample) -> bool:
         if self.settings.captions_only:
             return False
-        # A tar or a folder is about images; a table or text file has them exactly where its reader found them.
+        # A tar or a folder is about images; a table or text file has them exactly where its reader
+        # found them.
         return raw.reference is not None or self.source.kind in ("tar", "folder")
 
     def _keyed(self, sample: Sample) -> Sample:
@@ -276,7 +301,9 @@ def _table(chunk: list[tuple[Sample, bytes | None]]) -> pa.Table:
         "key": [s.key for s in samples],
         "key_hash": [hashlib.sha256(s.key.encode("utf-8")).digest()[:16] for s in samples],
         "image_hash": [image_hash for _, image_hash in chunk],
-        "captions": [[{"text": text, "origin": origin} for text, origin in s.captions] for s in samples],
+        "captions": [
+            [{"text": text, "origin": origin} for text, origin in s.captions] for s in samples
+        ],
         "image": [s.image and vars(s.image) for s in samples],
         "width": [s.width for s in samples],
         "height": [s.height for s in samples],

@@ -1,4 +1,6 @@
-"""Parquet and Arrow tables: image bytes or paths in a column, captions in others, or captions alone."""
+"""Parquet and Arrow tables: image bytes or paths in a column, captions in others, or captions
+alone.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _BATCH_ROWS = 256
 
 
 def read_table(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
-    """Every row in order. The image column holds bytes, a {"bytes", "path"} struct (Hugging Face) or paths."""
+    """Every row in order. The image column holds bytes, a {"bytes", "path"} struct (Hugging Face)
+    or paths.
+    """
     name = opened.source.name
     row = 0
     try:
@@ -65,9 +69,11 @@ def schema_of(path: str) -> pa.Schema:
 def batches(
     path: str, columns: list[str] | None = None, rows: Set[int] | None = None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(first row, rows) of a Parquet or Arrow IPC (file or stream) table, in order, at most _BATCH_ROWS at once.
+    """(first row, rows) of a Parquet or Arrow IPC (file or stream) table, in order, at most
+    _BATCH_ROWS at once.
 
-    rows: the ones that are wanted; what holds none of them may be left out, unread where the format allows that.
+    rows: the ones that are wanted; what holds none of them may be left out, unread where the format
+    allows that.
     """
     with open_binary(path) as file:
         read = _parquet_batches if path.lower().endswith((".parquet", ".pq")) else _ipc_batches
@@ -136,7 +142,11 @@ def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
     """The type of the same layout that holds bytes where this one holds texts, at any depth."""
-    texts = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    texts = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }
     if kind in texts:
         return texts[kind]
     if pa.types.is_struct(kind):
@@ -160,7 +170,9 @@ def image_bytes(path: str, column: str, rows: Set[int]) -> Iterator[tuple[int, b
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRecordError]:
-    """Rows as Python values. One value that Python cannot hold would take the whole batch with it: then row by row."""
+    """Rows as Python values. One value that Python cannot hold would take the whole batch with it:
+    then row by row.
+    """
     try:
         records = batch.to_pylist()
     except (ValueError, OverflowError):
@@ -193,14 +205,22 @@ def _only(value: Any) -> Any:
 def _without_bytes(value: Any) -> Any:
     """A value for metadata: bytes, at any depth, are left out with the field that holds them."""
     if isinstance(value, dict):
-        return {name: _without_bytes(inner) for name, inner in value.items() if not isinstance(inner, bytes)}
+        return {
+            name: _without_bytes(inner)
+            for name, inner in value.items()
+            if not isinstance(inner, bytes)
+        }
     if isinstance(value, list):
         return [_without_bytes(inner) for inner in value if not isinstance(inner, bytes)]
     return value
 
 
 def _sample(
-    opened: OpenedSource, record: dict[str, Any], row: int, image_field: str | None, fields: FieldNames
+    opened: OpenedSource,
+    record: dict[str, Any],
+    row: int,
+    image_field: str | None,
+    fields: FieldNames,
 ) -> RawSample | Refusal:
     name = opened.source.name
     key = key_in(record, f"{name}:{row}")
@@ -212,7 +232,9 @@ def _sample(
         return RawSample(key, captions, label=label_in(meta), meta=meta)
     value = _only(record.get(image_field))
     if isinstance(value, list) and value:
-        return Refusal(key, name, f"several images: row {row} of column {image_field!r} holds {len(value)}")
+        return Refusal(
+            key, name, f"several images: row {row} of column {image_field!r} holds {len(value)}"
+        )
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:

@@ -1,4 +1,6 @@
-"""tarfile for archives of unknown origin: what is damaged is noticed, what is hostile is refused, neither hangs."""
+"""tarfile for archives of unknown origin: what is damaged is noticed, what is hostile is refused,
+neither hangs.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _READS_PAST_END = 100
 
 
 class _Header(tarfile.TarInfo):
-    """Remembers why reading stopped: tarfile takes a damaged header in the middle for the end of the archive."""
+    """Remembers why reading stopped: tarfile takes a damaged header in the middle for the end of
+    the archive.
+    """
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
@@ -55,7 +59,9 @@ class _Header(tarfile.TarInfo):
 
 
 class Archive(tarfile.TarFile):
-    """A tar read as a stream. stop: why it ended before its end, None where a block of zeros ended it."""
+    """A tar read as a stream. stop: why it ended before its end, None where a block of zeros ended
+    it.
+    """
 
     tarinfo = _Header
     stop: str | None = None
@@ -63,16 +69,20 @@ class Archive(tarfile.TarFile):
     members: list[tarfile.TarInfo]
 
     def each(self) -> Iterator[tarfile.TarInfo]:
-        """The members in order. tarfile keeps every header, with which memory would grow; here they are dropped."""
+        """The members in order. tarfile keeps every header, with which memory would grow; here they
+        are dropped.
+        """
         for member in self:
             self.members = []
             yield member
 
     def beyond_end(self) -> str | None:
-        """What stands behind the archive's end and is no padding, in words; to be asked after the last member.
+        """What stands behind the archive's end and is no padding, in words; to be asked after the
+        last member.
 
-        tarfile takes one block of zeros for the end, but a stretch that was lost on a disk reads as zeros too, and a
-        second archive may follow. Reads only until it knows: a compressed archive can hold zeros for ever.
+        tarfile takes one block of zeros for the end, but a stretch that was lost on a disk reads as
+        zeros too, and a second archive may follow. Reads only until it knows: a compressed archive
+        can hold zeros for ever.
         """
         stream = cast(Any, self.fileobj)
         end = stream.tell() - tarfile.BLOCKSIZE
@@ -82,7 +92,8 @@ class Archive(tarfile.TarFile):
             if stream.tell() - end > _MAX_RECORD + 2 * tarfile.BLOCKSIZE:
                 return f"zeros from byte {end} on, more than padding"
         size = stream.tell()
-        # Other records than tar's own of 10 KiB are powers of two, and the whole archive is a number of them.
+        # Other records than tar's own of 10 KiB are powers of two, and the whole archive is a
+        # number of them.
         record = max(tarfile.RECORDSIZE, min(size & -size, _MAX_RECORD))
         zeros = size - end
         if zeros <= record + 2 * tarfile.BLOCKSIZE:
@@ -91,13 +102,17 @@ class Archive(tarfile.TarFile):
 
 
 def open_archive(stream: io.BufferedReader) -> Archive:
-    """The archive in `stream`. Whatever is wrong with it raises tarfile.TarError, here and while it is read."""
+    """The archive in `stream`. Whatever is wrong with it raises tarfile.TarError, here and while it
+    is read.
+    """
     gzipped = packed_as(stream) == "gzip"  # by its bytes: names are often wrong about that
     return Archive.open(fileobj=cast(BinaryIO, _Content(stream, gzipped)), mode="r|")
 
 
 class _Content:
-    """The archive's bytes. gzip here and not in tarfile, which reads the first member of a gzip file alone."""
+    """The archive's bytes. gzip here and not in tarfile, which reads the first member of a gzip
+    file alone.
+    """
 
     def __init__(self, stream: BinaryIO, compressed: bool) -> None:
         self.file = gzip.GzipFile(fileobj=stream, mode="rb") if compressed else stream
@@ -109,6 +124,7 @@ class _Content:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise tarfile.ReadError(str(error)) from None
         self.reads_past_end += not content
-        if self.reads_past_end > _READS_PAST_END:  # tarfile would seek on to the end of a member of 2^80 bytes
+        # tarfile would seek on to the end of a member of 2^80 bytes
+        if self.reads_past_end > _READS_PAST_END:
             raise tarfile.ReadError("unexpected end of data")
         return content

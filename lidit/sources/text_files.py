@@ -1,4 +1,6 @@
-"""Line-based sources: JSONL and CSV rows (with image paths or without), and plain text with one caption per line."""
+"""Line-based sources: JSONL and CSV rows (with image paths or without), and plain text with one
+caption per line.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,17 @@ from lidit.sources.walk import special
 from lidit.store import ImageReference, Refusal
 from lidit.store.files.folder import is_url
 
-# What the path itself is to blame for. Others, such as an I/O error, end the reading: the next file may fail likewise.
-_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+# What the path itself is to blame for. Others, such as an I/O error, end the reading: the next file
+# may fail likewise.
+_OF_THE_PATH = (
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EINVAL,
+)
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what a spreadsheet calls Unicode
 
@@ -50,7 +61,9 @@ def read_text(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | 
     for number, line in lines(stream):
         key = f"{name}:{number}"
         if line is None:
-            yield Refusal(key, name, f"line too long: line {number} has more than {MAX_TEXT_BYTES} bytes")
+            yield Refusal(
+                key, name, f"line too long: line {number} has more than {MAX_TEXT_BYTES} bytes"
+            )
             continue
         try:
             yield RawSample(key, ((line.decode("utf-8-sig"), ORIGINAL),))
@@ -59,7 +72,9 @@ def read_text(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | 
 
 
 def read_jsonl(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
-    """One JSON object per line; blank lines are no rows. The first row decides whether the file has images."""
+    """One JSON object per line; blank lines are no rows. The first row decides whether the file has
+    images.
+    """
     name = opened.source.name
     image_field: str | None = None
     first = True
@@ -76,11 +91,15 @@ def read_jsonl(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample |
                 raise BadRecordError(f"line too long: more than {MAX_TEXT_BYTES} bytes")
             record = parse_json(line)
             if not isinstance(record, dict):
-                raise BadRecordError(f"invalid JSON: expected an object, found {type(record).__name__}")
+                raise BadRecordError(
+                    f"invalid JSON: expected an object, found {type(record).__name__}"
+                )
             if first:
                 image_field, first = _image_field(record, fields), False
             elif image_field is None and (late := _image_field(record, fields)) and record[late]:
-                raise BadRecordError(f"unexpected image: field {late!r} has one, the file's first row has none")
+                raise BadRecordError(
+                    f"unexpected image: field {late!r} has one, the file's first row has none"
+                )
         except BadRecordError as error:
             yield Refusal(key, name, f"{error} (line {number})")
             continue
@@ -95,7 +114,8 @@ def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
         yield refusal
         return
     csv.field_size_limit(MAX_TEXT_BYTES)
-    # Invalid bytes become surrogates, which the caption check refuses row by row; strict decoding would lose the file.
+    # Invalid bytes become surrogates, which the caption check refuses row by row; strict decoding
+    # would lose the file.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     header = text.readline()
     try:
@@ -117,17 +137,22 @@ def read_csv(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
         beyond: Any = record.pop(None, [])
         if any(beyond):  # where only empty ones follow, nothing is lost
             cells = f"{len(beyond)} more {'cell' if len(beyond) == 1 else 'cells'} than the header"
-            yield Refusal(key, name, f"invalid CSV: line {rows.line_num} has {cells}; quote captions that hold commas")
+            yield Refusal(
+                key,
+                name,
+                f"invalid CSV: line {rows.line_num} has {cells}; quote captions that hold commas",
+            )
             continue
         yield _row(opened, {k: v for k, v in record.items() if k}, key, image_field, fields)
     text.detach()
 
 
 def delimiter_of(name: str, header: str, fields: FieldNames) -> str:
-    """What separates the cells of a CSV or TSV file: a comma, or what spreadsheets of other languages write.
+    """What separates the cells of a CSV or TSV file: a comma, or what spreadsheets of other
+    languages write.
 
-    header: the first line. Another separator is believed only where a comma separates nothing and the other one gives a
-    field that is read.
+    header: the first line. Another separator is believed only where a comma separates nothing and
+    the other one gives a field that is read.
     """
     if name.lower().endswith(".tsv"):
         return "\t"
@@ -144,10 +169,14 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 
 def _no_text(name: str, stream: io.BufferedReader) -> Refusal | None:
-    """Why a file's first bytes, which stay unread, are no text in UTF-8; None for what they may be."""
+    """Why a file's first bytes, which stay unread, are no text in UTF-8; None for
+    what they may be.
+    """
     if packed := packed_as(stream):
         remedy = "unpack it, or give it the suffix of its kind"
-        return Refusal("", name, f"not a text file: {shown(name)} is {packed} inside; {remedy}", "file")
+        return Refusal(
+            "", name, f"not a text file: {shown(name)} is {packed} inside; {remedy}", "file"
+        )
     if stream.peek(2)[:2] in UTF_16:
         remedy = "save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8"
         return Refusal("", name, f"not in UTF-8: {shown(name)} is UTF-16; {remedy}", "file")
@@ -161,7 +190,11 @@ def _image_field(record: dict[str, Any], fields: FieldNames) -> str | None:
 
 
 def _row(
-    opened: OpenedSource, record: dict[str, Any], otherwise: str, image_field: str | None, fields: FieldNames
+    opened: OpenedSource,
+    record: dict[str, Any],
+    otherwise: str,
+    image_field: str | None,
+    fields: FieldNames,
 ) -> RawSample | Refusal:
     name = opened.source.name
     key = key_in(record, otherwise)
@@ -190,7 +223,8 @@ def failed_download(record: Mapping[str, Any]) -> str | None:
 
 
 def beside(opened: OpenedSource, image: str) -> tuple[bytes, ImageReference]:
-    """An image named by a row, relative to the folder of the table it stands in; never outside that folder.
+    """An image named by a row, relative to the folder of the table it stands in; never outside that
+    folder.
 
     Raises BadRecordError with the reason.
     """
@@ -205,28 +239,39 @@ def beside(opened: OpenedSource, image: str) -> tuple[bytes, ImageReference]:
 
 
 def read_inside(folder: str, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
-    """A file below `folder`, also after following symlinks. Raises BadRecordError with the reason."""
+    """A file below `folder`, also after following symlinks. Raises BadRecordError
+    with the reason.
+    """
     try:
         if not is_url(folder):
-            # resolve() raises where links lead to each other; here that is no file, as is_file() says.
+            # resolve() raises where links lead to each other; here that is no file, as is_file()
+            # says.
             real = Path(os.path.realpath(f"{folder}/{name}"))
             if not real.is_relative_to(os.path.realpath(folder)):
                 raise BadRecordError(f"unsafe name: {shown(name)!r} is a link out of its folder")
             if not real.exists():
                 raise BadRecordError(f"no file: {shown(name)!r} does not exist")
             if not real.is_file():
-                raise BadRecordError(f"not a file: {shown(name)!r} is {special(real.stat().st_mode)}")
+                raise BadRecordError(
+                    f"not a file: {shown(name)!r} is {special(real.stat().st_mode)}"
+                )
         with open_binary(f"{folder}/{name}") as file:
             size = file.seek(0, os.SEEK_END)
             if size > limit:
-                raise BadRecordError(f"file too large: {shown(name)!r} has {size} bytes, at most {limit} are read")
+                raise BadRecordError(
+                    f"file too large: {shown(name)!r} has {size} bytes, at most {limit} are read"
+                )
             file.seek(0)
             return file.read()
     except FileNotFoundError:
         raise BadRecordError(f"no file: {shown(name)!r} does not exist") from None
     except UnicodeEncodeError:
-        raise BadRecordError(f"unreadable file: {shown(name)!r} holds characters that no name can have") from None
+        raise BadRecordError(
+            f"unreadable file: {shown(name)!r} holds characters that no name can have"
+        ) from None
     except OSError as error:
         if error.errno not in _OF_THE_PATH:
             raise
-        raise BadRecordError(f"unreadable file: {shown(name)!r}: {os.strerror(error.errno)}") from None
+        raise BadRecordError(
+            f"unreadable file: {shown(name)!r}: {os.strerror(error.errno)}"
+        ) from None

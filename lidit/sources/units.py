@@ -1,4 +1,6 @@
-"""From staged sources to numbered units: duplicate keys resolved over the whole corpus, then units written."""
+"""From staged sources to numbered units: duplicate keys resolved over the whole corpus, then units
+written.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ QUARANTINE = "quarantine"
 class SourceListing:
     """One source file's part of the corpus: its units, of `unit_samples` samples each but the last.
 
-    digits: of every unit's name; duplicates: staged row -> the source file that has the row's key first.
+    digits: of every unit's name; duplicates: staged row -> the source file that has the row's key
+    first.
     """
 
     index: int
@@ -41,7 +44,8 @@ class SourceListing:
 def find_duplicates(
     folder: Folder, staged: Sequence[StagedSource], keys_at_once: int = KEYS_AT_ONCE
 ) -> dict[int, dict[int, str]]:
-    """Source index -> {row: source file of the first sample with that key}, over all sources in order.
+    """Source index -> {row: source file of the first sample with that key}, over all sources in
+    order.
 
     Keys are compared by 128 bits of their sha256, in as many passes as memory asks for.
     """
@@ -65,14 +69,18 @@ def find_duplicates(
         for place in np.flatnonzero(same):
             original, copy = order[first[place]], order[place]
             entry = staged[int(sources[copy])]
-            duplicates.setdefault(entry.index, {})[int(rows[copy])] = staged[int(sources[original])].name
+            duplicates.setdefault(entry.index, {})[int(rows[copy])] = staged[
+                int(sources[original])
+            ].name
     return duplicates
 
 
 def _key_hashes(folder: Folder, staged: StagedSource) -> np.ndarray:
     column = folder.read_table(f"{staged_name(staged.index)}-samples.arrow")["key_hash"]
     halves = [
-        np.frombuffer(chunk.buffers()[1], dtype=np.uint64)[chunk.offset * 2 : (chunk.offset + len(chunk)) * 2]
+        np.frombuffer(chunk.buffers()[1], dtype=np.uint64)[
+            chunk.offset * 2 : (chunk.offset + len(chunk)) * 2
+        ]
         for chunk in column.chunks
         if len(chunk)
     ]
@@ -82,13 +90,23 @@ def _key_hashes(folder: Folder, staged: StagedSource) -> np.ndarray:
 def number_units(
     staged: Sequence[StagedSource], duplicates: dict[int, dict[int, str]], unit_samples: int
 ) -> list[SourceListing]:
-    """Consecutive unit numbers for every source file, in order; a file without a sample gets none."""
+    """Consecutive unit numbers for every source file, in order; a file without a
+    sample gets none.
+    """
     kept = [entry.samples - len(duplicates.get(entry.index, {})) for entry in staged]
     units = [-(-samples // unit_samples) for samples in kept]
     first_units = itertools.accumulate(units, initial=0)
     digits = unit_digits(sum(units))
     return [
-        SourceListing(entry.index, entry.name, first, count, unit_samples, digits, duplicates.get(entry.index, {}))
+        SourceListing(
+            entry.index,
+            entry.name,
+            first,
+            count,
+            unit_samples,
+            digits,
+            duplicates.get(entry.index, {}),
+        )
         for entry, first, count in zip(staged, first_units, units, strict=False)
     ]
 
@@ -119,11 +137,19 @@ def write_units(corpus: Folder, staging: Folder, listing: SourceListing) -> Writ
             sample = replace(sample, captions=sample.captions + further[position])
         if position in listing.duplicates:
             where = listing.duplicates[position]
-            refusals.append(Refusal(sample.key, listing.name, f"duplicate key: the first sample with it is in {where}"))
+            refusals.append(
+                Refusal(
+                    sample.key,
+                    listing.name,
+                    f"duplicate key: the first sample with it is in {where}",
+                )
+            )
             continue
         chunk.append(sample)
         if len(chunk) == listing.unit_samples:
-            rows.append(publish_unit(corpus, unit, listing.digits, listing.name, *unit_tables(chunk)))
+            rows.append(
+                publish_unit(corpus, unit, listing.digits, listing.name, *unit_tables(chunk))
+            )
             unit, chunk = unit + 1, []
     if chunk:
         rows.append(publish_unit(corpus, unit, listing.digits, listing.name, *unit_tables(chunk)))
@@ -171,4 +197,6 @@ def _samples(staging: Folder, index: int) -> Iterator[Sample]:
         for row in batch.to_pylist():
             captions = tuple((caption["text"], caption["origin"]) for caption in row["captions"])
             image = ImageReference(**row["image"]) if row["image"] else None
-            yield Sample(row["key"], captions, image, row["width"], row["height"], row["bucket"], row["meta"])
+            yield Sample(
+                row["key"], captions, image, row["width"], row["height"], row["bucket"], row["meta"]
+            )

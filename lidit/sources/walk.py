@@ -32,7 +32,8 @@ def walk(top: Path) -> tuple[list[Path], dict[str, str]]:
             continue
         links, found = _walk_real(start, seen, left)
         files += found
-        waiting = sorted([*waiting, *links])  # real folders first, then links in one order: the same files every time
+        # real folders first, then links in one order: the same files every time
+        waiting = sorted([*waiting, *links])
     return sorted(files), dict(sorted(left.items()))
 
 
@@ -90,7 +91,10 @@ def problem_of(path: Path, top: Path | None = None) -> str | None:
     real = Path(os.path.realpath(path))
     if any(real.is_relative_to(os.path.realpath(folder)) for folder in (top, path.parent)):
         return None
-    return f"unsafe name: {name} is a link out of its folder; to read it, name it as a source of its own"
+    return (
+        f"unsafe name: {name} is a link out of its folder; to read it, name it as a source "
+        "of its own"
+    )
 
 
 def special(mode: int) -> str:

@@ -1,4 +1,6 @@
-"""WebDataset tars: consecutive members of one key are one sample. Nothing is extracted and no decoder is run."""
+"""WebDataset tars: consecutive members of one key are one sample. Nothing is extracted and no
+decoder is run.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ class _Group:
         if self.problem:
             return Refusal(self.key, file, self.problem)
         found = tuple(self.found)
-        return RawSample(self.key, tuple(self.captions), self.image, self.reference, self.label, self.meta, found)
+        return RawSample(
+            self.key, tuple(self.captions), self.image, self.reference, self.label, self.meta, found
+        )
 
 
 class _Held:
@@ -102,21 +106,28 @@ class _Held:
             if fields.captions_only and key in self._whole:
                 continue  # an image, which nobody wants, apart from its text
             if len(halves) > 1 or key in self._whole:
-                reason = "not adjacent, use tar --sort=name: members of this key stand apart in the archive"
+                reason = (
+                    "not adjacent, use tar --sort=name: members of this key stand apart in "
+                    "the archive"
+                )
                 yield Refusal(key, self.file, reason)
             else:
                 yield halves[0]
 
 
 def read_tar(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | Refusal]:
-    """Every sample of the archive in order; refusals for what is broken, also for what a cut archive lost."""
+    """Every sample of the archive in order; refusals for what is broken, also for what a cut
+    archive lost.
+    """
     name = opened.source.name
     group: _Group | None = None
     held = _Held(name)
     place, reason = "at its start", None
     stream = opened.stream()
     if (packed := packed_as(stream)) not in (None, "gzip"):
-        yield Refusal("", name, f"not a tar but {packed}: unpack it, and pack it again as a tar", "file")
+        yield Refusal(
+            "", name, f"not a tar but {packed}: unpack it, and pack it again as a tar", "file"
+        )
         return
     compressed = packed == "gzip"
     try:
@@ -151,7 +162,9 @@ def read_tar(opened: OpenedSource, fields: FieldNames) -> Iterator[RawSample | R
             yield from held.take(group, fields)
     yield from held.rest(fields)
     if reason:
-        yield Refusal("", name, f"archive cut off: {place} ({reason}): what may have followed is lost", "file")
+        yield Refusal(
+            "", name, f"archive cut off: {place} ({reason}): what may have followed is lost", "file"
+        )
 
 
 def _take(
@@ -177,13 +190,18 @@ def _take(
     if _unsafe(member.name):
         problem = f"unsafe name: {shown(member.name)} leaves the archive's folder"
     elif not member.isreg() or member.issparse():
-        problem = f"not a file: {shown(member.name)} is {_SPECIAL.get(member.type, 'a special member')}"
+        problem = (
+            f"not a file: {shown(member.name)} is {_SPECIAL.get(member.type, 'a special member')}"
+        )
     elif suffix in group.seen:
         problem = f"duplicate member: two .{suffix} of one key"
     elif is_image and group.reference is not None:
         problem = f"two images: .{suffix} beside {shown(group.reference.member)}"
     elif member.size > limit:
-        problem = f"member too large: {shown(member.name)} has {member.size} bytes, at most {limit} are read"
+        problem = (
+            f"member too large: {shown(member.name)} has {member.size} bytes, at most "
+            f"{limit} are read"
+        )
     group.seen.add(suffix)
     if problem:
         group.problem = group.problem or problem
@@ -206,13 +224,18 @@ def _take(
         group.problem = group.problem or f"{error} in .{suffix}"
 
 
-def _take_text(group: _Group, suffix: str, content: bytes, fields: FieldNames, opened: OpenedSource) -> None:
+def _take_text(
+    group: _Group, suffix: str, content: bytes, fields: FieldNames, opened: OpenedSource
+) -> None:
     if suffix == "json":
         record = parse_json(content)
         if not isinstance(record, dict):
             raise BadRecordError(f"invalid JSON: expected an object, found {type(record).__name__}")
         group.meta = record
-        note(opened.columns, {name: value for name, value in record.items() if name not in fields.images})
+        note(
+            opened.columns,
+            {name: value for name, value in record.items() if name not in fields.images},
+        )
         group.label = group.label or label_in(record)
         group.captions += captions_in(record, fields.captions)
         return
@@ -227,7 +250,9 @@ def _take_text(group: _Group, suffix: str, content: bytes, fields: FieldNames, o
 
 
 def split_name(member: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the last path part; the rest is the suffix."""
+    """WebDataset's rule: the key ends at the first dot of the last path part; the rest is the
+    suffix.
+    """
     folder, slash, base = member.rpartition("/")
     stem, _, suffix = base.partition(".")
     return f"{folder}{slash}{stem}", suffix.lower()

@@ -7,7 +7,14 @@ from lidit.store.latent_file import Crop, latents_table
 from lidit.store.loss import StorageLoss, storage_loss
 from lidit.store.manifest import FamilyHandle, spec_differences
 from lidit.store.records import CommitRecord, UnitStatistics
-from lidit.store.samples import ImageReference, Refusal, Sample, caption_digest, normalise, unit_tables
+from lidit.store.samples import (
+    ImageReference,
+    Refusal,
+    Sample,
+    caption_digest,
+    normalise,
+    unit_tables,
+)
 from lidit.store.schema import canonical_json, digest_of
 from lidit.store.shared import SharedStates, shared_table, with_empty_pooled
 from lidit.store.states import channel_statistics, text_table, with_pooled

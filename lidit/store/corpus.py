@@ -28,15 +28,17 @@ from lidit.store.rolling import RollingTextFamily
 from lidit.store.schema import FORMAT_VERSION, UNITS, digest_of, seal, unit_name, unseal
 
 CORPUS_FILE = "corpus.json"
-# What ingest wrote is never repaired: the families lie beside it and are valid for the same contents only.
+# What ingest wrote is never repaired: the families lie beside it and are valid for the same
+# contents only.
 INGEST_ANEW = "ingest the same sources into a new folder, then move text/ and latents/ over"
 
 
 class Corpus:
-    """A corpus on disk, to read: units of samples and captions, and the families computed over them.
+    """A corpus on disk, to read: units of samples and captions, and the families computed over
+    them.
 
-    Open with `Corpus.open`. Row numbers are references: row r of a text family belongs to row r of the same unit's
-    captions, row r of a latents family to row r of its samples.
+    Open with `Corpus.open`. Row numbers are references: row r of a text family belongs to row r of
+    the same unit's captions, row r of a latents family to row r of its samples.
     `folder` says where it is, `facts` is corpus.json, `digest` the identity of its contents.
     """
 
@@ -46,7 +48,8 @@ class Corpus:
         self.digest: str = facts["digest"]
         self.digits: int = facts["unit_digits"]
         self.root: str = facts["root"]
-        self._sound: set[str] = set()  # unit files whose bytes were found to be those that ingest wrote
+        # unit files whose bytes were found to be those that ingest wrote
+        self._sound: set[str] = set()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] | Folder) -> Corpus:
@@ -59,7 +62,8 @@ class Corpus:
             The corpus. Tables and families are read when they are asked for.
 
         Raises:
-            InputError: No finished corpus at `path`, a damaged corpus.json, or another format version.
+            InputError: No finished corpus at `path`, a damaged corpus.json, or another format
+            version.
             StorageError: The object store cannot be used.
         """
         folder = Folder.at(path)
@@ -68,7 +72,8 @@ class Corpus:
         except (FileNotFoundError, NotADirectoryError):
             state = "is not a corpus" if folder.exists() else "does not exist"
             raise InputError(
-                f"{folder.location}: {state} (no {CORPUS_FILE}); make one with: lidit ingest SOURCE --corpus "
+                f"{folder.location}: {state} (no {CORPUS_FILE}); make one with: lidit ingest "
+                "SOURCE --corpus "
                 f"{folder.location}"
             ) from None
         except (ValueError, IsADirectoryError):
@@ -76,18 +81,23 @@ class Corpus:
         version = facts.get("format")
         if version != FORMAT_VERSION:
             raise InputError(
-                f"{folder.location}/{CORPUS_FILE}: format version {version}, this release reads {FORMAT_VERSION}"
+                f"{folder.location}/{CORPUS_FILE}: format version {version}, this release reads "
+                f"{FORMAT_VERSION}"
             )
         return cls(folder, facts)
 
     @cached_property
     def units(self) -> pa.Table:
-        """One row per unit: unit, source, samples, captions, and bytes and sha256 of the unit's two files."""
+        """One row per unit: unit, source, samples, captions, and bytes and sha256 of the unit's two
+        files.
+        """
         return read_named_table(self.folder, self.facts["units"])
 
     @cached_property
     def sources(self) -> pa.Table:
-        """One row per source file: file, bytes, sha256, samples, refused; quarantine file, its bytes and sha256."""
+        """One row per source file: file, bytes, sha256, samples, refused; quarantine file, its
+        bytes and sha256.
+        """
         return read_named_table(self.folder, self.facts["sources"])
 
     @property
@@ -118,8 +128,9 @@ class Corpus:
             unit: Number of the unit, from 0.
 
         Returns:
-            A table with key, captions (rows of the unit's captions, and their origin), image (file, member, offset,
-            size in bytes), width and height in pixels, bucket "WxH" and meta (JSON).
+            A table with key, captions (rows of the unit's captions, and their origin), image (file,
+            member, offset, size in bytes), width and height in pixels, bucket "WxH" and meta
+            (JSON).
 
         Raises:
             InputError: No such unit, or its file is missing or damaged.
@@ -144,7 +155,8 @@ class Corpus:
         """Read what ingest refused.
 
         Returns:
-            One table per source file with refusals: key, file, reason, and what was refused (sample, caption, file).
+            One table per source file with refusals: key, file, reason, and what was refused
+            (sample, caption, file).
         """
         folder = self.folder.child("quarantine")
         for name in sorted(folder.sizes()):
@@ -153,7 +165,9 @@ class Corpus:
 
     def _unit_table(self, group: str, unit: int) -> pa.Table:
         if not 0 <= unit < self.num_units:
-            raise InputError(f"{self.folder.location}: no unit {unit}; there are {self.num_units}, from 0")
+            raise InputError(
+                f"{self.folder.location}: no unit {unit}; there are {self.num_units}, from 0"
+            )
         name = f"{group}/{self.unit_name(unit)}.arrow"
         where, remedy = self.folder.where(name), f"run lidit verify; {INGEST_ANEW}"
         try:
@@ -165,7 +179,9 @@ class Corpus:
         # A changed caption would get states, and every later check would find these sound.
         if name not in self._sound:
             if hashlib.sha256(content).hexdigest() != self.digest_of_unit(group, unit):
-                raise InputError(f"{where}: damaged (its bytes are not those that ingest wrote); {remedy}")
+                raise InputError(
+                    f"{where}: damaged (its bytes are not those that ingest wrote); {remedy}"
+                )
             self._sound.add(name)
         return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
@@ -202,7 +218,8 @@ class Corpus:
             kind: "text" or "latents".
 
         Returns:
-            Handles sorted by directory: name, directory, fingerprint, spec, and whether the family is complete.
+            Handles sorted by directory: name, directory, fingerprint, spec, and whether the family
+            is complete.
         """
         parent = self.folder.child(kind)
         found = []
@@ -210,7 +227,9 @@ class Corpus:
             try:
                 facts = unseal(parent.read_bytes(f"{directory}/{FAMILY_FILE}"))
             except (FileNotFoundError, IsADirectoryError, ValueError):
-                continue  # nothing was ever computed here (the spec is written first), or `verify` names the damage
+                # nothing was ever computed here (the spec is written first), or `verify` names the
+                # damage
+                continue
             complete = parent.exists(f"{directory}/{MANIFEST_FILE}")
             rolling = not complete and parent.exists(f"{directory}/{ROLLING_FILE}")
             identity = (facts["name"], facts["fingerprint"], facts["spec"])
@@ -233,13 +252,16 @@ class Corpus:
         """
         return self.families("latents")
 
-    def text_family(self, wanted: str, keep_open: int = OPEN_FILES, rolling: bool = False) -> TextFamily:
+    def text_family(
+        self, wanted: str, keep_open: int = OPEN_FILES, rolling: bool = False
+    ) -> TextFamily:
         """Open a finished text family.
 
         Args:
             wanted: Its name, directory, or at least 12 digits of its fingerprint.
             keep_open: Unit files kept open at once; at least as many as a reader moves among.
-            rolling: Whether to accept a rolling family too, whose reader waits for units that are not there.
+            rolling: Whether to accept a rolling family too, whose reader waits for units that are
+            not there.
 
         Returns:
             The family, ready to read.
@@ -264,7 +286,9 @@ class Corpus:
         Raises:
             InputError: No such family, an unfinished one, or several that fit.
         """
-        return LatentFamily(self.folder, self._find("latents", wanted), self.digest, self.num_units, keep_open)
+        return LatentFamily(
+            self.folder, self._find("latents", wanted), self.digest, self.num_units, keep_open
+        )
 
     def _find(self, kind: str, wanted: str, rolling: bool = False) -> FamilyHandle:
         families = self.families(kind)
@@ -275,24 +299,30 @@ class Corpus:
             if wanted in (family.name, family.directory)
             or (len(wanted) >= 12 and family.fingerprint.startswith(wanted))
         ]
-        known = ", ".join(f"{f.directory}{'' if f.complete else ' (incomplete)'}" for f in families) or "none"
+        known = (
+            ", ".join(f"{f.directory}{'' if f.complete else ' (incomplete)'}" for f in families)
+            or "none"
+        )
         if not matches:
             raise InputError(
-                f"{self.folder.location}: no {kind} family {wanted!r}; there are: {known}. Make it with: lidit {job}"
+                f"{self.folder.location}: no {kind} family {wanted!r}; there are: {known}. Make "
+                f"it with: lidit {job}"
             )
         complete = [family for family in matches if family.complete]
         if rolling and not complete:
             complete = [family for family in matches if family.rolling]
         if not complete:
             raise InputError(
-                f"{self.folder.location}/{kind}/{matches[0].directory}: incomplete (no {MANIFEST_FILE}); run the same "
+                f"{self.folder.location}/{kind}/{matches[0].directory}: incomplete (no "
+                f"{MANIFEST_FILE}); run the same "
                 f"lidit {job} command again to finish it"
             )
         if len(complete) > 1:
             names = ", ".join(family.directory for family in complete)
             fields = "; ".join(spec_differences(complete[0].spec, complete[1].spec))
             raise InputError(
-                f"{self.folder.location}: {kind} family {wanted!r} is ambiguous: {names} (differing: {fields}); name "
+                f"{self.folder.location}: {kind} family {wanted!r} is ambiguous: {names} "
+                f"(differing: {fields}); name "
                 "the directory"
             )
         return complete[0]
@@ -303,7 +333,10 @@ def publish_unit(
 ) -> dict[str, Any]:
     """Write one unit's two files; returns the unit's row of the unit table."""
     counted = samples["bucket"].value_counts().to_pylist()
-    buckets = sorted(({"bucket": c["values"], "samples": c["counts"]} for c in counted), key=lambda b: str(b["bucket"]))
+    buckets = sorted(
+        ({"bucket": c["values"], "samples": c["counts"]} for c in counted),
+        key=lambda b: str(b["bucket"]),
+    )
     row: dict[str, Any] = {"unit": unit, "source": source, "buckets": buckets}
     for group, table in (("samples", samples), ("captions", captions)):
         child = folder.child(group)
@@ -322,9 +355,11 @@ def publish_corpus(
     settings: dict[str, Any],
     totals: dict[str, Any],
 ) -> Corpus:
-    """Write the unit table, the source table and, last, corpus.json. The corpus exists from then on.
+    """Write the unit table, the source table and, last, corpus.json. The corpus exists from then
+    on.
 
-    The digest covers format, settings and every unit's bytes; not `root`, so a corpus may move with its sources.
+    The digest covers format, settings and every unit's bytes; not `root`, so a corpus may move with
+    its sources.
     """
     folder.create()
     units = pa.Table.from_pylist(sorted(unit_rows, key=lambda row: row["unit"]), schema=UNITS)
@@ -332,7 +367,9 @@ def publish_corpus(
     sources_file = publish_table(folder, lambda sha256: f"sources-{sha256[:12]}.arrow", sources)
     facts = {
         "format": FORMAT_VERSION,
-        "digest": digest_of({"format": FORMAT_VERSION, "settings": settings, "units": units_file.sha256}),
+        "digest": digest_of(
+            {"format": FORMAT_VERSION, "settings": settings, "units": units_file.sha256}
+        ),
         "root": root,
         "settings": settings,
         "unit_digits": digits,
@@ -350,6 +387,8 @@ def publish_corpus(
 
 
 def publish_root(corpus: Corpus, root: str) -> Corpus:
-    """Note that the source files lie below `root` now: the one thing about a finished corpus that may change."""
+    """Note that the source files lie below `root` now: the one thing about a finished corpus that
+    may change.
+    """
     publish_bytes(corpus.folder, CORPUS_FILE, seal({**corpus.facts, "root": root}))
     return Corpus.open(corpus.folder)

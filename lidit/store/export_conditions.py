@@ -1,4 +1,6 @@
-"""Stored states as arguments of public pipelines, for trainers of others: safetensors per unit, and an index."""
+"""Stored states as arguments of public pipelines, for trainers of others: safetensors per unit, and
+an index.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def require_conditions(families: Sequence[TextFamily]) -> None:
             argument = name.removeprefix("negative_")
             if argument in taken:
                 raise InputError(
-                    f"families {taken[argument]} and {family.name} are both {argument}; export them into two folders"
+                    f"families {taken[argument]} and {family.name} are both {argument}; export "
+                    "them into two folders"
                 )
             taken[argument] = family.name
 
@@ -52,7 +55,9 @@ def write_conditions(sink: Any, corpus: Corpus, unit: int, families: Sequence[Te
         tensors.update(_named("", family.negative_prompt_embeds()))
         for row in range(len(corpus.captions(unit))):
             tensors.update(_named(f"{row:06d}.", family.prompt_embeds(unit, [row])))
-    pipelines = sorted({family.manifest["extra"]["encoder"]["condition"]["pipeline"] for family in families})
+    pipelines = sorted(
+        {family.manifest["extra"]["encoder"]["condition"]["pipeline"] for family in families}
+    )
     sink.write(save(tensors, metadata={"pipelines": ", ".join(pipelines)}))
 
 
@@ -63,7 +68,13 @@ def write_index(sink: Any, corpus: Corpus) -> None:
             texts = corpus.captions(unit)["text"].to_pylist()
             file = f"{corpus.unit_name(unit)}.{SUFFIX}"
             rows = [
-                {"file": file, "row": r["index"], "key": s["key"], "caption": texts[r["index"]], "origin": r["origin"]}
+                {
+                    "file": file,
+                    "row": r["index"],
+                    "key": s["key"],
+                    "caption": texts[r["index"]],
+                    "origin": r["origin"],
+                }
                 for s in corpus.samples(unit).to_pylist()
                 for r in s["captions"]
             ]
@@ -72,5 +83,9 @@ def write_index(sink: Any, corpus: Corpus) -> None:
 
 def _named(before: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A pipeline's list of one row is that row; a mask that is not given is not stored."""
-    found = {name: value[0] if isinstance(value, list) else value for name, value in arguments.items()}
-    return {f"{before}{name}": value.contiguous() for name, value in found.items() if value is not None}
+    found = {
+        name: value[0] if isinstance(value, list) else value for name, value in arguments.items()
+    }
+    return {
+        f"{before}{name}": value.contiguous() for name, value in found.items() if value is not None
+    }

@@ -1,4 +1,6 @@
-"""Reading a complete family: torch tensors, row by row, without a copy where the storage dtype allows."""
+"""Reading a complete family: torch tensors, row by row, without a copy where the storage dtype
+allows.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,27 @@ from lidit.store.schema import digest_of, unseal
 from lidit.store.shared import SharedStates, read_shared
 from lidit.store.text_file import TextFile
 
-# A mapped file costs an address range and a descriptor, not memory; behind a URL it costs the unit's bytes.
+# A mapped file costs an address range and a descriptor, not memory; behind a URL it costs the
+# unit's bytes.
 OPEN_FILES = 64
 FETCHERS = 16  # units whose rows are brought from a URL at once
 
 
 class Family:
-    """What text and latents families share. Open through `Corpus.text_family` and `Corpus.latent_family`.
+    """What text and latents families share. Open through `Corpus.text_family` and
+    `Corpus.latent_family`.
 
     corpus: the corpus's folder, whose digest and number of units the family must fit.
     keep_open: unit files kept open at once; at least the units a reader moves among.
     """
 
     def __init__(
-        self, corpus: Folder, handle: FamilyHandle, corpus_digest: str, num_units: int, keep_open: int = OPEN_FILES
+        self,
+        corpus: Folder,
+        handle: FamilyHandle,
+        corpus_digest: str,
+        num_units: int,
+        keep_open: int = OPEN_FILES,
     ) -> None:
         self.kind, self.directory, self.name = handle.kind, handle.directory, handle.name
         self.corpus_location, self.num_units = corpus.location, num_units
@@ -52,11 +61,20 @@ class Family:
         facts = self._json(FAMILY_FILE)
         self.manifest = self._json(self._manifest_file)
         where = self.folder.location
-        if digest_of(self.spec) != self.fingerprint or self.manifest.get("fingerprint") != self.fingerprint:
-            raise InputError(f"{where}: the fingerprint does not belong to the spec in {FAMILY_FILE}; run lidit verify")
+        if (
+            digest_of(self.spec) != self.fingerprint
+            or self.manifest.get("fingerprint") != self.fingerprint
+        ):
+            raise InputError(
+                f"{where}: the fingerprint does not belong to the spec in {FAMILY_FILE}; "
+                "run lidit verify"
+            )
         for name, found in ((FAMILY_FILE, facts), (self._manifest_file, self.manifest)):
             if found.get("corpus") != corpus_digest:
-                raise InputError(f"{where}/{name}: made for another corpus; delete this directory and compute it again")
+                raise InputError(
+                    f"{where}/{name}: made for another corpus; delete this directory and "
+                    "compute it again"
+                )
         self.digest: str = self.manifest["digest"]
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -65,7 +83,9 @@ class Family:
         except FileNotFoundError:
             raise InputError(f"{self.folder.where(name)}: missing; run lidit verify") from None
         except IsADirectoryError:
-            raise InputError(f"{self.folder.where(name)}: is a folder, not a file; run lidit verify") from None
+            raise InputError(
+                f"{self.folder.where(name)}: is a folder, not a file; run lidit verify"
+            ) from None
         except ValueError:
             raise InputError(f"{self.folder.where(name)}: damaged; run lidit repair") from None
 
@@ -78,10 +98,14 @@ class Family:
 
     @cached_property
     def records(self) -> pa.Table:
-        """The table of all commit records, ordered by unit: unit, file, rows, tokens, bytes, sha256 and more."""
+        """The table of all commit records, ordered by unit: unit, file, rows, tokens, bytes, sha256
+        and more.
+        """
         table = read_named_table(self.folder, self.manifest["records"])
         if table["unit"].to_pylist() != list(range(self.num_units)):
-            raise InputError(f"{self.folder.location}: the manifest does not cover every unit; run lidit repair")
+            raise InputError(
+                f"{self.folder.location}: the manifest does not cover every unit; run lidit repair"
+            )
         return table
 
     def record(self, unit: int) -> dict[str, Any]:
@@ -97,7 +121,9 @@ class Family:
             InputError: No such unit.
         """
         if not 0 <= unit < self.records.num_rows:
-            raise InputError(f"{self.folder.location}: no unit {unit}; there are {self.records.num_rows}, from 0")
+            raise InputError(
+                f"{self.folder.location}: no unit {unit}; there are {self.records.num_rows}, from 0"
+            )
         row: dict[str, Any] = self.records.slice(unit, 1).to_pylist()[0]
         return row
 
@@ -114,7 +140,8 @@ class Family:
             return
         record = self.record(unit)
         problem = self._problem(record)
-        if problem and self.folder.forget(record["file"]):  # perhaps only the local copy of an object is damaged
+        # perhaps only the local copy of an object is damaged
+        if problem and self.folder.forget(record["file"]):
             problem = self._problem(record)
         if problem:
             raise InputError(f"{self.folder.where(record['file'])}: {problem}; {self._remedy}")
@@ -137,7 +164,9 @@ class Family:
     @property
     def _remedy(self) -> str:
         job = "embed" if self.kind == "text" else "latents"
-        return f"run lidit repair {self.corpus_location}, then lidit {job} to compute this unit again"
+        return (
+            f"run lidit repair {self.corpus_location}, then lidit {job} to compute this unit again"
+        )
 
     def _open(self, unit: int) -> Any:
         with self._lock:
@@ -153,7 +182,9 @@ class Family:
         except pa.ArrowInvalid as error:
             raise InputError(f"{where}: damaged ({error}); {self._remedy}") from None
         if file.rows != record["rows"]:
-            raise InputError(f"{where}: {file.rows} rows, its record says {record['rows']}; {self._remedy}")
+            raise InputError(
+                f"{where}: {file.rows} rows, its record says {record['rows']}; {self._remedy}"
+            )
         with self._lock:
             self._files[unit] = file
             while len(self._files) > self.keep_open:
@@ -174,14 +205,25 @@ class TextFamily(Family):
         place = None if self.folder.local else cache_place(where)
         index = record.get("index")
         if index is None or "storage" not in self.spec or (place is not None and place.exists()):
-            return TextFile.load(self.folder.map(record["file"], keep_local=True), where, self._remedy)
-        # The row index first, against the record; behind a URL nothing else but the rows that are asked for.
+            return TextFile.load(
+                self.folder.map(record["file"], keep_local=True), where, self._remedy
+            )
+        # The row index first, against the record; behind a URL nothing else but the rows that are
+        # asked for.
         layout = Layout(self.spec["storage"], self.width)
-        contents = self.folder.read_ranges(record["file"], [head(position, layout.storage) for position in index])
+        contents = self.folder.read_ranges(
+            record["file"], [head(position, layout.storage) for position in index]
+        )
         parts = [read_head(*found, layout, where) for found in zip(index, contents, strict=True)]
         if self.folder.local:
             return TextFile.load(self.folder.map(record["file"]), where, self._remedy)
-        return TextFile(layout, RowIndex.joined(parts), RangedBytes(self.folder, record["file"]), where, self._remedy)
+        return TextFile(
+            layout,
+            RowIndex.joined(parts),
+            RangedBytes(self.folder, record["file"]),
+            where,
+            self._remedy,
+        )
 
     def _whole(self, unit: int) -> TextFile:
         """The unit's file with everything in it."""
@@ -189,13 +231,16 @@ class TextFamily(Family):
         if not file.whole:
             record = self.record(unit)
             where = self.folder.where(record["file"])
-            file = TextFile.load(self.folder.map(record["file"], keep_local=True), where, self._remedy)
+            file = TextFile.load(
+                self.folder.map(record["file"], keep_local=True), where, self._remedy
+            )
             with self._lock:
                 self._files[unit] = file
         return file
 
     def fetch(self, wanted: Mapping[int, Sequence[int]]) -> None:
-        """Bring rows behind a URL to this machine, many at once, for reads that follow; nothing where they are here.
+        """Bring rows behind a URL to this machine, many at once, for reads that follow; nothing
+        where they are here.
 
         Args:
             wanted: Unit -> rows of its captions.
@@ -222,7 +267,8 @@ class TextFamily(Family):
         """Read what all captions have in common; checked against the manifest's sha256.
 
         Returns:
-            The states of the instruction and of the empty caption, mean and deviation of each channel.
+            The states of the instruction and of the empty caption, mean and deviation of each
+            channel.
 
         Raises:
             InputError: The file is missing or damaged.
@@ -233,25 +279,30 @@ class TextFamily(Family):
     def _shared(self) -> SharedStates:
         reference = self.manifest["shared"]
         if reference is None:
-            raise InputError(f"{self.folder.location}: no shared states; run lidit repair, then lidit embed")
+            raise InputError(
+                f"{self.folder.location}: no shared states; run lidit repair, then lidit embed"
+            )
         table = read_named_table(self.folder, reference)
         return read_shared(table, reference["sha256"], self.folder.where(reference["file"]))
 
-    def read(self, unit: int, rows: Sequence[int] | None = None, check: bool = False) -> list[torch.Tensor]:
+    def read(
+        self, unit: int, rows: Sequence[int] | None = None, check: bool = False
+    ) -> list[torch.Tensor]:
         """Read the states of captions of one unit.
 
-        float32 and bfloat16 states are views of a private memory map: nothing is copied, and writing to them never
-        reaches the file.
+        float32 and bfloat16 states are views of a private memory map: nothing is copied, and
+        writing to them never reaches the file.
 
         Args:
             unit: Number of the unit, from 0.
             rows: Rows of the unit's captions; None reads all.
-            check: Whether to refuse rows in which a bit has flipped, by the rows' own checksums; in files without
+            check: Whether to refuse rows in which a bit has flipped, by the rows' own checksums; in
+            files without
                 them by the whole file's sha256, once.
 
         Returns:
-            One [T, W] tensor per row, without the instruction's states: bfloat16 where they are stored as such, else
-            float32.
+            One [T, W] tensor per row, without the instruction's states: bfloat16 where they are
+            stored as such, else float32.
 
         Raises:
             InputError: No such unit, or its file is missing or damaged.
@@ -261,7 +312,8 @@ class TextFamily(Family):
         return file.states(rows, self.shared(), check)
 
     def read_coded(self, unit: int, rows: Sequence[int], check: bool = False) -> list[CodedStates]:
-        """Read the states of captions as they are coded, in a family of storage coded: smaller, and soon read.
+        """Read the states of captions as they are coded, in a family of storage coded: smaller, and
+        soon read.
 
         Args:
             unit: Number of the unit, from 0.
@@ -269,8 +321,8 @@ class TextFamily(Family):
             check: As in `read`.
 
         Returns:
-            Whole steps [T, W] and the size [T] of a step of each token, per row; `shared().code.back` makes states of
-            them.
+            Whole steps [T, W] and the size [T] of a step of each token, per row;
+            `shared().code.back` makes states of them.
 
         Raises:
             InputError: No such unit, or its file is missing or damaged.
@@ -301,7 +353,9 @@ class TextFamily(Family):
         """
         return self._whole(unit).pooled(rows)
 
-    def prompt_embeds(self, unit: int, rows: Sequence[int] | None = None, padded: int | None = None) -> dict[str, Any]:
+    def prompt_embeds(
+        self, unit: int, rows: Sequence[int] | None = None, padded: int | None = None
+    ) -> dict[str, Any]:
         """Read captions as a public pipeline's call takes them: `pipe(**family.prompt_embeds(0))`.
 
         Args:
@@ -371,7 +425,8 @@ class LatentFamily(Family):
         Args:
             unit: Number of the unit, from 0.
             rows: Rows of the unit's samples; None reads all.
-            seeds: For codecs with a posterior, one seed per row: mean + deviation x noise of that seed. None gives the
+            seeds: For codecs with a posterior, one seed per row: mean + deviation x noise of that
+            seed. None gives the
                 mean.
 
         Returns:

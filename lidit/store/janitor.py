@@ -1,7 +1,9 @@
-"""The writer's side of a rolling family: announcing it, deleting units, remembering what was deleted.
+"""The writer's side of a rolling family: announcing it, deleting units, remembering what was
+deleted.
 
-A unit is deleted record first: from then on it does not exist, and a file that a kill leaves behind is an orphan like
-every dead writer's. Its record is kept aside before, so that a later computation with other bits is noticed.
+A unit is deleted record first: from then on it does not exist, and a file that a kill leaves behind
+is an orphan like every dead writer's. Its record is kept aside before, so that a later computation
+with other bits is noticed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ def announce_rolling(writer: FamilyWriter, patience: float, extra: dict[str, Any
     """
     shared = writer.shared_sha256
     if shared is None:
-        raise JobError(f"{writer.folder.location}: no shared states yet; a rolling family is announced after them")
+        raise JobError(
+            f"{writer.folder.location}: no shared states yet; a rolling family is announced "
+            "after them"
+        )
     facts = {
         "format": FORMAT_VERSION,
         "kind": writer.kind,
@@ -33,7 +38,9 @@ def announce_rolling(writer: FamilyWriter, patience: float, extra: dict[str, Any
         "fingerprint": writer.fingerprint,
         "corpus": writer.corpus.digest,
         # Of what never changes: the spec and the shared states. Single units come and go.
-        "digest": digest_of({"fingerprint": writer.fingerprint, "shared": shared, "corpus": writer.corpus.digest}),
+        "digest": digest_of(
+            {"fingerprint": writer.fingerprint, "shared": shared, "corpus": writer.corpus.digest}
+        ),
         "shared": {"file": SHARED_FILE, "bytes": writer.folder.size(SHARED_FILE), "sha256": shared},
         "unit_digits": writer.corpus.digits,
         "patience": patience,

@@ -26,7 +26,9 @@ CROP = pa.struct([(name, pa.int32()) for name in ("left", "top", "width", "heigh
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of the original image, in its own pixels after EXIF rotation, that the latents show."""
+    """The part of the original image, in its own pixels after EXIF rotation, that
+    the latents show.
+    """
 
     left: int
     top: int
@@ -35,7 +37,9 @@ class Crop:
 
 
 def latents_schema(storage: str, posterior: bool) -> pa.Schema:
-    """tokens are spatial positions H x W; shape is [C, H, W]; deviation is the posterior's, where it is stored."""
+    """tokens are spatial positions H x W; shape is [C, H, W]; deviation is the posterior's, where
+    it is stored.
+    """
     if storage not in ARROW_TYPES:
         raise InputError(f"latent storage {storage!r}: choose one of {', '.join(ARROW_TYPES)}")
     fields = [
@@ -46,7 +50,9 @@ def latents_schema(storage: str, posterior: bool) -> pa.Schema:
     ]
     if posterior:
         fields.append(("deviation", pa.large_list(ARROW_TYPES[storage])))
-    return with_metadata(pa.schema(fields), kind="latents", storage=storage, logical="float32", posterior=posterior)
+    return with_metadata(
+        pa.schema(fields), kind="latents", storage=storage, logical="float32", posterior=posterior
+    )
 
 
 def latents_table(
@@ -89,13 +95,18 @@ class LatentFile:
     """One unit of a latents family."""
 
     def __init__(
-        self, storage: str, columns: dict[str, list[torch.Tensor]], shapes: list[tuple[int, int, int]]
+        self,
+        storage: str,
+        columns: dict[str, list[torch.Tensor]],
+        shapes: list[tuple[int, int, int]],
     ) -> None:
         self.storage, self.columns, self.shapes, self.rows = storage, columns, shapes, len(shapes)
 
     @classmethod
     def load(cls, content: mmap.mmap | bytearray, where: str) -> LatentFile:
-        """Raises pa.ArrowInvalid or InputError for anything but a whole file of a latents family."""
+        """Raises pa.ArrowInvalid or InputError for anything but a whole file of a
+        latents family.
+        """
         base, batches, schema = record_batches(content)
         facts = read_metadata(schema, where)
         names = ["latents", *(["deviation"] if facts["posterior"] else [])]
@@ -112,17 +123,23 @@ class LatentFile:
             shapes += sizes
         return cls(facts["storage"], columns, shapes)
 
-    def latents(self, rows: Sequence[int] | None, seeds: Sequence[int] | None) -> list[torch.Tensor]:
+    def latents(
+        self, rows: Sequence[int] | None, seeds: Sequence[int] | None
+    ) -> list[torch.Tensor]:
         wanted = list(range(self.rows)) if rows is None else list(rows)
         if any(not 0 <= row < self.rows for row in wanted):
             raise IndexError(f"rows {wanted} of a unit with {self.rows} rows")
-        means = [self._decode(self.columns["latents"][row]).view(self.shapes[row]) for row in wanted]
+        means = [
+            self._decode(self.columns["latents"][row]).view(self.shapes[row]) for row in wanted
+        ]
         if seeds is None or "deviation" not in self.columns:
             return means
         sampled = []
         for row, seed, mean in zip(wanted, seeds, means, strict=True):
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-            sampled.append(mean + self._decode(self.columns["deviation"][row]).view(mean.shape) * noise)
+            sampled.append(
+                mean + self._decode(self.columns["deviation"][row]).view(mean.shape) * noise
+            )
         return sampled
 
     def _decode(self, stored: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,9 @@ from lidit.store.states import decode_table
 class StorageLoss:
     """What storing states in fewer bits has lost: sums, so that units add up.
 
-    Error: RMS of the difference in units of each channel's deviation. Cosine: between states with the mean taken off,
-    averaged over tokens. worst: the largest error of a token, as a share of its own size, for int4 and coded.
+    Error: RMS of the difference in units of each channel's deviation. Cosine: between states with
+    the mean taken off, averaged over tokens. worst: the largest error of a token, as a share of its
+    own size, for int4 and coded.
     """
 
     squared_error: float
@@ -64,7 +65,8 @@ def storage_loss(
     deviation: torch.Tensor,
     code: StateCode | None = None,
 ) -> StorageLoss:
-    """What storing `states` ([T, W] each) as `table` (from `text_table`) has cost. mean, deviation: [W] float32.
+    """What storing `states` ([T, W] each) as `table` (from `text_table`) has cost. mean, deviation:
+    [W] float32.
 
     Storages that clamp as a model does (int4, coded) are compared with what the model sees.
     """
@@ -80,9 +82,13 @@ def storage_loss(
         if clamped:
             exact = torch.minimum(torch.maximum(exact, -LIMIT * divisor), LIMIT * divisor)
         off = ((approximate - exact) / divisor).double()  # [T, W]
-        worst = float((off.norm(dim=-1) / (exact / divisor).double().norm(dim=-1).clamp_min(1e-9)).max())
-        cosine = torch.nn.functional.cosine_similarity(exact.double(), approximate.double(), dim=-1)  # [T]
-        same = (exact == approximate).all(-1)  # a state equal to the mean has no direction, and no error
+        worst = float(
+            (off.norm(dim=-1) / (exact / divisor).double().norm(dim=-1).clamp_min(1e-9)).max()
+        )
+        # [T]
+        cosine = torch.nn.functional.cosine_similarity(exact.double(), approximate.double(), dim=-1)
+        # a state equal to the mean has no direction, and no error
+        same = (exact == approximate).all(-1)
         cosine = torch.where(same, 1.0, cosine)
         total += StorageLoss(
             float(off.square().sum()),

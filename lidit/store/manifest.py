@@ -1,4 +1,6 @@
-"""How the JSON files of a store name other files and describe families; what corpus, families and writers share."""
+"""How the JSON files of a store name other files and describe families; what corpus, families and
+writers share.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ ROLLING_FILE = "ROLLING.json"  # of a rolling family, in place of a manifest
 
 @dataclass(frozen=True)
 class FamilyHandle:
-    """A family's directory as it stands, complete or not. rolling: its units come and go (`store.rolling`)."""
+    """A family's directory as it stands, complete or not. rolling: its units come and go
+    (`store.rolling`).
+    """
 
     kind: str
     directory: str
@@ -38,7 +42,9 @@ def spec_differences(one: Any, other: Any, path: str = "") -> list[str]:
         return [
             line
             for key in keys
-            for line in spec_differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+            for line in spec_differences(
+                one.get(key), other.get(key), f"{path}.{key}" if path else str(key)
+            )
         ]
     return [] if one == other else [f"{path}: {json.dumps(one)} -> {json.dumps(other)}"]
 
@@ -49,12 +55,16 @@ def named(file: FileDigest) -> dict[str, Any]:
 
 
 def read_named_table(folder: Folder, reference: dict[str, Any]) -> pa.Table:
-    """The Arrow table that a JSON file names, after checking its bytes. InputError where they differ."""
+    """The Arrow table that a JSON file names, after checking its bytes. InputError where they
+    differ.
+    """
     where = folder.where(reference["file"])
     try:
         content = folder.map(reference["file"])
     except FileNotFoundError:
         raise InputError(f"{where}: missing; run lidit verify") from None
     if hashlib.sha256(content).hexdigest() != reference["sha256"]:
-        raise InputError(f"{where}: the bytes are not those that were written (sha256 differs); run lidit verify")
+        raise InputError(
+            f"{where}: the bytes are not those that were written (sha256 differs); run lidit verify"
+        )
     return pa.ipc.open_file(pa.py_buffer(content)).read_all()

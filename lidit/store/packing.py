@@ -1,8 +1,10 @@
-"""How text states are packed: float32, bfloat16 (as uint16 bits), int8, int4, or whole steps of a family's own code.
+"""How text states are packed: float32, bfloat16 (as uint16 bits), int8, int4, or whole steps of a
+family's own code.
 
-int8 and int4 standardise every channel with the family's mean and deviation; without that a few channels in the
-hundreds would eat the bits. int8 has one scale per token, max |z| / 127. int4 has one per token and 64 channels, chosen
-for the least squared error, of values clamped as a model clamps them. coded: see `lidit.store.coding`.
+int8 and int4 standardise every channel with the family's mean and deviation; without that a few
+channels in the hundreds would eat the bits. int8 has one scale per token, max |z| / 127. int4 has
+one per token and 64 channels, chosen for the least squared error, of values clamped as a model
+clamps them. coded: see `lidit.store.coding`.
 
 Legend: N tokens of many captions, W width, G groups of 64 channels.
 """
@@ -20,7 +22,12 @@ from lidit.store.coding.transform import StateCode, quantise, restore, standardi
 Thing = TypeVar("Thing")
 
 STORAGES = ("float32", "bfloat16", "int8", "int4", "coded")
-ARROW_TYPES = {"float32": pa.float32(), "bfloat16": pa.uint16(), "int8": pa.int8(), "int4": pa.uint8()}
+ARROW_TYPES = {
+    "float32": pa.float32(),
+    "bfloat16": pa.uint16(),
+    "int8": pa.int8(),
+    "int4": pa.uint8(),
+}
 TORCH_TYPES = {
     "float32": torch.float32,
     "bfloat16": torch.uint16,
@@ -28,13 +35,16 @@ TORCH_TYPES = {
     "int4": torch.uint8,
     "coded": torch.int16,
 }
-# What a token carries beside its values, in the file's column `scale`; a coded token's is inside its bytes.
+# What a token carries beside its values, in the file's column `scale`; a coded token's is inside
+# its bytes.
 SCALE_TYPES = {"int8": torch.float32, "int4": torch.float16}
 GROUP = 64
 MOST_4_BITS = 7
-# Of a group's largest magnitude, where the best scale is looked for: below, more is clamped than is gained.
+# Of a group's largest magnitude, where the best scale is looked for: below, more is clamped than is
+# gained.
 _SHRINKAGE = tuple(share / 16 for share in range(8, 18))
-# Tokens at once: on a CPU what is computed between two blocks stays in its cache, on a GPU launches are few.
+# Tokens at once: on a CPU what is computed between two blocks stays in its cache, on a GPU launches
+# are few.
 _BLOCKS = {"cpu": 512, "cuda": 8192}
 
 
@@ -55,7 +65,8 @@ def encode(
     deviation: torch.Tensor | None,
     code: StateCode | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[N, W] states -> stored values [N, V] and scale: [N] for int8 and coded, [N, G] for int4, else None.
+    """[N, W] states -> stored values [N, V] and scale: [N] for int8 and coded, [N, G] for int4,
+    else None.
 
     All on the states' device. code: for coded, on that device too.
     """
@@ -84,17 +95,22 @@ def _encode_int8(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _encode_int4(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """z [N, W] -> two channels per byte, the first in the low four bits, and scale [N, G] float16."""
+    """z [N, W] -> two channels per byte, the first in the low four bits, and scale
+    [N, G] float16.
+    """
     width = z.shape[1]
-    grouped = torch.nn.functional.pad(z, (0, -width % GROUP)).unflatten(1, (-1, GROUP))  # [N, G, 64]
+    # [N, G, 64]
+    grouped = torch.nn.functional.pad(z, (0, -width % GROUP)).unflatten(1, (-1, GROUP))
     largest = grouped.abs().amax(-1) / MOST_4_BITS  # [N, G]
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for share in _SHRINKAGE:
         scale = (largest * share).half().float()  # as it is stored
-        off = (_whole_4_bits(grouped, scale) * scale[..., None] - grouped).square_().sum(-1)  # [N, G]
+        # [N, G]
+        off = (_whole_4_bits(grouped, scale) * scale[..., None] - grouped).square_().sum(-1)
         best = torch.where(off < least, scale, best)
         least = torch.minimum(off, least)
-    values = _whole_4_bits(grouped, best).flatten(1)[:, :width].to(torch.int16) + 8  # [N, W] of 1 ... 15
+    # [N, W] of 1 ... 15
+    values = _whole_4_bits(grouped, best).flatten(1)[:, :width].to(torch.int16) + 8
     values = torch.nn.functional.pad(values, (0, width % 2), value=8)
     return (values[:, 0::2] | values[:, 1::2] << 4).to(torch.uint8), best.half()
 
@@ -112,7 +128,9 @@ def decode(
     deviation: torch.Tensor | None,
     code: StateCode | None = None,
 ) -> torch.Tensor:
-    """Stored values [N, V] -> states [N, W] in the logical dtype; a view of `values` for the floating storages."""
+    """Stored values [N, V] -> states [N, W] in the logical dtype; a view of `values` for the
+    floating storages.
+    """
     if storage == "float32":
         return values
     if storage == "bfloat16":
@@ -137,7 +155,8 @@ def _decode_int4(values: torch.Tensor, scale: torch.Tensor, width: int) -> torch
 def _need(thing: Thing | None, storage: str) -> Thing:
     if thing is None:
         raise InputError(
-            f"storage {storage} needs the family's mean and deviation, coded its code too: publish the shared states "
+            f"storage {storage} needs the family's mean and deviation, coded its code too: "
+            "publish the shared states "
             "first"
         )
     return thing

@@ -1,8 +1,9 @@
-"""States as Parquet that readers understand alone: each caption's states are a list of vectors of one width.
+"""States as Parquet that readers understand alone: each caption's states are a list of vectors of
+one width.
 
-pandas, Polars, DuckDB and Hugging Face datasets all give [tokens, width]. What the states are (model, layer,
-instruction, fingerprint) is in each file's metadata under `lidit`; the states that all captions share are in a file of
-their own beside the others.
+pandas, Polars, DuckDB and Hugging Face datasets all give [tokens, width]. What the states are
+(model, layer, instruction, fingerprint) is in each file's metadata under `lidit`; the states that
+all captions share are in a file of their own beside the others.
 
 Legend: T tokens of one caption, W width, R rows.
 """
@@ -32,7 +33,8 @@ class ParquetLayout:
     """How an export's Parquet files are laid out.
 
     Args:
-        rows: "samples" writes a row per sample and caption, "captions" one per distinct caption of a unit.
+        rows: "samples" writes a row per sample and caption, "captions" one per distinct caption of
+        a unit.
         dtype: Of the states.
     """
 
@@ -41,7 +43,11 @@ class ParquetLayout:
 
 
 def state_columns(
-    name: str, states: Sequence[torch.Tensor], token_ids: Sequence[Sequence[int]], width: int, dtype: str
+    name: str,
+    states: Sequence[torch.Tensor],
+    token_ids: Sequence[Sequence[int]],
+    width: int,
+    dtype: str,
 ) -> dict[str, pa.Array]:
     """NAME_tokens, NAME_token_ids and NAME_states of R captions, from states [T, W] each."""
     kind, _ = FLOATS[dtype]
@@ -50,19 +56,24 @@ def state_columns(
     return {
         f"{name}_tokens": pa.array(lengths, pa.int32()),
         f"{name}_token_ids": ids,
-        f"{name}_states": pa.ListArray.from_arrays(_offsets(lengths), _vectors(states, width, dtype)).cast(
-            pa.list_(pa.list_(kind, width))
-        ),
+        f"{name}_states": pa.ListArray.from_arrays(
+            _offsets(lengths), _vectors(states, width, dtype)
+        ).cast(pa.list_(pa.list_(kind, width))),
     }
 
 
 def _vectors(states: Sequence[torch.Tensor], width: int, dtype: str) -> pa.FixedSizeListArray:
-    """All tokens' states one after the other. Raises InputError where a value does not fit the dtype."""
+    """All tokens' states one after the other. Raises InputError where a value does not fit the
+    dtype.
+    """
     kind, torch_dtype = FLOATS[dtype]
     flat = torch.cat([state.float() for state in states]) if states else torch.zeros(0, width)
     cast = flat.to(torch_dtype)
     if cast.numel() and not all(end.isfinite() for end in torch.aminmax(cast.float())):
-        raise InputError(f"states beyond {dtype}'s largest value ({torch.finfo(torch_dtype).max:g}); export float32")
+        raise InputError(
+            f"states beyond {dtype}'s largest value ({torch.finfo(torch_dtype).max:g}); "
+            "export float32"
+        )
     values = pa.array(cast.reshape(-1).numpy(), kind)
     return pa.FixedSizeListArray.from_arrays(values, width)
 
@@ -100,7 +111,9 @@ def read_identity(schema: pa.Schema) -> dict[str, Any]:
 
 
 def shared_table(families: Iterable[TextFamily], dtype: str) -> pa.Table:
-    """One row per family: what all its captions have in common, for guidance and for models that read the prefix."""
+    """One row per family: what all its captions have in common, for guidance and for models that
+    read the prefix.
+    """
     kind, torch_dtype = FLOATS[dtype]
     lists = pa.list_(pa.list_(kind))
     rows = []
@@ -154,4 +167,7 @@ def write_table(sink: Any, tables: Iterable[pa.Table]) -> None:
 
 def identity_of(layout: ParquetLayout, families: Sequence[TextFamily]) -> dict[str, Any]:
     """The part of an export's identity that its layout and families make."""
-    return {**asdict(layout), "families": {family.name: family_facts(family) for family in families}}
+    return {
+        **asdict(layout),
+        "families": {family.name: family_facts(family) for family in families},
+    }

@@ -1,4 +1,6 @@
-"""Commit records: one small JSON file per finished unit, and the table of all of them that a manifest names."""
+"""Commit records: one small JSON file per finished unit, and the table of all of them that a
+manifest names.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ Content = bytes  # the class below has a field of that name
 class CommitRecord:
     """One finished unit: its data file, what is in it and how it came to be.
 
-    minimum and maximum are over the values before storage; shared is the sha256 of the shared.arrow the unit was made
-    with; of the sha256 of the unit's captions or samples file, from which it was made (None in the records of the first
-    release); error are the sums of `StorageLoss`; counts are numbers a job wants added up, such as truncated captions;
-    index says where rows lie (`row_index.positions`), None in files that are read as a whole.
+    minimum and maximum are over the values before storage; shared is the sha256 of the shared.arrow
+    the unit was made with; of the sha256 of the unit's captions or samples file, from which it was
+    made (None in the records of the first release); error are the sums of `StorageLoss`; counts are
+    numbers a job wants added up, such as truncated captions; index says where rows lie
+    (`row_index.positions`), None in files that are read as a whole.
     """
 
     unit: int
@@ -76,7 +79,9 @@ class UnitStatistics:
         counts: dict[str, int] | None = None,
         code: StateCode | None = None,
     ) -> None:
-        """Take in one table's tensors; with table, mean and deviation the storage error is measured too."""
+        """Take in one table's tensors; with table, mean and deviation the storage error is measured
+        too.
+        """
         if any(v.numel() for v in values):
             low, high = value_range(values)
             self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
@@ -94,15 +99,22 @@ class UnitStatistics:
 def records_table(records: Sequence[CommitRecord]) -> pa.Table:
     """The manifest's table, ordered by unit."""
     ordered = sorted(records, key=lambda record: record.unit)
-    schema = RECORDS if all(record.index is None for record in records) else RECORDS.append(ROW_INDEX)
+    schema = (
+        RECORDS if all(record.index is None for record in records) else RECORDS.append(ROW_INDEX)
+    )
     return pa.Table.from_arrays(
-        [pa.array([getattr(record, column.name) for record in ordered], column.type) for column in schema],
+        [
+            pa.array([getattr(record, column.name) for record in ordered], column.type)
+            for column in schema
+        ],
         schema=schema,
     )
 
 
 def totals(records: Sequence[CommitRecord]) -> dict[str, Any]:
-    """The sums and extremes a manifest states, and the storage error over all units that measured it."""
+    """The sums and extremes a manifest states, and the storage error over all units that measured
+    it.
+    """
     measured = [StorageLoss(**record.error) for record in records if record.error]  # type: ignore[arg-type]
     counts: dict[str, int] = {}
     for record in records:

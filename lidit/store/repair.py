@@ -1,4 +1,6 @@
-"""Take away what `verify` found bad in families, so that the next `lidit embed` or `latents` computes just that."""
+"""Take away what `verify` found bad in families, so that the next `lidit embed` or `latents`
+computes just that.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from lidit.store.writer import SHARED_FILE
 
 
 def repair_corpus(path: str, problems: Sequence[Problem]) -> list[str]:
-    """Delete what is bad; returns the files removed. What ingest wrote is never deleted: it cannot be computed again.
+    """Delete what is bad; returns the files removed. What ingest wrote is never deleted: it cannot
+    be computed again.
 
-    The manifest goes first, so that no reader accepts a family while pieces of it are missing. Without its spec or its
-    shared states nothing in a family can be trusted, and all of it goes.
+    The manifest goes first, so that no reader accepts a family while pieces of it are missing.
+    Without its spec or its shared states nothing in a family can be trusted, and all of it goes.
     """
     corpus = Folder.at(path)
     removed: list[str] = []
@@ -29,7 +32,9 @@ def repair_corpus(path: str, problems: Sequence[Problem]) -> list[str]:
                 doomed.append(FAMILY_FILE)
         else:
             units = {problem.unit for problem in ours if problem.unit is not None}
-            doomed += [name for name in sorted(folder.sizes(), reverse=True) if _unit_of(name) in units]
+            doomed += [
+                name for name in sorted(folder.sizes(), reverse=True) if _unit_of(name) in units
+            ]
         for name in dict.fromkeys(doomed):
             if folder.exists(name):
                 folder.remove(name)

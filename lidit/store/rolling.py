@@ -1,7 +1,8 @@
-"""A rolling family: units that are computed shortly before they are read, and may be deleted afterwards.
+"""A rolling family: units that are computed shortly before they are read, and may be deleted
+afterwards.
 
-It has ROLLING.json in place of a manifest. Unit files, commit records and checksums are those of every family; a
-reader that comes too early waits for the unit's record.
+It has ROLLING.json in place of a manifest. Unit files, commit records and checksums are those of
+every family; a reader that comes too early waits for the unit's record.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ FIRST_LOOK_SECONDS, SLOWEST_LOOK_SECONDS = 0.02, 1.0
 
 
 class RollingTextFamily(TextFamily):
-    """States that a producer computes while they are read. Opened by `Corpus.text_family(..., rolling=True)`.
+    """States that a producer computes while they are read. Opened by
+    `Corpus.text_family(..., rolling=True)`.
 
     Whatever reads a unit waits until it is there, for at most the family's patience.
     """
@@ -51,11 +53,14 @@ class RollingTextFamily(TextFamily):
     @cached_property
     def records(self) -> pa.Table:
         raise InputError(
-            f"{self.folder.location}: a rolling family has no table of all units; compute them all with lidit embed"
+            f"{self.folder.location}: a rolling family has no table of all units; compute them "
+            "all with lidit embed"
         )
 
     def stop_waiting(self, stop: bool = True) -> None:
-        """Make readers that wait raise JobError at once, and those to come; `stop=False` takes it back."""
+        """Make readers that wait raise JobError at once, and those to come; `stop=False` takes it
+        back.
+        """
         if stop:
             self._leaving.set()
         else:
@@ -72,17 +77,21 @@ class RollingTextFamily(TextFamily):
 
         Raises:
             InputError: No such unit.
-            JobError: The unit was not computed within the family's patience, or its producer failed.
+            JobError: The unit was not computed within the family's patience, or its producer
+            failed.
         """
         if not 0 <= unit < self.num_units:
-            raise InputError(f"{self.folder.location}: no unit {unit}; there are {self.num_units}, from 0")
+            raise InputError(
+                f"{self.folder.location}: no unit {unit}; there are {self.num_units}, from 0"
+            )
         record = self._known.get(unit)
         if record is None:
             record = self._known[unit] = self._wait(unit)
         return record
 
     def verify_unit(self, unit: int) -> None:
-        """Wait for a unit's file, check its size and sha256, and open it; it stays checked while it is open.
+        """Wait for a unit's file, check its size and sha256, and open it; it stays checked while it
+        is open.
 
         Args:
             unit: Number of the unit, from 0.
@@ -102,13 +111,17 @@ class RollingTextFamily(TextFamily):
         with alone:
             if (opened := self._opened(unit)) is not None:
                 return opened
-            # Since it was last open the unit may have been deleted and computed again, elsewhere even with other bits.
+            # Since it was last open the unit may have been deleted and computed again, elsewhere
+            # even with other bits.
             self._known.pop(unit, None)
             while (problem := self._problem(self.record(unit))) == "missing":
-                # Deleted between its record and its file: nobody knew of this reader. It is computed again.
+                # Deleted between its record and its file: nobody knew of this reader. It is
+                # computed again.
                 self._known.pop(unit, None)
             if problem is not None:
-                raise InputError(f"{self.folder.where(self.record(unit)['file'])}: {problem}; {self._remedy}")
+                raise InputError(
+                    f"{self.folder.where(self.record(unit)['file'])}: {problem}; {self._remedy}"
+                )
             self._let_go()
             return super()._open(unit)
 
@@ -133,7 +146,10 @@ class RollingTextFamily(TextFamily):
         deadline, pause = time.monotonic() + self.patience, FIRST_LOOK_SECONDS
         while (record := self._look(name)) is None:
             if reason := self._producer().get("failed"):
-                raise JobError(f"{self.folder.location}: unit {unit} will not come, its producer failed: {reason}")
+                raise JobError(
+                    f"{self.folder.location}: unit {unit} will not come, its producer "
+                    f"failed: {reason}"
+                )
             if time.monotonic() > deadline:
                 raise JobError(f"{self.folder.location}: {self._overdue(unit)}")
             if self._leaving.wait(pause):
@@ -147,7 +163,11 @@ class RollingTextFamily(TextFamily):
             record = CommitRecord.from_json(self.folder.read_bytes(name))
         except FileNotFoundError:
             return None
-        return asdict(record) if record and record.shared == self.manifest["shared"]["sha256"] else None
+        return (
+            asdict(record)
+            if record and record.shared == self.manifest["shared"]["sha256"]
+            else None
+        )
 
     def _producer(self) -> dict[str, Any]:
         try:
@@ -159,11 +179,14 @@ class RollingTextFamily(TextFamily):
         found = self._producer()
         if not found:
             return (
-                f"unit {unit} did not come within {self.patience:g} s (online.patience) and nothing computes this "
+                f"unit {unit} did not come within {self.patience:g} s (online.patience) and "
+                "nothing computes this "
                 f"family; start its producer"
             )
         return (
-            f"unit {unit} did not come within {self.patience:g} s (online.patience) from its producer, process "
-            f"{found['process']} on {found['host']}, whose last word is of {found['written']}; see whether it runs and "
+            f"unit {unit} did not come within {self.patience:g} s (online.patience) from its "
+            "producer, process "
+            f"{found['process']} on {found['host']}, whose last word is of {found['written']}; "
+            "see whether it runs and "
             "keeps up, or start another"
         )

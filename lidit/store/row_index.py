@@ -1,11 +1,15 @@
-"""Where each row of a text family's unit lies in its file, and its CRC32C, so that rows can be read and checked alone.
+"""Where each row of a text family's unit lies in its file, and its CRC32C, so that rows can be read
+and checked alone.
 
-A file of version 2 has the columns tokens, crc32c and states in this order: what stands before a record batch's values
-(token counts, checksums, offsets) is one small piece. A unit's record names, per record batch,
+A file of version 2 has the columns tokens, crc32c and states in this order: what stands before a
+record batch's values (token counts, checksums, offsets) is one small piece. A unit's record names,
+per record batch,
 
-    [rows, places of tokens, crc32c, the states' offsets, their values and scales (0: none), CRC32C of the piece]
+    [rows, places of tokens, crc32c, the states' offsets, their values and scales (0: none), CRC32C
+    of the piece]
 
-as byte positions in the file. A row's checksum is of its bytes in `states`, then of those in `scale`.
+as byte positions in the file. A row's checksum is of its bytes in `states`, then of those in
+`scale`.
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ def checksum(content: Bytes, before: int = 0) -> int:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Of each row: tokens, where its states and its scales begin and end in the file, and its checksum.
+    """Of each row: tokens, where its states and its scales begin and end in the file, and its
+    checksum.
 
     All are [rows]; `crc` is None for files of version 1.
     """
@@ -78,11 +83,17 @@ class Layout:
     width: int
 
     def index(
-        self, tokens: Ints, offsets: Ints, places: tuple[int, int], crc: NDArray[np.uint32] | None, where: str
+        self,
+        tokens: Ints,
+        offsets: Ints,
+        places: tuple[int, int],
+        crc: NDArray[np.uint32] | None,
+        where: str,
     ) -> RowIndex:
         """Of one record batch, from its token counts [rows] and its states' offsets [rows + 1].
 
-        places: where values and scales begin. InputError where the offsets cannot be those of the tokens.
+        places: where values and scales begin. InputError where the offsets cannot be those of the
+        tokens.
         """
         fits = offsets[0] == 0 and (np.diff(offsets) >= 0).all() and (tokens >= 0).all()
         item = 1
@@ -109,7 +120,9 @@ class Layout:
 
 
 def positions(content: mmap.mmap | bytearray) -> list[Position] | None:
-    """What a unit's record keeps of where its rows lie; None for files without checksums of rows."""
+    """What a unit's record keeps of where its rows lie; None for files without
+    checksums of rows.
+    """
     buffer = pa.py_buffer(content)
     reader = pa.ipc.open_file(buffer)
     if "crc32c" not in reader.schema.names or "tokens" not in reader.schema.names:
@@ -120,10 +133,18 @@ def positions(content: mmap.mmap | bytearray) -> list[Position] | None:
         if not batch.num_rows:
             continue
         states = batch.column("states")
-        parts = [batch.column("tokens").buffers()[1], batch.column("crc32c").buffers()[1], states.buffers()[1]]
+        parts = [
+            batch.column("tokens").buffers()[1],
+            batch.column("crc32c").buffers()[1],
+            states.buffers()[1],
+        ]
         tokens, crc, offsets = (part.address - buffer.address for part in parts)
         values = place(states.buffers()[-1], buffer)
-        scales = place(batch.column("scale").buffers()[-1], buffer) if "scale" in batch.schema.names else 0
+        scales = (
+            place(batch.column("scale").buffers()[-1], buffer)
+            if "scale" in batch.schema.names
+            else 0
+        )
         end = offsets + _offset_bytes(states.type) * (batch.num_rows + 1)
         head = checksum(memoryview(content)[tokens:end])
         found.append([batch.num_rows, tokens, crc, offsets, values, scales, head])
@@ -141,11 +162,17 @@ def head(position: Position, storage: str) -> tuple[int, int]:
     return tokens, offsets + (4 if storage == "coded" else 8) * (rows + 1)
 
 
-def read_head(position: Position, content: bytes | memoryview, layout: Layout, where: str) -> RowIndex:
-    """The index of one record batch from the bytes that `head` names. InputError where they are damaged."""
+def read_head(
+    position: Position, content: bytes | memoryview, layout: Layout, where: str
+) -> RowIndex:
+    """The index of one record batch from the bytes that `head` names. InputError where they are
+    damaged.
+    """
     rows, tokens, crc, offsets, values, scales, expected = position
     if checksum(content) != expected:
-        raise InputError(f"{where}: damaged (the row index differs from its record); run lidit verify")
+        raise InputError(
+            f"{where}: damaged (the row index differs from its record); run lidit verify"
+        )
     kind = np.dtype("<i4" if layout.storage == "coded" else "<i8")
     counts = np.frombuffer(content, "<i4", rows, 0).astype(np.int64)
     crcs = np.frombuffer(content, "<u4", rows, crc - tokens)

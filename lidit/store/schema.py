@@ -11,13 +11,15 @@ import pyarrow as pa
 from lidit.errors import InputError
 
 FORMAT_VERSION = 1  # raise when older releases cannot read what is written, or newer ones the old
-TEXT_VERSION = 2  # of a text family's unit files, which older releases refuse; version 1 has no row checksums
+# of a text family's unit files, which older releases refuse; version 1 has no row checksums
+TEXT_VERSION = 2
 METADATA_KEY = b"lidit"
 
 CAPTIONS = pa.schema([("text", pa.large_string()), ("sha256", pa.binary(32))])
 
 CAPTION_REFERENCE = pa.struct([("index", pa.int32()), ("origin", pa.string())])
-# offset and size let a reader fetch one member of an uncompressed tar; null where the member is found another way.
+# offset and size let a reader fetch one member of an uncompressed tar; null where the member is
+# found another way.
 IMAGE_REFERENCE = pa.struct(
     [("file", pa.string()), ("member", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
 )
@@ -33,12 +35,19 @@ SAMPLES = pa.schema(
     ]
 )
 
-# what: "sample" (the whole sample is refused), "caption" (the sample goes on without this caption) or "file".
+# what: "sample" (the whole sample is refused), "caption" (the sample goes on without this caption)
+# or "file".
 QUARANTINE = pa.schema(
-    [("key", pa.large_string()), ("file", pa.string()), ("reason", pa.large_string()), ("what", pa.string())]
+    [
+        ("key", pa.large_string()),
+        ("file", pa.string()),
+        ("reason", pa.large_string()),
+        ("what", pa.string()),
+    ]
 )
 
-# buckets: samples of each aspect bucket; the order of training is computed from it without reading a row. Never null.
+# buckets: samples of each aspect bucket; the order of training is computed from it without reading
+# a row. Never null.
 BUCKET_COUNT = pa.struct([("bucket", pa.string()), ("samples", pa.int32())])
 UNITS = pa.schema(
     [
@@ -73,7 +82,9 @@ ROW_INDEX = pa.field("index", pa.list_(pa.list_(pa.int64())))
 
 def with_metadata(schema: pa.Schema, **facts: Any) -> pa.Schema:
     """The schema, carrying `facts` as canonical JSON under the key `lidit`."""
-    return schema.with_metadata({METADATA_KEY: canonical_json({"format": FORMAT_VERSION, **facts}).encode()})
+    return schema.with_metadata(
+        {METADATA_KEY: canonical_json({"format": FORMAT_VERSION, **facts}).encode()}
+    )
 
 
 def read_metadata(schema: pa.Schema, where: str) -> dict[str, Any]:
@@ -84,13 +95,18 @@ def read_metadata(schema: pa.Schema, where: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{where}: no 'lidit' schema metadata: not a file of a corpus") from None
     if version not in (FORMAT_VERSION, TEXT_VERSION):
-        raise InputError(f"{where}: format version {version}, this release reads {FORMAT_VERSION} and {TEXT_VERSION}")
+        raise InputError(
+            f"{where}: format version {version}, this release reads {FORMAT_VERSION} and "
+            f"{TEXT_VERSION}"
+        )
     return dict(facts)
 
 
 def canonical_json(value: Any) -> str:
     """One text per value: sorted keys, no spaces, no NaN. The text behind every digest."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def digest_of(value: Any) -> str:
@@ -99,9 +115,13 @@ def digest_of(value: Any) -> str:
 
 
 def seal(facts: dict[str, Any]) -> bytes:
-    """`facts` as readable JSON with their own checksum, so that one flipped bit is seen. Lossless: `unseal`."""
+    """`facts` as readable JSON with their own checksum, so that one flipped bit is seen. Lossless:
+    `unseal`.
+    """
     sealed = {**facts, "checksum": digest_of(facts)}
-    return (json.dumps(sealed, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    return (
+        json.dumps(sealed, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    ).encode("utf-8")
 
 
 def unseal(content: bytes) -> dict[str, Any]:

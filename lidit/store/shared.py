@@ -60,21 +60,26 @@ def shared_table(
 ) -> pa.Table:
     """`shared.arrow`: prefix [P, W] and empty [T, W] exactly as computed, mean and deviation [W].
 
-    Values are float32, which holds every bfloat16 exactly, so mean and deviation keep their precision; the compute
-    dtype is in the metadata. Raises JobError where a value is not finite.
+    Values are float32, which holds every bfloat16 exactly, so mean and deviation keep their
+    precision; the compute dtype is in the metadata. Raises JobError where a value is not finite.
     """
     compute = str(prefix.dtype).removeprefix("torch.")
     width = mean.shape[0]
     rows = {"prefix": prefix, "empty": empty, "mean": mean[None], "deviation": deviation[None]}
     for role, value in rows.items():
         if value.ndim != 2 or value.shape[1] != width or not torch.isfinite(value).all():
-            raise JobError(f"{role} states: shape {list(value.shape)} at width {width}, or not finite")
+            raise JobError(
+                f"{role} states: shape {list(value.shape)} at width {width}, or not finite"
+            )
     ids = [list(prefix_ids), list(empty_ids), [], []]
     columns = [
         pa.array(list(rows)),
         pa.array([len(value) for value in rows.values()], pa.int32()),
         pa.array(ids, pa.list_(pa.int32())),
-        pa.array([v.detach().cpu().float().reshape(-1).numpy() for v in rows.values()], pa.large_list(pa.float32())),
+        pa.array(
+            [v.detach().cpu().float().reshape(-1).numpy() for v in rows.values()],
+            pa.large_list(pa.float32()),
+        ),
     ]
     schema = pa.schema(
         [
@@ -94,7 +99,9 @@ def with_empty_pooled(shared: pa.Table, pooled: torch.Tensor) -> pa.Table:
 
 
 def with_code(shared: pa.Table, code: StateCode) -> pa.Table:
-    """`shared.arrow` of a coded family: basis [W, W], step [1], frequencies [W, S], all as float32."""
+    """`shared.arrow` of a coded family: basis [W, W], step [1], frequencies [W, S],
+    all as float32.
+    """
     assert code.model is not None
     rows: dict[str, np.ndarray] = {
         "basis": code.basis.cpu().reshape(-1).numpy(),
@@ -110,7 +117,9 @@ def with_code(shared: pa.Table, code: StateCode) -> pa.Table:
 
 def _with_roles(shared: pa.Table, rows: dict[str, np.ndarray]) -> pa.Table:
     columns: list[list[Any]] = [list(rows), [0] * len(rows), [[]] * len(rows), list(rows.values())]
-    arrays = [pa.array(value, field.type) for value, field in zip(columns, shared.schema, strict=True)]
+    arrays = [
+        pa.array(value, field.type) for value, field in zip(columns, shared.schema, strict=True)
+    ]
     return pa.concat_tables([shared, pa.table(arrays, shared.schema)]).combine_chunks()
 
 
@@ -148,7 +157,9 @@ def read_shared(table: pa.Table, sha256: str, where: str) -> SharedStates:
     )
 
 
-def _code(facts: dict[str, Any], basis: torch.Tensor, step: np.ndarray, frequencies: np.ndarray) -> StateCode:
+def _code(
+    facts: dict[str, Any], basis: torch.Tensor, step: np.ndarray, frequencies: np.ndarray
+) -> StateCode:
     counts = frequencies.astype(np.uint16).reshape(len(basis), -1)  # [W, S]
     # Zeros stand behind a component's symbols: its values on either side of zero, and the escape.
     radius = ((counts > 0).sum(1) - 2) // 2

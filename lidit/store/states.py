@@ -14,7 +14,15 @@ import torch
 from lidit.errors import InputError, JobError
 from lidit.store.coding.compiled import decode_rows, encode_rows
 from lidit.store.coding.transform import StateCode
-from lidit.store.packing import ARROW_TYPES, SCALE_TYPES, STORAGES, decode, encode, row_width, scales_per_token
+from lidit.store.packing import (
+    ARROW_TYPES,
+    SCALE_TYPES,
+    STORAGES,
+    decode,
+    encode,
+    row_width,
+    scales_per_token,
+)
 from lidit.store.row_index import checksum
 from lidit.store.schema import TEXT_VERSION, read_metadata, with_metadata
 
@@ -23,7 +31,8 @@ def states_schema(storage: str, width: int) -> pa.Schema:
     """Columns and metadata of one unit of a text family. InputError for an unknown storage."""
     if storage not in STORAGES:
         raise InputError(f"storage {storage!r}: choose one of {', '.join(STORAGES)}")
-    # What a reader of single rows needs first stands before the values: see `lidit.store.row_index`.
+    # What a reader of single rows needs first stands before the values: see
+    # `lidit.store.row_index`.
     fields = [
         ("tokens", pa.int32()),
         ("crc32c", pa.uint32()),
@@ -34,7 +43,13 @@ def states_schema(storage: str, width: int) -> pa.Schema:
         fields.append(("scale", pa.large_list(pa.float16() if half else pa.float32())))
     fields.append(("token_ids", pa.list_(pa.int32())))
     logical = "bfloat16" if storage == "bfloat16" else "float32"
-    facts = {"kind": "text", "storage": storage, "logical": logical, "width": width, "format": TEXT_VERSION}
+    facts = {
+        "kind": "text",
+        "storage": storage,
+        "logical": logical,
+        "width": width,
+        "format": TEXT_VERSION,
+    }
     return with_metadata(pa.schema(fields), **facts)
 
 
@@ -48,9 +63,11 @@ def text_table(
 ) -> pa.Table:
     """Rows of a text family, ready to publish.
 
-    states: one [T, W] floating tensor per caption, T = len(token_ids) of that caption, zero tokens allowed.
-    width: needed only when there is no caption at all. mean, deviation: [W] float32, for int8 and int4.
-    Raises JobError for states that are not finite or do not fit their token ids, InputError for a wrong storage.
+    states: one [T, W] floating tensor per caption, T = len(token_ids) of that caption, zero tokens
+    allowed.
+    width: needed only when there is no caption at all. mean, deviation: [W] float32, for int8 and
+    int4. Raises JobError for states that are not finite or do not fit their token ids, InputError
+    for a wrong storage.
     """
     if width is None:
         if not states:
@@ -59,13 +76,18 @@ def text_table(
     for row, (tokens, state) in enumerate(zip(token_ids, states, strict=True)):
         if state.shape != (len(tokens), width):
             raise JobError(
-                f"row {row}: {len(tokens)} token ids, width {width}, but states of shape {list(state.shape)}"
+                f"row {row}: {len(tokens)} token ids, width {width}, but states of shape "
+                f"{list(state.shape)}"
             )
     states_schema(storage, width)  # a wrong storage is told before the work
-    flat = torch.cat([s.detach().cpu() for s in states]) if states else torch.zeros(0, width)  # [N, W]
-    # Far faster than isfinite().all(): both ends are finite exactly when everything between them is.
+    # [N, W]
+    flat = torch.cat([s.detach().cpu() for s in states]) if states else torch.zeros(0, width)
+    # Far faster than isfinite().all(): both ends are finite exactly when everything between them
+    # is.
     if flat.numel() and not all(end.isfinite() for end in torch.aminmax(flat)):
-        raise not_finite(next(row for row, state in enumerate(states) if not torch.isfinite(state).all()))
+        raise not_finite(
+            next(row for row, state in enumerate(states) if not torch.isfinite(state).all())
+        )
     values, scale = encode(flat, storage, mean, deviation)
     return stored_table(token_ids, values, scale, storage, width)
 
@@ -73,7 +95,8 @@ def text_table(
 def not_finite(row: int) -> JobError:
     """What to say of a caption whose states are no numbers."""
     return JobError(
-        f"row {row}: the encoder produced NaN or infinite states; float16 overflow is the usual cause: compute in "
+        f"row {row}: the encoder produced NaN or infinite states; float16 overflow is the usual "
+        "cause: compute in "
         "bfloat16 or float32"
     )
 
@@ -86,13 +109,17 @@ def stored_table(
     width: int,
     code: StateCode | None = None,
 ) -> pa.Table:
-    """`text_table` of states that `lidit.store.packing.encode` has packed: values [N, V], scale [N] or [N, G]."""
+    """`text_table` of states that `lidit.store.packing.encode` has packed: values [N, V], scale [N]
+    or [N, G].
+    """
     schema = states_schema(storage, width)
     lengths = np.asarray([len(ids) for ids in token_ids], dtype=np.int64)
     ids = np.asarray([i for row in token_ids for i in row], dtype=np.int32)
     columns = {
         "tokens": pa.array(lengths.astype(np.int32)),
-        "token_ids": pa.ListArray.from_arrays(pa.array(_offsets(lengths).astype(np.int32)), pa.array(ids)),
+        "token_ids": pa.ListArray.from_arrays(
+            pa.array(_offsets(lengths).astype(np.int32)), pa.array(ids)
+        ),
     }
     if storage == "coded":
         assert code is not None
@@ -108,7 +135,10 @@ def stored_table(
             columns["scale"] = _lists(lengths * scales_per_token(storage, width), scale.numpy())
             parts.append(scale.numpy())
         ends = np.cumsum(lengths)
-        rows = [b"".join(part[stop - n : stop].tobytes() for part in parts) for stop, n in zip(ends, lengths)]
+        rows = [
+            b"".join(part[stop - n : stop].tobytes() for part in parts)
+            for stop, n in zip(ends, lengths)
+        ]
     columns["crc32c"] = pa.array([checksum(row) for row in rows], pa.uint32())
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
@@ -121,7 +151,9 @@ def with_pooled(table: pa.Table, pooled: Sequence[torch.Tensor], width: int) -> 
     """A text table with one pooled vector [X] per row; width: X, for a table without rows."""
     flat = torch.stack(list(pooled)).float().cpu() if pooled else torch.zeros(0, width)  # [rows, X]
     if not torch.isfinite(flat).all():
-        raise JobError("the encoder produced NaN or infinite pooled vectors; compute in bfloat16 or float32")
+        raise JobError(
+            "the encoder produced NaN or infinite pooled vectors; compute in bfloat16 or float32"
+        )
     offsets = np.arange(len(flat) + 1, dtype=np.int64) * flat.shape[1]
     column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat.numpy().reshape(-1)))
     return table.append_column(pa.field("pooled", column.type), column)
@@ -148,11 +180,18 @@ def decode_table(
         ends = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         content = np.frombuffer(b"".join(rows), np.uint8)
         scale: torch.Tensor | None
-        values, scale = map(torch.from_numpy, decode_rows(content, ends, np.asarray(lengths, np.int64), code.model))
+        values, scale = map(
+            torch.from_numpy, decode_rows(content, ends, np.asarray(lengths, np.int64), code.model)
+        )
     else:
-        values = torch.from_numpy(_flat(table["states"]).copy()).view(-1, row_width(storage, width))  # [N, V]
+        # [N, V]
+        values = torch.from_numpy(_flat(table["states"]).copy()).view(-1, row_width(storage, width))
         scale = torch.from_numpy(_flat(table["scale"]).copy()) if storage in SCALE_TYPES else None
-        scale = scale.view(-1, scales_per_token(storage, width)) if storage == "int4" and scale is not None else scale
+        scale = (
+            scale.view(-1, scales_per_token(storage, width))
+            if storage == "int4" and scale is not None
+            else scale
+        )
     return list(decode(values, storage, scale, mean, deviation, code).split(lengths))
 
 
@@ -170,7 +209,8 @@ def value_range(states: Sequence[torch.Tensor]) -> tuple[float, float]:
 
 
 def channel_statistics(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation [W] float32 over the tokens of a calibration sample ([T, W] each), summed in float64.
+    """Mean and deviation [W] float32 over the tokens of a calibration sample ([T, W] each), summed
+    in float64.
 
     A channel that never varies gets deviation 1. Raises JobError without a single token.
     """

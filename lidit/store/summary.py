@@ -1,4 +1,6 @@
-"""What is in a corpus, in numbers and plots. Reads manifests and units; states only of a sample of units."""
+"""What is in a corpus, in numbers and plots. Reads manifests and units; states only of a sample of
+units.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class FamilySummary:
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """captions counts the distinct captions of each unit; distinct_captions over all units, None above the limit."""
+    """captions counts the distinct captions of each unit; distinct_captions over all units, None
+    above the limit.
+    """
 
     location: str
     digest: str
@@ -54,7 +58,9 @@ class CorpusSummary:
 
 
 def summarise(corpus: Corpus, count_limit: int = 20_000_000) -> CorpusSummary:
-    """Count everything. Distinct captions are counted over all units up to `count_limit` captions."""
+    """Count everything. Distinct captions are counted over all units up to
+    `count_limit` captions.
+    """
     totals = corpus.facts["totals"]
     distinct: set[bytes] | None = set() if totals["captions"] <= count_limit else None
     if distinct is not None:
@@ -89,26 +95,47 @@ def _families(corpus: Corpus) -> Iterator[FamilySummary]:
     for handle in (*corpus.text_families(), *corpus.latent_families()):
         storage = str(handle.spec.get("storage", ""))
         if handle.complete:
-            opened = (corpus.text_family if handle.kind == "text" else corpus.latent_family)(handle.directory)
+            opened = (corpus.text_family if handle.kind == "text" else corpus.latent_family)(
+                handle.directory
+            )
             facts: dict[str, Any] = opened.manifest
             error = facts.get("storage_error", {}).get("standardised_rms")
-            units, rows, tokens, size = (int(facts[key]) for key in ("units", "rows", "tokens", "bytes"))
+            units, rows, tokens, size = (
+                int(facts[key]) for key in ("units", "rows", "tokens", "bytes")
+            )
         else:
             folder = corpus.folder.child(handle.kind).child(handle.directory)
             names = [f"{corpus.unit_name(unit)}.json" for unit in range(corpus.num_units)]
             present = set(folder.sizes())
-            read = [CommitRecord.from_json(folder.read_bytes(name)) for name in names if name in present]
+            read = [
+                CommitRecord.from_json(folder.read_bytes(name)) for name in names if name in present
+            ]
             records = [record for record in read if record]
             units, rows = len(records), sum(record.rows for record in records)
-            tokens, size = sum(record.tokens for record in records), sum(record.bytes for record in records)
+            tokens, size = (
+                sum(record.tokens for record in records),
+                sum(record.bytes for record in records),
+            )
             error = None
-        yield FamilySummary(handle.kind, handle.directory, handle.complete, units, rows, tokens, size, storage, error)
+        yield FamilySummary(
+            handle.kind,
+            handle.directory,
+            handle.complete,
+            units,
+            rows,
+            tokens,
+            size,
+            storage,
+            error,
+        )
 
 
 def plot_corpus(corpus: Corpus, folder: Path) -> list[Path]:
-    """PNG files: bucket sizes, and for every complete text family token lengths and state norms by position.
+    """PNG files: bucket sizes, and for every complete text family token lengths and state norms by
+    position.
 
-    Norms are of a fixed sample of rows. Returns the files written; a corpus without images has no bucket plot.
+    Norms are of a fixed sample of rows. Returns the files written; a corpus without images has no
+    bucket plot.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -125,16 +152,24 @@ def plot_corpus(corpus: Corpus, folder: Path) -> list[Path]:
 
 def _spread(family: Family) -> list[int]:
     units = family.num_units
-    return sorted({i * units // SAMPLED_UNITS for i in range(SAMPLED_UNITS)} if units > SAMPLED_UNITS else range(units))
+    return sorted(
+        {i * units // SAMPLED_UNITS for i in range(SAMPLED_UNITS)}
+        if units > SAMPLED_UNITS
+        else range(units)
+    )
 
 
 def token_lengths(family: TextFamily) -> np.ndarray:
     """Tokens per caption, over a fixed spread of units."""
-    return np.asarray([length for unit in _spread(family) for length in family.lengths(unit)], dtype=np.int64)
+    return np.asarray(
+        [length for unit in _spread(family) for length in family.lengths(unit)], dtype=np.int64
+    )
 
 
 def norms_by_position(family: TextFamily) -> tuple[np.ndarray, np.ndarray]:
-    """Mean L2 norm of the states, raw and standardised per channel, at each caption position [positions]."""
+    """Mean L2 norm of the states, raw and standardised per channel, at each caption position
+    [positions].
+    """
     shared = family.shared()
     raw, standardised, counts = np.zeros(POSITIONS), np.zeros(POSITIONS), np.zeros(POSITIONS)
     for unit in _spread(family):
@@ -142,7 +177,9 @@ def norms_by_position(family: TextFamily) -> tuple[np.ndarray, np.ndarray]:
         for state in family.read(unit, list(rows)):
             values = state[:POSITIONS].float()
             raw[: len(values)] += values.norm(dim=-1).numpy()
-            standardised[: len(values)] += ((values - shared.mean) / shared.deviation).norm(dim=-1).numpy()
+            standardised[: len(values)] += (
+                ((values - shared.mean) / shared.deviation).norm(dim=-1).numpy()
+            )
             counts[: len(values)] += 1
     filled = counts > 0
     return raw[filled] / counts[filled], standardised[filled] / counts[filled]
@@ -163,7 +200,8 @@ def _plot_lengths(family: TextFamily, path: Path) -> Path:
     figure = new_figure(FIGURE_SIZE, DPI)
     axes = figure.add_subplot()
     lengths = token_lengths(family)
-    edges = np.arange(0, max(lengths.max(initial=1), 1) + 2) - 0.5  # each number of tokens has its own bar
+    # each number of tokens has its own bar
+    edges = np.arange(0, max(lengths.max(initial=1), 1) + 2) - 0.5
     axes.hist(lengths, bins=edges.tolist())
     axes.set(title=f"{family.directory}: tokens per caption", xlabel="tokens", ylabel="captions")
     save_figure(figure, path)
@@ -176,7 +214,11 @@ def _plot_norms(family: TextFamily, path: Path) -> Path:
     raw, standardised = norms_by_position(family)
     axes.plot(raw, label="as computed")
     axes.plot(standardised, label="standardised per channel")
-    axes.set(title=f"{family.directory}: state norm by position", xlabel="caption token", ylabel="mean L2 norm")
+    axes.set(
+        title=f"{family.directory}: state norm by position",
+        xlabel="caption token",
+        ylabel="mean L2 norm",
+    )
     axes.set_yscale("log")
     axes.legend()
     save_figure(figure, path)

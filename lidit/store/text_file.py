@@ -1,4 +1,5 @@
-"""One unit's file: each row's values as tensors, over mapped bytes or over ranges of a file behind a URL.
+"""One unit's file: each row's values as tensors, over mapped bytes or over ranges of a file behind
+a URL.
 
 Legend: T tokens of one row, W width, V stored values of a token.
 """
@@ -22,7 +23,11 @@ from lidit.store.shared import SharedStates
 
 
 def list_values(
-    content: mmap.mmap | bytearray, base: int, column: pa.LargeListArray, dtype: torch.dtype, where: str
+    content: mmap.mmap | bytearray,
+    base: int,
+    column: pa.LargeListArray,
+    dtype: torch.dtype,
+    where: str,
 ) -> tuple[np.ndarray, torch.Tensor]:
     """Offsets [rows + 1] and flat values of a large_list column, as views of the file's bytes."""
     offsets = column.offsets.to_numpy(zero_copy_only=True)
@@ -37,7 +42,9 @@ def list_values(
     buffer = values.buffers()[1]
     position = buffer.address - base + values.offset * dtype.itemsize
     if not 0 <= position <= len(content) - len(values) * dtype.itemsize:
-        raise InputError(f"{where}: compressed buffers; only files written by this package can be mapped")
+        raise InputError(
+            f"{where}: compressed buffers; only files written by this package can be mapped"
+        )
     return offsets, torch.frombuffer(content, dtype=dtype, count=len(values), offset=position)
 
 
@@ -45,7 +52,11 @@ def record_batches(content: mmap.mmap | bytearray) -> tuple[int, list[pa.RecordB
     """Base address of the bytes, the record batches lying in them, and the schema."""
     buffer = pa.py_buffer(content)
     reader = pa.ipc.open_file(buffer)
-    return buffer.address, [reader.get_batch(i) for i in range(reader.num_record_batches)], reader.schema
+    return (
+        buffer.address,
+        [reader.get_batch(i) for i in range(reader.num_record_batches)],
+        reader.schema,
+    )
 
 
 class RowBytes(Protocol):
@@ -56,7 +67,9 @@ class RowBytes(Protocol):
         ...
 
     def forget(self, ranges: Sequence[tuple[int, int]]) -> bool:
-        """Drop copies of these bytes, which are damaged. False where there is nothing but the original."""
+        """Drop copies of these bytes, which are damaged. False where there is nothing but the
+        original.
+        """
         ...
 
 
@@ -79,11 +92,14 @@ class TextFile:
     remedy: what to do about a damaged row, for messages.
     """
 
-    def __init__(self, layout: Layout, index: RowIndex, content: RowBytes, where: str, remedy: str = "") -> None:
+    def __init__(
+        self, layout: Layout, index: RowIndex, content: RowBytes, where: str, remedy: str = ""
+    ) -> None:
         self.layout, self.index, self.content, self.where = layout, index, content, where
         self.remedy = remedy or "run lidit verify"
         self.rows, self.lengths = len(index), index.tokens
-        self.whole = isinstance(content, MappedBytes)  # else a row is always checked: its bytes come from elsewhere
+        # else a row is always checked: its bytes come from elsewhere
+        self.whole = isinstance(content, MappedBytes)
         self.checked = np.zeros(self.rows, bool)
         self._batches: list[pa.RecordBatch] = []
         self._pooled: torch.Tensor | None = None
@@ -97,8 +113,12 @@ class TextFile:
         parts = [_index(content, base, batch, layout, where) for batch in batches]
         file = cls(layout, RowIndex.joined(parts), MappedBytes(content), where, remedy)
         file._batches = batches
-        pooled = [_pooled(content, base, batch, where) for batch in batches if "pooled" in schema.names]
-        file._pooled = torch.cat([part for part in pooled if len(part)]) if any(map(len, pooled)) else None
+        pooled = [
+            _pooled(content, base, batch, where) for batch in batches if "pooled" in schema.names
+        ]
+        file._pooled = (
+            torch.cat([part for part in pooled if len(part)]) if any(map(len, pooled)) else None
+        )
         return file
 
     @property
@@ -106,7 +126,9 @@ class TextFile:
         """Whether single rows can be checked."""
         return self.index.crc is not None
 
-    def states(self, rows: Sequence[int] | None, shared: SharedStates, check: bool = False) -> list[torch.Tensor]:
+    def states(
+        self, rows: Sequence[int] | None, shared: SharedStates, check: bool = False
+    ) -> list[torch.Tensor]:
         """[T, W] of each row. check: refuse rows whose checksum differs; in a map each once."""
         storage = self.layout.storage
         wanted = self._known(rows)
@@ -123,7 +145,9 @@ class TextFile:
     def coded(
         self, rows: Sequence[int], shared: SharedStates, check: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers [N, W] int16 and scales [N] uint8 of all tokens of the rows, in files of storage coded."""
+        """Integers [N, W] int16 and scales [N] uint8 of all tokens of the rows, in files of storage
+        coded.
+        """
         assert shared.code is not None
         assert shared.code.model is not None
         parts = [states for states, _ in self._bytes(rows, check)]
@@ -154,7 +178,9 @@ class TextFile:
         for row in self._known(rows):
             number = int(np.searchsorted(ends, row, side="right"))
             batch = self._batches[number]
-            found.append(batch.column("token_ids")[row - int(ends[number]) + batch.num_rows].as_py())
+            found.append(
+                batch.column("token_ids")[row - int(ends[number]) + batch.num_rows].as_py()
+            )
         return found
 
     def _known(self, rows: Sequence[int] | None) -> list[int]:
@@ -175,16 +201,21 @@ class TextFile:
             found = self._read(rows)
             damaged = self._differing(rows, found)
         if damaged:
-            raise InputError(f"{self.where}: row {damaged[0]} is damaged (CRC32C differs); {self.remedy}")
+            raise InputError(
+                f"{self.where}: row {damaged[0]} is damaged (CRC32C differs); {self.remedy}"
+            )
         self.checked[list(rows)] = True
         return found
 
-    def _differing(self, rows: Sequence[int], found: Sequence[tuple[memoryview, memoryview]]) -> list[int]:
+    def _differing(
+        self, rows: Sequence[int], found: Sequence[tuple[memoryview, memoryview]]
+    ) -> list[int]:
         assert self.index.crc is not None
         return [
             row
             for row, (states, scales) in zip(rows, found, strict=True)
-            if not (self.whole and self.checked[row]) and checksum(scales, checksum(states)) != self.index.crc[row]
+            if not (self.whole and self.checked[row])
+            and checksum(scales, checksum(states)) != self.index.crc[row]
         ]
 
     def _read(self, rows: Sequence[int]) -> list[tuple[memoryview, memoryview]]:
@@ -199,22 +230,32 @@ class TextFile:
             for row in rows
         ]
 
-    def _tensors(self, states: memoryview, scales: memoryview) -> tuple[torch.Tensor, str, torch.Tensor | None]:
+    def _tensors(
+        self, states: memoryview, scales: memoryview
+    ) -> tuple[torch.Tensor, str, torch.Tensor | None]:
         """Values [T, V], their storage, and scale [T] or [T, G], without a copy."""
         storage, width = self.layout.storage, self.layout.width
         values = _view(states, TORCH_TYPES[storage]).view(-1, row_width(storage, width))
         if storage not in SCALE_TYPES:
             return values, storage, None
         scale = _view(scales, SCALE_TYPES[storage])
-        return values, storage, scale if storage == "int8" else scale.view(-1, scales_per_token(storage, width))
+        return (
+            values,
+            storage,
+            scale if storage == "int8" else scale.view(-1, scales_per_token(storage, width)),
+        )
 
 
 def _view(content: memoryview, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(content, dtype=dtype) if len(content) else torch.zeros(0, dtype=dtype)
 
 
-def _index(content: mmap.mmap | bytearray, base: int, batch: pa.RecordBatch, layout: Layout, where: str) -> RowIndex:
-    """Where a record batch's rows lie. InputError for nulls, damaged offsets and compressed buffers."""
+def _index(
+    content: mmap.mmap | bytearray, base: int, batch: pa.RecordBatch, layout: Layout, where: str
+) -> RowIndex:
+    """Where a record batch's rows lie. InputError for nulls, damaged offsets and compressed
+    buffers.
+    """
     tokens = batch.column("tokens").to_numpy(zero_copy_only=False).astype(np.int64)
     crc = batch.column("crc32c").to_numpy().copy() if "crc32c" in batch.schema.names else None
     states = batch.column("states")
@@ -223,16 +264,24 @@ def _index(content: mmap.mmap | bytearray, base: int, batch: pa.RecordBatch, lay
             raise InputError(f"{where}: holds nulls; run lidit verify")
         whole = pa.py_buffer(content)
         kind, (_, offsets, values) = np.dtype("<i4"), states.buffers()
-        ends = np.frombuffer(offsets, kind, batch.num_rows + 1).astype(np.int64) if batch.num_rows else np.zeros(1, int)
+        ends = (
+            np.frombuffer(offsets, kind, batch.num_rows + 1).astype(np.int64)
+            if batch.num_rows
+            else np.zeros(1, int)
+        )
         start = place(values, whole)
         if not 0 <= start <= len(content) - int(ends[-1]):
-            raise InputError(f"{where}: compressed buffers; only files written by this package can be mapped")
+            raise InputError(
+                f"{where}: compressed buffers; only files written by this package can be mapped"
+            )
         return layout.index(tokens, ends, (start, 0), crc, where)
     dtype = TORCH_TYPES[layout.storage]
     offsets, flat = list_values(content, base, states, dtype, where)
     scales = 0
     if layout.storage in SCALE_TYPES:
-        _, scale = list_values(content, base, batch.column("scale"), SCALE_TYPES[layout.storage], where)
+        _, scale = list_values(
+            content, base, batch.column("scale"), SCALE_TYPES[layout.storage], where
+        )
         if scale.nbytes != int(tokens.sum()) * layout.scale_bytes:
             raise InputError(f"{where}: scales do not fit the token counts; run lidit verify")
         scales = _start(scale, base)
@@ -243,7 +292,9 @@ def _start(values: torch.Tensor, base: int) -> int:
     return values.data_ptr() - base if values.numel() else 0
 
 
-def _pooled(content: mmap.mmap | bytearray, base: int, batch: pa.RecordBatch, where: str) -> torch.Tensor:
+def _pooled(
+    content: mmap.mmap | bytearray, base: int, batch: pa.RecordBatch, where: str
+) -> torch.Tensor:
     offsets, flat = list_values(content, base, batch.column("pooled"), torch.float32, where)
     if len(set(np.diff(offsets).tolist())) > 1:
         raise InputError(f"{where}: pooled vectors of several widths; run lidit verify")

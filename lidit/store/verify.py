@@ -1,4 +1,6 @@
-"""Is a corpus what was written? Every file against what names it; deep: every value and alignment, some rows anew."""
+"""Is a corpus what was written? Every file against what names it; deep: every value and alignment,
+some rows anew.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ from lidit.store.schema import digest_of, unseal
 from lidit.store.text_file import TextFile
 from lidit.store.writer import ALIGNED_WITH
 
-# Recomputing a row on another device or in another dtype moves it by a few hundredths of a deviation; the row of
-# another caption is off by more than one.
+# Recomputing a row on another device or in another dtype moves it by a few hundredths of a
+# deviation; the row of another caption is off by more than one.
 REENCODE_TOLERANCE = 0.1
 LOST = {"int4": 0.1}  # deviations that a storage itself may lose, beside coded's `storage_error`
 JOBS = {"text": "embed", "latents": "latents"}
@@ -38,7 +40,9 @@ Encode = Callable[[TextFamily, Sequence[str]], Sequence[torch.Tensor]]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. family: (kind, directory) or None for what ingest wrote; unit: None beyond one unit."""
+    """One thing that is wrong. family: (kind, directory) or None for what ingest wrote; unit: None
+    beyond one unit.
+    """
 
     file: str
     reason: str
@@ -77,14 +81,15 @@ def verify_corpus(
     Args:
         path: Folder or URL of the corpus.
         deep: Whether to check every value and alignment too.
-        encode: Computes captions again with a family's own encoder: (family, captions) -> one [T, W] tensor each.
+        encode: Computes captions again with a family's own encoder: (family, captions) -> one
+        [T, W] tensor each.
             None compares no states.
         encode_rows: Captions of each text family that are computed again.
         progress: Counts files; more of them turn up with every family.
 
     Returns:
-        A report; `report.sound` says whether the corpus is what was written, `report.problems` names file, reason
-        and remedy of each fault, `report.notes` unfinished families.
+        A report; `report.sound` says whether the corpus is what was written, `report.problems`
+        names file, reason and remedy of each fault, `report.notes` unfinished families.
 
     Raises:
         InputError: There is no corpus at `path`.
@@ -99,7 +104,9 @@ def verify_corpus(
     if encode is not None and report.sound:
         for handle in checker.corpus.text_families():
             if handle.complete:
-                checker.encode_again(checker.corpus.text_family(handle.directory), encode, encode_rows)
+                checker.encode_again(
+                    checker.corpus.text_family(handle.directory), encode, encode_rows
+                )
     return report
 
 
@@ -117,7 +124,9 @@ class _Checker:
         family: Any = None,
         unit: int | None = None,
     ) -> bytes | None:
-        """The bytes of a file that is what was written; None, with a problem noted, where the file differs."""
+        """The bytes of a file that is what was written; None, with a problem noted, where the file
+        differs.
+        """
         self.report.files += 1
         self.progress.update(self.report.files)
         where, reason = folder.where(written.name), None
@@ -142,16 +151,20 @@ class _Checker:
         self.expected += files
         self.progress.expect(self.expected)
 
-    # -- what ingest wrote --------------------------------------------------------------------------------------------
+    # -- what ingest wrote -------------------------------------------------------------------------
 
     def ingested(self) -> bool:
-        """Check everything but the families; False where the unit table is lost, without which they mean nothing."""
+        """Check everything but the families; False where the unit table is lost, without which they
+        mean nothing.
+        """
         folder = self.corpus.folder
         remedy = INGEST_ANEW
         self._expect(2)
         contents = {}
         for table_name in ("units", "sources"):
-            contents[table_name] = self.file(folder, _recorded(self.corpus.facts[table_name]), remedy)
+            contents[table_name] = self.file(
+                folder, _recorded(self.corpus.facts[table_name]), remedy
+            )
         if contents["units"] is None:
             return False
         rows = self.corpus.units.to_pylist()
@@ -160,7 +173,9 @@ class _Checker:
             tables = {}
             for group in ("samples", "captions"):
                 name = f"{group}/{self.corpus.unit_name(row['unit'])}.arrow"
-                content = self.file(folder, FileDigest(name, row[f"{group}_bytes"], row[f"{group}_sha256"]), remedy)
+                content = self.file(
+                    folder, FileDigest(name, row[f"{group}_bytes"], row[f"{group}_sha256"]), remedy
+                )
                 table = self._arrow(content, folder.where(name), row[group], remedy)
                 if table is not None:
                     tables[group] = table
@@ -171,18 +186,30 @@ class _Checker:
             self._expect(len(quarantines))
             for row in quarantines:
                 name = f"quarantine/{row['quarantine']}"
-                self.file(folder, FileDigest(name, row["quarantine_bytes"], row["quarantine_sha256"]), remedy)
+                self.file(
+                    folder,
+                    FileDigest(name, row["quarantine_bytes"], row["quarantine_sha256"]),
+                    remedy,
+                )
         return True
 
     def _arrow(
-        self, content: bytes | None, where: str, rows: int, remedy: str, family: Any = None, unit: int | None = None
+        self,
+        content: bytes | None,
+        where: str,
+        rows: int,
+        remedy: str,
+        family: Any = None,
+        unit: int | None = None,
     ) -> pa.Table | None:
         if content is None:
             return None
         try:
             table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
             table.validate(full=True)
-            reason = None if table.num_rows == rows else f"{table.num_rows} rows, {rows} were recorded"
+            reason = (
+                None if table.num_rows == rows else f"{table.num_rows} rows, {rows} were recorded"
+            )
         except pa.ArrowInvalid as error:
             reason = f"not a valid Arrow file: {one_line(error)}"
         if reason is None:
@@ -192,16 +219,24 @@ class _Checker:
 
     def _unit(self, unit: int, samples: pa.Table, captions: pa.Table, remedy: str) -> None:
         name = self.corpus.unit_name(unit)
-        for text, digest in zip(captions["text"].to_pylist(), captions["sha256"].to_pylist(), strict=True):
+        for text, digest in zip(
+            captions["text"].to_pylist(), captions["sha256"].to_pylist(), strict=True
+        ):
             if caption_digest(text) != digest:
                 where = self.corpus.folder.where(f"captions/{name}.arrow")
-                self.report.problems.append(Problem(where, f"sha256 of caption {text[:40]!r} differs", remedy))
-        indices = [reference["index"] for row in samples["captions"].to_pylist() for reference in row]
+                self.report.problems.append(
+                    Problem(where, f"sha256 of caption {text[:40]!r} differs", remedy)
+                )
+        indices = [
+            reference["index"] for row in samples["captions"].to_pylist() for reference in row
+        ]
         if set(indices) != set(range(captions.num_rows)):
             where = self.corpus.folder.where(f"samples/{name}.arrow")
-            self.report.problems.append(Problem(where, "caption indices do not fit the captions", remedy))
+            self.report.problems.append(
+                Problem(where, "caption indices do not fit the captions", remedy)
+            )
 
-    # -- families -----------------------------------------------------------------------------------------------------
+    # -- families ----------------------------------------------------------------------------------
 
     def family(self, kind: str, directory: str) -> None:
         folder = self.corpus.folder.child(kind).child(directory)
@@ -210,7 +245,9 @@ class _Checker:
         if not folder.exists(MANIFEST_FILE) and folder.exists(ROLLING_FILE):
             self._rolling(folder, family, remedy)
             return
-        facts, manifest = (self._sealed(folder, name, family, remedy) for name in (FAMILY_FILE, MANIFEST_FILE))
+        facts, manifest = (
+            self._sealed(folder, name, family, remedy) for name in (FAMILY_FILE, MANIFEST_FILE)
+        )
         if facts is None or manifest is None:
             return
         if self._foreign(folder, family, facts, manifest, remedy):
@@ -224,31 +261,59 @@ class _Checker:
         records = folder.read_table(table["file"]).to_pylist()
         if [record["unit"] for record in records] != list(range(self.corpus.num_units)):
             where = folder.where(table["file"])
-            self.report.problems.append(Problem(where, "does not list every unit once", remedy, family))
+            self.report.problems.append(
+                Problem(where, "does not list every unit once", remedy, family)
+            )
         self._expect(len(records))
         for record in records:
             self._family_unit(folder, family, record, manifest, remedy)
 
     def _rolling(self, folder: Folder, family: tuple[str, str], remedy: str) -> None:
         """A rolling family: the units that are there, each against its own record."""
-        facts, manifest = (self._sealed(folder, name, family, remedy) for name in (FAMILY_FILE, ROLLING_FILE))
-        if facts is None or manifest is None or self._foreign(folder, family, facts, manifest, remedy):
+        facts, manifest = (
+            self._sealed(folder, name, family, remedy) for name in (FAMILY_FILE, ROLLING_FILE)
+        )
+        if (
+            facts is None
+            or manifest is None
+            or self._foreign(folder, family, facts, manifest, remedy)
+        ):
             return
         self.file(folder, _recorded(manifest["shared"]), remedy, family)
-        names = {f"{self.corpus.unit_name(unit)}.json": unit for unit in range(self.corpus.num_units)}
+        names = {
+            f"{self.corpus.unit_name(unit)}.json": unit for unit in range(self.corpus.num_units)
+        }
         there = 0
         for name in sorted(names.keys() & folder.sizes().keys()):
             record = CommitRecord.from_json(folder.read_bytes(name))
             if record is None or record.unit != names[name]:
-                problem = Problem(folder.where(name), "is no commit record of its unit", remedy, family, names[name])
+                problem = Problem(
+                    folder.where(name),
+                    "is no commit record of its unit",
+                    remedy,
+                    family,
+                    names[name],
+                )
                 self.report.problems.append(problem)
                 continue
             there += 1
-            self.file(folder, FileDigest(record.file, record.bytes, record.sha256), remedy, family, record.unit)
-        self.report.notes.append(f"{folder.location}: rolling, {there} of {self.corpus.num_units} units are there")
+            self.file(
+                folder,
+                FileDigest(record.file, record.bytes, record.sha256),
+                remedy,
+                family,
+                record.unit,
+            )
+        self.report.notes.append(
+            f"{folder.location}: rolling, {there} of {self.corpus.num_units} units are there"
+        )
 
-    def _sealed(self, folder: Folder, name: str, family: tuple[str, str], remedy: str) -> dict[str, Any] | None:
-        """A sealed JSON file of a family; None, with what is wrong noted, where it cannot be used."""
+    def _sealed(
+        self, folder: Folder, name: str, family: tuple[str, str], remedy: str
+    ) -> dict[str, Any] | None:
+        """A sealed JSON file of a family; None, with what is wrong noted, where it
+        cannot be used.
+        """
         where = folder.where(name)
         try:
             return unseal(folder.read_bytes(name))
@@ -266,9 +331,16 @@ class _Checker:
         return None
 
     def _foreign(
-        self, folder: Folder, family: tuple[str, str], facts: dict[str, Any], manifest: dict[str, Any], remedy: str
+        self,
+        folder: Folder,
+        family: tuple[str, str],
+        facts: dict[str, Any],
+        manifest: dict[str, Any],
+        remedy: str,
     ) -> bool:
-        """Whether family.json or the manifest are whole but of another family or corpus: what readers refuse."""
+        """Whether family.json or the manifest are whole but of another family or corpus: what
+        readers refuse.
+        """
         _, directory = family
         fingerprint = digest_of(facts.get("spec"))
         expected = f"{facts.get('name')}-{fingerprint[:12]}"
@@ -287,7 +359,12 @@ class _Checker:
         return bool(problems)
 
     def _family_unit(
-        self, folder: Folder, family: tuple[str, str], record: dict[str, Any], manifest: dict[str, Any], remedy: str
+        self,
+        folder: Folder,
+        family: tuple[str, str],
+        record: dict[str, Any],
+        manifest: dict[str, Any],
+        remedy: str,
     ) -> None:
         unit, where = record["unit"], folder.where(record["file"])
 
@@ -313,7 +390,10 @@ class _Checker:
             return
         group = ALIGNED_WITH[family[0]]
         if table.num_rows != self.corpus.units[group][unit].as_py():
-            problem(where, f"{table.num_rows} rows, but the unit has {self.corpus.units[group][unit]} {group}")
+            problem(
+                where,
+                f"{table.num_rows} rows, but the unit has {self.corpus.units[group][unit]} {group}",
+            )
             return
         try:
             file = (TextFile if family[0] == "text" else LatentFile).load(bytearray(content), where)
@@ -323,7 +403,7 @@ class _Checker:
         if self.deep and (reason := _unreasonable(file, table)):
             problem(where, reason)
 
-    # -- computing again ----------------------------------------------------------------------------------------------
+    # -- computing again ---------------------------------------------------------------------------
 
     def encode_again(self, family: TextFamily, encode: Encode, count: int) -> None:
         shared = family.shared()
@@ -338,16 +418,26 @@ class _Checker:
                 where = family.folder.where(family.record(unit)["file"])
                 reason = None
                 if stored.shape != fresh.shape:
-                    reason = f"row {row}: {len(stored)} tokens stored, {len(fresh)} when computed again"
+                    reason = (
+                        f"row {row}: {len(stored)} tokens stored, {len(fresh)} when computed again"
+                    )
                 elif len(stored):
                     # As a model sees them: clamped, as the smaller storages are.
-                    pair = (standardise(states, shared.mean, shared.deviation) for states in (stored, fresh.cpu()))
+                    pair = (
+                        standardise(states, shared.mean, shared.deviation)
+                        for states in (stored, fresh.cpu())
+                    )
                     error = torch.sub(*pair).square().mean().sqrt().item()
                     if not error < allowed:
                         reason = f"row {row}: differs by {error:.3f} deviations when computed again"
                 if reason:
-                    remedy = "the encoder on this machine is not the one of the family, or the unit is wrong"
-                    self.report.problems.append(Problem(where, reason, remedy, ("text", family.directory), unit))
+                    remedy = (
+                        "the encoder on this machine is not the one of the family, or the "
+                        "unit is wrong"
+                    )
+                    self.report.problems.append(
+                        Problem(where, reason, remedy, ("text", family.directory), unit)
+                    )
 
 
 def _recorded(reference: Mapping[str, Any]) -> FileDigest:
@@ -359,7 +449,11 @@ def _unreasonable(file: TextFile | LatentFile, table: pa.Table) -> str | None:
     """Why values cannot be what an encoder computed."""
     if isinstance(file, LatentFile):
         tensors = [tensor for column in file.columns.values() for tensor in column]
-        return None if all(torch.isfinite(tensor.float()).all() for tensor in tensors) else "values that are not finite"
+        return (
+            None
+            if all(torch.isfinite(tensor.float()).all() for tensor in tensors)
+            else "values that are not finite"
+        )
     storage = file.layout.storage
     for row in range(0 if storage == "coded" else file.rows):
         values, scale = file.stored(row)
@@ -379,7 +473,8 @@ def _unreasonable(file: TextFile | LatentFile, table: pa.Table) -> str | None:
 
 def _spread_rows(family: TextFamily, count: int) -> Iterator[tuple[int, list[int]]]:
     """The same rows every time, spread over the corpus."""
-    ends = np.cumsum(family.records["rows"].to_numpy(), dtype=np.int64)  # the rows of all units one after the other
+    # the rows of all units one after the other
+    ends = np.cumsum(family.records["rows"].to_numpy(), dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     chosen: dict[int, list[int]] = {}
     for place in random.Random(0).sample(range(total), min(count, total)):

@@ -50,8 +50,11 @@ class FamilyWriter:
         self._known_shared: str | None = None
 
     @classmethod
-    def open_or_create(cls, corpus: str, kind: str, name: str, spec: dict[str, Any]) -> FamilyWriter:
-        """`spec` is everything that determines the values; its sha256 is the fingerprint and names the directory.
+    def open_or_create(
+        cls, corpus: str, kind: str, name: str, spec: dict[str, Any]
+    ) -> FamilyWriter:
+        """`spec` is everything that determines the values; its sha256 is the fingerprint and names
+        the directory.
 
         Raises InputError where `corpus` is none, or the directory holds a family of another corpus.
         """
@@ -77,11 +80,14 @@ class FamilyWriter:
         try:
             existing = unseal(writer.folder.read_bytes(FAMILY_FILE))
         except ValueError:
-            raise InputError(f"{writer.folder.where(FAMILY_FILE)}: damaged; run lidit repair") from None
+            raise InputError(
+                f"{writer.folder.where(FAMILY_FILE)}: damaged; run lidit repair"
+            ) from None
         differing = spec_differences(existing, json.loads(canonical_json(facts)))
         if differing:
             raise InputError(
-                f"{writer.folder.location}: made for something else ({'; '.join(differing)}); delete this directory "
+                f"{writer.folder.location}: made for something else ({'; '.join(differing)}); "
+                "delete this directory "
                 "to make the family anew"
             )
         return writer
@@ -106,13 +112,15 @@ class FamilyWriter:
             if family.name == self.name and family.directory != self.directory
         }
 
-    # -- shared states ------------------------------------------------------------------------------------------------
+    # -- shared states -----------------------------------------------------------------------------
 
     def shared(self) -> SharedStates | None:
-        """What `write_shared` stored; None before it. Units this writer publishes name these from then on.
+        """What `write_shared` stored; None before it. Units this writer publishes name these from
+        then on.
 
-        (On an object store two first writers may both succeed, the later one stands: units made with the values of
-        the other name a digest that no longer exists, and so are computed again.)
+        (On an object store two first writers may both succeed, the later one stands: units made
+        with the values of the other name a digest that no longer exists, and so are computed
+        again.)
         """
         content = self._shared_bytes()
         if content is None:
@@ -124,7 +132,8 @@ class FamilyWriter:
     def write_shared(self, table: pa.Table) -> SharedStates:
         """Store `shared_table(...)` unless it is there already; returns what is stored.
 
-        The first writer wins and everybody uses its values, so units of two devices fit the same statistics.
+        The first writer wins and everybody uses its values, so units of two devices fit the same
+        statistics.
         """
         if self._shared_bytes() is None:
             try:
@@ -145,14 +154,20 @@ class FamilyWriter:
     @property
     def shared_sha256(self) -> str | None:
         """sha256 of the shared states that stand; None before them, and for latents."""
-        if self.kind == "text" and self._known_shared is None and (content := self._shared_bytes()) is not None:
+        if (
+            self.kind == "text"
+            and self._known_shared is None
+            and (content := self._shared_bytes()) is not None
+        ):
             self._known_shared = hashlib.sha256(content).hexdigest()
         return self._known_shared
 
-    # -- units --------------------------------------------------------------------------------------------------------
+    # -- units -------------------------------------------------------------------------------------
 
     def pending(self, clean: bool = True) -> list[int]:
-        """Units without a valid record, in order. With `clean`, dead writers' leftovers are removed."""
+        """Units without a valid record, in order. With `clean`, dead writers' leftovers are
+        removed.
+        """
         listing, self._known_shared = self.folder.sizes(), None
         valid = {record.unit: record for record in self._valid_records(listing)}
         if clean:
@@ -172,10 +187,10 @@ class FamilyWriter:
     ) -> CommitRecord:
         """Publish one unit: data file, then record. Returns the record that stands.
 
-        tables: the unit's rows in order, at once or in pieces; each piece becomes one record batch, so that a unit
-        never has to fit in memory. seconds: what the unit cost; by default the time since this call.
-        Where another process has committed the unit first, its record stands and this data is discarded.
-        Raises JobError for a wrong number of rows, or a full disk.
+        tables: the unit's rows in order, at once or in pieces; each piece becomes one record batch,
+        so that a unit never has to fit in memory. seconds: what the unit cost; by default the time
+        since this call. Where another process has committed the unit first, its record stands and
+        this data is discarded. Raises JobError for a wrong number of rows, or a full disk.
         """
         started = time.monotonic()
         statistics = statistics or UnitStatistics()
@@ -191,11 +206,14 @@ class FamilyWriter:
                 with Path(sink.file.name).open("rb") as written:
                     index = positions(mmap.mmap(written.fileno(), 0, access=mmap.ACCESS_COPY))
 
-        with published(self.folder, lambda sha256: f"{name}-{sha256[:12]}.arrow", write, "data") as file:
+        with published(
+            self.folder, lambda sha256: f"{name}-{sha256[:12]}.arrow", write, "data"
+        ) as file:
             if counter.rows != self._rows[unit]:
                 self.folder.remove(file.name)
                 raise JobError(
-                    f"{self.folder.location}: unit {unit} has {self._rows[unit]} {ALIGNED_WITH[self.kind]}, but "
+                    f"{self.folder.location}: unit {unit} has {self._rows[unit]} "
+                    f"{ALIGNED_WITH[self.kind]}, but "
                     f"{counter.rows} rows were to be published"
                 )
             low, high = statistics.range
@@ -240,24 +258,33 @@ class FamilyWriter:
 
     def _read_record(self, unit: int) -> CommitRecord | None:
         try:
-            return CommitRecord.from_json(self.folder.read_bytes(f"{self.corpus.unit_name(unit)}.json"))
+            return CommitRecord.from_json(
+                self.folder.read_bytes(f"{self.corpus.unit_name(unit)}.json")
+            )
         except FileNotFoundError:
             return None
         except IsADirectoryError as error:
             raise InputError(
-                f"{error.filename}: is a folder, not a file; delete it and run the same command again"
+                f"{error.filename}: is a folder, not a file; delete it and run the same command "
+                "again"
             ) from None
 
     def _fits(self, record: CommitRecord, size: int | None) -> bool:
         if record.of not in (None, self._made_from(record.unit)):
             return False
-        return size == record.bytes and record.rows == self._rows[record.unit] and record.shared == self.shared_sha256
+        return (
+            size == record.bytes
+            and record.rows == self._rows[record.unit]
+            and record.shared == self.shared_sha256
+        )
 
     def _made_from(self, unit: int) -> str:
         return self.corpus.digest_of_unit(ALIGNED_WITH[self.kind], unit)
 
     def _valid_records(self, listing: dict[str, int]) -> Iterator[CommitRecord]:
-        units = [u for u in range(self.corpus.num_units) if f"{self.corpus.unit_name(u)}.json" in listing]
+        units = [
+            u for u in range(self.corpus.num_units) if f"{self.corpus.unit_name(u)}.json" in listing
+        ]
         with ThreadPoolExecutor(_READERS) as pool:
             for unit, record in zip(units, pool.map(self._read_record, units), strict=True):
                 if record and record.unit == unit and self._fits(record, listing.get(record.file)):
@@ -271,14 +298,20 @@ class FamilyWriter:
                 continue
             if name == SHARED_FILE:
                 continue
-            remove_if_abandoned(self.folder, name, partial(self._committed, name), OBJECT_STORE_GRACE_SECONDS)
+            remove_if_abandoned(
+                self.folder, name, partial(self._committed, name), OBJECT_STORE_GRACE_SECONDS
+            )
 
     def _committed(self, name: str) -> bool:
         unit, _, _ = name.partition("-")
         if not unit.isdigit():
             return False
         record = self._read_record(int(unit))
-        return record is not None and record.file == name and self._fits(record, self.folder.size(name))
+        return (
+            record is not None
+            and record.file == name
+            and self._fits(record, self.folder.size(name))
+        )
 
     def _named_by_manifest(self) -> set[str]:
         manifest = self._manifest()
@@ -290,7 +323,7 @@ class FamilyWriter:
             return set()
         return {manifest["records"]["file"], *table["file"].to_pylist()}
 
-    # -- the end ------------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def _manifest(self) -> dict[str, Any] | None:
         try:
@@ -310,13 +343,17 @@ class FamilyWriter:
         records = self.folder.read_table(reference["file"])
         return all(
             listing.get(file) == size
-            for file, size in zip(records["file"].to_pylist(), records["bytes"].to_pylist(), strict=True)
+            for file, size in zip(
+                records["file"].to_pylist(), records["bytes"].to_pylist(), strict=True
+            )
         )
 
     def finish(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Write the table of records and, last, MANIFEST.json; readers accept the family from then on.
+        """Write the table of records and, last, MANIFEST.json; readers accept the family from then
+        on.
 
-        A manifest whose files are all there is kept as it is. Raises JobError while units are missing.
+        A manifest whose files are all there is kept as it is. Raises JobError while units are
+        missing.
         """
         standing = self._manifest()
         if standing is not None and self.complete():
@@ -325,7 +362,8 @@ class FamilyWriter:
         records = list(self._valid_records(listing))
         if len(records) != self.corpus.num_units:
             raise JobError(
-                f"{self.folder.location}: {self.corpus.num_units - len(records)} of {self.corpus.num_units} units are "
+                f"{self.folder.location}: {self.corpus.num_units - len(records)} of "
+                f"{self.corpus.num_units} units are "
                 "missing; run the same command again"
             )
         table = records_table(records)
@@ -357,9 +395,14 @@ class FamilyWriter:
 
 
 def family_digest(fingerprint: str, shared: str | None, records: pa.Table) -> str:
-    """The identity of a family's contents: its spec and every byte of its data, but not how long that took."""
+    """The identity of a family's contents: its spec and every byte of its data, but not how long
+    that took.
+    """
     assert records.schema.names[: len(RECORDS)] == RECORDS.names
-    units = [[unit, sha256] for unit, sha256 in zip(*(records[c].to_pylist() for c in ("unit", "sha256")), strict=True)]
+    units = [
+        [unit, sha256]
+        for unit, sha256 in zip(*(records[c].to_pylist() for c in ("unit", "sha256")), strict=True)
+    ]
     return digest_of({"fingerprint": fingerprint, "shared": shared, "units": units})
 
 

@@ -1,4 +1,6 @@
-"""Captions to LLM states: encoder spec, instruction prefix, tokens, batches, truncated trunk (paper section 3.1)."""
+"""Captions to LLM states: encoder spec, instruction prefix, tokens, batches, truncated trunk (paper
+section 3.1).
+"""
 
 from lidit.text.encoder import CaptionStates, PromptEncoder, load_encoder
 from lidit.text.packaged import packaged_model_folder

@@ -32,8 +32,9 @@ class Padding:
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Rows (indices into `lengths`) of each batch, longest first. A pure function of its arguments.
 
-    No batch computes more than `token_budget` tokens, padding included, unless a single row is longer. Among the ways
-    to cut the sorted rows, the one with the fewest padded tokens, plus `BATCH_COST_TOKENS` per batch, is taken.
+    No batch computes more than `token_budget` tokens, padding included, unless a single row is
+    longer. Among the ways to cut the sorted rows, the one with the fewest padded tokens, plus
+    `BATCH_COST_TOKENS` per batch, is taken.
     """
     if not lengths:
         return []
@@ -76,7 +77,9 @@ def _batches_of(rows: int, longest: int, token_budget: int) -> int:
 
 
 def _groups(values: np.ndarray, counts: np.ndarray, token_budget: int) -> list[tuple[int, int]]:
-    """Ranges of distinct lengths that are padded to one length, by dynamic programming over where to cut."""
+    """Ranges of distinct lengths that are padded to one length, by dynamic programming over where
+    to cut.
+    """
     total = np.concatenate([[0], np.cumsum(counts)])
     best = np.zeros(len(values) + 1)
     cut = np.zeros(len(values) + 1, dtype=np.int64)

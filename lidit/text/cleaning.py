@@ -33,7 +33,9 @@ RULES: dict[str, Callable[[str], str | None]] = {
 
 
 def clean(caption: str, rules: Sequence[str]) -> str | None:
-    """The text that is tokenised; None where nothing is, as a glyph encoder has it of captions without quoted text."""
+    """The text that is tokenised; None where nothing is, as a glyph encoder has it of captions
+    without quoted text.
+    """
     text: str | None = caption
     for rule in rules:
         if text is None:
@@ -43,7 +45,8 @@ def clean(caption: str, rules: Sequence[str]) -> str | None:
 
 
 def split_quoted(text: str) -> list[str]:
-    """Pieces that are tokenised one by one: quoted text falls into characters, its quotation marks included.
+    """Pieces that are tokenised one by one: quoted text falls into characters, its quotation marks
+    included.
 
     An apostrophe within a word opens no quotation.
     """

@@ -1,8 +1,10 @@
-"""Control words: what a tokenizer turns into one token that steers a model, and a caption may only spell.
+"""Control words: what a tokenizer turns into one token that steers a model, and a caption may only
+spell.
 
-Tokenizers flag some of them as special. Others are special by function alone: Gemma 3 lists `<start_of_image>` among
-its added tokens without the flag, as it lists line breaks and HTML tags, which are ordinary text. Only files that
-belong to an encoder's fingerprint are asked, so that one fingerprint never stands for two readings of a caption.
+Tokenizers flag some of them as special. Others are special by function alone: Gemma 3 lists
+`<start_of_image>` among its added tokens without the flag, as it lists line breaks and HTML tags,
+which are ordinary text. Only files that belong to an encoder's fingerprint are asked, so that one
+fingerprint never stands for two readings of a caption.
 """
 
 from __future__ import annotations
@@ -35,22 +37,31 @@ class ControlWords:
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = {word for word in words if word.strip()}
-        # A vocabulary has thousands of bracketed words: what stands in brackets is looked up among them.
+        # A vocabulary has thousands of bracketed words: what stands in brackets is looked up among
+        # them.
         others = sorted(word for word in self.words if not _is_bracketed(word))
         self.others = re.compile("|".join(map(re.escape, others))) if others else None
 
     def spelled_in(self, text: str) -> bool:
         bracketed = (match for shape in BRACKETED for match in shape.findall(text))
-        return any(match in self.words for match in bracketed) or bool(self.others and self.others.search(text))
+        return any(match in self.words for match in bracketed) or bool(
+            self.others and self.others.search(text)
+        )
 
 
 def unflagged(added: dict[int, AddedToken], template: str, folder: Path) -> list[AddedToken]:
-    """Added tokens that are special by function and not by flag: named by the chat template, by config.json or by
-    tokenizer_config.json, or bracketed as control words are."""
+    """Added tokens that are special by function and not by flag: named by the chat template, by
+    config.json or by tokenizer_config.json, or bracketed as control words are.
+    """
     config, table = _read(folder / "config.json"), _read(folder / "tokenizer_config.json")
     table.pop("added_tokens_decoder", None)  # lists all of them, line breaks too
     numbers = {value for value in _named(config, NUMBER_KEY) if isinstance(value, int)}
-    names = {value for tree in (config, table) for value in _named(tree, TEXT_KEY) if isinstance(value, str)}
+    names = {
+        value
+        for tree in (config, table)
+        for value in _named(tree, TEXT_KEY)
+        if isinstance(value, str)
+    }
     found = []
     for number, token in added.items():
         text = token.content
@@ -97,6 +108,7 @@ def _named(value: Any, key: re.Pattern[str], named: bool = False) -> Iterator[An
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # transformers has read what it needs, or refused the folder
+    except (OSError, ValueError, RecursionError):
+        # transformers has read what it needs, or refused the folder
         return {}
     return content if isinstance(content, dict) else {}

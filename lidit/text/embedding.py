@@ -1,6 +1,8 @@
-"""A text family's contents from one encoder: the shared states, and the tables of a unit, piece by piece.
+"""A text family's contents from one encoder: the shared states, and the tables of a unit, piece by
+piece.
 
-Needs no cluster: `pipelines.corpus.embed` calls this from its actors, a notebook may call it in a loop.
+Needs no cluster: `pipelines.corpus.embed` calls this from its actors, a notebook may call it in a
+loop.
 """
 
 from __future__ import annotations
@@ -36,12 +38,15 @@ from lidit.text.tokenizer import CaptionTokens, PromptTokenizer
 
 CALIBRATION_CAPTIONS = 1024
 CALIBRATION_UNITS = 64
-PIECE_BYTES = 128 << 20  # states held at once, in the compute dtype: an actor's memory does not grow with the unit
+# states held at once, in the compute dtype: an actor's memory does not grow with the unit
+PIECE_BYTES = 128 << 20
 ERROR_ROWS = 64  # captions per piece whose storage error is measured
 
 
 def calibration_captions(corpus: Corpus) -> list[str]:
-    """The captions behind a family's mean and deviation: evenly spread over the corpus, the same for every encoder."""
+    """The captions behind a family's mean and deviation: evenly spread over the corpus, the same
+    for every encoder.
+    """
     counts = corpus.units["captions"].to_pylist()
     units = _spread([unit for unit, count in enumerate(counts) if count], CALIBRATION_UNITS)
     share = -(-CALIBRATION_CAPTIONS // max(len(units), 1))
@@ -53,7 +58,8 @@ def calibration_captions(corpus: Corpus) -> list[str]:
 
 
 def check_tokenizer(corpus: Corpus, spec: EncoderSpec) -> None:
-    """InputError for a tokenizer or template that cannot serve a spec, before a model is loaded and a folder made.
+    """InputError for a tokenizer or template that cannot serve a spec, before a model is loaded and
+    a folder made.
 
     A finished family needs neither.
     """
@@ -63,29 +69,42 @@ def check_tokenizer(corpus: Corpus, spec: EncoderSpec) -> None:
 
 
 def family_encoder(family: TextFamily, device: str = "cpu") -> PromptEncoder:
-    """The encoder that made a family, found by the settings in its manifest. InputError where it is another one now."""
-    settings = validate(EncoderSettings, family.manifest["extra"].get("encoder", {}), family.folder.location)
-    exact = settings.model_copy(update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]})
+    """The encoder that made a family, found by the settings in its manifest. InputError where it is
+    another one now.
+    """
+    settings = validate(
+        EncoderSettings, family.manifest["extra"].get("encoder", {}), family.folder.location
+    )
+    exact = settings.model_copy(
+        update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]}
+    )
     spec = resolve_encoder(exact, device)
     if spec.fingerprint != family.fingerprint:
         differing = "; ".join(spec_differences(family.spec, spec.to_dict()))
-        raise InputError(f"{settings.model}: differs from the encoder that made {family.folder.location} ({differing})")
+        raise InputError(
+            f"{settings.model}: differs from the encoder that made {family.folder.location} "
+            f"({differing})"
+        )
     encoder = PromptEncoder.load(spec, device)
     require_prefix(encoder, family.shared(), family.folder.location)
     return encoder
 
 
 def require_prefix(encoder: PromptEncoder, stored: SharedStates, where: str) -> None:
-    """Raises InputError unless an encoder's instruction has the token ids that a family was computed behind.
+    """Raises InputError unless an encoder's instruction has the token ids that a family was
+    computed behind.
 
-    The spec's files determine them, but for what a chat template asks of the clock or of the installed transformers.
+    The spec's files determine them, but for what a chat template asks of the clock or of the
+    installed transformers.
     """
     ids, _ = encoder.prefix_states()
     # Without a caption there is the suffix, where it is stored, and what stands for no caption.
     if tuple(ids) != stored.prefix_ids or encoder.tokenizer.empty_ids != stored.empty_ids:
         raise InputError(
-            f"{where}: computed behind an instruction of other tokens ({len(stored.prefix_ids)} stored, {len(ids)} "
-            f"of encoder {encoder.spec.name}, or as many others): another transformers renders the chat template "
+            f"{where}: computed behind an instruction of other tokens ({len(stored.prefix_ids)} "
+            f"stored, {len(ids)} "
+            f"of encoder {encoder.spec.name}, or as many others): another transformers renders "
+            "the chat template "
             "otherwise; install the earlier one, or delete this directory to compute it anew"
         )
 
@@ -96,7 +115,9 @@ def _spread(items: list[int], count: int) -> list[int]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def ensure_shared(encoder: PromptEncoder, writer: FamilyWriter, token_budget: int = TOKEN_BUDGET) -> SharedStates:
+def ensure_shared(
+    encoder: PromptEncoder, writer: FamilyWriter, token_budget: int = TOKEN_BUDGET
+) -> SharedStates:
     """The family's shared states; computed and published by whoever comes first."""
     stored = writer.shared()
     prefix_ids, prefix = encoder.prefix_states()
@@ -122,13 +143,16 @@ def encoded_tables(
     token_budget: int = TOKEN_BUDGET,
     device_lock: contextlib.AbstractContextManager[object] | None = None,
 ) -> Iterator[pa.Table]:
-    """The rows of one unit in order, as tables of about `PIECE_BYTES` of states each; fills `statistics`.
+    """The rows of one unit in order, as tables of about `PIECE_BYTES` of states each; fills
+    `statistics`.
 
-    device_lock is held while the model runs and free while a piece is packed and written, so that another unit's
-    computation can use that time.
+    device_lock is held while the model runs and free while a piece is packed and written, so that
+    another unit's computation can use that time.
     """
     spec = encoder.spec
-    pieces = list(_pieces(captions, PIECE_BYTES // (spec.width * getattr(torch, spec.dtype).itemsize)))
+    pieces = list(
+        _pieces(captions, PIECE_BYTES // (spec.width * getattr(torch, spec.dtype).itemsize))
+    )
     for piece in pieces or [[]]:
         ids = [tokens.token_ids for tokens in piece]
         stored = _Stored(encoder, shared, [len(row) for row in ids])
@@ -141,17 +165,25 @@ def encoded_tables(
             "computed_tokens": encoder.padding(ids, token_budget).computed,
         }
         for name in ("control", "merged"):
-            if count := sum(getattr(tokens, name) for tokens in piece):  # absent otherwise: records stay as they were
+            # absent otherwise: records stay as they were
+            if count := sum(getattr(tokens, name) for tokens in piece):
                 counts[name] = count
         statistics.add(stored.extremes, counts=counts)
-        statistics.add(stored.exact, table.slice(0, ERROR_ROWS), shared.mean, shared.deviation, code=shared.code)
+        statistics.add(
+            stored.exact,
+            table.slice(0, ERROR_ROWS),
+            shared.mean,
+            shared.deviation,
+            code=shared.code,
+        )
         yield table
 
 
 class _Stored:
     """A piece's states as they are stored, packed where they were computed.
 
-    int8 is half of what a GPU would send otherwise, and packing on a CPU takes longer than an LLM on a fast GPU.
+    int8 is half of what a GPU would send otherwise, and packing on a CPU takes longer than an LLM
+    on a fast GPU.
     """
 
     def __init__(self, encoder: PromptEncoder, shared: SharedStates, lengths: list[int]) -> None:
@@ -162,16 +194,21 @@ class _Stored:
         self.code = None if shared.code is None else shared.code.to(device)
         nothing = torch.empty(0, encoder.spec.width)
         self.values = [nothing] * len(lengths)  # [T, W] each
-        self.scales = [torch.empty(0)] * len(lengths)  # [T] each, or [T, G]; empty where there are none
+        # [T] each, or [T, G]; empty where there are none
+        self.scales = [torch.empty(0)] * len(lengths)
         self.sums = [torch.empty(0)] * len(lengths)  # [T] each, not finite where a state is not
-        self.exact = [nothing] * min(len(lengths), ERROR_ROWS)  # [T, W] each, whose storage error is measured
+        # [T, W] each, whose storage error is measured
+        self.exact = [nothing] * min(len(lengths), ERROR_ROWS)
         self.extremes: list[torch.Tensor] = []  # [2] each, of a batch
         vector = shared.empty_pooled  # only where the encoder gives vectors of whole captions
         self.pooled_width = 0 if vector is None else len(vector)
-        self.pooled = None if vector is None else [torch.zeros_like(vector)] * len(lengths)  # [X] each
+        # [X] each
+        self.pooled = None if vector is None else [torch.zeros_like(vector)] * len(lengths)
 
     def pack(self, rows: list[int], flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """States [N, W] of a batch -> values, scales or none, sums, extremes [2], states to be measured."""
+        """States [N, W] of a batch -> values, scales or none, sums, extremes [2], states to be
+        measured.
+        """
         values, scale = encode(flat, self.storage, self.mean, self.deviation, self.code)
         measured = [state for row, state in self._of(rows, flat) if row < ERROR_ROWS]
         extremes = torch.stack(torch.aminmax(flat))  # NaN where a value is
@@ -196,14 +233,17 @@ class _Stored:
             for row, vector in zip(rows, pooled[0], strict=True):
                 self.pooled[row] = vector
         if not extremes.isfinite().all():
-            telling = {"int8": self.scales, "int4": self.sums, "coded": self.sums}.get(self.storage) or self._floats()
+            telling = {"int8": self.scales, "int4": self.sums, "coded": self.sums}.get(
+                self.storage
+            ) or self._floats()
             raise not_finite(next(row for row in sorted(rows) if not telling[row].isfinite().all()))
         self.extremes.append(extremes)
 
     def table(self, token_ids: Sequence[Sequence[int]]) -> pa.Table:
         """The piece's rows."""
         width = len(self.mean)
-        values, scale = encode(torch.empty(0, width), self.storage, *self.on_cpu)  # of no token: dtypes and shapes
+        # of no token: dtypes and shapes
+        values, scale = encode(torch.empty(0, width), self.storage, *self.on_cpu)
         if kept := [value for value in self.values if len(value)]:
             values = torch.cat(kept)
         if scale is not None and (scales := [part for part in self.scales if len(part)]):

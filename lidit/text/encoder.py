@@ -1,6 +1,8 @@
-"""Captions to LLM states: the output of one block of a frozen language model (paper sections 3.1 and 5.1).
+"""Captions to LLM states: the output of one block of a frozen language model (paper sections 3.1
+and 5.1).
 
-Legend: T caption tokens, P prefix tokens, C context tokens, B batch, N tokens of many captions, W width.
+Legend: T caption tokens, P prefix tokens, C context tokens, B batch, N tokens of many captions, W
+width.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ from lidit.text.trunk import Trunk
 
 TOKEN_BUDGET = 8192
 Finish = Callable[[list[int], torch.Tensor], tuple[torch.Tensor, ...]]
-PADDING_TRIAL = ("a cat", "two red circles and a blue square on a green field, photographed in the evening light")
-CONTEXT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # what forgets a part of its context is off by half and more
+PADDING_TRIAL = (
+    "a cat",
+    "two red circles and a blue square on a green field, photographed in the evening light",
+)
+# what forgets a part of its context is off by half and more
+CONTEXT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # rounding alone stays below a tenth of it
 
 
@@ -56,9 +62,11 @@ class PromptEncoder:
         trunk.require_positions(len(tokenizer.context_ids), tokenizer.longest)
         if spec.kind == "causal" and tokenizer.context_ids:
             states = self.trunk.read_context(self._padded([tokenizer.context_ids]))  # [1, C, W]
-            self._prefix = states[0, : len(tokenizer.prefix_ids)].cpu()  # [P, W]; P = 0 with BOS as context
+            # [P, W]; P = 0 with BOS as context
+            self._prefix = states[0, : len(tokenizer.prefix_ids)].cpu()
             self._check_context()
-            # On a CPU padded batches are as fast, and their states are those of the families stored so far.
+            # On a CPU padded batches are as fast, and their states are those of the families stored
+            # so far.
             masked = spec.text.padding is not None and spec.text.padding.masked
             packs = trunk.device.type == "cuda" and not masked
             trunk.packs = packs and trunk.packing_agrees(tokenizer.longest)
@@ -94,8 +102,8 @@ class PromptEncoder:
         """The instruction's states, which are the same for every caption.
 
         Returns:
-            Token ids and states [P, W]. P = 0 for the kinds `unmasked`, where the instruction sees the caption, and
-            `encoder`, which has no instruction.
+            Token ids and states [P, W]. P = 0 for the kinds `unmasked`, where the instruction sees
+            the caption, and `encoder`, which has no instruction.
         """
         if self._prefix is None:
             return (), torch.zeros(0, self.spec.width, dtype=getattr(torch, self.spec.dtype))
@@ -118,11 +126,14 @@ class PromptEncoder:
         """
         return self.encode([""])[0].pooled
 
-    def encode(self, captions: Sequence[str], token_budget: int = TOKEN_BUDGET) -> list[CaptionStates]:
+    def encode(
+        self, captions: Sequence[str], token_budget: int = TOKEN_BUDGET
+    ) -> list[CaptionStates]:
         """Encode captions.
 
         Args:
-            captions: Any number of texts; text that looks like a special token is read as plain text.
+            captions: Any number of texts; text that looks like a special token is read as plain
+            text.
             token_budget: Most tokens of one forward pass, padding included.
 
         Returns:
@@ -133,7 +144,9 @@ class PromptEncoder:
         states, pooled = self.encode_rows(ids, token_budget)
         vectors: Sequence[torch.Tensor | None] = pooled or [None] * len(tokens)
         found = zip(tokens, states, vectors, strict=True)
-        return [CaptionStates(row.token_ids, own, row.truncated, vector) for row, own, vector in found]
+        return [
+            CaptionStates(row.token_ids, own, row.truncated, vector) for row, own, vector in found
+        ]
 
     def encode_rows(
         self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
@@ -145,13 +158,16 @@ class PromptEncoder:
             token_budget: Most tokens of one forward pass, padding included.
 
         Returns:
-            States [T, W] of each caption, and the pooled vectors [X], none where the encoder gives no such.
+            States [T, W] of each caption, and the pooled vectors [X], none where the encoder gives
+            no such.
         """
         nothing = torch.zeros(0, self.spec.width, dtype=getattr(torch, self.spec.dtype))
         found = [nothing] * len(token_ids)
         vectors: dict[int, torch.Tensor] = {}
         for rows, (flat, *pooled) in self.run(token_ids, token_budget, lambda _rows, flat: (flat,)):
-            for row, states in zip(rows, flat.split([len(token_ids[row]) for row in rows]), strict=True):
+            for row, states in zip(
+                rows, flat.split([len(token_ids[row]) for row in rows]), strict=True
+            ):
                 found[row] = states
             for vector in pooled:
                 vectors.update(zip(rows, vector, strict=True))
@@ -177,16 +193,18 @@ class PromptEncoder:
     def run(
         self, token_ids: Sequence[Sequence[int]], token_budget: int, finish: Finish
     ) -> Iterator[tuple[list[int], tuple[torch.Tensor, ...]]]:
-        """Encode captions, work on a batch's states where they were computed, and bring the result to the CPU.
+        """Encode captions, work on a batch's states where they were computed, and bring the result
+        to the CPU.
 
         Args:
             token_ids: Ids of each caption; one without any is in no batch.
             token_budget: Most tokens of one forward pass, padding included.
-            finish: From the rows of a batch and their states [N, W] to the tensors that are wanted of them.
+            finish: From the rows of a batch and their states [N, W] to the tensors that are wanted
+            of them.
 
         Returns:
-            Pairs: the rows of a batch, and its tensors on the CPU, behind them the pooled vectors [B, X] where the
-            encoder gives such.
+            Pairs: the rows of a batch, and its tensors on the CPU, behind them the pooled vectors
+            [B, X] where the encoder gives such.
         """
         written = [row for row, ids in enumerate(token_ids) if ids]
         waiting: tuple[list[int], tuple[torch.Tensor, ...], torch.cuda.Event | None] | None = None
@@ -207,7 +225,9 @@ class PromptEncoder:
         if waiting:
             yield _arrived(*waiting)
 
-    def padding(self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET) -> Padding:
+    def padding(
+        self, token_ids: Sequence[Sequence[int]], token_budget: int = TOKEN_BUDGET
+    ) -> Padding:
         """How much of the work for these captions is padding.
 
         Args:
@@ -240,7 +260,8 @@ class PromptEncoder:
             return self.trunk.after_context_packed(rows)
         lengths = torch.tensor([len(row) for row in rows])
         if self.spec.kind == "causal":
-            states = self.trunk.after_context(self._padded(rows), self._padding_mask(rows))  # [B, T, W]
+            # [B, T, W]
+            states = self.trunk.after_context(self._padded(rows), self._padding_mask(rows))
             start = 0
         else:
             context, suffix = self.tokenizer.context_ids, self._unstored_suffix
@@ -248,7 +269,8 @@ class PromptEncoder:
             ids = self._padded([(*context, *row, *suffix) for row in rows])  # [B, C + T]
             valid = self._padding_mask(rows)
             if valid is None:
-                valid = torch.arange(ids.shape[1]) < (lengths + start + len(suffix))[:, None]  # [B, C + T]
+                # [B, C + T]
+                valid = torch.arange(ids.shape[1]) < (lengths + start + len(suffix))[:, None]
             states = self.trunk.whole(ids, valid.to(ids.device))[:, start:]  # [B, T, W]
         keep = torch.arange(states.shape[1]) < lengths[:, None]  # [B, T]
         return states[keep.to(states.device)]  # [N, W]
@@ -268,27 +290,39 @@ class PromptEncoder:
             first = torch.tensor([self.tokenizer.padding_before(row) for row in rows])  # [B]
             mask = place >= first[:, None]
         else:
-            mask = place < torch.tensor([context + self.tokenizer.without_padding(row) for row in rows])[:, None]
+            mask = (
+                place
+                < torch.tensor([context + self.tokenizer.without_padding(row) for row in rows])[
+                    :, None
+                ]
+            )
         return mask.to(self.trunk.device)
 
     def _check_context(self) -> None:
-        """Some models cut their cache to a window that their attention does not have, where the config names one."""
+        """Some models cut their cache to a window that their attention does not have, where the
+        config names one.
+        """
         row = self.tokenizer.tokenize(PADDING_TRIAL[:1])[0].token_ids
         start = len(self.tokenizer.context_ids)
         ids = self._padded([(*self.tokenizer.context_ids, *row)])
         with torch.inference_mode():
-            whole = self.trunk.whole(ids, torch.ones_like(ids, dtype=torch.bool))[0, start:].float()  # [T, W]
+            # [T, W]
+            whole = self.trunk.whole(ids, torch.ones_like(ids, dtype=torch.bool))[0, start:].float()
             behind = self.trunk.after_context(ids[:, start:])[0].float()
         difference = float((behind - whole).norm() / whole.norm())
         if difference > CONTEXT_TOLERANCE[self.spec.dtype]:
             raise InputError(
-                f"encoder {self.spec.name}: {self.spec.folder}: {self.spec.model_type}: behind an instruction that was "
-                f"read ahead, this model's states are off by {difference:.0%}; choose another model, or a template of "
+                f"encoder {self.spec.name}: {self.spec.folder}: {self.spec.model_type}: behind "
+                "an instruction that was "
+                f"read ahead, this model's states are off by {difference:.0%}; choose another "
+                "model, or a template of "
                 "{} alone"
             )
 
     def _check_padding(self) -> None:
-        """Some models mix padding into the captions beside it (FNet, MobileBERT): states would depend on the batch."""
+        """Some models mix padding into the captions beside it (FNet, MobileBERT): states would
+        depend on the batch.
+        """
         short, long = (row.token_ids for row in self.tokenizer.tokenize(PADDING_TRIAL))
         if len(short) == len(long):
             return
@@ -298,21 +332,26 @@ class PromptEncoder:
         difference = float((beside - alone).norm() / alone.norm())
         if difference > PADDING_TOLERANCE[self.spec.dtype]:
             raise InputError(
-                f"encoder {self.spec.name}: {self.spec.folder}: {self.spec.model_type}: padding changes this model's "
-                f"states (by {difference:.0%}), so they would depend on a batch's other captions; choose another model"
+                f"encoder {self.spec.name}: {self.spec.folder}: {self.spec.model_type}: padding "
+                "changes this model's "
+                f"states (by {difference:.0%}), so they would depend on a batch's other "
+                "captions; choose another model"
             )
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         longest = max(len(row) for row in rows)
         pad = self.tokenizer.pad_id
-        return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]).to(self.trunk.device)
+        return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]).to(
+            self.trunk.device
+        )
 
 
 def load_encoder(encoder: str | Path | EncoderSettings, device: str | None = None) -> PromptEncoder:
     """A frozen LLM, ready to encode captions.
 
     Args:
-        encoder: The name of an encoder that ships with the package (`smollm2`, `gemma3`), a YAML file with the keys
+        encoder: The name of an encoder that ships with the package (`smollm2`, `gemma3`), a YAML
+        file with the keys
             of `EncoderSettings`, or the settings themselves.
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU where there is one.
 
@@ -320,16 +359,21 @@ def load_encoder(encoder: str | Path | EncoderSettings, device: str | None = Non
         The encoder, with the LLM's weights in memory. Its `encode(captions)` gives the states.
 
     Raises:
-        InputError: No such encoder or file, settings that the model cannot serve, or a model that is neither here
+        InputError: No such encoder or file, settings that the model cannot serve, or a model that
+        is neither here
             nor on the hub.
     """
-    settings = encoder if isinstance(encoder, EncoderSettings) else load_encoder_settings(str(encoder))
+    settings = (
+        encoder if isinstance(encoder, EncoderSettings) else load_encoder_settings(str(encoder))
+    )
     return PromptEncoder.load(resolve_encoder(settings, device), device)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on its way to pinned memory: there when the stream has come to it."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+        tensor, non_blocking=True
+    )
 
 
 def _arrived(

@@ -18,7 +18,8 @@ RMS_EPSILON = 1e-6  # as BRIA FIBO 2 has it
 def join_layers(states: Sequence[torch.Tensor], reading: Reading) -> torch.Tensor:
     """[B, T, W] of each layer -> [B, T, L * W], or [B, T, W] for their mean.
 
-    Concatenated and separate layers lie one behind the other; interleaved, a channel's layers are neighbours.
+    Concatenated and separate layers lie one behind the other; interleaved, a channel's layers are
+    neighbours.
     """
     if reading.normalise == "standard":
         states = [_standardised(state) for state in states]
@@ -37,4 +38,6 @@ def _standardised(state: torch.Tensor) -> torch.Tensor:
 
 def _unit_rms(state: torch.Tensor) -> torch.Tensor:
     exact = state.float()
-    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + RMS_EPSILON)).to(state.dtype)
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + RMS_EPSILON)).to(
+        state.dtype
+    )

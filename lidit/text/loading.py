@@ -1,7 +1,7 @@
 """Loading the part of a language model that prompt states need, and nothing behind it.
 
-The blocks behind the wanted one, a decoder behind an encoder, vision towers' blocks and output heads are never read
-from disk, or are thrown away at once.
+The blocks behind the wanted one, a decoder behind an encoder, vision towers' blocks and output
+heads are never read from disk, or are thrown away at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from lidit.text.specs import EncoderSpec
 
 
 def load_model(spec: EncoderSpec, device: torch.device) -> tuple[Any, nn.Module | None]:
-    """The text part of a spec's model with `spec.blocks` blocks, and the projection of its pooled output, if asked for.
+    """The text part of a spec's model with `spec.blocks` blocks, and the projection of its pooled
+    output, if asked for.
 
     InputError where the folder lacks a tensor of them.
     """
@@ -31,7 +32,8 @@ def load_model(spec: EncoderSpec, device: torch.device) -> tuple[Any, nn.Module 
         projection = getattr(model, "text_projection", None)
         if not isinstance(projection, nn.Module):
             raise InputError(
-                f"encoder {spec.name}: {spec.folder}: {spec.model_type}: this model projects no pooled output; set "
+                f"encoder {spec.name}: {spec.folder}: {spec.model_type}: this model projects no "
+                "pooled output; set "
                 "pooled: pooler_output, or leave it out"
             )
         projection = projection.eval().requires_grad_(False)
@@ -40,7 +42,9 @@ def load_model(spec: EncoderSpec, device: torch.device) -> tuple[Any, nn.Module 
 
 
 def load_language_model(spec: EncoderSpec, device: torch.device) -> nn.Module:
-    """A spec's whole model with its output head, for its answers. InputError where the folder lacks a tensor of it."""
+    """A spec's whole model with its output head, for its answers. InputError where the folder lacks
+    a tensor of it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False)
@@ -50,8 +54,12 @@ def load_language_model(spec: EncoderSpec, device: torch.device) -> nn.Module:
     return whole
 
 
-def _loaded(auto: Any, config: Any, spec: EncoderSpec, device: torch.device) -> tuple[Any, list[str]]:
-    """What a class of transformers makes of the spec's folder, and the tensors that it did not find there."""
+def _loaded(
+    auto: Any, config: Any, spec: EncoderSpec, device: torch.device
+) -> tuple[Any, list[str]]:
+    """What a class of transformers makes of the spec's folder, and the tensors that it did not find
+    there.
+    """
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -68,18 +76,31 @@ def _loaded(auto: Any, config: Any, spec: EncoderSpec, device: torch.device) -> 
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:
         reason = one_line(error, 300)
-        raise InputError(f"encoder {spec.name}: {spec.folder}: the model cannot be loaded ({reason})") from None
+        raise InputError(
+            f"encoder {spec.name}: {spec.folder}: the model cannot be loaded ({reason})"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
-    return model, sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    return model, sorted(report["missing_keys"]) + sorted(
+        str(key) for key in report["mismatched_keys"]
+    )
 
 
 def _check_whole(absent: list[str], spec: EncoderSpec) -> None:
     if absent:
         raise InputError(
-            f"encoder {spec.name}: {spec.folder}: the weight files lack {len(absent)} tensors of the model, such as "
+            f"encoder {spec.name}: {spec.folder}: the weight files lack {len(absent)} tensors "
+            "of the model, such as "
             f"{absent[0]}; fetch the model again"
         )
 
@@ -99,21 +120,36 @@ def _needless(model: nn.Module, tensor: str, spec: EncoderSpec) -> bool:
 
 
 def _auto_class(config: Any, spec: EncoderSpec) -> Any:
-    """transformers' AutoModel for such a config; what it builds lacks the blocks behind the wanted one.
+    """transformers' AutoModel for such a config; what it builds lacks the blocks behind the wanted
+    one.
 
-    They are taken out of the model, which has no storage yet when it is built, and not out of its config: fewer blocks
-    there mean other blocks where a model counts from its end, forces the kind of its last one or packs them together.
+    They are taken out of the model, which has no storage yet when it is built, and not out of its
+    config: fewer blocks there mean other blocks where a model counts from its end, forces the kind
+    of its last one or packs them together.
     """
-    from transformers import AutoModel, AutoModelForTextEncoding, CLIPTextConfig, CLIPTextModelWithProjection
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
+    from transformers import (
+        AutoModel,
+        AutoModelForTextEncoding,
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_TEXT_ENCODING_MAPPING,
+        MODEL_MAPPING,
+    )
 
     encoder = spec.kind == "encoder"
     if spec.reading.pooled == "text_embeds" and isinstance(config, CLIPTextConfig):
         return CLIPTextModelWithProjection  # no AutoModel stands for it
     texts = encoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-    auto, mapping = (AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING) if texts else (AutoModel, MODEL_MAPPING)
+    auto, mapping = (
+        (AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING)
+        if texts
+        else (AutoModel, MODEL_MAPPING)
+    )
     if texts and config.is_encoder_decoder:
-        config.is_encoder_decoder = False  # T5Gemma's class for its encoder asks for it, T5's sets it itself
+        # T5Gemma's class for its encoder asks for it, T5's sets it itself
+        config.is_encoder_decoder = False
     halves = encoder and config.is_encoder_decoder
     if (spec.final and not halves) or type(config) not in mapping:
         return auto
@@ -127,7 +163,8 @@ def _auto_class(config: Any, spec: EncoderSpec) -> Any:
                 del blocks[:]
         del block_list(_text_part(self, encoder), spec.total_blocks)[spec.blocks :]
 
-    # Under the same names and module: that is how transformers looks up what else it knows about a class.
+    # Under the same names and module: that is how transformers looks up what else it knows about a
+    # class.
     cut = type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
     return type(auto.__name__, (auto,), {"_model_mapping": {type(config): cut}})
 
@@ -141,7 +178,8 @@ def _text_part(model: nn.Module, encoder: bool) -> nn.Module:
     for name in names:
         part = getattr(model, name, None)
         if isinstance(part, nn.Module):
-            head = getattr(part, "lm_head", None)  # some hold their language model with its output head
+            # some hold their language model with its output head
+            head = getattr(part, "lm_head", None)
             inner = getattr(part, "base_model", None)
             return inner if head is not None and isinstance(inner, nn.Module) else part
     return model
@@ -152,7 +190,8 @@ def block_list(model: nn.Module, blocks: int) -> nn.ModuleList:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == blocks]
     if not lists:
         raise InputError(
-            f"{type(model).__name__}: cannot find the list of {blocks} transformer blocks in this model, "
+            f"{type(model).__name__}: cannot find the list of {blocks} transformer blocks in "
+            "this model, "
             "so inner layers cannot be read; use layer: -1"
         )
     return lists[0]  # modules() walks from the outside in

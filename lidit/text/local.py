@@ -1,4 +1,5 @@
-"""A whole text family in this process, one unit after the other: what `lidit embed` does on a cluster, the same bytes.
+"""A whole text family in this process, one unit after the other: what `lidit embed` does on a
+cluster, the same bytes.
 
 For few captions, in a notebook say: a cluster takes longer to start than they take to read.
 """
@@ -22,7 +23,8 @@ def embed_here(
 ) -> TextFamily:
     """Compute and publish what is missing of one text family; a finished one loads no model.
 
-    progress: counts captions. Raises InputError for no corpus, no model, or settings that the model cannot serve.
+    progress: counts captions. Raises InputError for no corpus, no model, or settings that the model
+    cannot serve.
     """
     opened = Corpus.open(corpus)
     spec = resolve_encoder(settings, device)
@@ -31,12 +33,18 @@ def embed_here(
     if not writer.complete():
         _compute(opened, writer, PromptEncoder.load(spec, device), token_budget, progress)
         provenance = {"encoder": settings.model_dump(mode="json"), "folder": spec.folder}
-        FamilyWriter(opened.folder.location, "text", spec.name, spec.to_dict()).finish(extra=provenance)
+        FamilyWriter(opened.folder.location, "text", spec.name, spec.to_dict()).finish(
+            extra=provenance
+        )
     return Corpus.open(opened.folder.location).text_family(writer.directory)
 
 
 def _compute(
-    corpus: Corpus, writer: FamilyWriter, encoder: PromptEncoder, token_budget: int, progress: Progress
+    corpus: Corpus,
+    writer: FamilyWriter,
+    encoder: PromptEncoder,
+    token_budget: int,
+    progress: Progress,
 ) -> None:
     shared = ensure_shared(encoder, writer, token_budget)
     counts = corpus.units["captions"].to_pylist()
@@ -47,6 +55,10 @@ def _compute(
     for unit in pending:
         captions = encoder.tokenizer.tokenize(corpus.captions(unit)["text"].to_pylist())
         statistics = UnitStatistics()
-        writer.publish(unit, encoded_tables(encoder, shared, captions, statistics, token_budget), statistics=statistics)
+        writer.publish(
+            unit,
+            encoded_tables(encoder, shared, captions, statistics, token_budget),
+            statistics=statistics,
+        )
         done += counts[unit]
         progress.update(done)

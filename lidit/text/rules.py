@@ -1,6 +1,8 @@
-"""What an encoder spec says beyond model and instruction: which blocks' outputs are joined how, and how text is read.
+"""What an encoder spec says beyond model and instruction: which blocks' outputs are joined how, and
+how text is read.
 
-Only what differs from the default is part of a spec's identity, so specs that use none of it keep their fingerprints.
+Only what differs from the default is part of a spec's identity, so specs that use none of it keep
+their fingerprints.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from lidit.errors import InputError
 
 @dataclass(frozen=True)
 class Reading:
-    """What is taken of a forward pass. `layers` counts blocks from 1, 0 is the embeddings; None: the spec's block."""
+    """What is taken of a forward pass. `layers` counts blocks from 1, 0 is the embeddings; None:
+    the spec's block.
+    """
 
     layers: tuple[int, ...] | None = None
     join: Literal["concatenate", "interleave", "separate", "mean"] = "concatenate"
@@ -53,22 +57,33 @@ PLAIN_TEXT = TextRules()
 
 
 def resolve_reading(settings: EncoderSettings, total: int) -> tuple[int, Reading]:
-    """Blocks that run, and what is taken of them. InputError for a layer that a model of `total` blocks lacks."""
+    """Blocks that run, and what is taken of them. InputError for a layer that a model of `total`
+    blocks lacks.
+    """
     layers = settings.layers
     if layers == "all" or layers == "all with embeddings":
         layers = tuple(range(1 if layers == "all" else 0, total + 1))
     several = layers is not None
     found = tuple(_block(settings, layer, total, several) for layer in layers or (settings.layer,))
     blocks = total if settings.pooled else max(found)
-    # A single block as it is has one name, however it was asked for; beside a pooled vector it is not the last to run.
-    alone = len(found) == 1 and settings.normalise is None and settings.join != "separate" and found[0] == blocks
+    # A single block as it is has one name, however it was asked for; beside a pooled vector it is
+    # not the last to run.
+    alone = (
+        len(found) == 1
+        and settings.normalise is None
+        and settings.join != "separate"
+        and found[0] == blocks
+    )
     if total not in found and not settings.final_norm:
         raise InputError(
-            f"encoder {settings.name}: final_norm: false is about the last block's output, which is not among the "
+            f"encoder {settings.name}: final_norm: false is about the last block's output, "
+            "which is not among the "
             "layers; leave it out, or take layer -1"
         )
     if max(found) == 0:
-        raise InputError(f"encoder {settings.name}: layers: embeddings alone know nothing of a text; add a block")
+        raise InputError(
+            f"encoder {settings.name}: layers: embeddings alone know nothing of a text; add a block"
+        )
     return blocks, Reading(
         layers=None if alone else found,
         join=settings.join,
@@ -88,7 +103,8 @@ def _block(settings: EncoderSettings, layer: int, total: int, several: bool) -> 
     block = layer if layer >= 0 else total + 1 + layer
     if not (0 if several else 1) <= block <= total:
         raise InputError(
-            f"encoder {settings.name}: layer {layer}: {settings.model} has {total} blocks; choose 1 to "
+            f"encoder {settings.name}: layer {layer}: {settings.model} has {total} blocks; "
+            "choose 1 to "
             f"{total}, or -1 (the last, with the final norm) to {-total}"
         )
     return block
@@ -114,6 +130,10 @@ def set_fields(rules: Reading | TextRules) -> dict[str, Any]:
     values = {field.name: getattr(rules, field.name) for field in fields(rules)}
     plain = {name: value for name, value in values.items() if value != getattr(type(rules)(), name)}
     return {
-        name: list(value) if isinstance(value, tuple) else asdict(value) if isinstance(value, PaddingRule) else value
+        name: list(value)
+        if isinstance(value, tuple)
+        else asdict(value)
+        if isinstance(value, PaddingRule)
+        else value
         for name, value in plain.items()
     }

@@ -1,7 +1,8 @@
 """What determines an LLM's states: settings plus the digests of the files they name.
 
-`resolve_encoder` turns `EncoderSettings` into an `EncoderSpec`. Its dictionary holds everything that changes the stored
-states and nothing else, so its sha256, the fingerprint, is the same wherever the same model files lie.
+`resolve_encoder` turns `EncoderSettings` into an `EncoderSpec`. Its dictionary holds everything
+that changes the stored states and nothing else, so its sha256, the fingerprint, is the same
+wherever the same model files lie.
 """
 
 from __future__ import annotations
@@ -48,14 +49,23 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 # keys of config.json that say how it was saved, not what is computed
-SAVING_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures", "use_cache")
+SAVING_KEYS = (
+    "transformers_version",
+    "_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+    "use_cache",
+)
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """One frozen encoder, resolved. `folder` is where its files are on this machine; it is not part of the identity.
+    """One frozen encoder, resolved. `folder` is where its files are on this machine; it is not part
+    of the identity.
 
-    blocks: transformer blocks that run; final: whether the final norm follows (only when all of them run).
+    blocks: transformer blocks that run; final: whether the final norm follows (only when all of
+    them run).
     """
 
     name: str
@@ -88,7 +98,12 @@ class EncoderSpec:
                 del fields[optional]
         if self.storage == "coded":
             fields["state_code"] = STATE_CODE_VERSION
-        return {**fields, **set_fields(self.reading), **set_fields(self.text), "code": ENCODER_VERSION}
+        return {
+            **fields,
+            **set_fields(self.reading),
+            **set_fields(self.text),
+            "code": ENCODER_VERSION,
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,18 +129,25 @@ class EncoderSpec:
 def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> EncoderSpec:
     """Find the model's files, read its shape, take digests. Loads no weights.
 
-    device: "cpu" or "cuda", where the encoder will run; decides what dtype "auto" means. Default: this machine's.
+    device: "cpu" or "cuda", where the encoder will run; decides what dtype "auto" means. Default:
+    this machine's.
 
     Raises:
-        InputError: no such model, no safetensors, a hub id without revision, a layer the model does not have.
+        InputError: no such model, no safetensors, a hub id without revision, a layer the model does
+        not have.
     """
     folder = model_folder(settings.model, settings.revision)
     config = _read_config(folder)
     if settings.kind != "encoder" and config.is_encoder_decoder:
         raise InputError(
-            f"encoder {settings.name}: {settings.model} is an encoder-decoder model: set kind: encoder for its encoder"
+            f"encoder {settings.name}: {settings.model} is an encoder-decoder model: set kind: "
+            "encoder for its encoder"
         )
-    text = config.get_text_config(decoder=True) if settings.kind != "encoder" else _encoder_config(config)
+    text = (
+        config.get_text_config(decoder=True)
+        if settings.kind != "encoder"
+        else _encoder_config(config)
+    )
     total, model_width = _shape(text, folder)
     blocks, reading = resolve_reading(settings, total)
     if settings.dtype != "auto":
@@ -133,14 +155,18 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
     else:
         dtype = "bfloat16" if (device or default_device()).startswith("cuda") else "float32"
     whole = settings.kind == "encoder" or settings.template is not None
-    if settings.kind == "encoder" and (settings.system_prompt or settings.chat_template or settings.instruction):
+    if settings.kind == "encoder" and (
+        settings.system_prompt or settings.chat_template or settings.instruction
+    ):
         raise InputError(
-            f"encoder {settings.name}: kind 'encoder' reads the bare caption: leave instruction, system_prompt and "
+            f"encoder {settings.name}: kind 'encoder' reads the bare caption: leave "
+            "instruction, system_prompt and "
             "chat_template out"
         )
     if settings.template_date is not None and not settings.chat_template:
         raise InputError(
-            f"encoder {settings.name}: template_date is printed by chat templates: set chat_template: true"
+            f"encoder {settings.name}: template_date is printed by chat templates: set "
+            "chat_template: true"
         )
     instruction = settings.instruction
     if instruction is None:
@@ -162,9 +188,13 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
         storage=dtype if settings.storage == "compute" else settings.storage,
         config_sha256=_config_digest(folder),
         weights_sha256=digests.of(weight_files(folder)),
-        tokenizer_sha256=digests.of([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]),
+        tokenizer_sha256=digests.of(
+            [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        ),
         template_date=settings.template_date,
-        storage_error=(settings.storage_error or STORAGE_ERROR) if settings.storage == "coded" else None,
+        storage_error=(settings.storage_error or STORAGE_ERROR)
+        if settings.storage == "coded"
+        else None,
         reading=reading,
         text=text_rules(settings),
     )
@@ -188,10 +218,14 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path.resolve()
     if not is_hub_id(model):
-        raise InputError(f"{model}: no such model folder; give a folder, package:NAME, or a hub id with a revision")
+        raise InputError(
+            f"{model}: no such model folder; give a folder, package:NAME, or a hub id with "
+            "a revision"
+        )
     if revision is None:
         raise InputError(
-            f"{model}: neither a folder here nor a pinned hub id: set `revision:` to the commit (40 hexadecimal digits)"
+            f"{model}: neither a folder here nor a pinned hub id: set `revision:` to the commit "
+            "(40 hexadecimal digits)"
         )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     return fetch_snapshot(model, revision, patterns)
@@ -207,7 +241,8 @@ def _read_config(folder: Path) -> Any:
     except (ValueError, OSError, KeyError) as error:
         reason = one_line(error, 300)
         raise InputError(
-            f"{folder}: the installed transformers cannot read this config.json ({reason}); code that comes with a "
+            f"{folder}: the installed transformers cannot read this config.json ({reason}); "
+            "code that comes with a "
             "model is never run"
         ) from None
 
@@ -224,7 +259,8 @@ def _shape(text: Any, folder: Path) -> tuple[int, int]:
         return int(text.num_hidden_layers), int(text.hidden_size)
     except (AttributeError, TypeError):
         raise InputError(
-            f"{folder}: the config of a {text.model_type} model does not say how many blocks a text model in it has, "
+            f"{folder}: the config of a {text.model_type} model does not say how many blocks a "
+            "text model in it has, "
             "and how wide it is; choose a language model or a text encoder"
         ) from None
 
@@ -240,13 +276,16 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     elif files:  # transformers would not find them either
         raise InputError(
-            f"{folder}: neither model.safetensors nor model.safetensors.index.json beside {files[0].name}; rename the "
+            f"{folder}: neither model.safetensors nor model.safetensors.index.json beside "
+            f"{files[0].name}; rename the "
             "weights to model.safetensors, or save the model with save_pretrained"
         )
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise InputError(
-            f"{folder}: {'missing ' + ', '.join(missing) if missing else 'no *.safetensors file'}; weights in pickle "
+            f"{folder}: "
+            f"{'missing ' + ', '.join(missing) if missing else 'no *.safetensors file'}; "
+            "weights in pickle "
             "formats (.bin, .pt) are never read: convert them with safetensors first"
         )
     return files
@@ -258,7 +297,9 @@ def _config_digest(folder: Path) -> str:
 
 
 class _Digests:
-    """sha256 of a model's files, remembered by size and modification time: a 16 GB model is hashed once."""
+    """sha256 of a model's files, remembered by size and modification time: a 16 GB model is hashed
+    once.
+    """
 
     def __init__(self, folder: Path) -> None:
         key = hashlib.sha256(str(folder).encode()).hexdigest()[:24]

@@ -15,8 +15,10 @@ CAPTION_MARK = "\N{LEFT WHITE LENTICULAR BRACKET}caption\N{RIGHT WHITE LENTICULA
 
 @dataclass(frozen=True)
 class Template:
-    """before and after: the texts around a caption; gap: spaces between `before` and it, which tokenizers join to it;
-    specials: whether the tokenizer puts its own special tokens around the whole."""
+    """before and after: the texts around a caption; gap: spaces between `before` and it, which
+    tokenizers join to it;
+    specials: whether the tokenizer puts its own special tokens around the whole.
+    """
 
     before: str
     gap: str
@@ -27,8 +29,8 @@ class Template:
 def template_of(spec: EncoderSpec, tokenizer: Any) -> Template | None:
     """The template of a spec; None where a plain instruction stands before the caption, or nothing.
 
-    InputError for a chat template that is missing, refuses the conversation, changes from day to day or is not told
-    whether to think.
+    InputError for a chat template that is missing, refuses the conversation, changes from day to
+    day or is not told whether to think.
     """
     if spec.text.template is not None:
         before, _, after = spec.text.template.partition(CAPTION)
@@ -55,10 +57,14 @@ def _chat(spec: EncoderSpec, tokenizer: Any) -> tuple[str, str]:
     template = tokenizer.get_chat_template()
     if rules.generation_prompt and rules.thinking is None and "enable_thinking" in template:
         raise InputError(
-            f"{where}: the chat template lets the model think or not, which changes the suffix; set thinking: true or "
+            f"{where}: the chat template lets the model think or not, which changes the suffix; "
+            "set thinking: true or "
             "false"
         )
-    user = {"role": "user", "content": "\n".join(part for part in (spec.instruction, CAPTION_MARK) if part)}
+    user = {
+        "role": "user",
+        "content": "\n".join(part for part in (spec.instruction, CAPTION_MARK) if part),
+    }
     system = [{"role": "system", "content": spec.system_prompt}] if spec.system_prompt else []
     options: dict[str, Any] = {} if rules.thinking is None else {"enable_thinking": rules.thinking}
 
@@ -83,5 +89,8 @@ def _chat(spec: EncoderSpec, tokenizer: Any) -> tuple[str, str]:
     text = render_dated(render, template, spec.template_date, where)
     before, mark, after = text.partition(CAPTION_MARK)
     if not mark:
-        raise InputError(f"encoder {spec.name}: the chat template drops the user's text; set chat_template: false")
+        raise InputError(
+            f"encoder {spec.name}: the chat template drops the user's text; set "
+            "chat_template: false"
+        )
     return before, after

@@ -1,7 +1,9 @@
-"""From captions to token ids: instruction prefix, caption tokens, the empty caption (paper section 3.1, instruction).
+"""From captions to token ids: instruction prefix, caption tokens, the empty caption (paper
+section 3.1, instruction).
 
-The prefix (system prompt, instruction and whatever a chat template puts before the caption) and the caption are
-tokenised separately and joined as ids. So the prefix is the same for every caption and its states are computed once.
+The prefix (system prompt, instruction and whatever a chat template puts before the caption) and the
+caption are tokenised separately and joined as ids. So the prefix is the same for every caption and
+its states are computed once.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from lidit.text.template import Template, template_of
 
 @dataclass(frozen=True)
 class CaptionTokens:
-    """token_ids: the caption's, and the suffix's and padding's where the spec stores them; truncated: whether the
-    caption was longer than the spec's max_tokens; control: whether it spells a control word, which was read as text;
-    merged: whether the tokenizer makes other tokens of the caption and the text around it, taken together."""
+    """token_ids: the caption's, and the suffix's and padding's where the spec stores them;
+    truncated: whether the caption was longer than the spec's max_tokens; control: whether it spells
+    a control word, which was read as text;
+    merged: whether the tokenizer makes other tokens of the caption and the text around it, taken
+    together.
+    """
 
     token_ids: tuple[int, ...]
     truncated: bool
@@ -31,13 +36,15 @@ class CaptionTokens:
 
 
 class PromptTokenizer:
-    """The tokenizer of one encoder and what it does to prompts. Needs no weights, so it runs on CPU workers.
+    """The tokenizer of one encoder and what it does to prompts. Needs no weights, so it runs on CPU
+    workers.
 
-    prefix_ids: stored and seen by the refiner. context_ids: what the model reads before a caption; the prefix or, where
-    there is none, the beginning-of-sequence token. The first token of a sequence is an attention sink with states a
-    hundred times larger than any other's: without a token before it, that would be the first word of the caption.
-    A bare template has neither: its captions are read with the tokenizer's own special tokens alone. suffix_ids: what
-    follows every caption.
+    prefix_ids: stored and seen by the refiner. context_ids: what the model reads before a caption;
+    the prefix or, where there is none, the beginning-of-sequence token. The first token of a
+    sequence is an attention sink with states a hundred times larger than any other's: without a
+    token before it, that would be the first word of the caption.
+    A bare template has neither: its captions are read with the tokenizer's own special tokens
+    alone. suffix_ids: what follows every caption.
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
@@ -60,7 +67,12 @@ class PromptTokenizer:
         self.suffix_ids = self._suffix()
         self.prefix_ids = () if self._in_rows else self._before
         self.context_ids = self.prefix_ids
-        if spec.kind != "encoder" and not self.prefix_ids and not self._in_rows and not self._is_bare:
+        if (
+            spec.kind != "encoder"
+            and not self.prefix_ids
+            and not self._in_rows
+            and not self._is_bare
+        ):
             self.context_ids = (self._first_special("bos_token_id", "eos_token_id"),)
         self._filling = self._filling_id()
         self.empty_ids = self.tokenize([""])[0].token_ids
@@ -78,7 +90,8 @@ class PromptTokenizer:
         found = getattr(self.tokenizer, f"{rule.token}_token_id")
         if found is None:
             raise InputError(
-                f"{self.spec.folder}: the tokenizer has no {rule.token} token to make this encoder's padding of; take "
+                f"{self.spec.folder}: the tokenizer has no {rule.token} token to make this "
+                "encoder's padding of; take "
                 "the tokenizer that the system comes with, or set padding.token"
             )
         return int(found)
@@ -87,12 +100,18 @@ class PromptTokenizer:
     def _is_bare(self) -> bool:
         """Whether nothing but the tokenizer's own special tokens stands around a caption."""
         template = self.template
-        return template is not None and template.specials and not (template.before or template.after or template.gap)
+        return (
+            template is not None
+            and template.specials
+            and not (template.before or template.after or template.gap)
+        )
 
     @property
     def _limit(self) -> int:
         """Most tokens of a caption, the model's own special tokens included where they count."""
-        own = self.tokenizer.model_max_length if self.spec.kind == "encoder" else self.spec.max_tokens
+        own = (
+            self.tokenizer.model_max_length if self.spec.kind == "encoder" else self.spec.max_tokens
+        )
         return int(min(self.spec.max_tokens, own))
 
     @property
@@ -111,34 +130,49 @@ class PromptTokenizer:
         return self.suffix_ids if self.spec.text.suffix == "kept" else ()
 
     def _flag_control_words(self) -> ControlWords:
-        """Marks what is special by function as special, so that captions cannot reach it; the prefix still does."""
+        """Marks what is special by function as special, so that captions cannot reach it; the
+        prefix still does.
+        """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:  # tokenizers of Python alone read every added token of a caption as text
-            return ControlWords(token.content for token in self.tokenizer.added_tokens_decoder.values())
+        # tokenizers of Python alone read every added token of a caption as text
+        if backend is None:
+            return ControlWords(
+                token.content for token in self.tokenizer.added_tokens_decoder.values()
+            )
         added = backend.get_added_tokens_decoder()
         # A model may have several templates by name, or none.
         template = str(self.tokenizer.chat_template or "")
         more = unflagged(added, template, Path(self.spec.folder))
         backend.add_special_tokens([flagged(token) for token in more])
-        return ControlWords(token.content for token in (*more, *(t for t in added.values() if t.special)))
+        return ControlWords(
+            token.content for token in (*more, *(t for t in added.values() if t.special))
+        )
 
     def tokenize(self, captions: Sequence[str]) -> list[CaptionTokens]:
-        """Token ids of each caption. What spells a control word is read as plain text, and told in `control`."""
+        """Token ids of each caption. What spells a control word is read as plain text, and told in
+        `control`.
+        """
         if not captions:
             return []
         texts = [clean(caption, self.spec.text.clean) for caption in captions]
         if self.spec.kind == "encoder" or self._is_bare:
             rows = self._tokenize_whole([text or "" for text in texts])
-        elif self.template is not None and (self.template.specials or self.spec.text.suffix is not None):
+        elif self.template is not None and (
+            self.template.specials or self.spec.text.suffix is not None
+        ):
             rows = self._tokenize_between([text or "" for text in texts])
         else:
             rows = self._tokenize_bare([text or "" for text in texts])
         if self.spec.text.padding is not None:
             rows = [replace(row, token_ids=self._filled(row.token_ids)) for row in rows]
-        rows = [CaptionTokens((), False) if text is None else row for text, row in zip(texts, rows, strict=True)]
+        rows = [
+            CaptionTokens((), False) if text is None else row
+            for text, row in zip(texts, rows, strict=True)
+        ]
         spelled = [self.control_words.spelled_in(caption) for caption in captions]
         return [
-            replace(row, control=True, merged=False) if found else row for row, found in zip(rows, spelled, strict=True)
+            replace(row, control=True, merged=False) if found else row
+            for row, found in zip(rows, spelled, strict=True)
         ]
 
     def _tokenize_bare(self, captions: list[str]) -> list[CaptionTokens]:
@@ -151,13 +185,18 @@ class PromptTokenizer:
         ]
 
     def _tokenize_whole(self, captions: list[str]) -> list[CaptionTokens]:
-        """With the model's own special tokens around the caption, as encoders expect it; they count as tokens."""
+        """With the model's own special tokens around the caption, as encoders expect it; they count
+        as tokens.
+        """
         longest = self._limit
         options = {"truncation": True, "max_length": longest, "split_special_tokens": True}
         rows = self.tokenizer(captions, **options)["input_ids"]
-        full = [i for i, ids in enumerate(rows) if len(ids) >= longest]  # only these can have been longer
+        # only these can have been longer
+        full = [i for i, ids in enumerate(rows) if len(ids) >= longest]
         whole = (
-            self.tokenizer([captions[i] for i in full], split_special_tokens=True, verbose=False)["input_ids"]
+            self.tokenizer([captions[i] for i in full], split_special_tokens=True, verbose=False)[
+                "input_ids"
+            ]
             if full
             else []
         )
@@ -165,7 +204,9 @@ class PromptTokenizer:
         empty = self._nothing() if any(not ids for ids in rows) else ()
         replaced = self.spec.text.empty is not None  # then whatever the tokenizer makes of no text
         return [
-            CaptionTokens(self._nothing() if replaced and not text else tuple(ids) or empty, i in cut)
+            CaptionTokens(
+                self._nothing() if replaced and not text else tuple(ids) or empty, i in cut
+            )
             for i, (text, ids) in enumerate(zip(captions, rows, strict=True))
         ]
 
@@ -191,20 +232,30 @@ class PromptTokenizer:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Tokens of texts alone; what looks like a control word is text."""
-        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rows: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
         return rows
 
     def _spelled(self, text: str) -> list[int]:
         return [number for ids in self._ids(split_quoted(text)) for number in ids] if text else []
 
     def _merged(self, captions: list[str], rows: list[list[int]]) -> list[bool]:
-        """Whether the text around a caption and the caption give other tokens together than apart."""
+        """Whether the text around a caption and the caption give other tokens
+        together than apart.
+        """
         template = self.template
         if template is None and not self._before:
             return [False] * len(rows)
-        before, after = (template.before + template.gap, template.after) if template else (self._instruction, "")
+        before, after = (
+            (template.before + template.gap, template.after)
+            if template
+            else (self._instruction, "")
+        )
         specials = template is None or template.specials
-        whole = self.tokenizer([before + text + after for text in captions], add_special_tokens=specials, verbose=False)
+        whole = self.tokenizer(
+            [before + text + after for text in captions], add_special_tokens=specials, verbose=False
+        )
         behind = self._own_last if template is None else self.suffix_ids
         joined = zip(whole["input_ids"], rows, strict=True)
         return [list(ids) != [*self._before, *row, *behind] for ids, row in joined]
@@ -213,7 +264,8 @@ class PromptTokenizer:
     def _instruction(self) -> str:
         """The text before a caption that no template writes."""
         parts = [part for part in (self.spec.system_prompt, self.spec.instruction) if part]
-        # The line break keeps the last word of the prefix and the first of the caption apart in every tokenizer.
+        # The line break keeps the last word of the prefix and the first of the caption apart in
+        # every tokenizer.
         return "\n".join(parts) + "\n" if parts else ""
 
     def _filled(self, ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -233,22 +285,29 @@ class PromptTokenizer:
         end = len(ids)
         while end and ids[end - 1] == self._filling:
             end -= 1
-        own = [*self._own_last, *self._stored_suffix] if self._is_whole else list(self._stored_suffix)
-        while own and own[-1] == self._filling:  # a tokenizer may end texts with the token that it pads with
+        own = (
+            [*self._own_last, *self._stored_suffix] if self._is_whole else list(self._stored_suffix)
+        )
+        # a tokenizer may end texts with the token that it pads with
+        while own and own[-1] == self._filling:
             own.pop()
             end += 1
         return min(end, len(ids))
 
     def padding_before(self, ids: Sequence[int]) -> int:
         """Tokens of the padding that a row begins with."""
-        return next((place for place, number in enumerate(ids) if number != self._filling), len(ids))
+        return next(
+            (place for place, number in enumerate(ids) if number != self._filling), len(ids)
+        )
 
     @property
     def _is_whole(self) -> bool:
         return self.spec.kind == "encoder" or self._is_bare
 
     def _nothing(self) -> tuple[int, ...]:
-        """What an empty caption is read as: by default the end of the text, where nothing else is stored."""
+        """What an empty caption is read as: by default the end of the text, where nothing else is
+        stored.
+        """
         empty = self.spec.text.empty
         if isinstance(empty, int):
             return (empty,)
@@ -257,7 +316,8 @@ class PromptTokenizer:
         if empty == "bos":
             if self.tokenizer.bos_token_id is None:
                 raise InputError(
-                    f"{self.spec.folder}: the tokenizer has no beginning-of-text token, which empty: bos asks for; set "
+                    f"{self.spec.folder}: the tokenizer has no beginning-of-text token, which "
+                    "empty: bos asks for; set "
                     "empty to the id of a token"
                 )
             return (int(self.tokenizer.bos_token_id),)
@@ -269,13 +329,17 @@ class PromptTokenizer:
             if found is not None:
                 return int(found)
         raise InputError(
-            f"{self.spec.folder}: the tokenizer has no special token, so it cannot encode an empty caption or "
+            f"{self.spec.folder}: the tokenizer has no special token, so it cannot encode an "
+            "empty caption or "
             "a prompt without instruction; choose a model whose tokenizer has an end-of-text token"
         )
 
     def _own_specials(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the tokenizer puts before and behind every text."""
-        text, bare = self.tokenizer("x")["input_ids"], self.tokenizer("x", add_special_tokens=False)["input_ids"]
+        text, bare = (
+            self.tokenizer("x")["input_ids"],
+            self.tokenizer("x", add_special_tokens=False)["input_ids"],
+        )
         for start in range(len(text) - len(bare) + 1):
             if text[start : start + len(bare)] == bare:
                 return tuple(text[:start]), tuple(text[start + len(bare) :])
@@ -300,5 +364,9 @@ class PromptTokenizer:
         template = self.template
         if template is None or self._is_bare or not (template.specials or self.spec.text.suffix):
             return ()
-        ids = self.tokenizer(template.after, add_special_tokens=False)["input_ids"] if template.after else []
+        ids = (
+            self.tokenizer(template.after, add_special_tokens=False)["input_ids"]
+            if template.after
+            else []
+        )
         return (*ids, *(self._own_last if template.specials else ()))

@@ -1,9 +1,12 @@
-"""The part of a language model that prompt states need: its blocks up to the wanted one, and nothing behind it.
+"""The part of a language model that prompt states need: its blocks up to the wanted one, and
+nothing behind it.
 
-The blocks behind it and the output head are never read from disk. The block's output is taken by a hook, so it is the
-raw residual stream whatever the model calls its final norm; with all blocks it is the model's own last state.
+The blocks behind it and the output head are never read from disk. The block's output is taken by a
+hook, so it is the raw residual stream whatever the model calls its final norm; with all blocks it
+is the model's own last state.
 
-Legend: B batch, T tokens, C or P context tokens, H heads, D head width, W width, X width of pooled vectors.
+Legend: B batch, T tokens, C or P context tokens, H heads, D head width, W width, X width of pooled
+vectors.
 """
 
 from __future__ import annotations
@@ -26,19 +29,24 @@ from lidit.text.specs import EncoderSpec
 
 log = logging.getLogger(__name__)
 
-POSITION_TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)$")  # of nn.Embedding modules, such as embed_positions
-# What a model's own code raises where it cannot run as it is asked to: cut, without pixels, with this cache.
+# of nn.Embedding modules, such as embed_positions
+POSITION_TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)$")
+# What a model's own code raises where it cannot run as it is asked to: cut, without pixels, with
+# this cache.
 REFUSALS = (
-    AttributeError, IndexError, ValueError, RuntimeError, AssertionError, TypeError, KeyError, NotImplementedError,
+    AttributeError, IndexError, ValueError, RuntimeError, AssertionError, TypeError, KeyError,
+    NotImplementedError,
 )  # fmt: skip
-# transformers' caches of a block that hold keys and values, or nothing (of a block that reads another one's)
+# transformers' caches of a block that hold keys and values, or nothing (of a block that reads
+# another one's)
 SHAREABLE = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 PACKING_TRIAL = ((5, 6, 7, 8, 9), (6,), (7, 5, 8))  # token ids of three captions
 PACKING_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # rounding alone stays below a tenth of it
 
 
 class Trunk:
-    """A truncated model and the ways of running it. All tensors are on `device`, states in the spec's dtype.
+    """A truncated model and the ways of running it. All tensors are on `device`, states in the
+    spec's dtype.
 
     packs: captions behind a context run without padding, by `after_context_packed`.
 
@@ -61,11 +69,15 @@ class Trunk:
         self._context_tokens = 0
         self.packs = False
         # Some models let later layers read an earlier layer's keys and values from the cache.
-        self._release_keys = not getattr(getattr(self.model, "config", None), "num_kv_shared_layers", 0)
+        self._release_keys = not getattr(
+            getattr(self.model, "config", None), "num_kv_shared_layers", 0
+        )
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str) -> Trunk:
-        """Read the blocks the spec needs. InputError where the folder lacks one of their tensors."""
+        """Read the blocks the spec needs. InputError where the folder lacks one of
+        their tensors.
+        """
         return cls(spec, *load_model(spec, torch.device(device)))
 
     def to(self, device: str | torch.device) -> None:
@@ -74,7 +86,8 @@ class Trunk:
         if self.projection is not None:
             self.projection.to(device)
         self.device = next(self.model.parameters()).device
-        self.packs = self.packs and self.device.type == "cuda"  # a CPU would compare every token with every other
+        # a CPU would compare every token with every other
+        self.packs = self.packs and self.device.type == "cuda"
         for layer in [] if self._context is None else self._context.layers:
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys.to(self.device), layer.values.to(self.device)
@@ -91,7 +104,9 @@ class Trunk:
         blocks = block_list(self.model, self.spec.blocks)
         if 1 in wanted and getattr(getattr(self.model, "encoder", None), "conv", None) is not None:
             # DeBERTa-v2's: what the second block reads is not what the first one gives.
-            raise self._refusal("a convolution follows the first block", "choose layer: 2 or higher, or layer: -1")
+            raise self._refusal(
+                "a convolution follows the first block", "choose layer: 2 or higher, or layer: -1"
+            )
         for layer in wanted:
             if layer == 0:
                 blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
@@ -129,7 +144,9 @@ class Trunk:
 
     def _refusal(self, reason: str, remedy: str) -> InputError:
         spec = self.spec
-        return InputError(f"encoder {spec.name}: {spec.folder}: {spec.model_type}: {reason}; {remedy}")
+        return InputError(
+            f"encoder {spec.name}: {spec.folder}: {spec.model_type}: {reason}; {remedy}"
+        )
 
     @property
     def _elsewhere(self) -> str:
@@ -138,9 +155,11 @@ class Trunk:
 
     @torch.inference_mode()
     def _try(self) -> None:
-        """Run two captions of three tokens: whether the model runs at all, and what its first token attends to.
+        """Run two captions of three tokens: whether the model runs at all, and what its first token
+        attends to.
 
-        A shared prefix and unmasked padding are right for causal models only, and a config may be wrong.
+        A shared prefix and unmasked padding are right for causal models only, and a config may be
+        wrong.
         """
         ids = torch.tensor([[5, 6, 5], [5, 7, 6]], device=self.device)
         inputs: dict[str, Any] = {"input_ids": ids}
@@ -149,12 +168,16 @@ class Trunk:
         try:
             states = self._states(**inputs)
         except REFUSALS as error:
-            reason = f"it does not run with {self.spec.blocks} of {self.spec.total_blocks} blocks and text alone"
+            reason = (
+                f"it does not run with {self.spec.blocks} of {self.spec.total_blocks} "
+                "blocks and text alone"
+            )
             detail = f" ({type(error).__name__}: {one_line(error, 120)})"
             raise self._refusal(reason + detail, self._elsewhere) from None
         if states.shape != (2, 3, self.spec.width):
             raise self._refusal(
-                f"a block of this model gives {list(states.shape)} for 2 captions of 3 tokens, expected "
+                f"a block of this model gives {list(states.shape)} for 2 captions of 3 tokens, "
+                "expected "
                 f"{[2, 3, self.spec.width]}",
                 self._elsewhere,
             )
@@ -167,13 +190,15 @@ class Trunk:
         if sees:
             raise self._refusal(
                 "this model attends in both directions",
-                "use kind: unmasked, which keeps the instruction, or kind: encoder, which reads the bare caption",
+                "use kind: unmasked, which keeps the instruction, or kind: encoder, which reads "
+                "the bare caption",
             )
         raise self._refusal("this model keeps its causal mask", "use kind: causal")
 
     @torch.inference_mode()
     def read_context(self, ids: torch.Tensor) -> torch.Tensor:
-        """Run the context [1, P] once, keep its keys and values for `after_context`; returns its states [1, P, W].
+        """Run the context [1, P] once, keep its keys and values for `after_context`; returns its
+        states [1, P, W].
 
         InputError where a block keeps anything else of what it has read.
         """
@@ -182,16 +207,19 @@ class Trunk:
         self._context = DynamicCache(config=self.model.config)
         del self._context.layers[self.spec.blocks :]  # the config is still the whole model's
         for layer in self._context.layers:
-            if type(layer).__name__ not in SHAREABLE:  # what runs over it would change it for all other captions
+            # what runs over it would change it for all other captions
+            if type(layer).__name__ not in SHAREABLE:
                 raise self._refusal(
-                    f"blocks of this model keep more of a prefix than keys and values ({type(layer).__name__})",
+                    "blocks of this model keep more of a prefix than keys and values "
+                    f"({type(layer).__name__})",
                     "choose a model whose blocks are all attention",
                 )
         try:
             states = self._states(input_ids=ids, past_key_values=self._context, use_cache=True)
         except REFUSALS as error:
             raise self._refusal(
-                f"this model cannot read a prefix ahead ({type(error).__name__}: {one_line(error, 120)})",
+                f"this model cannot read a prefix ahead ({type(error).__name__}: "
+                f"{one_line(error, 120)})",
                 "choose a model whose blocks are all attention",
             ) from None
         self._check_context(ids.shape[1])
@@ -199,18 +227,23 @@ class Trunk:
         return states
 
     def _check_context(self, tokens: int) -> None:
-        """Some models take a cache and leave it empty: their captions would be read as if nothing stood before them."""
+        """Some models take a cache and leave it empty: their captions would be read as if nothing
+        stood before them.
+        """
         layers = [layer for layer in self._context.layers if type(layer).__name__ != "DummyLayer"]
         held = [layer.get_seq_length() if layer.keys is not None else 0 for layer in layers]
         if len(layers) > self.spec.blocks or any(count != tokens for count in held) or not held:
             raise self._refusal(
-                f"this model keeps {min(held, default=0)} of the {tokens} tokens before a caption, so it would read "
+                f"this model keeps {min(held, default=0)} of the {tokens} tokens before a "
+                "caption, so it would read "
                 "captions without their instruction",
                 "choose a model whose blocks are all attention",
             )
 
     def require_positions(self, context: int, longest: int) -> None:
-        """InputError where a context and the longest caption take more positions than the model has learned."""
+        """InputError where a context and the longest caption take more positions than the model has
+        learned.
+        """
         for name, module in self.model.named_modules():
             if not isinstance(module, nn.Embedding) or not POSITION_TABLE.search(name):
                 continue
@@ -221,16 +254,19 @@ class Trunk:
             if context + longest > rows:
                 taken = context + longest
                 raise self._refusal(
-                    f"this model has learned {rows} positions, instruction and longest caption take {taken}",
-                    f"set max_tokens to {rows - context} or less" if rows > context else "shorten the instruction",
+                    f"this model has learned {rows} positions, instruction and longest caption "
+                    f"take {taken}",
+                    f"set max_tokens to {rows - context} or less"
+                    if rows > context
+                    else "shorten the instruction",
                 )
 
     @torch.inference_mode()
     def after_context(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """States [B, T, W] of right-padded captions [B, T] behind the context, if there is one.
 
-        Needs no padding mask: a causal model never looks at what stands to the right, and padding only stands there.
-        mask [B, C + T] is for padding whose own states are wanted.
+        Needs no padding mask: a causal model never looks at what stands to the right, and padding
+        only stands there. mask [B, C + T] is for padding whose own states are wanted.
         """
         inputs: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
         if self._context is None:
@@ -240,19 +276,26 @@ class Trunk:
 
     @torch.inference_mode()
     def after_context_packed(self, rows: Sequence[Sequence[int]], longest: int = 0) -> torch.Tensor:
-        """States [N, W] of captions behind the context, one after the other; N tokens in all, none of them padding.
+        """States [N, W] of captions behind the context, one after the other; N tokens in all, none
+        of them padding.
 
-        NotImplementedError where the model's attention is more than causal attention, for captions of up to `longest`
-        tokens too.
+        NotImplementedError where the model's attention is more than causal attention, for captions
+        of up to `longest` tokens too.
         """
         lengths = [len(row) for row in rows]
         packing = Packing.of(lengths, longest, self._context, self._context_tokens, self.device)
-        ids = torch.tensor([[token for row in rows for token in row]]).to(self.device, non_blocking=True)  # [1, N]
+        # [1, N]
+        ids = torch.tensor([[token for row in rows for token in row]]).to(
+            self.device, non_blocking=True
+        )
         with packed(self.model, packing):
-            return self._states(input_ids=ids, position_ids=packing.positions(lengths), use_cache=False)[0]
+            return self._states(
+                input_ids=ids, position_ids=packing.positions(lengths), use_cache=False
+            )[0]
 
     def packing_agrees(self, longest: int) -> bool:
-        """Whether captions of up to `longest` tokens can run packed, with the states that they have padded.
+        """Whether captions of up to `longest` tokens can run packed, with the states that they have
+        padded.
 
         A model may attend in a way of its own.
         """
@@ -261,7 +304,9 @@ class Trunk:
             padded[row, : len(ids)] = torch.tensor(ids)
         expected = self.after_context(padded.to(self.device))
         try:
-            found = self.after_context_packed(PACKING_TRIAL, longest).split([len(ids) for ids in PACKING_TRIAL])
+            found = self.after_context_packed(PACKING_TRIAL, longest).split(
+                [len(ids) for ids in PACKING_TRIAL]
+            )
         except REFUSALS as error:
             log.info("encoder %s: captions run padded (%s)", self.spec.name, one_line(error, 120))
             return False
@@ -269,7 +314,10 @@ class Trunk:
         for alone, states in zip(found, expected, strict=True):
             right = states[: len(alone)].float()  # [T, W]
             if not (alone.float() - right).norm() <= limit * right.norm():
-                log.info("encoder %s: captions run padded: this model gives other states packed", self.spec.name)
+                log.info(
+                    "encoder %s: captions run padded: this model gives other states packed",
+                    self.spec.name,
+                )
                 return False
         return True
 
@@ -296,7 +344,8 @@ def _context_layer(layer: Any, batch: int, release: bool) -> Any:
     fresh.keys = layer.keys.expand(batch, -1, -1, -1)  # [1, H, P, D] -> [B, H, P, D], a view
     fresh.values = layer.values.expand(batch, -1, -1, -1)
     if release:
-        # A block's keys and values of the whole batch would otherwise live until the last block has run.
+        # A block's keys and values of the whole batch would otherwise live until the last block has
+        # run.
         update = fresh.update
 
         def update_and_release(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:

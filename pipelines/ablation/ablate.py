@@ -1,7 +1,8 @@
 """An ablation: one corpus, many arms, one report. An arm that has a result is not trained again.
 
-Arms with one worker train side by side as Ray tasks, as many as the cluster holds; arms with several go through the
-ordinary training, one after the other. Every arm is a run below the ablation's own in the tracker.
+Arms with one worker train side by side as Ray tasks, as many as the cluster holds; arms with
+several go through the ordinary training, one after the other. Every arm is a run below the
+ablation's own in the tracker.
 """
 
 from __future__ import annotations
@@ -79,9 +80,12 @@ def _run(ablation: Ablation, folder: Path, report: Report) -> AblationSummary:
     key = digest_of({"ablation": ablation.recipe.name, "output": str(folder)})[:32]
     params = flatten(ablation)
     name, experiment = ablation.recipe.name, ablation.recipe.tracking.experiment
-    with tracking.tracked_run(uri, experiment, name, key, params, {"lidit.job": "ablate"}, folder) as parent:
+    with tracking.tracked_run(
+        uri, experiment, name, key, params, {"lidit.job": "ablate"}, folder
+    ) as parent:
         for job in jobs:
-            if job.name in results and not _tracked(job):  # a kill or an outage between its result and the tracker
+            # a kill or an outage between its result and the tracker
+            if job.name in results and not _tracked(job):
                 _track(job, results[job.name], uri, experiment, parent.handle.run_id)
         _encode_cases(pending, corpus)
         with ProgressBar(f"ablate {name}", len(jobs), "arms", start=len(results)) as progress:
@@ -98,18 +102,28 @@ def _run(ablation: Ablation, folder: Path, report: Report) -> AblationSummary:
 
 def _check_machine(ablation: Ablation) -> None:
     """Refuse, before the corpus is made, what cannot run here; without Ray if all is finished."""
-    folders = (ablation.arm_recipe(arm, seed).run_folder for arm in ablation.arms for seed in ablation.seeds)
+    folders = (
+        ablation.arm_recipe(arm, seed).run_folder
+        for arm in ablation.arms
+        for seed in ablation.seeds
+    )
     if all((folder / RESULT_FILE).is_file() for folder in folders):
         return
     resources.connect()
     resources.check_engine(ablation.recipe.engine)
     for encoder in ablation.recipe.encoders:
-        resources.check_resources(ablation.recipe.pool_of(encoder.name).model_copy(update={"actors": 1}))
+        resources.check_resources(
+            ablation.recipe.pool_of(encoder.name).model_copy(update={"actors": 1})
+        )
 
 
 def _absolute(ablation: Ablation, folder: Path) -> Ablation:
     """Paths that mean the same to workers started in other folders."""
-    corpus = ablation.recipe.corpus if "://" in ablation.recipe.corpus else str(Path(ablation.recipe.corpus).resolve())
+    corpus = (
+        ablation.recipe.corpus
+        if "://" in ablation.recipe.corpus
+        else str(Path(ablation.recipe.corpus).resolve())
+    )
     changes = {"output": str(folder.parent), "corpus": corpus, "sources": (str(folder / "scenes"),)}
     return ablation.model_copy(update={"recipe": ablation.recipe.model_copy(update=changes)})
 
@@ -119,7 +133,9 @@ def _prepare(ablation: Ablation, folder: Path) -> Corpus:
     scenes = ablation.scenes
     styles = CaptionStyles(original=scenes.styles, synthetic=())
     weights = dict.fromkeys(scenes.tags, 1.0)
-    scene_set = SceneSet(scenes.count, scenes.size, scenes.seed, scenes.layout, categories=weights, styles=styles)
+    scene_set = SceneSet(
+        scenes.count, scenes.size, scenes.seed, scenes.layout, categories=weights, styles=styles
+    )
     write_scene_shards(folder / "scenes", scene_set)
     run_chain(ablation.recipe, lambda stage, summary: None, until="latents")
     return Corpus.open(ablation.recipe.corpus)
@@ -134,7 +150,11 @@ def _jobs(ablation: Ablation, eval_set: EvalSet, corpus: Corpus) -> list[ArmJob]
             facts = run_facts(recipe, corpus)
             points = ablation.measures.points if recipe.engine.workers == 1 else 1
             identity = digest_of({"facts": facts, "cases": eval_set.digest, "points": points})
-            jobs.append(ArmJob(arm, seed, identity, recipe, facts["text"], facts["latents"], eval_set, points))
+            jobs.append(
+                ArmJob(
+                    arm, seed, identity, recipe, facts["text"], facts["latents"], eval_set, points
+                )
+            )
     return jobs
 
 
@@ -142,7 +162,8 @@ def _finished(job: ArmJob) -> ArmResult | None:
     result = ArmResult.load(job.folder)
     if result is not None and result.identity != job.identity:
         raise InputError(
-            f"{job.folder}: holds a result of other settings or data; give the ablation another recipe.name, or "
+            f"{job.folder}: holds a result of other settings or data; give the ablation another "
+            "recipe.name, or "
             "delete the folder"
         )
     return result
@@ -150,7 +171,11 @@ def _finished(job: ArmJob) -> ArmResult | None:
 
 def _encode_cases(pending: list[ArmJob], corpus: Corpus) -> None:
     """Encode the cases' captions by every LLM that a pending arm needs, once per LLM."""
-    wanted = {job.texts[encoder.name]: (job, encoder) for job in pending for encoder in job.recipe.encoders}
+    wanted = {
+        job.texts[encoder.name]: (job, encoder)
+        for job in pending
+        for encoder in job.recipe.encoders
+    }
     if not wanted:
         return
     resources.connect()
@@ -167,7 +192,9 @@ def _encode(eval_set: EvalSet, corpus: str, encoder: Any, fingerprint: str) -> N
     eval_set.encode(Corpus.open(corpus), encoder, fingerprint)
 
 
-def _results(pending: list[ArmJob], ablation: Ablation, uri: str, parent: str) -> Iterator[tuple[ArmJob, ArmResult]]:
+def _results(
+    pending: list[ArmJob], ablation: Ablation, uri: str, parent: str
+) -> Iterator[tuple[ArmJob, ArmResult]]:
     """Yield each arm's result as it is ready; `uri` and `parent`: where several workers track."""
     if not pending:
         return
@@ -177,7 +204,9 @@ def _results(pending: list[ArmJob], ablation: Ablation, uri: str, parent: str) -
             yield job, _train_with_workers(job, uri, parent)
         return
     resources.connect()
-    task = ray.remote(max_retries=engine.max_failures, **resources.demands(resources.worker_pool(engine)))(train_arm)
+    task = ray.remote(
+        max_retries=engine.max_failures, **resources.demands(resources.worker_pool(engine))
+    )(train_arm)
     waiting = list(pending)
     running: dict[Any, ArmJob] = {}
     limit = _side_by_side(engine.cpus_per_worker)
@@ -199,8 +228,9 @@ def _results(pending: list[ArmJob], ablation: Ablation, uri: str, parent: str) -
 
 
 def _side_by_side(cpus: float) -> int:
-    """Arms at once. On a cluster Ray queues them; an embedded Ray counts logical CPUs, and two trainings on one real
-    CPU gain nothing."""
+    """Arms at once. On a cluster Ray queues them; an embedded Ray counts logical CPUs, and two
+    trainings on one real CPU gain nothing.
+    """
     if os.environ.get(resources.CLUSTER_ADDRESS):
         return 1000
     return max(1, int((os.cpu_count() or 1) // max(cpus, 1)))
@@ -215,17 +245,23 @@ def _train_with_workers(job: ArmJob, uri: str, parent: str) -> ArmResult:
     """Train an arm of several workers by `train` and measure its end; seconds are this call's."""
     started = time.monotonic()
     tracked = job.recipe.tracking.model_copy(update={"uri": uri})
-    trained = train(job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {})
+    trained = train(
+        job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {}
+    )
     task = _measure.options(**resources.demands(resources.worker_pool(job.recipe.engine)))
     ((point, parameters),) = _get([task.remote(job, trained.model, trained.step)])
-    result = ArmResult(job.identity, job.arm, job.seed, parameters, time.monotonic() - started, (), (point,))
+    result = ArmResult(
+        job.identity, job.arm, job.seed, parameters, time.monotonic() - started, (), (point,)
+    )
     result.save(job.folder)
     return result
 
 
 @ray.remote
 def _measure(job: ArmJob, model: Path, step: int) -> tuple[Point, int]:
-    """A trained arm judged where its workers ran, for the driver may have no GPU; and its number of parameters."""
+    """A trained arm judged where its workers ran, for the driver may have no GPU; and its number of
+    parameters.
+    """
     pipe = load_pipeline(model)
     loss = job.eval_set.loss(
         pipe.model, build_objective(job.recipe.objective), Corpus.open(job.recipe.corpus), job.texts
@@ -241,7 +277,9 @@ def _track(job: ArmJob, result: ArmResult, uri: str, experiment: str, parent: st
         **({PARENT: parent} if parent else {}),
     }
     key = digest_of({"arm": job.identity, "folder": str(job.folder)})[:32]
-    with tracking.tracked_run(uri, experiment, job.name, key, flatten(job.recipe), tags, job.folder) as run:
+    with tracking.tracked_run(
+        uri, experiment, job.name, key, flatten(job.recipe), tags, job.folder
+    ) as run:
         for step, values in sorted(result.metrics().items()):
             run.metrics(values, step)
     if not (job.folder / tracking.OUTBOX).exists():
@@ -254,39 +292,64 @@ def _tracked(job: ArmJob) -> bool:
 
 
 def _write(
-    ablation: Ablation, corpus: Corpus, folder: Path, results: dict[str, ArmResult], jobs: list[ArmJob], judged: str
+    ablation: Ablation,
+    corpus: Corpus,
+    folder: Path,
+    results: dict[str, ArmResult],
+    jobs: list[ArmJob],
+    judged: str,
 ) -> Path:
     missing = [job.name for job in jobs if job.name not in results]
     in_order = [results[job.name] for job in jobs if job.name in results]
     facts = _facts(ablation, corpus, judged, in_order)
-    return write_ablation_report(folder / "report", in_order, f"Ablation {ablation.recipe.name}", facts, missing)
+    return write_ablation_report(
+        folder / "report", in_order, f"Ablation {ablation.recipe.name}", facts, missing
+    )
 
 
 def _judged_on(ablation: Ablation, corpus: Corpus, eval_set: EvalSet) -> str:
     """What the arms are judged on, for the report. Call once: it reads all captions."""
     measures = ablation.measures
-    trained = {text for unit in range(corpus.num_units) for text in corpus.captions(unit)["text"].to_pylist()}
+    trained = {
+        text
+        for unit in range(corpus.num_units)
+        for text in corpus.captions(unit)["text"].to_pylist()
+    }
     judged = {case.caption for cases in eval_set.measures.values() for case in cases}
     return (
-        f"{measures.scenes} scenes of {measures.tag} per style; errors: {', '.join(measures.kinds)}; "
-        f"{len(judged & trained)} of their {len(judged)} captions occur in training, with other scenes"
+        f"{measures.scenes} scenes of {measures.tag} per style; errors: "
+        f"{', '.join(measures.kinds)}; "
+        f"{len(judged & trained)} of their {len(judged)} captions occur in training, with other "
+        "scenes"
     )
 
 
-def _facts(ablation: Ablation, corpus: Corpus, judged: str, results: list[ArmResult]) -> dict[str, str]:
+def _facts(
+    ablation: Ablation, corpus: Corpus, judged: str, results: list[ArmResult]
+) -> dict[str, str]:
     scenes, recipe = ablation.scenes, ablation.recipe
-    encoders = ", ".join(f"{encoder.name} ({encoder.model}, {encoder.kind})" for encoder in recipe.encoders)
+    encoders = ", ".join(
+        f"{encoder.name} ({encoder.model}, {encoder.kind})" for encoder in recipe.encoders
+    )
     styles = ", ".join(f"`{style}`" for style in scenes.styles)
     visible = recipe.model.visible_tokens
     return {
-        "scenes": f"{scenes.count} of categories {', '.join(scenes.tags)}, {scenes.size} px, layout {scenes.layout}",
+        "scenes": f"{scenes.count} of categories {', '.join(scenes.tags)}, {scenes.size} px, "
+        f"layout {scenes.layout}",
         "captions": styles,
-        **({"seen by the transformer": f"the first {visible} tokens of a caption"} if visible else {}),
-        "training": f"{recipe.train.steps} steps of {recipe.train.batch_size}, objective {recipe.objective.kind}, "
+        **(
+            {"seen by the transformer": f"the first {visible} tokens of a caption"}
+            if visible
+            else {}
+        ),
+        "training": f"{recipe.train.steps} steps of {recipe.train.batch_size}, objective "
+        f"{recipe.objective.kind}, "
         f"lr {recipe.train.optimizer.lr:g}",
         "seeds": ", ".join(str(seed) for seed in ablation.seeds),
         "judged on": judged,
-        "measured": f"{len(results[0].points)} times in a training, the last at its end" if results else "not yet",
+        "measured": f"{len(results[0].points)} times in a training, the last at its end"
+        if results
+        else "not yet",
         "encoders": encoders,
         "corpus": corpus.digest[:12],
         "time": f"{sum(result.seconds for result in results) / 60:.0f} minutes of arms in all",

@@ -1,6 +1,8 @@
-"""One arm of an ablation, trained in one process: the same engine and feed as `train`, measured as it learns.
+"""One arm of an ablation, trained in one process: the same engine and feed as `train`, measured as
+it learns.
 
-Minutes long, so it keeps no checkpoint: an arm is finished when its result is on disk, and starts over otherwise.
+Minutes long, so it keeps no checkpoint: an arm is finished when its result is on disk, and starts
+over otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from pipelines.training.train import initial_model, untrained_model
 
 @dataclass(frozen=True)
 class ArmJob:
-    """What a worker needs to train one arm. `texts`: encoder -> fingerprint; `latents`: the family's fingerprint."""
+    """What a worker needs to train one arm. `texts`: encoder -> fingerprint; `latents`: the
+    family's fingerprint.
+    """
 
     arm: str
     seed: int
@@ -70,7 +74,9 @@ def train_arm(job: ArmJob) -> ArmResult:
         result = engine.train_step(batch.to(device))
         step = batch.step + 1
         if not result.finite:
-            raise JobError(f"arm {job.arm}, seed {job.seed}: the loss is {result.loss} at step {step}")
+            raise JobError(
+                f"arm {job.arm}, seed {job.seed}: the loss is {result.loss} at step {step}"
+            )
         if step % recipe.train.log_every == 0 or step in due:
             losses.append((step, result.loss))
         if step in due:
@@ -80,7 +86,9 @@ def train_arm(job: ArmJob) -> ArmResult:
             points.append(job.eval_set.measure(loss, images, step))
 
     seconds = time.monotonic() - started
-    arm = ArmResult(job.identity, job.arm, job.seed, parameters, seconds, tuple(losses), tuple(points))
+    arm = ArmResult(
+        job.identity, job.arm, job.seed, parameters, seconds, tuple(losses), tuple(points)
+    )
     arm.save(job.folder)
     return arm
 
@@ -88,6 +96,7 @@ def train_arm(job: ArmJob) -> ArmResult:
 def _process_group_of_one(device: torch.device) -> None:
     """Start a process group for the engine; it stays, because DeepSpeed remembers its groups."""
     if not dist.is_initialized():
-        os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed reads a launcher's variables
+        # DeepSpeed reads a launcher's variables
+        os.environ.update({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"})
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -23,13 +23,16 @@ from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
 from lidit.text.specs import default_device
 
-CASE_SEED = 1_000_003  # no training set is generated with it; all arms and seeds meet the same cases
+# no training set is generated with it; all arms and seeds meet the same cases
+CASE_SEED = 1_000_003
 IMAGES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """`measures`: name ("binding, clauses") -> cases. `folder` keeps the captions' states; small and picklable."""
+    """`measures`: name ("binding, clauses") -> cases. `folder` keeps the captions' states; small
+    and picklable.
+    """
 
     folder: Path
     measures: dict[str, list[Case]]
@@ -38,11 +41,17 @@ class EvalSet:
 
     @classmethod
     def of(cls, ablation: Ablation, folder: Path) -> EvalSet:
-        """The cases of an ablation. Raises InputError for a category that the kinds or styles do not fit."""
+        """The cases of an ablation. Raises InputError for a category that the kinds or styles do
+        not fit.
+        """
         scenes, settings = ablation.scenes, ablation.measures
         measures = {
             f"{kind}, {style}": generate_cases(
-                Measure(kind, settings.tag, style), settings.scenes, scenes.size, scenes.layout, CASE_SEED
+                Measure(kind, settings.tag, style),
+                settings.scenes,
+                scenes.size,
+                scenes.layout,
+                CASE_SEED,
             )
             for kind in settings.kinds
             for style in scenes.styles
@@ -56,10 +65,14 @@ class EvalSet:
 
     @property
     def digest(self) -> str:
-        return digest_of({name: [[c.caption, c.wrong] for c in cases] for name, cases in self.measures.items()})
+        return digest_of(
+            {name: [[c.caption, c.wrong] for c in cases] for name, cases in self.measures.items()}
+        )
 
     def encode(self, corpus: Corpus, settings: EncoderSettings, fingerprint: str) -> None:
-        """Compute and keep the captions' states by one LLM, rounded as the corpus's family stores them."""
+        """Compute and keep the captions' states by one LLM, rounded as the corpus's family stores
+        them.
+        """
         path = self._path(fingerprint)
         if path.exists():
             return
@@ -69,7 +82,9 @@ class EvalSet:
         content = save({str(number): row.contiguous() for number, row in enumerate(rows)})
         publish_bytes(Folder.at(self.folder), path.name, content)
 
-    def loss(self, model: LIDiT, objective: Objective, corpus: Corpus, fingerprints: dict[str, str]) -> CaptionLoss:
+    def loss(
+        self, model: LIDiT, objective: Objective, corpus: Corpus, fingerprints: dict[str, str]
+    ) -> CaptionLoss:
         """The model's loss under any caption of the set. `fingerprints`: encoder -> text family."""
         captions = self.captions
         rows, prefixes = {}, {}
@@ -83,7 +98,9 @@ class EvalSet:
         """Latents of the cases' scenes per measure, on the CPU."""
         codec = load_codec(self.codec)
         return {
-            name: torch.cat([codec.encode(part).mean for part in pixels(cases).split(IMAGES_AT_ONCE)])
+            name: torch.cat(
+                [codec.encode(part).mean for part in pixels(cases).split(IMAGES_AT_ONCE)]
+            )
             for name, cases in self.measures.items()
         }
 
@@ -103,5 +120,7 @@ class EvalSet:
 
 
 def points_of(recipe: Recipe, count: int) -> Sequence[int]:
-    """The steps at which an arm is measured: `count` equal parts of its training, the last step among them."""
+    """The steps at which an arm is measured: `count` equal parts of its training, the last step
+    among them.
+    """
     return sorted({max(1, recipe.train.steps * (i + 1) // count) for i in range(count)})

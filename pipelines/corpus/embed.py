@@ -1,8 +1,10 @@
 """Embedding a corpus: one LLM's states for every distinct caption, by Ray Data over units.
 
-CPU tasks read and tokenise a unit, a pool of encoder actors computes and publishes it, and only its commit record
-comes back: states never pass through the object store. Which units are missing is asked of the corpus first, so a
-finished family starts neither a model nor Ray, and an interrupted one goes on where it stopped.
+CPU tasks read and tokenise a unit, a pool of encoder actors computes and publishes it, and only its
+commit record
+comes back: states never pass through the object store. Which units are missing is asked of the
+corpus first, so a finished family starts neither a model nor Ray, and an interrupted one goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from pipelines.runtime.prometheus import EmbedMetrics
 log = logging.getLogger(__name__)
 
 ACTOR_RESTARTS = 3  # a caption that kills the process must not be tried for ever
-# Retry tasks without limit; ACTOR_RESTARTS is the real limit. Until Ray notices a lost node, each retry fails at once,
-# so a small limit is used up within a second.
+# Retry tasks without limit; ACTOR_RESTARTS is the real limit. Until Ray notices a lost node, each
+# retry fails at once, so a small limit is used up within a second.
 TASK_RETRIES = -1
 MOST_BLOCKS = 10_000
 TOKENIZERS_PER_ACTOR = 2
@@ -65,7 +67,9 @@ ENCODED = pa.schema(
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """One finished family. computed_units: by this call; relatives: other families of the name -> differing fields."""
+    """One finished family. computed_units: by this call; relatives: other families of the name ->
+    differing fields.
+    """
 
     name: str
     directory: str
@@ -94,11 +98,14 @@ def run_embed(
 ) -> EmbedSummary:
     """Compute and publish what is missing of one text family. Call again after any interruption.
 
-    progress: counts captions; cpus: at least so many logical CPUs for an embedded Ray that is started here.
+    progress: counts captions; cpus: at least so many logical CPUs for an embedded Ray that is
+    started here.
 
     Raises:
-        InputError: no corpus, no model, settings the model cannot serve, resources this machine does not have.
-        JobError: the disk is full, an encoder died too often, states are not finite; finished units are kept.
+        InputError: no corpus, no model, settings the model cannot serve, resources this machine
+        does not have.
+        JobError: the disk is full, an encoder died too often, states are not finite; finished units
+        are kept.
     """
     pool = pool or PoolSettings()
     started = time.monotonic()
@@ -112,7 +119,12 @@ def run_embed(
     relatives = writer.relatives()
     if not writer.complete():
         for directory, fields in relatives.items():
-            log.info("%s is a new family; %s differs in: %s", writer.directory, directory, "; ".join(fields))
+            log.info(
+                "%s is a new family; %s differs in: %s",
+                writer.directory,
+                directory,
+                "; ".join(fields),
+            )
         pending = writer.pending()
         if pending:
             resources.connect(max(cpus, math.ceil(pool.actors * pool.cpus) + 1))
@@ -156,8 +168,8 @@ def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int
 
     pool = job.pool
     resources.check_resources(pool)
-    # An actor of its own kind of device publishes the shared states; with several, exactly one must come first. A code
-    # is told of before anything else is computed.
+    # An actor of its own kind of device publishes the shared states; with several, exactly one must
+    # come first. A code is told of before anything else is computed.
     coded = job.spec.storage == "coded"
     if (pool.actors > 1 or coded) and _writer(job.corpus, job.spec).shared() is None:
         _raise_problem(ray.get(ray.remote(**resources.demands(pool))(prepare).remote(job)))
@@ -166,7 +178,8 @@ def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int
             log.warning(line)  # a fact to see in time, before the units are computed
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.enable_fallback_to_arrow_object_ext_type = False  # it would pickle what Arrow cannot hold
+    # it would pickle what Arrow cannot hold
+    context.enable_fallback_to_arrow_object_ext_type = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     blocks = _blocks(len(pending))
     dataset = ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=blocks)
@@ -177,7 +190,8 @@ def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int
         batch_format="pyarrow",
         fn_kwargs={"job": job},
         compute=TaskPoolStrategy(size=min(TOKENIZERS_PER_ACTOR * pool.actors, blocks)),
-        num_cpus=0,  # actors that hold every CPU would wait for these tasks for ever, and these for a CPU
+        # actors that hold every CPU would wait for these tasks for ever, and these for a CPU
+        num_cpus=0,
     ).map_batches(
         EncodeUnits,
         batch_size=1,
@@ -197,7 +211,9 @@ def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int
         return _consume(dataset, job, pending, progress)
     except ray.exceptions.RayError as error:
         reason = one_line(error)[-500:]
-        raise JobError(f"embedding stopped: {reason}. Finished units are kept: run the same command again") from error
+        raise JobError(
+            f"embedding stopped: {reason}. Finished units are kept: run the same command again"
+        ) from error
 
 
 def _consume(dataset: Any, job: EncodeJob, pending: list[int], progress: Progress) -> list[int]:
@@ -222,7 +238,10 @@ def _consume(dataset: Any, job: EncodeJob, pending: list[int], progress: Progres
             captions += counts[row["unit"]]
             tokens += row["tokens"]
             truncated += row["truncated"]
-            progress.update(captions, f"{tokens:,} tokens" + (f", {truncated:,} captions cut" if truncated else ""))
+            progress.update(
+                captions,
+                f"{tokens:,} tokens" + (f", {truncated:,} captions cut" if truncated else ""),
+            )
     return done
 
 
@@ -239,7 +258,7 @@ def _blocks(units: int) -> int:
     return min(units, MOST_BLOCKS)
 
 
-# -- what runs on the cluster ------------------------------------------------------------------------------------------
+# -- what runs on the cluster ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -271,9 +290,11 @@ class EncodeJob:
 
 @functools.lru_cache(maxsize=2)
 def _resolve_here(of_driver: EncoderSpec, settings: EncoderSettings, device: str) -> EncoderSpec:
-    """This node's encoder, once per worker process: looking up the files' hashes is too slow for every unit."""
-    # The driver's folder first: it is absolute where the settings may not be, and the hub is not asked again. The
-    # folder can still hold another model, where nodes have disks of their own.
+    """This node's encoder, once per worker process: looking up the files' hashes is too slow for
+    every unit.
+    """
+    # The driver's folder first: it is absolute where the settings may not be, and the hub is not
+    # asked again. The folder can still hold another model, where nodes have disks of their own.
     folder = {"model": of_driver.folder} if Path(of_driver.folder).is_dir() else {}
     of_node = resolve_encoder(settings.model_copy(update=folder), device)
     if differing := spec_differences(of_driver.to_dict(), of_node.to_dict()):
@@ -295,7 +316,8 @@ def prepare(job: EncodeJob) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(spec: EncoderSpec) -> PromptTokenizer:
-    return PromptTokenizer(spec)  # a large vocabulary takes seconds to parse: once per worker process
+    # a large vocabulary takes seconds to parse: once per worker process
+    return PromptTokenizer(spec)
 
 
 def tokenize_units(batch: pa.Table, job: EncodeJob) -> pa.Table:
@@ -304,7 +326,9 @@ def tokenize_units(batch: pa.Table, job: EncodeJob) -> pa.Table:
     rows = []
     for unit in batch["unit"].to_pylist():
         try:
-            tokens = _tokenizer(job.local_spec()).tokenize(corpus.captions(unit)["text"].to_pylist())
+            tokens = _tokenizer(job.local_spec()).tokenize(
+                corpus.captions(unit)["text"].to_pylist()
+            )
         except (InputError, JobError) as error:
             rows.append(_problem(unit, error))
             continue
@@ -315,7 +339,9 @@ def tokenize_units(batch: pa.Table, job: EncodeJob) -> pa.Table:
 
 
 class EncodeUnits:
-    """An actor: one model, units in, records out. Two calls at a time, of which one has the device."""
+    """An actor: one model, units in, records out. Two calls at a time, of which one
+    has the device.
+    """
 
     def __init__(self, job: EncodeJob) -> None:
         self.job, self.device = job, threading.Lock()
@@ -336,7 +362,8 @@ class EncodeUnits:
         try:
             if self.problem:
                 raise self.problem
-            # Where a call died after publishing, or another job was faster, the record stands already.
+            # Where a call died after publishing, or another job was faster, the record stands
+            # already.
             record = self.writer.committed(row["unit"]) or self._encode(row)
         except (InputError, JobError) as error:
             return _problem(row["unit"], error)

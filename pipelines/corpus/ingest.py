@@ -20,12 +20,18 @@ from pipelines.runtime.prometheus import IngestMetrics
 
 
 def run_ingest(
-    sources: Sequence[str], corpus: str, settings: IngestSettings, progress: Progress = SILENT, cpus: int = 1
+    sources: Sequence[str],
+    corpus: str,
+    settings: IngestSettings,
+    progress: Progress = SILENT,
+    cpus: int = 1,
 ) -> IngestSummary:
-    """Make `corpus` from `sources` (files, folders, globs, URLs), as `lidit.sources.ingest.ingest` does.
+    """Make `corpus` from `sources` (files, folders, globs, URLs), as `lidit.sources.ingest.ingest`
+    does.
 
-    cpus: at least so many logical CPUs for an embedded Ray that is started here. A finished corpus starts none.
-    Raises InputError as `ingest` does; JobError for a source that cannot be read at all.
+    cpus: at least so many logical CPUs for an embedded Ray that is started here. A finished corpus
+    starts none. Raises InputError as `ingest` does; JobError for a source that cannot be read at
+    all.
     """
     job = Ingest(sources, corpus, settings)
     if (summary := job.finished()) is not None:
@@ -46,14 +52,20 @@ def _compute(job: Ingest, settings: IngestSettings, progress: Progress, cpus: in
         job.add_read(staged, progress)
 
     # Write every source's units; writing them again after a crash gives the same bytes.
-    writings = ((listing.name, (job.folder, job.staging, listing)) for listing in job.number_units())
+    writings = (
+        (listing.name, (job.folder, job.staging, listing)) for listing in job.number_units()
+    )
     return job.publish(list(_in_tasks(write_units, writings)))
 
 
-def _refuse_source(staging: Folder, file: SourceFile, index: int, settings: IngestSettings) -> StagedSource:
+def _refuse_source(
+    staging: Folder, file: SourceFile, index: int, settings: IngestSettings
+) -> StagedSource:
     """One refusal instead of the source that ended its worker each time: the other sources go
     on."""
-    return stage_source(staging, refused_unread(file, "each of three processes ended"), index, settings)
+    return stage_source(
+        staging, refused_unread(file, "each of three processes ended"), index, settings
+    )
 
 
 def _in_tasks(
@@ -66,7 +78,8 @@ def _in_tasks(
 
     instead: called here with the arguments of a task whose worker died each time.
     """
-    # A worker that dies is retried twice: bytes that kill a decoder do so every time and must not loop for ever.
+    # A worker that dies is retried twice: bytes that kill a decoder do so every time and must not
+    # loop for ever.
     task = ray.remote(num_cpus=1, max_retries=2)(function)
     limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     running: dict[Any, tuple[str, tuple[Any, ...]]] = {}
@@ -78,7 +91,9 @@ def _in_tasks(
             return
         (finished,), _ = ray.wait(list(running), num_returns=1)
         file, arguments = running.pop(finished)
-        with resources.plain_errors(f"{file}: the process reading it died three times; take this file out"):
+        with resources.plain_errors(
+            f"{file}: the process reading it died three times; take this file out"
+        ):
             try:
                 result = ray.get(finished)
             except ray.exceptions.WorkerCrashedError:

@@ -1,9 +1,11 @@
-"""Latents over many machines: decode on CPU tasks, encode on an actor pool, one family file per unit.
+"""Latents over many machines: decode on CPU tasks, encode on an actor pool, one family file per
+unit.
 
-Ray tasks and actors rather than a Ray Data pipeline: one actor must see all of a unit to publish it, and a unit's
-pixels need not fit in memory. So each actor takes its unit's chunks through a short window of decode tasks that runs
-ahead into its next unit, and the codec never waits for a picture. Where actors hold every CPU of a cluster no such task
-can start, and a blocked actor gives none back: then its chunks are decoded on its own node, beside it.
+Ray tasks and actors rather than a Ray Data pipeline: one actor must see all of a unit to publish
+it, and a unit's pixels need not fit in memory. So each actor takes its unit's chunks through a
+short window of decode tasks that runs ahead into its next unit, and the codec never waits for a
+picture. Where actors hold every CPU of a cluster no such task can start, and a blocked actor gives
+none back: then its chunks are decoded on its own node, beside it.
 """
 
 from __future__ import annotations
@@ -29,15 +31,16 @@ from pipelines.runtime import resources
 WINDOW = 4  # chunks decoded ahead of the codec
 DECODE_PATIENCE = 15.0  # seconds an actor waits for a chunk before it is decoded beside it as well
 ACTOR_RESTARTS = 3
-TASK_RETRIES = -1  # ACTOR_RESTARTS is the real limit: until Ray notices a lost node, each retry fails at once
+# ACTOR_RESTARTS is the real limit: until Ray notices a lost node, each retry fails at once
+TASK_RETRIES = -1
 
 
 @dataclass(frozen=True)
 class LatentsSummary:
     """One finished latents family.
 
-    computed_units: by this call; encode_seconds: the actors' time over them, without start-up; codec_busy: the share of
-    it spent in the codec.
+    computed_units: by this call; encode_seconds: the actors' time over them, without start-up;
+    codec_busy: the share of it spent in the codec.
     """
 
     name: str
@@ -65,10 +68,13 @@ class LatentsJob:
         return FamilyWriter(self.corpus, "latents", self.settings.name, self.spec)
 
     def load(self) -> Codec:
-        """This node's codec. InputError where there is none, or one that would make other latents."""
+        """This node's codec. InputError where there is none, or one that would make
+        other latents.
+        """
         if differing := spec_differences(self.spec, codec_spec(self.settings, self.device)):
             raise InputError(
-                f"{self.settings.model}: this node has other codec files than the node the job started on "
+                f"{self.settings.model}: this node has other codec files than the node the job "
+                "started on "
                 f"({'; '.join(differing)}); give all nodes the same files"
             )
         return load_codec(self.settings, self.device)
@@ -97,10 +103,11 @@ def run_latents(
 ) -> LatentsSummary:
     """Compute and publish what is missing of one latents family. Call again after any interruption.
 
-    progress: counts units; cpus: at least so many logical CPUs for an embedded Ray that is started here.
-    Raises InputError for a corpus without images, a codec that is none, is another on some node or whose factor does
-    not divide the buckets, and for actors this machine has no room for; JobError where a source has changed, the disk
-    is full or an actor dies too often. Finished units are kept.
+    progress: counts units; cpus: at least so many logical CPUs for an embedded Ray that is started
+    here. Raises InputError for a corpus without images, a codec that is none, is another on some
+    node or whose factor does not divide the buckets, and for actors this machine has no room for;
+    JobError where a source has changed, the disk is full or an actor dies too often. Finished units
+    are kept.
     """
     started = time.monotonic()
     pool = pool or PoolSettings()
@@ -132,8 +139,12 @@ def run_latents(
     )
 
 
-def _compute(job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, progress: Progress) -> list[float]:
-    """Give every actor a unit and the one after it; returns codec seconds and wall seconds over all units."""
+def _compute(
+    job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, progress: Progress
+) -> list[float]:
+    """Give every actor a unit and the one after it; returns codec seconds and wall seconds over all
+    units.
+    """
     lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": TASK_RETRIES}
     actor_type = ray.remote(**resources.demands(pool), **lives)(LatentsActor)
     actors = [actor_type.remote(job) for _ in range(min(pool.actors, len(pending)))]
@@ -199,10 +210,14 @@ class LatentsActor:
         statistics = UnitStatistics()
         tables = self.encoder.tables(self._pixels(unit, following), statistics)
         record = self.writer.publish(unit, tables, statistics=statistics)
-        return EncodedUnit(self.encoder.codec_seconds, time.monotonic() - started, record.rows, self.decoded_here)
+        return EncodedUnit(
+            self.encoder.codec_seconds, time.monotonic() - started, record.rows, self.decoded_here
+        )
 
     def _pixels(self, unit: int, following: int | None) -> Iterator[Pixels]:
-        """The unit's chunks decoded, while tasks decode the next chunks, also of the unit that follows."""
+        """The unit's chunks decoded, while tasks decode the next chunks, also of the unit that
+        follows.
+        """
         mine = self._chunks(unit)
         order = mine + (self._chunks(following) if following is not None else [])
         for position in range(len(mine)):
@@ -212,10 +227,14 @@ class LatentsActor:
             yield self._decoded(order[position])
 
     def _chunks(self, unit: int) -> list[tuple[int, int, int]]:
-        return [(unit, start, stop) for start, stop in unit_chunks(self.corpus, unit, self.job.settings.scale)]
+        return [
+            (unit, start, stop)
+            for start, stop in unit_chunks(self.corpus, unit, self.job.settings.scale)
+        ]
 
     def _decoded(self, chunk: tuple[int, int, int]) -> Pixels:
-        """The chunk's pixels and crops, from its task or from a task beside this actor, whichever ends first.
+        """The chunk's pixels and crops, from its task or from a task beside this actor, whichever
+        ends first.
 
         After a task beside this actor has won, the next chunk is decoded beside it at once.
         """

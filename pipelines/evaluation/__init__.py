@@ -1,1 +1,3 @@
-"""Measuring trained models: scenes, captions, official suites, held-out pictures, comparisons, probes."""
+"""Measuring trained models: scenes, captions, official suites, held-out pictures, comparisons,
+probes.
+"""

@@ -1,4 +1,6 @@
-"""Binding, attribute and relation accuracy of a trained model: measured on losses, without sampling."""
+"""Binding, attribute and relation accuracy of a trained model: measured on losses, without
+sampling.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,16 @@ SCORES, TABLE, POSITIONS = "binding.json", "binding.md", "binding-positions.png"
 USED = {"binding_scenes", "layout", "seed"}  # of the settings
 
 
-def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path) -> Scores:
+def evaluate_binding(
+    model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path
+) -> Scores:
     """Binding, attribute and relation accuracy; nothing is done again for the same weights."""
     # Losses do not depend on the sampler.
     losses_of = {name: value for name, value in model_identity(model).items() if name != "sampler"}
-    made_with = {"model": losses_of, "settings": settings.model_dump(mode="json", include=USED) | RULES}
+    made_with = {
+        "model": losses_of,
+        "settings": settings.model_dump(mode="json", include=USED) | RULES,
+    }
     job = Job.of_model("binding", model, "binding", flatten(settings), "binding", SCORES)
     card = Scorecard(out, job, made_with, tracker)
     if known := card.known("metrics", "table"):
@@ -28,7 +35,9 @@ def evaluate_binding(model: Path, settings: EvaluateSettings, tracker: TrackingS
     with card.evaluating():
         # Measure.
         pipe = load_pipeline(model)
-        measured = measure_model(pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed)
+        measured = measure_model(
+            pipe, settings.layout, settings.binding_scenes, settings.batch_size, settings.seed
+        )
         # Write the results.
         card.begin()
         (out / TABLE).write_text(measured.table + "\n")

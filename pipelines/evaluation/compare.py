@@ -1,4 +1,6 @@
-"""What a comparison page is made of: images of the common prompts by each run's model, its score files, its curves."""
+"""What a comparison page is made of: images of the common prompts by each run's model, its score
+files, its curves.
+"""
 
 from __future__ import annotations
 
@@ -26,34 +28,51 @@ SCORE_FILES = {
 NOT_COMPARED_BY = ("batch_size",)  # settings that change the time a score takes, not the score
 
 
-def compare_runs(folders: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], out: Path) -> Path:
+def compare_runs(
+    folders: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], out: Path
+) -> Path:
     """Sample every prompt with every seed by the model of every run and write the page to `out`.
 
-    folders: OUTPUT/NAME as `lidit train` leaves them. Without prompts the first run's own sample prompts are taken.
-    Raises InputError for a folder without a trained model, for scores that cannot be read and for fewer than two runs,
-    before anything is sampled.
+    folders: OUTPUT/NAME as `lidit train` leaves them. Without prompts the first run's own sample
+    prompts are taken. Raises InputError for a folder without a trained model, for scores that
+    cannot be read and for fewer than two runs, before anything is sampled.
     """
     names = _names(folders)
     check_names(names)
     for folder in folders:
         if not (folder / "model").is_dir():
-            raise InputError(f"{folder}: no trained model; give run folders, OUTPUT/NAME, with a model/ inside")
+            raise InputError(
+                f"{folder}: no trained model; give run folders, OUTPUT/NAME, with a model/ inside"
+            )
     recipes = [run_recipe(folder) for folder in folders]
-    chosen = list(prompts) or next((list(r.train.sample_prompts) for r in recipes if r and r.train.sample_prompts), [])
+    chosen = list(prompts) or next(
+        (list(r.train.sample_prompts) for r in recipes if r and r.train.sample_prompts), []
+    )
     if not chosen:
-        raise InputError("no prompts: give some with --prompt, the runs have no sample prompts of their own")
+        raise InputError(
+            "no prompts: give some with --prompt, the runs have no sample prompts of their own"
+        )
     known = [_scores(name, folder) for name, folder in zip(names, folders)]
     pages = []
     with ProgressBar("report", len(folders) * len(chosen) * len(seeds), "images") as progress:
         for name, folder, recipe, scores in zip(names, folders, recipes, known):
             drawn = load_pipeline(folder / "model")(
-                [prompt for prompt in chosen for _ in seeds], seed=list(seeds) * len(chosen), output_type="pt"
+                [prompt for prompt in chosen for _ in seeds],
+                seed=list(seeds) * len(chosen),
+                output_type="pt",
             )
             sampled = image_bytes(drawn.images)
-            images = {p: list(sampled[i * len(seeds) : (i + 1) * len(seeds)]) for i, p in enumerate(chosen)}
+            images = {
+                p: list(sampled[i * len(seeds) : (i + 1) * len(seeds)])
+                for i, p in enumerate(chosen)
+            }
             facts = {**(flatten(recipe) if recipe else {}), **scores.facts}
             curves = _curves(folder, recipe)
-            pages.append(RunPage(name, facts, scores.values, curves, images, scores.measured, tuple(scores.notes)))
+            pages.append(
+                RunPage(
+                    name, facts, scores.values, curves, images, scores.measured, tuple(scores.notes)
+                )
+            )
             progress.advance(len(sampled), name)
     write_report(out, pages, seeds)
     return out
@@ -69,7 +88,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Scores:
-    """`measured`: score -> the settings it was measured with; `facts`: score file -> the same settings."""
+    """`measured`: score -> the settings it was measured with; `facts`: score file -> the same
+    settings.
+    """
 
     values: dict[str, float] = field(default_factory=dict)
     measured: dict[str, str] = field(default_factory=dict)
@@ -78,7 +99,8 @@ class _Scores:
 
 
 def _scores(name: str, folder: Path) -> _Scores:
-    """The run's scores. Scores of other weights or another sampler than the model's now are left out, with a note.
+    """The run's scores. Scores of other weights or another sampler than the model's now are left
+    out, with a note.
 
     Raises InputError for a score file that cannot be read.
     """
@@ -92,11 +114,14 @@ def _scores(name: str, folder: Path) -> _Scores:
         then = made_with.get("model", {"record of what it was measured on": None})
         if changed := [key for key, value in then.items() if key not in now or now[key] != value]:
             scores.notes.append(
-                f"{name}: {file} is left out, its scores are not of the model that drew these pictures "
+                f"{name}: {file} is left out, its scores are not of the model that drew these "
+                "pictures "
                 f"(other {', '.join(changed)}); {again}"
             )
             continue
-        settings = {key: value for key, value in made_with["settings"].items() if key not in NOT_COMPARED_BY}
+        settings = {
+            key: value for key, value in made_with["settings"].items() if key not in NOT_COMPARED_BY
+        }
         how = ", ".join(f"{key}={value}" for key, value in settings.items())
         how += f", {now['width']} x {now['height']} pixels"
         scores.values.update({f"{prefix}{key}": value for key, value in metrics.items()})
@@ -111,10 +136,14 @@ def _read_scores(path: Path, again: str) -> tuple[dict[str, float], dict[str, An
         record = json.loads(path.read_text(encoding="utf-8"))
         metrics = {key: float(value) for key, value in record["metrics"].items()}
         made_with = record.get("made_with", {})
-        if made_with and not (isinstance(made_with["model"], dict) and isinstance(made_with["settings"], dict)):
+        if made_with and not (
+            isinstance(made_with["model"], dict) and isinstance(made_with["settings"], dict)
+        ):
             raise TypeError("made_with is not what lidit evaluate writes")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not readable as scores ({error}); delete it and {again}") from None
+        raise InputError(
+            f"{path}: not readable as scores ({error}); delete it and {again}"
+        ) from None
     return metrics, made_with
 
 

@@ -1,4 +1,6 @@
-"""A trained model on pictures it never saw: caption preference, and a grid of real pictures above sampled ones."""
+"""A trained model on pictures it never saw: caption preference, and a grid of real pictures above
+sampled ones.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ GRID, SCORES = "held-out.png", "held-out.json"
 
 @dataclass(frozen=True)
 class CaptionMatch:
-    """`preference`: share of the pictures that match their own caption better than another picture's.
+    """`preference`: share of the pictures that match their own caption better than another
+    picture's.
 
     `motifs`: pictures that are no near copies of each other.
     """
@@ -41,12 +44,17 @@ class CaptionMatch:
 
 
 def evaluate_held_out(
-    model: Path, sources: Sequence[str], settings: EvaluateSettings, tracker: TrackingSettings, out: Path
+    model: Path,
+    sources: Sequence[str],
+    settings: EvaluateSettings,
+    tracker: TrackingSettings,
+    out: Path,
 ) -> CaptionMatch:
-    """Measure on the first pictures of `sources`, sample the captions of the first 16, write both into `out`.
+    """Measure on the first pictures of `sources`, sample the captions of the first 16, write both
+    into `out`.
 
-    Nothing is done again for the same model and the same pictures. Raises InputError where `model` is no model folder,
-    or a source holds no pictures with captions.
+    Nothing is done again for the same model and the same pictures. Raises InputError where `model`
+    is no model folder, or a source holds no pictures with captions.
     """
     # What the result depends on, and whether an earlier call has it.
     identified = model_identity(model, settings.sampler)
@@ -54,14 +62,19 @@ def evaluate_held_out(
     if not pictures:
         raise InputError(f"{', '.join(sources)}: no pictures with captions")
     motifs = len({picture.motif for picture in pictures})
-    shown = {"keys": [picture.key for picture in pictures], "captions": [picture.caption for picture in pictures]}
+    shown = {
+        "keys": [picture.key for picture in pictures],
+        "captions": [picture.caption for picture in pictures],
+    }
     params = {"pictures": str(len(pictures)), "motifs": str(motifs)}
     job = Job.of_model("held out", model, "evaluate", params, "held_out", SCORES)
     card = Scorecard(out, job, {"model": identified, **shown}, tracker)
     known = card.known("caption_preference", "pictures", "motifs")
     if known and (out / GRID).is_file():
         preference = Interval(**known["caption_preference"])
-        return CaptionMatch(preference, known["pictures"], known["motifs"], out / GRID, computed=False)
+        return CaptionMatch(
+            preference, known["pictures"], known["motifs"], out / GRID, computed=False
+        )
     with card.evaluating():
         # Measure.
         pipe = load_pipeline(model, settings.sampler)
@@ -89,7 +102,9 @@ def _measure(pipe: LIDiTPipeline, pictures: Sequence[HeldOutPicture]) -> Interva
 
 def _sample_grid(pipe: LIDiTPipeline, pictures: Sequence[HeldOutPicture], path: Path) -> None:
     """Rows of real pictures, each above a row of what the model draws for their captions."""
-    drawn = pipe([picture.caption for picture in pictures], seed=list(range(len(pictures))), output_type="pt")
+    drawn = pipe(
+        [picture.caption for picture in pictures], seed=list(range(len(pictures))), output_type="pt"
+    )
     sampled = image_bytes(drawn.images)
     cells: list[Any] = []
     labels: list[str] = []

@@ -1,4 +1,6 @@
-"""Trained models for the jobs that measure them: loaded onto this machine, identified by their weights."""
+"""Trained models for the jobs that measure them: loaded onto this machine, identified by their
+weights.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,14 @@ SAMPLED_BY = ("sampler", "objective", "codec", "height", "width")
 
 
 def load_pipeline(model: Path, changes: SamplerChanges | None = None) -> LIDiTPipeline:
-    """The model folder's pipeline on this process's GPU where there is one, without a bar of its own.
+    """The model folder's pipeline on this process's GPU where there is one, without a bar of its
+    own.
 
-    changes: to the model's own sampler. Raises InputError for a folder that is no model, or changes that no sampler
-    takes.
+    changes: to the model's own sampler. Raises InputError for a folder that is no model, or changes
+    that no sampler takes.
     """
-    diffusers.utils.logging.disable_progress_bar()  # it counts loaded parts: one here, LLMs and codec come later
+    # it counts loaded parts: one here, LLMs and codec come later
+    diffusers.utils.logging.disable_progress_bar()
     pipe = LIDiTPipeline.from_pretrained(model)
     if changes is not None:
         pipe.change_sampler(changes)
@@ -49,13 +53,16 @@ def run_recipe(folder: Path) -> Recipe | None:
     """
     try:
         tree = json.loads((folder / "recipe.json").read_text())
-        return Recipe.model_validate({key: value for key, value in tree.items() if key in Recipe.model_fields})
+        return Recipe.model_validate(
+            {key: value for key, value in tree.items() if key in Recipe.model_fields}
+        )
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 
 def model_identity(model: Path, changes: SamplerChanges | None = None) -> dict[str, Any]:
-    """The weights and the settings they sample with, with `changes` to the model's own sampler: scores are of these.
+    """The weights and the settings they sample with, with `changes` to the model's own sampler:
+    scores are of these.
 
     Raises InputError where `model` is no model folder, or its sampler cannot be changed so.
     """
@@ -69,13 +76,18 @@ def model_identity(model: Path, changes: SamplerChanges | None = None) -> dict[s
 def weights_digest(model: Path) -> str:
     """sha256 over the model folder's weight files.
 
-    Raises InputError for a folder without weights: no files have a digest too, and scores would be filed under it.
+    Raises InputError for a folder without weights: no files have a digest too, and scores would be
+    filed under it.
     """
     if not (model / INDEX).is_file():
-        raise InputError(f"{model}: no {INDEX}, so this is not a model folder written by lidit train")
+        raise InputError(
+            f"{model}: no {INDEX}, so this is not a model folder written by lidit train"
+        )
     weights = sorted(model.rglob("*.safetensors"))
     if not weights:
-        raise InputError(f"{model}: no weights (*.safetensors) in the model folder; copy it again, whole")
+        raise InputError(
+            f"{model}: no weights (*.safetensors) in the model folder; copy it again, whole"
+        )
     total = hashlib.sha256()
     for path in weights:
         with path.open("rb") as file:
@@ -84,7 +96,9 @@ def weights_digest(model: Path) -> str:
 
 
 def read_index(model: Path) -> dict[str, Any]:
-    """The settings in model_index.json that the model samples with. Raises InputError for a folder of no model."""
+    """The settings in model_index.json that the model samples with. Raises InputError for a folder
+    of no model.
+    """
     path = model / INDEX
     index = read_object(path, "give a model folder written by lidit train")
     return {name: index.get(name) for name in SAMPLED_BY}

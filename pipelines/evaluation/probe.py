@@ -16,7 +16,8 @@ from pipelines.runtime.progress import ProgressBar
 
 
 def corpus_encoders(corpus: Corpus) -> list[EncoderSettings]:
-    """The LLMs behind a corpus's finished text families, one per model: with an instruction where a family has one.
+    """The LLMs behind a corpus's finished text families, one per model: with an instruction where a
+    family has one.
 
     Raises InputError for a corpus without a finished family.
     """
@@ -28,7 +29,10 @@ def corpus_encoders(corpus: Corpus) -> list[EncoderSettings]:
             if settings.model not in encoders or encoders[settings.model].instruction == "":
                 encoders[settings.model] = settings
     if not encoders:
-        raise InputError(f"{corpus.folder.location}: no finished text family to take LLMs from; run lidit embed first")
+        raise InputError(
+            f"{corpus.folder.location}: no finished text family to take LLMs from; run "
+            "lidit embed first"
+        )
     return list(encoders.values())
 
 
@@ -40,16 +44,20 @@ def run_probe(
     tracker: TrackingSettings,
     title: str = "What the states of a prompt hold",
 ) -> Path:
-    """Probe every LLM with and without instruction, causal and with the mask removed; returns the report's page.
+    """Probe every LLM with and without instruction, causal and with the mask removed; returns the
+    report's page.
 
-    Raises InputError for a model that cannot be loaded and a caption style that cannot describe four objects.
+    Raises InputError for a model that cannot be loaded and a caption style that cannot describe
+    four objects.
     """
     # No score file: a call probes anew.
     names = [settings.name for settings in encoders]
     params = {"encoders": ", ".join(names), "styles": ", ".join(styles), "captions": str(count)}
     job = Job(f"probe {' '.join(names)}", out.resolve().parent, {"lidit.job": "probe"}, params)
     probed = [settings.model_dump(mode="json") for settings in encoders]
-    card = Scorecard(out, job, {"probe": probed, "styles": list(styles), "captions": count}, tracker)
+    card = Scorecard(
+        out, job, {"probe": probed, "styles": list(styles), "captions": count}, tracker
+    )
     with card.evaluating():
         captions = {style: probe_captions(style, count) for style in styles}
         grid = [entry for settings in encoders for entry in settings_grid(settings)]

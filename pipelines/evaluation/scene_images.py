@@ -1,6 +1,7 @@
 """The scene benchmark's images: sampled once, kept in GenEval's layout, read back one by one.
 
-The folder's name is the digest of everything its images depend on, so an image in it is never of other settings.
+The folder's name is the digest of everything its images depend on, so an image in it is never of
+other settings.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ def images_folder(identity: str) -> str:
     return f"{IMAGES}/{identity[:NAME_LENGTH]}"
 
 
-def scene_targets(items: Sequence[Mapping[str, Any]], settings: EvaluateSettings) -> list[ImageTarget]:
-    """`00000/samples/0000.png` ..., prompt by prompt; every image of the benchmark has a seed of its own."""
+def scene_targets(
+    items: Sequence[Mapping[str, Any]], settings: EvaluateSettings
+) -> list[ImageTarget]:
+    """`00000/samples/0000.png` ..., prompt by prompt; every image of the benchmark has a seed of
+    its own.
+    """
     count = settings.images_per_prompt
     return [
         ImageTarget(
@@ -63,16 +68,23 @@ def sample_scenes(
             lacking = sum(target.path in absent for target in batch)
             if not lacking:
                 continue
-            # Sample the whole batch even if some images exist: batch composition can change an image's last bits.
-            drawn = pipe([t.prompt for t in batch], seed=[t.seeds[0] for t in batch], output_type="pt")
+            # Sample the whole batch even if some images exist: batch composition can change an
+            # image's last bits.
+            drawn = pipe(
+                [t.prompt for t in batch], seed=[t.seeds[0] for t in batch], output_type="pt"
+            )
             for target, image in zip(batch, image_bytes(drawn.images)):
                 if target.path in absent:
                     save_target(folder, target, [image])
             progress.advance(lacking)
 
 
-def read_scenes(folder: Path, targets: Sequence[ImageTarget], per_prompt: int) -> Iterator[Iterator[NDArray[np.uint8]]]:
-    """The images of each prompt, read when they are asked for. Raises InputError for a file that is no image."""
+def read_scenes(
+    folder: Path, targets: Sequence[ImageTarget], per_prompt: int
+) -> Iterator[Iterator[NDArray[np.uint8]]]:
+    """The images of each prompt, read when they are asked for. Raises InputError for a file that is
+    no image.
+    """
     for start in range(0, len(targets), per_prompt):
         yield (read_image(folder / target.path) for target in targets[start : start + per_prompt])
 
@@ -81,7 +93,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG
+    except (OSError, SyntaxError, ValueError) as error:
+        # Pillow raises SyntaxError for a broken PNG
         raise InputError(
             f"{path}: not readable as an image ({error}); delete it and run the same command again"
         ) from None

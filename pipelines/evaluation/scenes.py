@@ -27,17 +27,22 @@ from pipelines.runtime.progress import ProgressBar
 SCORES, TABLE, RESULTS, GRID = "scores.json", "scores.md", "results.jsonl", "grid.png"
 POSITIONS = "positions.png"
 GRID_PER_TAG = 6
-# Scores depend on these besides model and settings: prompts or rules of another version are another benchmark.
+# Scores depend on these besides model and settings: prompts or rules of another version are another
+# benchmark.
 RULES = {"generator": GENERATOR_VERSION, "scorer": SCORER_VERSION}
-UNUSED = {"binding_scenes", "pictures", "sampler"}  # of the settings; the sampler counts as part of the model
+# of the settings; the sampler counts as part of the model
+UNUSED = {"binding_scenes", "pictures", "sampler"}
 
 
-def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path) -> Scores:
-    """Sample and score the benchmark's prompts; nothing is done again for the same weights, sampler and settings.
+def evaluate_scenes(
+    model: Path, settings: EvaluateSettings, tracker: TrackingSettings, out: Path
+) -> Scores:
+    """Sample and score the benchmark's prompts; nothing is done again for the same weights, sampler
+    and settings.
 
-    Images that an interrupted call has sampled are kept. Once there are scores, `out` holds the images of this model
-    and these settings only. The scores' table has lax and strict scores, intervals and the chance floor of each
-    category.
+    Images that an interrupted call has sampled are kept. Once there are scores, `out` holds the
+    images of this model and these settings only. The scores' table has lax and strict scores,
+    intervals and the chance floor of each category.
     """
     # What the scores depend on, and whether an earlier call has them.
     used = settings.model_dump(mode="json", exclude=UNUSED) | RULES
@@ -50,7 +55,9 @@ def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSe
     with card.evaluating():
         # Sample what an interrupted call has not sampled yet.
         pipe = load_pipeline(model, settings.sampler)
-        items = benchmark_prompts(pipe.config.height, settings.layout, settings.seed, settings.per_tag, settings.tags)
+        items = benchmark_prompts(
+            pipe.config.height, settings.layout, settings.seed, settings.per_tag, settings.tags
+        )
         targets, images = scene_targets(items, settings), images_folder(card.identity)
         sample_scenes(pipe, items, targets, out / images, settings.batch_size)
         # Judge the images.
@@ -60,21 +67,34 @@ def evaluate_scenes(model: Path, settings: EvaluateSettings, tracker: TrackingSe
         # Write the results; images of earlier evaluations go when the new scores stand.
         card.begin()
         metrics, table, files = _write(out, evaluation, images)
-        record = {"identity": card.identity, "made_with": made_with, "metrics": metrics, "table": table}
+        record = {
+            "identity": card.identity,
+            "made_with": made_with,
+            "metrics": metrics,
+            "table": table,
+        }
         card.publish(metrics, files, record)
         remove_others(out / images)
         return Scores(metrics, table, out, computed=True)
 
 
-def _write(out: Path, evaluation: Evaluation, images: str) -> tuple[dict[str, float], str, list[str]]:
-    """Write every file but the score file; returns metrics, table and the files that go to the tracker."""
+def _write(
+    out: Path, evaluation: Evaluation, images: str
+) -> tuple[dict[str, float], str, list[str]]:
+    """Write every file but the score file; returns metrics, table and the files that go to the
+    tracker.
+    """
     metrics, table = evaluation.metrics(), evaluation.table()
     files = [RESULTS, TABLE, GRID]
     curves = scene_curves(evaluation)
     if curves:
         plot_curves(out / POSITIONS, curves)
         files.append(POSITIONS)
-        metrics |= {f"{tag}/{key}": value for tag, curve in curves.items() for key, value in curve.metrics().items()}
+        metrics |= {
+            f"{tag}/{key}": value
+            for tag, curve in curves.items()
+            for key, value in curve.metrics().items()
+        }
         table = f"{table}\n\n{positions_table(curves)}"
     write_results(out / RESULTS, evaluation, images)
     (out / TABLE).write_text(table + "\n")
@@ -83,10 +103,14 @@ def _write(out: Path, evaluation: Evaluation, images: str) -> tuple[dict[str, fl
 
 
 def _write_grid(path: Path, evaluation: Evaluation, images: Path) -> None:
-    """The first images of each category, a row each, framed by the strict rule: chosen by position, not by result."""
+    """The first images of each category, a row each, framed by the strict rule: chosen by position,
+    not by result.
+    """
     shown: list[ScoredImage] = []
     for tag in evaluation.tags:
-        shown += [image for image in evaluation.images if image.item["tag"] == tag.tag][:GRID_PER_TAG]
+        shown += [image for image in evaluation.images if image.item["tag"] == tag.tag][
+            :GRID_PER_TAG
+        ]
     grid = labelled_grid(
         [read_image(images / image.filename) for image in shown],
         [str(image.item["prompt"]) for image in shown],

@@ -1,4 +1,5 @@
-"""One evaluation's results: recognised from an earlier call, or written, tracked and marked complete.
+"""One evaluation's results: recognised from an earlier call, or written, tracked and marked
+complete.
 
 card = Scorecard(out, job, made_with, tracking)
 card.known(...)     the record of an earlier call with the same `made_with`, if there is one
@@ -26,7 +27,9 @@ from pipelines import tracking
 
 @dataclass(frozen=True)
 class Scores:
-    """`metrics`: flat numbers. `table`: Markdown. `computed`: False where an earlier call's scores were found."""
+    """`metrics`: flat numbers. `table`: Markdown. `computed`: False where an earlier call's scores
+    were found.
+    """
 
     metrics: dict[str, float]
     table: str
@@ -38,7 +41,8 @@ class Scores:
 class Job:
     """An evaluation as the tracker names it.
 
-    home: folder of the sqlite store, unless settings or environment name another store. prefix: of the metrics' names.
+    home: folder of the sqlite store, unless settings or environment name another store. prefix: of
+    the metrics' names.
     file: the score file; without one every call computes anew.
     """
 
@@ -51,27 +55,43 @@ class Job:
 
     @classmethod
     def of_model(
-        cls, title: str, model: Path, kind: str, params: Mapping[str, str], prefix: str, file: str | None = None
+        cls,
+        title: str,
+        model: Path,
+        kind: str,
+        params: Mapping[str, str],
+        prefix: str,
+        file: str | None = None,
     ) -> Self:
-        """An evaluation of the model folder OUTPUT/NAME/model, tracked in the store that its training used."""
+        """An evaluation of the model folder OUTPUT/NAME/model, tracked in the store that its
+        training used.
+        """
         run_folder = model.resolve().parent
         tags = {"lidit.job": kind, "lidit.model": str(model)}
         return cls(f"{title} {run_folder.name}", run_folder.parent, tags, params, prefix, file)
 
 
 class Scorecard:
-    """The results of one evaluation in the folder `out`; `made_with` is everything they depend on."""
+    """The results of one evaluation in the folder `out`; `made_with` is everything
+    they depend on.
+    """
 
-    def __init__(self, out: Path, job: Job, made_with: Mapping[str, Any], settings: TrackingSettings) -> None:
+    def __init__(
+        self, out: Path, job: Job, made_with: Mapping[str, Any], settings: TrackingSettings
+    ) -> None:
         self.out, self.job, self.made_with, self.settings = out, job, made_with, settings
         self.identity = digest_of(made_with)
 
     def known(self, *keys: str) -> dict[str, Any] | None:
-        """The score file's record, or None unless it was made with the same and holds all `keys`."""
+        """The score file's record, or None unless it was made with the same and
+        holds all `keys`.
+        """
         if self.job.file is None:
             return None
         try:
-            record: dict[str, Any] = json.loads((self.out / self.job.file).read_text(encoding="utf-8"))
+            record: dict[str, Any] = json.loads(
+                (self.out / self.job.file).read_text(encoding="utf-8")
+            )
             whole = record["identity"] == self.identity and all(key in record for key in keys)
         except (OSError, ValueError, KeyError, TypeError):
             return None  # missing or torn: the evaluation is made again
@@ -79,27 +99,40 @@ class Scorecard:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Own the folder while the evaluation runs. Raises InputError where another call owns it, and where the
-        tracker refuses the experiment: before the evaluation's work."""
-        tracking.check_experiment(tracking.store_uri(self.settings.uri, self.job.home), self.settings.experiment)
+        """Own the folder while the evaluation runs. Raises InputError where another call owns it,
+        and where the
+        tracker refuses the experiment: before the evaluation's work.
+        """
+        tracking.check_experiment(
+            tracking.store_uri(self.settings.uri, self.job.home), self.settings.experiment
+        )
         with owned(self.out, "evaluated"):
             yield
 
     def begin(self) -> None:
-        """Delete the old score file first: its presence means that the files beside it are complete."""
+        """Delete the old score file first: its presence means that the files beside it are
+        complete.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         if self.job.file is not None:
             (self.out / self.job.file).unlink(missing_ok=True)
 
     def publish(
-        self, metrics: Mapping[str, float], files: Sequence[str], record: Mapping[str, Any] | None = None
+        self,
+        metrics: Mapping[str, float],
+        files: Sequence[str],
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Track the metrics and the `files` of `out` in a run of their own, then write `record` as the score file."""
+        """Track the metrics and the `files` of `out` in a run of their own, then write `record` as
+        the score file.
+        """
         job, prefix = self.job, f"{self.job.prefix}/" if self.job.prefix else ""
         recognised = {"lidit.identity": self.identity} if job.file is not None else {}
         uri = tracking.store_uri(self.settings.uri, job.home)
         key, tags = self.identity[:32], {**job.tags, **recognised}
-        with tracking.tracked_run(uri, self.settings.experiment, job.run, key, job.params, tags, self.out) as run:
+        with tracking.tracked_run(
+            uri, self.settings.experiment, job.run, key, job.params, tags, self.out
+        ) as run:
             run.metrics({f"{prefix}{name}": value for name, value in metrics.items()}, 0)
             for file in files:
                 run.artifact(self.out / file)

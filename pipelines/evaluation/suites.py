@@ -1,6 +1,8 @@
-"""The official suites' images, sampled by a pool of workers; and what the official scorers say, in the tracker.
+"""The official suites' images, sampled by a pool of workers; and what the official scorers say, in
+the tracker.
 
-An image whose file is whole is done, so a rerun samples only the missing images, on any number of workers.
+An image whose file is whole is done, so a rerun samples only the missing images, on any number of
+workers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ import torch
 from lidit.config import EvaluateSettings, PoolSettings, SamplerChanges, TrackingSettings
 from lidit.evals.scenes.positional import plot_curves
 from lidit.evals.suites.registry import SuiteScores, parse_results, prepare_folder, suite_parts
-from lidit.evals.suites.targets import FIRST_SEED, IDENTITY_FILE, ImageTarget, check_drawn, missing, save_target
+from lidit.evals.suites.targets import (
+    FIRST_SEED,
+    IDENTITY_FILE,
+    ImageTarget,
+    check_drawn,
+    missing,
+    save_target,
+)
 from lidit.pipeline import LIDiTPipeline, image_bytes
 from pipelines.evaluation.models import load_pipeline, weights_digest
 from pipelines.evaluation.scorecard import Job, Scorecard
@@ -38,13 +47,19 @@ class SuiteImages:
 
 
 def sample_suite(
-    model: Path, suite: str, prompts: Sequence[Path], settings: EvaluateSettings, pool: PoolSettings, out: Path
+    model: Path,
+    suite: str,
+    prompts: Sequence[Path],
+    settings: EvaluateSettings,
+    pool: PoolSettings,
+    out: Path,
 ) -> SuiteImages:
-    """Sample what a suite's prompt files ask for and `out` lacks, in the layout the official scorer reads.
+    """Sample what a suite's prompt files ask for and `out` lacks, in the layout the official scorer
+    reads.
 
-    settings: `batch_size`, images in one sampling batch, and `sampler`, changes to the model's own. Raises InputError
-    for prompt files that are not the suite's, a folder with images of another model or prompt list, or a model that
-    cannot be loaded; JobError where workers die too often.
+    settings: `batch_size`, images in one sampling batch, and `sampler`, changes to the model's own.
+    Raises InputError for prompt files that are not the suite's, a folder with images of another
+    model or prompt list, or a model that cannot be loaded; JobError where workers die too often.
     """
     started = time.monotonic()
     # A wrong file, model or sampler is noticed here, before any worker starts.
@@ -65,14 +80,20 @@ def sample_suite(
     # Workers sample the missing images.
     targets = [target for part in parts for target in part.targets]
     absent = missing(out, targets)
-    with ProgressBar(f"draw {suite}", len(targets), "files", start=len(targets) - len(absent)) as progress:
+    with ProgressBar(
+        f"draw {suite}", len(targets), "files", start=len(targets) - len(absent)
+    ) as progress:
         for count in _sample(model.resolve(), settings, out.resolve(), absent, pool):
             progress.advance(count)
     return SuiteImages(out, len(targets), len(absent), time.monotonic() - started)
 
 
 def _sample(
-    model: Path, settings: EvaluateSettings, out: Path, targets: list[ImageTarget], pool: PoolSettings
+    model: Path,
+    settings: EvaluateSettings,
+    out: Path,
+    targets: list[ImageTarget],
+    pool: PoolSettings,
 ) -> Iterator[int]:
     """Numbers of files finished, as they are finished."""
     if not targets:
@@ -86,10 +107,14 @@ def _sample(
     kind = ray.remote(**resources.demands(pool), **lives)(ImageActor)
     batches = _batches(targets, settings.batch_size)
     threads = max(1, int(pool.cpus))
-    actors = [kind.remote(model, settings.sampler, threads) for _ in range(min(pool.actors, len(batches)))]
+    actors = [
+        kind.remote(model, settings.sampler, threads) for _ in range(min(pool.actors, len(batches)))
+    ]
     try:
         with resources.plain_errors("a worker could not draw; finished images are kept"):
-            yield from ActorPool(actors).map_unordered(lambda actor, batch: actor.sample.remote(out, batch), batches)
+            yield from ActorPool(actors).map_unordered(
+                lambda actor, batch: actor.sample.remote(out, batch), batches
+            )
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -125,18 +150,23 @@ def track_results(
 ) -> SuiteScores:
     """The official aggregates of `results`, written to `out` and logged as a run of their own.
 
-    Raises InputError where `model` is no model folder, the results are not what the suite's scorer writes, or the
-    images they are of were sampled with other weights.
+    Raises InputError where `model` is no model folder, the results are not what the suite's scorer
+    writes, or the images they are of were sampled with other weights.
     """
     # The images' own record says which weights they are of.
     weights, images = weights_digest(model), out / suite
-    categories = [path.parent for path in sorted(results.glob(f"*/{IDENTITY_FILE}"))] if results.is_dir() else []
+    categories = (
+        [path.parent for path in sorted(results.glob(f"*/{IDENTITY_FILE}"))]
+        if results.is_dir()
+        else []
+    )
     sampled_with = check_drawn(categories or [results.parent, images], suite, weights)
     scores = parse_results(suite, results, graph, drawn=images)
     if not sampled_with:
         unknown = f"NOT CHECKED: no {IDENTITY_FILE} in {images} says which weights drew the images"
         scores = replace(scores, notes=(*scores.notes, unknown))
-    # Write the report, and track it; no score file: reading results is quick, so every call does it anew.
+    # Write the report, and track it; no score file: reading results is quick, so every call does it
+    # anew.
     sampler = sampled_with.get("sampler")
     params = {"results": str(results), **({"sampler": json.dumps(sampler)} if sampler else {})}
     job = Job.of_model(suite, model, "evaluate", params, prefix=suite)

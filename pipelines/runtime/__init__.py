@@ -1,1 +1,3 @@
-"""Where jobs meet Ray: the cluster they join or start, what they ask of it, what it sees of them."""
+"""Where jobs meet Ray: the cluster they join or start, what they ask of it, what it
+sees of them.
+"""

@@ -30,8 +30,11 @@ def start(cpus: int, temp_dir: str | None, settings: dict[str, Any]) -> None:
     if place.spill:
         settings = settings | {"object_spilling_directory": place.spill}
     for attempt in range(1, TRIES + 1):
-        before = {child.pid for child in ray_children()}  # an earlier Ray's may still be on their way out
-        patience = {} if PATIENCE in os.environ else {PATIENCE: str(FIRST_PATIENCE * 2 ** (attempt - 1))}
+        # an earlier Ray's may still be on their way out
+        before = {child.pid for child in ray_children()}
+        patience = (
+            {} if PATIENCE in os.environ else {PATIENCE: str(FIRST_PATIENCE * 2 ** (attempt - 1))}
+        )
         os.environ.update(patience)
         try:
             _start(cpus, place.folder, settings)
@@ -44,11 +47,14 @@ def start(cpus: int, temp_dir: str | None, settings: dict[str, Any]) -> None:
                 raise
             if attempt == TRIES:
                 raise JobError(
-                    f"Ray did not start in {TRIES} tries ({one_line(error, 200)}); the machine may be too busy "
+                    f"Ray did not start in {TRIES} tries ({one_line(error, 200)}); the machine "
+                    "may be too busy "
                     "or short of memory: run the same command again when it has less to do, or set "
                     "RAY_ADDRESS to a cluster"
                 ) from None
-            log.warning("Ray did not start (%s): try %d of %d", one_line(error, 200), attempt + 1, TRIES)
+            log.warning(
+                "Ray did not start (%s): try %d of %d", one_line(error, 200), attempt + 1, TRIES
+            )
         finally:
             for name in patience:
                 os.environ.pop(name, None)
@@ -78,15 +84,19 @@ def _clear(before: set[int]) -> None:
 
 
 def _tell_slow_store(head: list[Process]) -> None:
-    """Say that objects live in files because /dev/shm is too small: Ray decides so and only logs it."""
+    """Say that objects live in files because /dev/shm is too small: Ray decides so and only logs
+    it.
+    """
     for raylet in head:
         store, wanted = raylet.option("plasma_directory"), raylet.option("object_store_memory")
         if not store or not wanted or store == "/dev/shm":
             continue
         has, size = os.statvfs("/dev/shm"), int(wanted)
         log.warning(
-            "/dev/shm has %.1f GB free, Ray's object store wants %.1f GB: it is kept in %s, which is slower; start the "
-            "container with more (docker run --shm-size=%.0fg; on Kubernetes an emptyDir with medium: Memory)",
+            "/dev/shm has %.1f GB free, Ray's object store wants %.1f GB: it is kept in %s, "
+            "which is slower; start the "
+            "container with more (docker run --shm-size=%.0fg; on Kubernetes an emptyDir with "
+            "medium: Memory)",
             has.f_bavail * has.f_frsize / GIGABYTE,
             size / GIGABYTE,
             store,

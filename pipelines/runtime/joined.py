@@ -1,4 +1,6 @@
-"""A cluster that RAY_ADDRESS names: joined, or refused with what is wrong with the address; then watched."""
+"""A cluster that RAY_ADDRESS names: joined, or refused with what is wrong with the address; then
+watched.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +23,30 @@ REMEDY = "start the cluster, correct the address, or unset it for a Ray of this 
 def join(address: str) -> None:
     """Connect this process to the cluster at `address`: "auto", or the head's host:port.
 
-    Raises InputError where nobody answers there, or where Ray refuses. Without a look of our own, Ray would try an
-    address at which nobody listens for four minutes.
+    Raises InputError where nobody answers there, or where Ray refuses. Without a look of our own,
+    Ray would try an address at which nobody listens for four minutes.
     """
     import ray
 
     if "://" in address:
         raise InputError(
-            f"{CLUSTER_ADDRESS}={address}: a job runs inside its cluster; give the head's host:port (6379), or "
+            f"{CLUSTER_ADDRESS}={address}: a job runs inside its cluster; give the head's "
+            "host:port (6379), or "
             "send the job there with lidit submit"
         )
     if address != "auto":
         _require_listener(address)
-    # Only here: an embedded Ray makes its own token, but refuses to start when the mode is set and none exists.
+    # Only here: an embedded Ray makes its own token, but refuses to start when the mode is set and
+    # none exists.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
-        ray.init(address="auto", logging_level=logging.ERROR)  # "auto": Ray reads the variable itself
+        # "auto": Ray reads the variable itself
+        ray.init(address="auto", logging_level=logging.ERROR)
     except (ValueError, RuntimeError, OSError) as error:
         ray.shutdown()
-        raise InputError(f"{CLUSTER_ADDRESS}={address}: Ray cannot join ({one_line(error, 300)}); {REMEDY}") from None
+        raise InputError(
+            f"{CLUSTER_ADDRESS}={address}: Ray cannot join ({one_line(error, 300)}); {REMEDY}"
+        ) from None
     here = raylets(ray.get_runtime_context().get_node_id())
     watch_processes({raylet.pid: raylet.name for raylet in here})
     watch_head()

@@ -1,4 +1,6 @@
-"""The network between training's processes, tried by what training asks of it: sums over all of them."""
+"""The network between training's processes, tried by what training asks of it: sums over all of
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,16 @@ from lidit.errors import JobError, one_line
 
 MEGABYTES = {"cuda": 256, "cpu": 8}
 ROUNDS, WARM_UP = 10, 3
-START_SECONDS, REDUCE_SECONDS = 300, 120  # a process imports torch first, on a machine that may be busy
+# a process imports torch first, on a machine that may be busy
+START_SECONDS, REDUCE_SECONDS = 300, 120
 
 
 @dataclass(frozen=True)
 class Reduction:
     """What one process of the probe saw.
 
-    `seconds`: of one sum; `locked`: bytes of memory that may be locked, -1 without limit; `adapters`: of RDMA.
+    `seconds`: of one sum; `locked`: bytes of memory that may be locked, -1 without limit;
+    `adapters`: of RDMA.
     """
 
     node: str
@@ -41,7 +45,8 @@ class Reduction:
 
 @dataclass(frozen=True)
 class NetworkProbe:
-    """An all-reduce over a cluster: `bandwidth` in bytes/s is comparable for any number of processes.
+    """An all-reduce over a cluster: `bandwidth` in bytes/s is comparable for any number of
+    processes.
 
     A ring moves 2 (n - 1) / n of the bytes through every process ("bus bandwidth" of nccl-tests).
     """
@@ -82,7 +87,9 @@ class Member:
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         backend = "nccl" if on_gpu else "gloo"
         limit = timedelta(seconds=REDUCE_SECONDS)
-        dist.init_process_group(backend, f"tcp://{address}", timeout=limit, world_size=world_size, rank=rank)
+        dist.init_process_group(
+            backend, f"tcp://{address}", timeout=limit, world_size=world_size, rank=rank
+        )
         try:
             seconds = timed_sum(device, rank, world_size, MEGABYTES[device.type])
         finally:
@@ -131,16 +138,25 @@ def probe_network() -> NetworkProbe:
     members: list[Any] = []
     try:
         if not group.wait(START_SECONDS):
-            raise JobError(f"no place for {count} processes with {each} each within {START_SECONDS} s")
+            raise JobError(
+                f"no place for {count} processes with {each} each within {START_SECONDS} s"
+            )
         for place in range(count):
             inside = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place)
-            kind = ray.remote(num_cpus=each.get("CPU", 0), num_gpus=each.get("GPU", 0), scheduling_strategy=inside)
+            kind = ray.remote(
+                num_cpus=each.get("CPU", 0), num_gpus=each.get("GPU", 0), scheduling_strategy=inside
+            )
             members.append(kind(Member).remote())
         address = ray.get(members[0].address.remote(), timeout=START_SECONDS)
-        calls = [member.reduce.remote(rank, count, address, bool(gpus)) for rank, member in enumerate(members)]
+        calls = [
+            member.reduce.remote(rank, count, address, bool(gpus))
+            for rank, member in enumerate(members)
+        ]
         return NetworkProbe.of(ray.get(calls, timeout=START_SECONDS + REDUCE_SECONDS))
     except ray.exceptions.GetTimeoutError:
-        raise JobError(f"{count} processes did not meet within {START_SECONDS + REDUCE_SECONDS} s") from None
+        raise JobError(
+            f"{count} processes did not meet within {START_SECONDS + REDUCE_SECONDS} s"
+        ) from None
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         raise JobError(one_line(cause or error, 300)) from None

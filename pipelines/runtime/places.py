@@ -1,4 +1,6 @@
-"""Where an embedded Ray keeps its files: folders that it can write and whose names leave room for its sockets."""
+"""Where an embedded Ray keeps its files: folders that it can write and whose names leave room for
+its sockets.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RayFolder:
-    """folder: Ray's `_temp_dir`, None for Ray's own choice. spill: where objects go that memory has no room for."""
+    """folder: Ray's `_temp_dir`, None for Ray's own choice. spill: where objects go that memory has
+    no room for.
+    """
 
     folder: str | None = None
     spill: str | None = None
 
 
 def ray_folder(short: Sequence[str] = SHORT) -> RayFolder:
-    """The folder of RAY_TMPDIR, TMPDIR or /tmp where it serves; else a private one in the first of `short` that does.
+    """The folder of RAY_TMPDIR, TMPDIR or /tmp where it serves; else a private one in the first of
+    `short` that does.
 
     Raises InputError where no folder serves.
     """
@@ -51,7 +56,8 @@ def ray_folder(short: Sequence[str] = SHORT) -> RayFolder:
             spill = base if os.access(base, os.W_OK | os.X_OK) else None
             return RayFolder(str(private / "r"), spill)
     raise InputError(
-        f"{asked} {problem}, and neither does {' nor '.join(short)} serve; set RAY_TMPDIR to a folder "
+        f"{asked} {problem}, and neither does {' nor '.join(short)} serve; set RAY_TMPDIR to a "
+        "folder "
         f"you may write, of at most {room() - len('/ray')} bytes"
     )
 
@@ -62,7 +68,9 @@ def room() -> int:
 
 
 def private_folder(parent: str) -> Path | None:
-    """A folder of this process alone, removed after Ray at the end; None where `parent` gives none that is short."""
+    """A folder of this process alone, removed after Ray at the end; None where `parent` gives none
+    that is short.
+    """
     if len(os.fsencode(parent)) + len("/ray-12345678/r") > room():
         return None
     try:
@@ -93,7 +101,8 @@ def own_token(parents: Sequence[str] = SHORT) -> None:
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
             return
     raise InputError(
-        f"HOME={home or ''}: Ray cannot keep its token there, nor in {', '.join(parents)}; set RAY_AUTH_TOKEN_PATH"
+        f"HOME={home or ''}: Ray cannot keep its token there, nor in {', '.join(parents)}; set "
+        "RAY_AUTH_TOKEN_PATH"
     )
 
 
@@ -105,7 +114,11 @@ def _problem(folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"cannot be used ({error.strerror})"
-    return None if os.access(folder, os.W_OK | os.X_OK) else "holds a folder ray that cannot be written"
+    return (
+        None
+        if os.access(folder, os.W_OK | os.X_OK)
+        else "holds a folder ray that cannot be written"
+    )
 
 
 def _can_keep(file: Path) -> bool:
@@ -114,11 +127,14 @@ def _can_keep(file: Path) -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
-    return os.access(file, os.R_OK) or (not os.access(file, os.F_OK) and os.access(file.parent, os.W_OK | os.X_OK))
+    return os.access(file, os.R_OK) or (
+        not os.access(file, os.F_OK) and os.access(file.parent, os.W_OK | os.X_OK)
+    )
 
 
 def _remove(folder: Path) -> None:
     import ray
 
-    ray.shutdown()  # its processes write there until they end; and this may run before Ray's own ending
+    # its processes write there until they end; and this may run before Ray's own ending
+    ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

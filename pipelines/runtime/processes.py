@@ -22,7 +22,9 @@ class Process:
     def option(self, name: str) -> str | None:
         """The value of `--name=value` on its command line."""
         begin = f"--{name}="
-        return next((word.removeprefix(begin) for word in self.words if word.startswith(begin)), None)
+        return next(
+            (word.removeprefix(begin) for word in self.words if word.startswith(begin)), None
+        )
 
 
 def children() -> list[Process]:
@@ -31,7 +33,9 @@ def children() -> list[Process]:
 
 
 def raylets(node_id: str) -> list[Process]:
-    """The raylet of a node by its number: a process that somebody else has started, on this machine."""
+    """The raylet of a node by its number: a process that somebody else has started, on this
+    machine.
+    """
     found = [process for _, process in _processes() if process.name == "raylet"]
     return [raylet for raylet in found if raylet.option("node_id") == node_id]
 
@@ -52,9 +56,15 @@ def _processes() -> Iterator[tuple[int, Process]]:
 
 
 def ray_children() -> list[Process]:
-    """The processes of the embedded Ray that this process has started: every one names the session's folder."""
+    """The processes of the embedded Ray that this process has started: every one names the
+    session's folder.
+    """
     mark = f"_{os.getpid()}"
-    return [child for child in children() if any("/session_" in word and mark in word for word in child.words)]
+    return [
+        child
+        for child in children()
+        if any("/session_" in word and mark in word for word in child.words)
+    ]
 
 
 def end(lost: list[Process]) -> None:

@@ -1,4 +1,6 @@
-"""What a person sees while long work runs: a bar with a rate and an ETA; plain lines where there is no terminal."""
+"""What a person sees while long work runs: a bar with a rate and an ETA; plain lines where there is
+no terminal.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """The part of the terminal that bars are drawn in. Bars of several threads share one: hand it to each of them."""
+    """The part of the terminal that bars are drawn in. Bars of several threads share one: hand it
+    to each of them.
+    """
 
     def __init__(self) -> None:
         self._bars: Progress | None = None
@@ -48,7 +52,9 @@ class Display:
             self._bars.stop()
 
     def bars(self) -> Progress | None:
-        """Where bars are added, shown from the first call on; None without a terminal, where every bar prints lines."""
+        """Where bars are added, shown from the first call on; None without a terminal, where every
+        bar prints lines.
+        """
         with self._lock:
             console = Console(stderr=True)
             if self._bars is None and console.is_terminal and not os.environ.get(QUIET):
@@ -67,22 +73,30 @@ class Display:
 
 
 class ProgressBar:
-    """`with ProgressBar("embed smollm2", total=1944, unit="captions") as bar: bar.update(done, note)`.
+    """`with ProgressBar("embed smollm2", total=1944, unit="captions") as bar: bar.update(done,
+    note)`.
 
-    A `lidit.progress.Progress`. `total` is None where only the work knows it: nothing is shown until `expect` says it.
-    Steps that an earlier run finished are given as `start`, so that the rate and the ETA speak only of this process.
+    A `lidit.progress.Progress`. `total` is None where only the work knows it: nothing is shown
+    until `expect` says it. Steps that an earlier run finished are given as `start`, so that the
+    rate and the ETA speak only of this process.
     display: where other bars are shown at the same time; by default the bar has one for itself.
     """
 
     def __init__(
-        self, title: str, total: int | None, unit: str, start: int = 0, display: Display | None = None
+        self,
+        title: str,
+        total: int | None,
+        unit: str,
+        start: int = 0,
+        display: Display | None = None,
     ) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.start = self.done = start
         self.note = ""
         self._printed: tuple[int, str] | None = None  # (done, note) of the last plain line
         self._began = self._last_line = time.monotonic()
-        # The rate is that of the last updates: the first step of a job says little about the next thousand.
+        # The rate is that of the last updates: the first step of a job says little about the next
+        # thousand.
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_UPDATES)
         self._shared = display
         self._opened = ExitStack()
@@ -95,7 +109,10 @@ class ProgressBar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with self._opened:
             if self._bars is not None and self._task is not None:
@@ -107,7 +124,9 @@ class ProgressBar:
                 self._print()
 
     def expect(self, total: int, done: int = 0) -> None:
-        """There are `total` steps, `done` of them by an earlier run; again where more steps turn up."""
+        """There are `total` steps, `done` of them by an earlier run; again where more steps turn
+        up.
+        """
         self.total = total
         if not self._recent:
             self._begin(done)
@@ -115,7 +134,9 @@ class ProgressBar:
             self._bars.update(self._task, total=total)
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` steps are finished in all; `note` says what else matters now (loss, refused rows, ...)."""
+        """`done` steps are finished in all; `note` says what else matters now (loss, refused rows,
+        ...).
+        """
         self.done, self.note = done, note or self.note
         self._recent.append((time.monotonic(), done))
         if self._bars is not None and self._task is not None:
@@ -134,7 +155,9 @@ class ProgressBar:
         display = self._shared or self._opened.enter_context(Display())
         self._bars = display.bars()
         if self._bars is not None:
-            self._task = self._bars.add_task(self.title, total=self.total, completed=done, rate="", note="")
+            self._task = self._bars.add_task(
+                self.title, total=self.total, completed=done, rate="", note=""
+            )
 
     def _rate(self) -> str:
         (since, before), (now, done) = self._recent[0], self._recent[-1]
@@ -151,5 +174,14 @@ class ProgressBar:
         if os.environ.get(QUIET):
             return
         elapsed = duration(self._last_line - self._began)
-        parts = [f"{self.done}/{self.total} {self.unit}", self._rate(), f"{elapsed} gone", self.note]
-        print(f"{self.title}: " + ", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        parts = [
+            f"{self.done}/{self.total} {self.unit}",
+            self._rate(),
+            f"{elapsed} gone",
+            self.note,
+        ]
+        print(
+            f"{self.title}: " + ", ".join(part for part in parts if part),
+            file=sys.stderr,
+            flush=True,
+        )

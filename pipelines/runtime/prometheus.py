@@ -1,7 +1,9 @@
-"""What Prometheus sees of a running job: every metric of ours, declared once, exported by Ray as `ray_<name>`.
+"""What Prometheus sees of a running job: every metric of ours, declared once, exported by Ray as
+`ray_<name>`.
 
-`infra/monitoring` draws and alerts on these names; a test holds both sides together. Outside a running Ray the
-functions do nothing, and they never raise for a number a job could meet: watching must not stop work.
+`infra/monitoring` draws and alerts on these names; a test holds both sides together. Outside a
+running Ray the functions do nothing, and they never raise for a number a job could meet: watching
+must not stop work.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 @dataclass(frozen=True)
 class Declaration:
-    """One metric: `kind` is counter, gauge or histogram; `tag` names its one label; boundaries: a histogram's."""
+    """One metric: `kind` is counter, gauge or histogram; `tag` names its one label; boundaries: a
+    histogram's.
+    """
 
     kind: str
     tag: str
@@ -31,33 +35,60 @@ class Declaration:
 
 METRICS = {
     "lidit_ingested_rows_total": Declaration("counter", "corpus", "Samples read and kept"),
-    "lidit_quarantined_rows_total": Declaration("counter", "corpus", "Rows refused and written to quarantine"),
+    "lidit_quarantined_rows_total": Declaration(
+        "counter", "corpus", "Rows refused and written to quarantine"
+    ),
     "lidit_captions_total": Declaration("counter", "encoder", "Captions embedded and published"),
-    "lidit_tokens_total": Declaration("counter", "encoder", "Caption tokens embedded, padding excluded"),
-    "lidit_padding_waste_ratio": Declaration("gauge", "encoder", "Share of computed tokens that was padding"),
+    "lidit_tokens_total": Declaration(
+        "counter", "encoder", "Caption tokens embedded, padding excluded"
+    ),
+    "lidit_padding_waste_ratio": Declaration(
+        "gauge", "encoder", "Share of computed tokens that was padding"
+    ),
     "lidit_units_done_total": Declaration("counter", "encoder", "Units published by this job"),
     "lidit_units_left": Declaration("gauge", "encoder", "Units still to do"),
-    "lidit_unit_seconds_total": Declaration("counter", "encoder", "Time encoders spent on published units"),
+    "lidit_unit_seconds_total": Declaration(
+        "counter", "encoder", "Time encoders spent on published units"
+    ),
     "lidit_step_seconds": Declaration("histogram", "run", "Time of an optimizer step"),
-    # Ray sums a histogram from the middles of its buckets, so shares of time need an exact counter beside it.
+    # Ray sums a histogram from the middles of its buckets, so shares of time need an exact counter
+    # beside it.
     "lidit_train_seconds_total": Declaration("counter", "run", "Time spent in optimizer steps"),
     "lidit_data_wait_seconds_total": Declaration("counter", "run", "Time steps waited for data"),
     "lidit_mfu": Declaration("gauge", "run", "Model FLOPs utilisation, 0 to 1"),
     "lidit_loss": Declaration("gauge", "run", "Training loss of the last finite step"),
     "lidit_loss_nonfinite_total": Declaration("counter", "run", "Steps whose loss was not finite"),
-    "lidit_last_checkpoint_timestamp_seconds": Declaration("gauge", "run", "Unix time of the last complete checkpoint"),
-    "lidit_requests_total": Declaration("counter", "outcome", "Requests for pictures, by how they ended"),
-    "lidit_request_seconds": Declaration("histogram", "size", "Time from a request to its last picture"),
-    "lidit_first_preview_seconds": Declaration("histogram", "model", "Time from a request to its first preview"),
-    "lidit_queue_units": Declaration("gauge", "model", "Compute units, pixels x steps, that wait or are in work"),
-    "lidit_pass_seconds": Declaration("histogram", "size", "Time of a forward pass: a step", PASS_SECONDS),
+    "lidit_last_checkpoint_timestamp_seconds": Declaration(
+        "gauge", "run", "Unix time of the last complete checkpoint"
+    ),
+    "lidit_requests_total": Declaration(
+        "counter", "outcome", "Requests for pictures, by how they ended"
+    ),
+    "lidit_request_seconds": Declaration(
+        "histogram", "size", "Time from a request to its last picture"
+    ),
+    "lidit_first_preview_seconds": Declaration(
+        "histogram", "model", "Time from a request to its first preview"
+    ),
+    "lidit_queue_units": Declaration(
+        "gauge", "model", "Compute units, pixels x steps, that wait or are in work"
+    ),
+    "lidit_pass_seconds": Declaration(
+        "histogram", "size", "Time of a forward pass: a step", PASS_SECONDS
+    ),
     "lidit_passes_total": Declaration("counter", "model", "Forward passes of the network"),
-    "lidit_pass_rows_total": Declaration("counter", "model", "Rows of those passes; a guided picture has two"),
+    "lidit_pass_rows_total": Declaration(
+        "counter", "model", "Rows of those passes; a guided picture has two"
+    ),
     "lidit_verdicts_total": Declaration(
         "counter", "verdict", "Prompts and pictures judged: GUARD passed, refused, failed"
     ),
-    "lidit_unused_steps_total": Declaration("counter", "model", "Steps of pictures that nobody got"),
-    "lidit_prompt_states_total": Declaration("counter", "source", "States of prompts, from the cache or an LLM"),
+    "lidit_unused_steps_total": Declaration(
+        "counter", "model", "Steps of pictures that nobody got"
+    ),
+    "lidit_prompt_states_total": Declaration(
+        "counter", "source", "States of prompts, from the cache or an LLM"
+    ),
 }
 
 
@@ -69,8 +100,12 @@ def _metric(name: str) -> Any:
     declared = METRICS[name]
     tags = (declared.tag,)
     if declared.kind == "histogram":
-        return Histogram(name, declared.description, boundaries=list(declared.boundaries), tag_keys=tags)
-    return {"counter": Counter, "gauge": Gauge}[declared.kind](name, declared.description, tag_keys=tags)
+        return Histogram(
+            name, declared.description, boundaries=list(declared.boundaries), tag_keys=tags
+        )
+    return {"counter": Counter, "gauge": Gauge}[declared.kind](
+        name, declared.description, tag_keys=tags
+    )
 
 
 def _record(name: str, value: float, tag: str) -> None:
@@ -89,8 +124,8 @@ def _record(name: str, value: float, tag: str) -> None:
         metric.observe(float(value), tags)
 
 
-# Ray exports a gauge once for each time it is set. What does not change, such as a queue that stands, would be gone
-# from Prometheus when somebody should be told of it.
+# Ray exports a gauge once for each time it is set. What does not change, such as a queue that
+# stands, would be gone from Prometheus when somebody should be told of it.
 _gauges: dict[tuple[str, str], float] = {}
 
 
@@ -123,13 +158,19 @@ class IngestMetrics:
 
 
 class EmbedMetrics:
-    """The embedding of one encoder. Call from ONE process per encoder (the driver), or gauges contradict each other."""
+    """The embedding of one encoder. Call from ONE process per encoder (the driver), or gauges
+    contradict each other.
+    """
 
     def __init__(self, encoder: str) -> None:
         self.encoder = encoder
 
-    def unit_done(self, captions: int, tokens: int, padded_tokens: int, seconds: float, left: int) -> None:
-        """A unit was published: `tokens` real and `padded_tokens` computed tokens, `left` units still to do."""
+    def unit_done(
+        self, captions: int, tokens: int, padded_tokens: int, seconds: float, left: int
+    ) -> None:
+        """A unit was published: `tokens` real and `padded_tokens` computed tokens, `left` units
+        still to do.
+        """
         _record("lidit_captions_total", captions, self.encoder)
         _record("lidit_tokens_total", tokens, self.encoder)
         if padded_tokens > 0:
@@ -149,8 +190,12 @@ class TrainMetrics:
     def __init__(self, run: str) -> None:
         self.run = run
 
-    def step(self, seconds: float, data_wait_seconds: float, loss: float, mfu: float | None = None) -> None:
-        """An optimizer step took `seconds`, of which `data_wait_seconds` were spent waiting for a batch."""
+    def step(
+        self, seconds: float, data_wait_seconds: float, loss: float, mfu: float | None = None
+    ) -> None:
+        """An optimizer step took `seconds`, of which `data_wait_seconds` were spent waiting for a
+        batch.
+        """
         _record("lidit_step_seconds", seconds, self.run)
         _record("lidit_train_seconds_total", seconds, self.run)
         _record("lidit_data_wait_seconds_total", data_wait_seconds, self.run)
@@ -164,7 +209,11 @@ class TrainMetrics:
 
     def checkpoint_saved(self, timestamp: float | None = None) -> None:
         """A checkpoint became complete, now or at the given unix time."""
-        _record("lidit_last_checkpoint_timestamp_seconds", time.time() if timestamp is None else timestamp, self.run)
+        _record(
+            "lidit_last_checkpoint_timestamp_seconds",
+            time.time() if timestamp is None else timestamp,
+            self.run,
+        )
 
 
 class RequestMetrics:
@@ -178,7 +227,9 @@ class RequestMetrics:
         _record("lidit_queue_units", units, self.model)
 
     def ended(self, outcome: str, size: str, seconds: float, unused_steps: int = 0) -> None:
-        """A request ended. outcome: "drawn", or the audit log's word; unused_steps: taken for nothing."""
+        """A request ended. outcome: "drawn", or the audit log's word; unused_steps: taken for
+        nothing.
+        """
         _record("lidit_requests_total", 1, outcome)
         _record("lidit_unused_steps_total", unused_steps, self.model)
         if outcome == "drawn":
@@ -190,7 +241,9 @@ class RequestMetrics:
 
 
 class EngineMetrics:
-    """The work of one served model. Call from the process that does it, with what it has counted so far."""
+    """The work of one served model. Call from the process that does it, with what it has counted so
+    far.
+    """
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -215,5 +268,7 @@ class EngineMetrics:
 
 
 def judged(guard: str, verdict: str, count: int) -> None:
-    """A guard looked at so many things. verdict: "passed", "refused", or "failed" where it could not."""
+    """A guard looked at so many things. verdict: "passed", "refused", or "failed" where it could
+    not.
+    """
     _record("lidit_verdicts_total", count, f"{guard} {verdict}")

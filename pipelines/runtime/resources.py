@@ -20,18 +20,22 @@ log = logging.getLogger(__name__)
 
 
 def connect(cpus: int = 1, temp_dir: str | None = None) -> None:
-    """Join the cluster named by RAY_ADDRESS; without one, embed a Ray of `cpus` logical CPUs in this process.
+    """Join the cluster named by RAY_ADDRESS; without one, embed a Ray of `cpus` logical CPUs in
+    this process.
 
-    An embedded cluster may be told of more CPUs than the machine has: actors that wait for each other (a trainer and
-    its readers) need a logical CPU each, and too few means waiting for ever. An embedded Ray that runs already cannot
-    grow, so a warning names what it lacks: a job of several stages asks for the most of them at its first.
+    An embedded cluster may be told of more CPUs than the machine has: actors that wait for each
+    other (a trainer and its readers) need a logical CPU each, and too few means waiting for ever.
+    An embedded Ray that runs already cannot
+    grow, so a warning names what it lacks: a job of several stages asks for the most of them at its
+    first.
     """
     import ray
 
     if ray.is_initialized():
         if not os.environ.get(CLUSTER_ADDRESS) and (offered := total("CPU")) < cpus:
             log.warning(
-                "Ray already runs in this process with %g logical CPUs, this job asks for %d and may wait for ever; "
+                "Ray already runs in this process with %g logical CPUs, this job asks for %d "
+                "and may wait for ever; "
                 "call ray.shutdown() before it",
                 offered,
                 cpus,
@@ -80,11 +84,15 @@ def demands(pool: PoolSettings) -> dict[str, Any]:
 
 
 def check_resources(
-    pool: PoolSettings, who: str = "pool: {} actors", lower: str = "pool.actors, pool.cpus or pool.gpus"
+    pool: PoolSettings,
+    who: str = "pool: {} actors",
+    lower: str = "pool.actors, pool.cpus or pool.gpus",
 ) -> None:
-    """Raise InputError where an embedded Ray cannot hold the pool: it never grows, asking for more waits for ever.
+    """Raise InputError where an embedded Ray cannot hold the pool: it never grows, asking for more
+    waits for ever.
 
-    who: what the message calls the pool's members; lower: the settings that the user can change. Call after `connect`.
+    who: what the message calls the pool's members; lower: the settings that the user can change.
+    Call after `connect`.
     A cluster is not checked: it may grow when actors wait for a place.
     """
     if os.environ.get(CLUSTER_ADDRESS):
@@ -93,7 +101,8 @@ def check_resources(
         wanted, offered = pool.actors * each, total(resource)
         if wanted > offered:
             raise InputError(
-                f"{who.format(pool.actors)} ask for {wanted:g} {resource}, this machine offers {offered:g}; lower "
+                f"{who.format(pool.actors)} ask for {wanted:g} {resource}, this machine offers "
+                f"{offered:g}; lower "
                 f"{lower}, or set {CLUSTER_ADDRESS} to a cluster"
             )
 
@@ -106,7 +115,9 @@ def check_engine(engine: EngineSettings) -> None:
 
 @contextmanager
 def plain_errors(died: str) -> Iterator[None]:
-    """Ray's errors as the user's: what a task raised on purpose as it was; `died` and why, where its worker died."""
+    """Ray's errors as the user's: what a task raised on purpose as it was; `died` and why, where
+    its worker died.
+    """
     import ray
 
     try:
@@ -114,9 +125,12 @@ def plain_errors(died: str) -> Iterator[None]:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError | JobError):
             raise error.cause from None
-        if type(error.cause).__name__ in ("MemoryError", "OutOfMemoryError"):  # the second is torch's, not loaded here
+        # the second is torch's, not loaded here
+        if type(error.cause).__name__ in ("MemoryError", "OutOfMemoryError"):
             reason = one_line(error.cause, 300)
-            raise JobError(f"out of memory: {reason}; ask for fewer at once or for more per worker") from None
+            raise JobError(
+                f"out of memory: {reason}; ask for fewer at once or for more per worker"
+            ) from None
         raise
     except ray.exceptions.RayError as error:
         reason = one_line(error, 300)

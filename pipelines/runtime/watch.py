@@ -36,7 +36,9 @@ def when_lost(act: Callable[[str], None]) -> None:
 
 
 def watch_processes(names: Mapping[int, str]) -> None:
-    """Call what `when_lost` was given as soon as one of the processes ends. names: by process number."""
+    """Call what `when_lost` was given as soon as one of the processes ends. names: by process
+    number.
+    """
     if not hasattr(os, "pidfd_open"):  # Linux has it
         return
     address = _address()
@@ -62,7 +64,8 @@ def watch_processes(names: Mapping[int, str]) -> None:
 
 
 def watch_head() -> None:
-    """Say that the head of a joined cluster does not answer, and give up shortly before Ray would end this process.
+    """Say that the head of a joined cluster does not answer, and give up shortly before Ray would
+    end this process.
 
     A head that keeps its tables elsewhere may come back in time; the job then goes on.
     """
@@ -85,7 +88,11 @@ def watch_head() -> None:
             elif now - answered >= TOLD_AFTER and not told:
                 told = True
                 left = patience - (now - answered)
-                log.warning("Ray's head at %s does not answer; %.0f s are left for it to come back", address, left)
+                log.warning(
+                    "Ray's head at %s does not answer; %.0f s are left for it to come back",
+                    address,
+                    left,
+                )
             time.sleep(LOOK_EVERY)
 
     threading.Thread(target=wait, name="ray-head-watch", daemon=True).start()
@@ -107,7 +114,9 @@ def _address() -> str:
 
 
 def _connected(address: str) -> bool:
-    """Whether this process still uses the cluster: at its own ending Ray disconnects before it ends its processes."""
+    """Whether this process still uses the cluster: at its own ending Ray disconnects before it ends
+    its processes.
+    """
     import ray
 
     try:

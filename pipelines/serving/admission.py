@@ -1,4 +1,5 @@
-"""Who may join the queue: a limit on everybody's compute units together, and a share of it for each key.
+"""Who may join the queue: a limit on everybody's compute units together, and a share of it for each
+key.
 
 One object counts for all gateways, so the limit does not multiply with them.
 """
@@ -28,7 +29,9 @@ class Admission:
         self._busy_since = clock()
 
     def join(self, key: str, units: int) -> None:
-        """Raises ApiError 429 where the queue, or the key's share of it, is full. An order alone always fits."""
+        """Raises ApiError 429 where the queue, or the key's share of it, is full. An order alone
+        always fits.
+        """
         most, own = self.limits.queue_units, self.limits.queue_units * self.limits.key_share
         over = max(self.units + units - most, self._by_key[key] + units - own)
         if over > 0 and self._by_key[key]:
@@ -41,7 +44,9 @@ class Admission:
         self._by_key[key] += units
 
     def leave(self, key: str, units: int, drawn: bool) -> None:
-        """An order that had joined has ended; `drawn`: by being finished, which is what the rate is measured by."""
+        """An order that had joined has ended; `drawn`: by being finished, which is what the rate is
+        measured by.
+        """
         self.units -= units
         self._by_key[key] -= units
         if not self._by_key[key]:
@@ -51,13 +56,17 @@ class Admission:
 
     @property
     def rate(self) -> float | None:
-        """Compute units per second lately, while there was work; None before anything was finished."""
+        """Compute units per second lately, while there was work; None before
+        anything was finished.
+        """
         now = self._clock()
         while self._done and self._done[0][0] < now - WINDOW_S:
             self._done.popleft()
         if not self._done:
             return None
-        return sum(units for _, units in self._done) / max(min(now - self._busy_since, WINDOW_S), 1e-3)
+        return sum(units for _, units in self._done) / max(
+            min(now - self._busy_since, WINDOW_S), 1e-3
+        )
 
     def _wait(self, units: float) -> int:
         """Whole seconds until so many units are done at the present rate."""

@@ -36,11 +36,15 @@ class Shapes:
             "size": f"{order.width}x{order.height}",
             "model": self.facts.name,
             "steps": sampler.steps or self.facts.steps,
-            "guidance_scale": self.facts.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale,
+            "guidance_scale": self.facts.guidance_scale
+            if sampler.guidance_scale is None
+            else sampler.guidance_scale,
         }
 
     def usage(self, order: Order, tokens: int) -> dict[str, Any]:
-        """Tokens as far as there are any: of the prompt, and image tokens as OpenAI counts them do not exist here."""
+        """Tokens as far as there are any: of the prompt, and image tokens as OpenAI counts them do
+        not exist here.
+        """
         details = {"text_tokens": tokens, "image_tokens": 0}
         return {
             "input_tokens": tokens,
@@ -52,12 +56,21 @@ class Shapes:
 
     def image(self, order: Order, picture: Picture, link: str) -> dict[str, Any]:
         """One entry of `data`."""
-        content = {"url": self.base + link} if order.delivery.url else {"b64_json": text_of(picture.file.data)}
+        content = (
+            {"url": self.base + link}
+            if order.delivery.url
+            else {"b64_json": text_of(picture.file.data)}
+        )
         return {**content, "seed": picture.seed, "sha256": picture.file.sha256}
 
-    def images(self, order: Order, tokens: int, pictures: list[tuple[Picture, str]]) -> dict[str, Any]:
+    def images(
+        self, order: Order, tokens: int, pictures: list[tuple[Picture, str]]
+    ) -> dict[str, Any]:
         """The answer to a generation."""
-        data = [self.image(order, picture, link) for picture, link in sorted(pictures, key=lambda p: p[0].image)]
+        data = [
+            self.image(order, picture, link)
+            for picture, link in sorted(pictures, key=lambda p: p[0].image)
+        ]
         usage = self.usage(order, tokens)
         return {"created": int(time.time()), "data": data, **self.common(order), "usage": usage}
 
@@ -75,7 +88,10 @@ class Shapes:
             }
         if event.picture is not None:
             picture = event.picture
-            image = {"b64_json": text_of(picture.file.data), **self.image(order, picture, event.link or "")}
+            image = {
+                "b64_json": text_of(picture.file.data),
+                **self.image(order, picture, event.link or ""),
+            }
             return {
                 "type": COMPLETED,
                 "image_index": picture.image,
@@ -113,7 +129,9 @@ class Shapes:
 
 
 def failed(problem: Problem) -> dict[str, Any]:
-    """A stream's last event where there is no picture. Its `error` is what makes OpenAI's clients raise."""
+    """A stream's last event where there is no picture. Its `error` is what makes OpenAI's clients
+    raise.
+    """
     return problem.body()
 
 

@@ -20,11 +20,26 @@ from pipelines.serving.document import describe
 from pipelines.serving.edge import Edge, refuse
 from pipelines.serving.errors import ApiError, Problem, broken, invalid
 from pipelines.serving.jobs import Happened, JobView
-from pipelines.serving.orders import DrawBody, GenerationBody, JobBody, ModelFacts, ModerationBody, Order, order_of
+from pipelines.serving.orders import (
+    DrawBody,
+    GenerationBody,
+    JobBody,
+    ModelFacts,
+    ModerationBody,
+    Order,
+    order_of,
+)
 from pipelines.serving.page import add_page
 from pipelines.serving.parts import Picture
 from pipelines.serving.settings import ServeSettings
-from pipelines.serving.streams import EventStream, accepted, generation_stream, job_stream, pictures_of, while_there
+from pipelines.serving.streams import (
+    EventStream,
+    accepted,
+    generation_stream,
+    job_stream,
+    pictures_of,
+    while_there,
+)
 
 log = logging.getLogger(__name__)
 TITLE = "LI-DiT images"
@@ -40,7 +55,9 @@ class LedgerStage(Protocol):
     async def facts(self) -> ModelFacts: ...
     async def moderate(self, texts: list[str]) -> list[list[Verdict]]: ...
     async def verify(self, data: bytes) -> dict[str, Any]: ...
-    async def submit(self, key: str, order: Order, request: str, repeat: tuple[str, str] | None = None) -> JobView: ...
+    async def submit(
+        self, key: str, order: Order, request: str, repeat: tuple[str, str] | None = None
+    ) -> JobView: ...
     def follow(self, key: str, job_id: str, after: int = 0) -> AsyncGenerator[Happened, None]: ...
     def draw(self, key: str, order: Order, request: str) -> AsyncGenerator[Happened, None]: ...
     async def job(self, key: str, job_id: str) -> JobView: ...
@@ -57,7 +74,9 @@ class Desk:
         self._asked = 0.0
 
     async def facts(self) -> ModelFacts:
-        """The model's, a few seconds old at most: each request needs them twice, and the way to the ledger is long."""
+        """The model's, a few seconds old at most: each request needs them twice, and the way to the
+        ledger is long.
+        """
         if self._facts is None or time.monotonic() > self._asked + FACTS_S:
             self._facts, self._asked = await self.ledger.facts(), time.monotonic()
         return self._facts
@@ -90,7 +109,11 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
         if body.partial_images and not body.stream:
             raise invalid("previews come only with stream: true", "partial_images")
         order, shapes = await desk.order(body), await desk.shapes(request)
-        key, request_id, repeat = request.state.key, request.state.request_id, _repeat(request, body)
+        key, request_id, repeat = (
+            request.state.key,
+            request.state.request_id,
+            _repeat(request, body),
+        )
         if repeat is None and not order.delivery.url:
             events = desk.ledger.draw(key, order, request_id)
         else:  # to be fetched later, or asked for again
@@ -117,7 +140,9 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
     async def model(name: str) -> dict[str, Any]:
         facts = await desk.ledger.facts()
         if name != facts.name:
-            raise ApiError.of(404, "model_not_found", f"this server draws with {facts.name!r}", "model")
+            raise ApiError.of(
+                404, "model_not_found", f"this server draws with {facts.name!r}", "model"
+            )
         return _model(facts, desk.settings)
 
 
@@ -126,7 +151,9 @@ def _add_jobs(app: FastAPI, desk: Desk) -> None:
     async def submit(body: JobBody, request: Request) -> Response:
         """Draw images of a prompt, and answer at once with a job to look after."""
         order = await desk.order(body)
-        view = await desk.ledger.submit(request.state.key, order, request.state.request_id, _repeat(request, body))
+        view = await desk.ledger.submit(
+            request.state.key, order, request.state.request_id, _repeat(request, body)
+        )
         shapes = await desk.shapes(request)
         return JSONResponse(shapes.job(view), 202, {"location": f"/v1/jobs/{view.id}"})
 
@@ -141,12 +168,18 @@ def _add_jobs(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/v1/jobs/{job_id}/events", response_class=Response)
     async def events(job_id: str, request: Request, after: int = 0) -> Response:
-        """A job's events, those of the past first. `Last-Event-ID`, or `after`, is the last one that is known."""
+        """A job's events, those of the past first. `Last-Event-ID`, or `after`, is the last one
+        that is known.
+        """
         known = request.headers.get("last-event-id", "")
-        after = int(known) if known.isascii() and known.isdigit() and len(known) < 10 else max(after, 0)
+        after = (
+            int(known) if known.isascii() and known.isdigit() and len(known) < 10 else max(after, 0)
+        )
         key, shapes = request.state.key, await desk.shapes(request)
         view = await desk.ledger.job(key, job_id)
-        return EventStream(job_stream(shapes, view.order, view.tokens, desk.ledger.follow(key, job_id, after)))
+        return EventStream(
+            job_stream(shapes, view.order, view.tokens, desk.ledger.follow(key, job_id, after))
+        )
 
 
 def _add_checks(app: FastAPI, desk: Desk) -> None:
@@ -157,7 +190,11 @@ def _add_checks(app: FastAPI, desk: Desk) -> None:
         if not texts or len(texts) > desk.settings.limits.images:
             raise invalid(f"give 1 to {desk.settings.limits.images} texts", "input")
         results = [_moderation(verdicts) for verdicts in await desk.ledger.moderate(texts)]
-        return {"id": f"modr-{secrets.token_hex(12)}", "model": (await desk.ledger.facts()).name, "results": results}
+        return {
+            "id": f"modr-{secrets.token_hex(12)}",
+            "model": (await desk.ledger.facts()).name,
+            "results": results,
+        }
 
     @app.post("/v1/verify")
     async def verify(request: Request) -> dict[str, Any]:
@@ -187,9 +224,13 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> Response:
         codes = {404: "not_found", 405: "method_not_allowed"}
-        messages = {404: "there is nothing at this address", 405: f"{request.method} is not for this address"}
+        messages = {
+            404: "there is nothing at this address",
+            405: f"{request.method} is not for this address",
+        }
         problem = Problem(error.status_code, codes.get(error.status_code, "invalid_request"),
-                          messages.get(error.status_code, "the request cannot be answered"))  # fmt: skip
+                          messages.get(error.status_code,
+                                       "the request cannot be answered"))  # fmt: skip
         answer = refuse(problem)
         if allowed := (error.headers or {}).get("Allow"):
             answer.headers["allow"] = allowed
@@ -209,18 +250,24 @@ def _explained(error: RequestValidationError) -> Problem:
     if first["type"] == "json_invalid":
         return Problem(400, "invalid_json", "the body is no JSON")
     if first["type"] == "missing" and place:
-        return Problem(400, "missing_required_parameter", f"missing parameter: {place[0]!r}", place[0])
+        return Problem(
+            400, "missing_required_parameter", f"missing parameter: {place[0]!r}", place[0]
+        )
     message = first["msg"] if place else "the body must be a JSON object, sent as application/json"
     return Problem(400, "invalid_value", message, place[0] if place else None)
 
 
 def _repeat(request: Request, body: DrawBody) -> tuple[str, str] | None:
-    """The client's own name for a request, and the digest of what is asked: where, and with which fields."""
+    """The client's own name for a request, and the digest of what is asked: where, and with which
+    fields.
+    """
     name = request.headers.get(REPEAT)
     if name is None:
         return None
     if not name.isascii() or not name.isprintable() or not 0 < len(name) <= LONGEST_REPEAT:
-        raise invalid(f"an Idempotency-Key has 1 to {LONGEST_REPEAT} printable characters", "Idempotency-Key")
+        raise invalid(
+            f"an Idempotency-Key has 1 to {LONGEST_REPEAT} printable characters", "Idempotency-Key"
+        )
     # Streamed or not, the same pictures.
     return name, hashlib.sha256(body.model_dump_json(exclude={"stream"}).encode()).hexdigest()
 

@@ -1,4 +1,5 @@
-"""The platform as a Ray Serve application: gateway, ledger, and what draws, in one process a replica or in stages.
+"""The platform as a Ray Serve application: gateway, ledger, and what draws, in one process a
+replica or in stages.
 
 gateway -> ledger -> studio                                          (together)
 gateway -> ledger -> guards, encoder-NAME..., denoiser, codec, finisher      (apart)
@@ -127,7 +128,9 @@ class Codec(Decoder):
 
 @serve.deployment
 class Finishing(Finisher):
-    """What looks at pictures, marks and encodes them. The signing key is read here and nowhere else."""
+    """What looks at pictures, marks and encodes them. The signing key is read here and nowhere
+    else.
+    """
 
     def __init__(self, settings: ServeSettings) -> None:
         whole = finisher_of(settings, weights_digest(Path(settings.model)))
@@ -142,7 +145,9 @@ class Accounts(Ledger):
     async def __init__(self, settings: ServeSettings, *stages: DeploymentHandle) -> None:  # type: ignore[misc]
         studio = RemoteStudio(stages[0]) if settings.together else await _apart(*stages)
         keys = None if settings.keys is None else open_keys(settings.keys)
-        super().__init__(Path(settings.folder), studio, settings.limits, register_of(settings), keys)
+        super().__init__(
+            Path(settings.folder), studio, settings.limits, register_of(settings), keys
+        )
 
     async def __del__(self) -> None:
         await self.close()
@@ -160,11 +165,14 @@ class Apart(Flow):
 
 
 async def _apart(*handles: DeploymentHandle) -> Flow:
-    """A flow of which every stage is a deployment: guards, network, codec, finishing, then the encoders in their
-    order."""
+    """A flow of which every stage is a deployment: guards, network, codec, finishing, then the
+    encoders in their order.
+    """
     guards, network, codec, finishing, *encoders = handles
     facts: ModelFacts = await network.facts.remote()
-    readers = {name: RemoteReader(handle) for name, handle in zip(facts.encoders, encoders, strict=True)}
+    readers = {
+        name: RemoteReader(handle) for name, handle in zip(facts.encoders, encoders, strict=True)
+    }
     drawing = RemoteDenoiser(network), RemoteDecoder(codec), RemoteFinisher(finishing)
     return Apart(network, facts, Stages(RemoteGuards(guards), readers, *drawing))
 
@@ -191,9 +199,19 @@ def application(settings: ServeSettings) -> Application:
     check_guards(settings)
     if settings.ledger.replicas != 1 or settings.ledger.surge_percent:
         raise InputError("ledger: one replica, without surge: two would let everybody in twice")
-    stages = [_placed(Studio, settings.studio, settings, settings)] if settings.together else _stages(settings)
+    stages = (
+        [_placed(Studio, settings.studio, settings, settings)]
+        if settings.together
+        else _stages(settings)
+    )
     ledger = _placed(Accounts, settings.ledger, settings, settings, *stages)
-    return _placed(Gateway, PlaceSettings(replicas=settings.gateways, surge_percent=100), settings, settings, ledger)
+    return _placed(
+        Gateway,
+        PlaceSettings(replicas=settings.gateways, surge_percent=100),
+        settings,
+        settings,
+        ledger,
+    )
 
 
 def places_of(settings: ServeSettings) -> list[PlaceSettings]:
@@ -218,8 +236,12 @@ def _stages(settings: ServeSettings) -> list[Application]:
     return [guards, network, codec, finishing, *encoders]
 
 
-def _placed(deployment: Any, place: PlaceSettings, settings: ServeSettings, *arguments: Any) -> Application:
-    """A deployment with its replicas. A replica that ends may first finish the longest request there can be."""
+def _placed(
+    deployment: Any, place: PlaceSettings, settings: ServeSettings, *arguments: Any
+) -> Application:
+    """A deployment with its replicas. A replica that ends may first finish the longest request
+    there can be.
+    """
     asked: dict[str, Any] = {"num_cpus": place.cpus, "num_gpus": place.gpus}
     if place.resources:
         asked["resources"] = dict(place.resources)

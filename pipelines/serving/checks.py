@@ -1,4 +1,6 @@
-"""Guards asked without holding up others. Whatever a guard does but answer as agreed, nothing passes."""
+"""Guards asked without holding up others. Whatever a guard does but answer as agreed, nothing
+passes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ async def judge(guard: Guard[Item], items: Sequence[Item]) -> list[Verdict]:
     """A verdict per item. Raises ApiError 503 where the guard fails, in whatever way."""
     try:
         verdicts = await asyncio.to_thread(guard.judge, items)
-        whole = len(verdicts) == len(items) and all(math.isfinite(verdict.score) for verdict in verdicts)
+        whole = len(verdicts) == len(items) and all(
+            math.isfinite(verdict.score) for verdict in verdicts
+        )
     except Exception:  # SafetyUnavailable as it should be, or a guard's own: nothing was judged
         whole = False
     if not whole:
@@ -31,7 +35,9 @@ async def judge(guard: Guard[Item], items: Sequence[Item]) -> list[Verdict]:
 
 
 async def demand(guard: Guard[Item] | None, items: Sequence[Item], where: str) -> None:
-    """Raises ApiError 400 where an item is flagged, 503 where the guard fails. `where`: "prompt" or "picture"."""
+    """Raises ApiError 400 where an item is flagged, 503 where the guard fails. `where`: "prompt" or
+    "picture".
+    """
     if guard is None:  # settings say that there is none
         return
     for verdict in await judge(guard, items):

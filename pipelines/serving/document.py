@@ -1,4 +1,6 @@
-"""The OpenAPI document: what the framework writes, with our one shape of errors and the key that every call needs."""
+"""The OpenAPI document: what the framework writes, with our one shape of errors and the key that
+every call needs.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,20 @@ ERROR = {
     },
 }
 TOLD = {
-    "description": "An error, as OpenAI's clients read it. `x-should-retry` says whether to ask again.",
+    "description": "An error, as OpenAI's clients read it. `x-should-retry` says whether to ask "
+    "again.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
-PICTURE = {"required": True, "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
+PICTURE = {
+    "required": True,
+    "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
+}
 
 
 def describe(app: FastAPI) -> None:
-    """Put the document in the place of the framework's own; it is made once, when it is first asked for."""
+    """Put the document in the place of the framework's own; it is made once, when it is first asked
+    for.
+    """
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -48,7 +56,11 @@ def _described(app: FastAPI) -> dict[str, Any]:
     found = get_openapi(title=app.title, version=PUBLISHED, routes=app.routes)
     parts = found.setdefault("components", {})
     parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    schemas = {name: schema for name, schema in parts.get("schemas", {}).items() if "ValidationError" not in name}
+    schemas = {
+        name: schema
+        for name, schema in parts.get("schemas", {}).items()
+        if "ValidationError" not in name
+    }
     parts["schemas"] = {**schemas, "Error": ERROR}
     for path, operations in found["paths"].items():
         for operation in operations.values():

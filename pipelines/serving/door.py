@@ -1,4 +1,5 @@
-"""The outermost middleware, in Serve's own HTTP proxies: no client steers Serve, names a request or asks what runs.
+"""The outermost middleware, in Serve's own HTTP proxies: no client steers Serve, names a request or
+asks what runs.
 
 Serve calls `middlewares` in each proxy where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
 """
@@ -21,15 +22,19 @@ REQUEST_ID, TRACE = "x-request-id", "traceparent"
 OWN = "/-/"  # Serve's own addresses: the list of applications, and its health
 HEALTH = "/-/healthz"
 MOST_BYTES = 32 << 20  # of any body; the gateway has narrower limits of its own
-# Serve reads these from clients: a deadline that may be switched off, whether to notice that a client has gone, and
-# where a request goes. Names are compared with hyphens for underscores, as Serve does.
-# A client's trace would join requests that have nothing to do with each other: a request's own id is its trace.
-STEERING = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve-", "x-serve-", "x-session-id",
+# Serve reads these from clients: a deadline that may be switched off, whether to notice that a
+# client has gone, and where a request goes. Names are compared with hyphens for underscores, as
+# Serve does. A client's trace would join requests that have nothing to do with each other: a
+# request's own id is its trace.
+STEERING = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve-", "x-serve-",
+            "x-session-id",
             TRACE, "tracestate", "baggage", REQUEST_ID)  # fmt: skip
 
 
 class Door:
-    """Replaces what a client says to Serve; gives every request an id of ours and every answer its headers."""
+    """Replaces what a client says to Serve; gives every request an id of ours and every answer its
+    headers.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -58,7 +63,9 @@ class Door:
             await send(message)
 
         if problem := _refused(scope):
-            await JSONResponse(problem.body(), problem.status, problem.headers())(scope, receive, answer)
+            await JSONResponse(problem.body(), problem.status, problem.headers())(
+                scope, receive, answer
+            )
         else:
             await self.app(scope, receive, answer)
 
@@ -70,7 +77,9 @@ def middlewares() -> list[Middleware]:
 
 def _steers(name: bytes) -> bool:
     plain = name.decode("latin-1").lower().replace("_", "-")
-    return any(plain == word or (word.endswith("-") and plain.startswith(word)) for word in STEERING)
+    return any(
+        plain == word or (word.endswith("-") and plain.startswith(word)) for word in STEERING
+    )
 
 
 def _refused(scope: Scope) -> Problem | None:

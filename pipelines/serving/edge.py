@@ -19,7 +19,9 @@ Check = Callable[[str, str], Awaitable[str]]  # (key's text, scope) -> key's id
 
 
 class Edge:
-    """Puts `request_id` and `key` into the request's state. Refuses before a byte of the body is read."""
+    """Puts `request_id` and `key` into the request's state. Refuses before a byte of the body is
+    read.
+    """
 
     def __init__(self, app: ASGIApp, check: Check, limits: LimitSettings) -> None:
         self.app, self.check, self.limits = app, check, limits
@@ -43,7 +45,9 @@ class Edge:
     async def _key(self, scope: Scope) -> str:
         words = _header(scope, b"authorization").split(" ")
         if len(words) != 2 or words[0].lower() != "bearer":
-            raise ApiError.of(401, "missing_api_key", "send your key as the header `Authorization: Bearer KEY`")
+            raise ApiError.of(
+                401, "missing_api_key", "send your key as the header `Authorization: Bearer KEY`"
+            )
         return await self.check(words[1], SCOPES.get(scope["path"].rstrip("/"), "generate"))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -69,7 +73,9 @@ def refuse(problem: Problem) -> JSONResponse:
 
 
 def _request_id(scope: Scope) -> str:
-    """The id that the door has given. Where no door stands, clients could steer Serve: nothing is served then."""
+    """The id that the door has given. Where no door stands, clients could steer Serve: nothing is
+    served then.
+    """
     request_id = _header(scope, REQUEST_ID.encode())
     if not OURS.fullmatch(request_id):
         raise ApiError.of(503, "not_configured", "the server's proxy was started without its door")

@@ -1,4 +1,6 @@
-"""What a client is told when it gets no picture: one exception, in the shape that OpenAI's clients read."""
+"""What a client is told when it gets no picture: one exception, in the shape that OpenAI's clients
+read.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from typing import Any, Self
 class Problem:
     """One answer that is no picture.
 
-    retry: what `x-should-retry` says. OpenAI's clients repeat 408, 409, 429 and 5xx twice unless it is false, and each
-    repetition of a picture that was drawn but not delivered would be drawn again.
+    retry: what `x-should-retry` says. OpenAI's clients repeat 408, 409, 429 and 5xx twice unless it
+    is false, and each repetition of a picture that was drawn but not delivered would be drawn
+    again.
     """
 
     status: int
@@ -27,10 +30,19 @@ class Problem:
         if self.code == "moderation_blocked":
             return "image_generation_user_error"
         known = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        return known.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return known.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     def headers(self) -> dict[str, str]:
         found = {"x-should-retry": str(self.retry).lower()}
@@ -74,27 +86,39 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
 
 
 def missing(what: str) -> ApiError:
-    return ApiError.of(404, "not_found", f"{what} does not exist, has expired, or belongs to another key")
+    return ApiError.of(
+        404, "not_found", f"{what} does not exist, has expired, or belongs to another key"
+    )
 
 
 def unsafe_to_answer() -> ApiError:
     """A check could not be made. Repeating would draw the picture again, so it is not asked for."""
-    return ApiError.of(503, "safety_unavailable", "a safety check could not be made, so nothing is delivered")
+    return ApiError.of(
+        503, "safety_unavailable", "a safety check could not be made, so nothing is delivered"
+    )
 
 
 def blocked(found: Found) -> ApiError:
     """A check was made and says no; what exactly it found is not told."""
-    problem = Problem(400, "moderation_blocked", f"the {found.where} was refused by the safety checks", "prompt")
+    problem = Problem(
+        400, "moderation_blocked", f"the {found.where} was refused by the safety checks", "prompt"
+    )
     return ApiError(problem, found)
 
 
 def too_late(seconds: float) -> ApiError:
-    return ApiError.of(504, "deadline_exceeded", f"no picture within {seconds:g} s: ask for fewer steps or images")
+    return ApiError.of(
+        504, "deadline_exceeded", f"no picture within {seconds:g} s: ask for fewer steps or images"
+    )
 
 
 def worker_lost() -> ApiError:
     """Nothing was delivered and another worker may draw it."""
-    return ApiError(Problem(503, "worker_lost", "the process that drew the picture ended; try again", retry=True))
+    return ApiError(
+        Problem(
+            503, "worker_lost", "the process that drew the picture ended; try again", retry=True
+        )
+    )
 
 
 def broken(request_id: str | None = None) -> ApiError:
@@ -104,7 +128,9 @@ def broken(request_id: str | None = None) -> ApiError:
 
 
 def queue_full(seconds: int) -> ApiError:
-    problem = Problem(429, "queue_full", "too much is waiting to be drawn; try again later", retry=True)
+    problem = Problem(
+        429, "queue_full", "too much is waiting to be drawn; try again later", retry=True
+    )
     return ApiError(replace(problem, retry_after=seconds))
 
 

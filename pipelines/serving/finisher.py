@@ -1,5 +1,5 @@
-"""From pixels to the file a client gets: looked at, marked, encoded, signed. The order matters: a signature covers the
-final bytes, and what was not looked at never becomes a file.
+"""From pixels to the file a client gets: looked at, marked, encoded, signed. The order matters: a
+signature covers the final bytes, and what was not looked at never becomes a file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ Pixels = NDArray[np.uint8]  # [height, width, 3]
 
 @dataclass(frozen=True)
 class File:
-    """A picture's final bytes, and by what it will be known again. model: digest of the weights that drew it, which
-    during an update are not everybody's; mark: the watermark's payload."""
+    """A picture's final bytes, and by what it will be known again. model: digest of the weights
+    that drew it, which during an update are not everybody's; mark: the watermark's payload.
+    """
 
     data: bytes
     sha256: str
@@ -56,7 +57,9 @@ class Finisher:
         return await asyncio.to_thread(encode, pixels, delivery)
 
     async def finish(self, pixels: Pixels, delivery: Delivery, title: str) -> File:
-        """The file of a picture. Raises ApiError where it is refused, or cannot be looked at or marked."""
+        """The file of a picture. Raises ApiError where it is refused, or cannot be looked at or
+        marked.
+        """
         await demand(self.guard, [pixels], "picture")
         try:
             return await asyncio.to_thread(self._marked, pixels, delivery, title)

@@ -1,4 +1,6 @@
-"""One order through all stages, from words to files; every stage may be here or in another process."""
+"""One order through all stages, from words to files; every stage may be here or in
+another process.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class PromptStage(Protocol):
 
 
 class ReaderStage(Protocol):
-    """An LLM. What `encode` returns is awaited by nobody here: the network's stage gets it, by reference if need be."""
+    """An LLM. What `encode` returns is awaited by nobody here: the network's stage gets it, by
+    reference if need be.
+    """
 
     def tokens(self, prompts: list[str]) -> Awaitable[int]: ...
 
@@ -68,17 +72,24 @@ class Flow:
         return self.known
 
     async def moderate(self, texts: Sequence[str]) -> list[list[Verdict]]:
-        """The verdicts on each text, of all guards that look at words. Raises ApiError where none can."""
+        """The verdicts on each text, of all guards that look at words. Raises ApiError where none
+        can.
+        """
         return await self.stages.guards.moderate(list(texts))
 
     async def draw(self, order: Order, request_id: str) -> AsyncGenerator[Part, None]:
-        """The order's parts. Closing the generator ends the work at the next step. Raises ApiError."""
+        """The order's parts. Closing the generator ends the work at the next step.
+        Raises ApiError.
+        """
         stages, texts = self.stages, [order.prompt, *([order.negative] if order.negative else [])]
-        # 1. The words, before anything is computed for them: what is refused here costs no LLM and no network.
+        # 1. The words, before anything is computed for them: what is refused here costs no LLM and
+        #    no network.
         with stage(request_id, "guard prompts"):
             await stages.guards.demand(texts)
         with stage(request_id, "count tokens"):
-            tokens = await asyncio.gather(*(reader.tokens(texts) for reader in stages.readers.values()))
+            tokens = await asyncio.gather(
+                *(reader.tokens(texts) for reader in stages.readers.values())
+            )
         # 2. All LLMs at once; the network's stage waits for them.
         states = [reader.encode(text) for text in texts for reader in stages.readers.values()]
         yield Accepted(tokens[0])

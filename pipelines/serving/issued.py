@@ -1,4 +1,6 @@
-"""The register of pictures that were made here, and what can be said of one that somebody brings."""
+"""The register of pictures that were made here, and what can be said of one that
+somebody brings.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ FILE = "issued.sqlite"
 class Register:
     """roots: PEM text of the certificates whose signatures are trusted."""
 
-    def __init__(self, folder: Path, watermark: Watermark | None = None, roots: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, watermark: Watermark | None = None, roots: str | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = IssuedLog(folder / FILE, create=True)
         self.watermark, self.roots = watermark, roots
@@ -35,13 +39,17 @@ class Register:
         self.log.add(file.data, pixels, request, file.mark)
 
     def verify(self, data: bytes) -> dict[str, Any]:
-        """Whether a picture was made here, and by what it is known. Raises ApiError 400 for what is no picture."""
+        """Whether a picture was made here, and by what it is known. Raises ApiError 400 for what is
+        no picture.
+        """
         try:
             found = verify_picture(data, self.log, self.watermark, self.roots)
         except InputError as error:
             raise invalid(str(error), "body", "invalid_image") from None
         except ProvenanceUnavailable:
-            raise ApiError.of(503, "provenance_unavailable", "the register cannot be read at the moment") from None
+            raise ApiError.of(
+                503, "provenance_unavailable", "the register cannot be read at the moment"
+            ) from None
         return {
             "answer": found.answer.replace(" ", "_"),
             "manifest": {"state": found.manifest.state, "reason": found.manifest.reason},

@@ -1,4 +1,6 @@
-"""Orders while they are drawn and for a while after: what has happened so far, for any number of followers."""
+"""Orders while they are drawn and for a while after: what has happened so far, for any number of
+followers.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ MOST_KEPT = 10_000
 class Happened:
     """One event of a job. number: from 1, without gaps, so a reader can name the last one it has.
 
-    kind: "queued" (position: jobs before it), "accepted" (tokens: of the prompt), "started", "step" (image, step,
-    steps), "preview", "picture" (link: to its file), and at the end one of `ENDED`.
+    kind: "queued" (position: jobs before it), "accepted" (tokens: of the prompt), "started", "step"
+    (image, step, steps), "preview", "picture" (link: to its file), and at the end one of `ENDED`.
     """
 
     number: int
@@ -40,7 +42,9 @@ class Happened:
 
 @dataclass(frozen=True)
 class JobView:
-    """What is told of a job. position: of a queued one, jobs before it; ends: unix time until which it is kept."""
+    """What is told of a job. position: of a queued one, jobs before it; ends: unix time until which
+    it is kept.
+    """
 
     id: str
     order: Order
@@ -55,7 +59,9 @@ class JobView:
 
 @dataclass(eq=False)
 class Job:
-    """An order of a key. repeat: the client's own name for it, and the digest of what was asked under that name."""
+    """An order of a key. repeat: the client's own name for it, and the digest of what was asked
+    under that name.
+    """
 
     order: Order
     key: str
@@ -79,12 +85,16 @@ class Job:
 
     @property
     def pictures(self) -> tuple[tuple[Picture, str], ...]:
-        return tuple((event.picture, event.link or "") for event in self.events if event.picture is not None)
+        return tuple(
+            (event.picture, event.link or "") for event in self.events if event.picture is not None
+        )
 
     @property
     def bytes(self) -> int:
         files = sum(len(picture.file.data) for picture, _ in self.pictures)
-        return files + sum(len(event.preview.data) for event in self.events if event.preview is not None)
+        return files + sum(
+            len(event.preview.data) for event in self.events if event.preview is not None
+        )
 
     def tell(self, event: Happened) -> None:
         """Add an event, numbered here, and wake those who follow."""
@@ -153,12 +163,17 @@ class JobBoard:
         return job
 
     def repeated(self, key: str, repeat: tuple[str, str]) -> Job | None:
-        """The job that this key has asked for under the same name. Raises ApiError 409 where it was another one."""
+        """The job that this key has asked for under the same name. Raises ApiError 409 where it was
+        another one.
+        """
         self._sweep()
         for job in self._jobs.values():
             if job.key == key and job.repeat is not None and job.repeat[0] == repeat[0]:
                 if job.repeat != repeat:
-                    reused = "this Idempotency-Key was used for another request; give each request its own"
+                    reused = (
+                        "this Idempotency-Key was used for another request; give each "
+                        "request its own"
+                    )
                     raise ApiError.of(409, "idempotency_key_reused", reused)
                 return job
         return None
@@ -170,7 +185,15 @@ class JobBoard:
         position = self._waiting.index(job) if job in self._waiting else None
         ends = None if job.ended is None else int(job.ended + self.limits.keep_s)
         return JobView(
-            job.id, job.order, job.status, int(job.created), job.tokens, position, ends, job.pictures, job.problem
+            job.id,
+            job.order,
+            job.status,
+            int(job.created),
+            job.tokens,
+            position,
+            ends,
+            job.pictures,
+            job.problem,
         )
 
     @property
@@ -186,7 +209,9 @@ class JobBoard:
             other.told("queued", position=position)
 
     def _sweep(self) -> None:
-        """Forget what has been kept long enough, and the oldest where pictures take too much memory."""
+        """Forget what has been kept long enough, and the oldest where pictures take too much
+        memory.
+        """
         now = self._clock()
         ended = [job for job in self._jobs.values() if job.ended is not None]
         for job in ended:

@@ -1,5 +1,5 @@
-"""The one place that knows keys, quotas, the queue, jobs and the audit log: nothing is drawn that it did not let in,
-and nothing is delivered that it did not write down.
+"""The one place that knows keys, quotas, the queue, jobs and the audit log: nothing is drawn that
+it did not let in, and nothing is delivered that it did not write down.
 """
 
 from __future__ import annotations
@@ -54,23 +54,34 @@ class Studio(Protocol):
 
 
 class Ledger:
-    """folder: of the files that survive a restart. keys: kept elsewhere. Everything a client gets passes here once."""
+    """folder: of the files that survive a restart. keys: kept elsewhere. Everything a client gets
+    passes here once.
+    """
 
     def __init__(
-        self, folder: Path, studio: Studio, limits: LimitSettings, register: Register, keys: Keys | None = None
+        self,
+        folder: Path,
+        studio: Studio,
+        limits: LimitSettings,
+        register: Register,
+        keys: Keys | None = None,
     ) -> None:
         self.studio, self.limits, self.register = studio, limits, register
         folder.mkdir(parents=True, exist_ok=True)
         self.keys: Keys = keys or KeyStore(folder / KEYS, create=True)
         self.audit = AuditLog(folder / AUDIT, load_key(folder / AUDIT_KEY))
-        self.admission, self.board, self.links = Admission(limits), JobBoard(limits), Links(limits.keep_s)
+        self.admission, self.board, self.links = (
+            Admission(limits),
+            JobBoard(limits),
+            Links(limits.keep_s),
+        )
         self._facts: ModelFacts | None = None
         self._asked = 0.0
         self._asking: asyncio.Task[None] | None = None
         self._metrics = RequestMetrics("")
         self.audit.append(Entry(event="started"))
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # Who asks, and for what
 
     async def check(self, text: str, scope: str) -> str:
@@ -81,20 +92,31 @@ class Ledger:
             if denied.key_id is not None:  # guesses are not written down: they would fill the disk
                 await self._write("key-denied", key=denied.key_id)
             if denied.reason == "scope":
-                raise ApiError.of(403, "insufficient_scope", f"this key may not be used for {scope!r}") from None
-            raise ApiError.of(401, "invalid_api_key", "this API key is not known, or is no longer valid") from None
+                raise ApiError.of(
+                    403, "insufficient_scope", f"this key may not be used for {scope!r}"
+                ) from None
+            raise ApiError.of(
+                401, "invalid_api_key", "this API key is not known, or is no longer valid"
+            ) from None
         except KeysUnavailable:
-            raise ApiError.of(503, "keys_unavailable", "keys cannot be checked at the moment") from None
+            raise ApiError.of(
+                503, "keys_unavailable", "keys cannot be checked at the moment"
+            ) from None
         return key.id
 
     async def facts(self) -> ModelFacts:
-        """What the studios tell of their model; asked anew every few seconds: an update replaces them one by one."""
+        """What the studios tell of their model; asked anew every few seconds: an update replaces
+        them one by one.
+        """
         if self._facts is None:
             self._facts = await self._ask()
         elif time.monotonic() > self._asked + FACTS_S:
             self._asked = time.monotonic()
-            # Nobody waits for it, least of all while there is no studio; a context of its own, as jobs have.
-            self._asking = asyncio.get_running_loop().create_task(self._ask_again(), context=contextvars.Context())
+            # Nobody waits for it, least of all while there is no studio; a context of its own, as
+            # jobs have.
+            self._asking = asyncio.get_running_loop().create_task(
+                self._ask_again(), context=contextvars.Context()
+            )
         return self._facts
 
     async def _ask(self) -> ModelFacts:
@@ -103,7 +125,8 @@ class Ledger:
         return facts
 
     async def _ask_again(self) -> None:
-        with contextlib.suppress(ApiError):  # a studio that is lost: what it told is true until another one tells
+        # a studio that is lost: what it told is true until another one tells
+        with contextlib.suppress(ApiError):
             self._facts = await self._ask()
 
     async def moderate(self, texts: list[str]) -> list[list[Verdict]]:
@@ -113,17 +136,22 @@ class Ledger:
         """What can be said of a picture's origin."""
         return await asyncio.to_thread(self.register.verify, data)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # Jobs
 
-    async def submit(self, key: str, order: Order, request: str, repeat: tuple[str, str] | None = None) -> JobView:
-        """Let an order in, or find the one the key asked for under the same name. Raises ApiError 409, 429, 503."""
+    async def submit(
+        self, key: str, order: Order, request: str, repeat: tuple[str, str] | None = None
+    ) -> JobView:
+        """Let an order in, or find the one the key asked for under the same name. Raises ApiError
+        409, 429, 503.
+        """
         if repeat is not None and (known := self.board.repeated(key, repeat)) is not None:
             return self.board.view(known)
         job = Job(order, key, request, repeat)
         self.admission.join(key, order.units)
         self._metrics.queue(self.admission.units)
-        self.board.add(job)  # at once: the same request may come again while this one is written down
+        # at once: the same request may come again while this one is written down
+        self.board.add(job)
         charged = False
         try:
             await self._charge(job)
@@ -131,13 +159,19 @@ class Ledger:
             await self._write("accepted", job)
         except BaseException as error:
             self.admission.leave(key, order.units, drawn=False)
-            self.board.end(job, "failed", error.problem if isinstance(error, ApiError) else broken(request).problem)
+            self.board.end(
+                job,
+                "failed",
+                error.problem if isinstance(error, ApiError) else broken(request).problem,
+            )
             self.board.forget(job)
             if charged:
                 await asyncio.shield(self._refund(job, whole=True))
             raise
         # A context of its own: the job outlives the request that brought it.
-        job.task = asyncio.get_running_loop().create_task(self._run(job), context=contextvars.Context())
+        job.task = asyncio.get_running_loop().create_task(
+            self._run(job), context=contextvars.Context()
+        )
         try:
             await asyncio.sleep(0)  # from here on a cancellation reaches it where it can say so
         except asyncio.CancelledError:
@@ -152,7 +186,9 @@ class Ledger:
                 yield event
 
     async def draw(self, key: str, order: Order, request: str) -> AsyncGenerator[Happened, None]:
-        """An order and its events in one call: whoever stops listening ends the work, and nothing is kept."""
+        """An order and its events in one call: whoever stops listening ends the work, and nothing
+        is kept.
+        """
         view = await self.submit(key, order, request)
         job = self.board.find(key, view.id)
         try:
@@ -175,7 +211,9 @@ class Ledger:
         return self.board.view(job)
 
     async def file(self, job_id: str, image: int, words: dict[str, str]) -> tuple[Picture, str]:
-        """The picture behind a link, and its format. Raises ApiError 404 for a link that was not given or is over."""
+        """The picture behind a link, and its format. Raises ApiError 404 for a link that was not
+        given or is over.
+        """
         key = self.links.key_of(job_id, image, words)
         job = self.board.find(key, job_id)
         if not await asyncio.to_thread(self._valid, key):
@@ -195,7 +233,7 @@ class Ledger:
             self.audit.append(Entry(event="stopped"))
         self.audit.close()
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     def _valid(self, key_id: str) -> bool:
         """Whether a key is there and not revoked: links end with it."""
@@ -210,11 +248,15 @@ class Ledger:
             await asyncio.to_thread(self.keys.charge, job.key, job.order.units)
         except QuotaExceeded as spent:
             await self._write("quota-exceeded", job)
-            raise quota_spent(f"this key has {spent.left} compute units left", int(spent.retry_after) + 1) from None
+            raise quota_spent(
+                f"this key has {spent.left} compute units left", int(spent.retry_after) + 1
+            ) from None
         except KeyDenied:
             raise ApiError.of(401, "invalid_api_key", "this API key is no longer valid") from None
         except KeysUnavailable:
-            raise ApiError.of(503, "keys_unavailable", "quotas cannot be checked at the moment") from None
+            raise ApiError.of(
+                503, "keys_unavailable", "quotas cannot be checked at the moment"
+            ) from None
 
     async def _run(self, job: Job) -> None:
         """Draw a job to whatever end. Its last event is told when all has been written down."""
@@ -283,21 +325,38 @@ class Ledger:
         file = picture.file
         try:
             await asyncio.to_thread(self.register.add, file, job.request)
-        except Exception:  # of the register, whatever it is: the picture could not be recognised later
+        except Exception:
+            # of the register, whatever it is: the picture could not be recognised later
             log.exception("request %s: the picture cannot be registered", job.request)
             unmarked = "the picture could not be registered, so it is not delivered"
             raise ApiError.of(503, "provenance_unavailable", unmarked) from None
-        more = {"seed": picture.seed, "image": file.sha256, "manifest": file.manifest, "model": file.model}
+        more = {
+            "seed": picture.seed,
+            "image": file.sha256,
+            "manifest": file.manifest,
+            "model": file.model,
+        }
         await self._write("issued", job, **more)
-        job.tell(Happened(job.next, "picture", picture=picture, link=self.links.make(job.key, job.id, picture.image)))
+        job.tell(
+            Happened(
+                job.next,
+                "picture",
+                picture=picture,
+                link=self.links.make(job.key, job.id, picture.image),
+            )
+        )
 
     async def _refund(self, job: Job, whole: bool) -> None:
         """Give back what was not drawn; `whole`: all of it, for the failure is ours."""
         share = 1.0 if whole else 1 - sum(job.taken.values()) / len(job.order.seeds)
         try:
-            await asyncio.to_thread(self.keys.refund, job.key, int(job.order.units * share), job.created)
+            await asyncio.to_thread(
+                self.keys.refund, job.key, int(job.order.units * share), job.created
+            )
         except KeysUnavailable:
-            raise ApiError.of(503, "keys_unavailable", "quotas cannot be written at the moment") from None
+            raise ApiError.of(
+                503, "keys_unavailable", "quotas cannot be written at the moment"
+            ) from None
 
     async def _write(self, event: Event, job: Job | None = None, **facts: Any) -> None:
         """A line of the audit log, on the disk. Raises ApiError 503 where it cannot be written."""
@@ -305,17 +364,22 @@ class Ledger:
             order = job.order
             facts |= {
                 "request": job.request, "key": job.key, "prompt": self.audit.digest(order.prompt),
-                "width": order.width, "height": order.height, "units": order.units, "steps": order.sampler.steps,
+                "width": order.width, "height": order.height, "units": order.units,
+                "steps": order.sampler.steps,
             }  # fmt: skip
         try:
             await asyncio.to_thread(self.audit.append, Entry(event=event, **facts))
         except AuditUnavailable:
             log.exception("the audit log cannot be written: nothing is served")
-            raise ApiError.of(503, "audit_unavailable", "requests cannot be recorded, so none are served") from None
+            raise ApiError.of(
+                503, "audit_unavailable", "requests cannot be recorded, so none are served"
+            ) from None
 
 
 def _event(error: ApiError) -> Event:
     """The audit log's name for what a client is told."""
     if error.problem.code == "moderation_blocked":
-        return "image-refused" if error.found and error.found.where == "picture" else "prompt-refused"
+        return (
+            "image-refused" if error.found and error.found.where == "picture" else "prompt-refused"
+        )
     return "safety-unavailable" if error.problem.code == "safety_unavailable" else "failed"

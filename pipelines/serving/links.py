@@ -1,4 +1,6 @@
-"""Links to pictures that need no header, so a page can show them: signed, bound to a key, over after a time."""
+"""Links to pictures that need no header, so a page can show them: signed, bound to a key, over
+after a time.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,13 @@ class Links:
     def make(self, key: str, job: str, image: int) -> str:
         """The path and query of a picture's link."""
         until = int(self._clock() + self.keep_s)
-        return f"/v1/files/{job}/{image}?key={key}&until={until}&signature={self._sign(key, job, image, until)}"
+        signature = self._sign(key, job, image, until)
+        return f"/v1/files/{job}/{image}?key={key}&until={until}&signature={signature}"
 
     def key_of(self, job: str, image: int, words: Mapping[str, str]) -> str:
-        """The id of the key that the link was made for. Raises ApiError 404 for one that was changed or is over."""
+        """The id of the key that the link was made for. Raises ApiError 404 for one that was
+        changed or is over.
+        """
         key, until, signature = (words.get(name, "") for name in ("key", "until", "signature"))
         if not (until.isascii() and until.isdigit() and len(until) < 12 and signature.isascii()):
             raise missing("this picture")
@@ -36,4 +41,6 @@ class Links:
         return key
 
     def _sign(self, key: str, job: str, image: int, until: int) -> str:
-        return hmac.new(self._secret, f"{job}/{image}/{key}/{until}".encode(), hashlib.sha256).hexdigest()
+        return hmac.new(
+            self._secret, f"{job}/{image}/{key}/{until}".encode(), hashlib.sha256
+        ).hexdigest()

@@ -1,4 +1,6 @@
-"""What a client may ask for, as OpenAI's images API has it plus our extras, and the order that becomes of it."""
+"""What a client may ask for, as OpenAI's images API has it plus our extras, and the order that
+becomes of it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ CHOSEN_SEEDS = 2**31  # seeds that we choose: every JSON reader keeps them whole
 class Body(BaseModel):
     """Exact about types, and about fields: what is not known is refused, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
 
 class DrawBody(Body):
@@ -37,23 +41,39 @@ class DrawBody(Body):
     prompt: str = Field(min_length=1, description="what to draw")
     model: str | None = Field(None, description="one of `GET /v1/models`; the only one without it")
     n: int | None = Field(1, ge=1, le=10, description="number of images")
-    size: str | None = Field("auto", description='"WIDTHxHEIGHT", or "auto" for the size the model was trained at')
-    quality: Literal["auto", "standard", "low", "medium", "high", "hd"] | None = Field(
-        "auto", description="low: half the model's steps; high and hd: twice as many; ignored where steps are given"
+    size: str | None = Field(
+        "auto", description='"WIDTHxHEIGHT", or "auto" for the size the model was trained at'
     )
-    background: Literal["auto", "opaque", "transparent"] | None = Field("auto", description="never transparent")
+    quality: Literal["auto", "standard", "low", "medium", "high", "hd"] | None = Field(
+        "auto",
+        description="low: half the model's steps; high and hd: twice as many; ignored where steps "
+        "are given",
+    )
+    background: Literal["auto", "opaque", "transparent"] | None = Field(
+        "auto", description="never transparent"
+    )
     moderation: Literal["auto", "low"] | None = Field("auto", description="both check alike")
     output_format: Format | None = "png"
-    output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="quality of jpeg and webp"
+    )
     response_format: Literal["b64_json", "url"] | None = "b64_json"
-    partial_images: int | None = Field(0, ge=0, le=3, description="previews of each image, with `stream`")
+    partial_images: int | None = Field(
+        0, ge=0, le=3, description="previews of each image, with `stream`"
+    )
     user: str | None = Field(None, max_length=256, description="taken for compatibility, not kept")
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="of the first image; the next ones count up")
+    seed: int | None = Field(
+        None, ge=0, le=LARGEST_SEED, description="of the first image; the next ones count up"
+    )
     steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0, le=100)
-    guidance_interval: list[Share] | None = Field(None, min_length=2, max_length=2, description="timesteps")
+    guidance_interval: list[Share] | None = Field(
+        None, min_length=2, max_length=2, description="timesteps"
+    )
     guidance_rescale: Share | None = None
-    negative_prompt: str | None = Field(None, description="what guidance leads away from, in place of nothing")
+    negative_prompt: str | None = Field(
+        None, description="what guidance leads away from, in place of nothing"
+    )
     scheduler: Scheduler | None = None
 
 
@@ -150,7 +170,9 @@ def order_of(body: DrawBody, facts: ModelFacts, limits: LimitSettings) -> Order:
 def _check_words(body: DrawBody, limits: LimitSettings) -> None:
     for field, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt or "")):
         if len(text) > limits.prompt_characters:
-            raise invalid(f"{len(text)} characters: at most {limits.prompt_characters} are read", field)
+            raise invalid(
+                f"{len(text)} characters: at most {limits.prompt_characters} are read", field
+            )
         if problem := prompt_problem(text):
             raise invalid(problem, field)
     if not body.prompt.strip():
@@ -161,13 +183,19 @@ def _size(text: str, facts: ModelFacts, limits: LimitSettings) -> tuple[int, int
     if text == "auto":
         return facts.height, facts.width
     width, cross, height = text.partition("x")
-    if not cross or not all(side.isascii() and side.isdigit() and len(side) < 6 for side in (width, height)):
+    if not cross or not all(
+        side.isascii() and side.isdigit() and len(side) < 6 for side in (width, height)
+    ):
         raise invalid(f'a size is "WIDTHxHEIGHT", such as "{facts.width}x{facts.height}"', "size")
     sides = int(height), int(width)
     if min(sides) < 1 or any(side % facts.multiple for side in sides):
-        raise invalid(f"width and height must be multiples of {facts.multiple} for this model", "size")
+        raise invalid(
+            f"width and height must be multiples of {facts.multiple} for this model", "size"
+        )
     if sides[0] * sides[1] > limits.pixels or max(sides) > limits.aspect * min(sides):
-        raise invalid(f"at most {limits.pixels} pixels and an aspect of 1:{limits.aspect:g} are drawn", "size")
+        raise invalid(
+            f"at most {limits.pixels} pixels and an aspect of 1:{limits.aspect:g} are drawn", "size"
+        )
     return sides
 
 
@@ -178,7 +206,9 @@ def _sampler(body: DrawBody, facts: ModelFacts, limits: LimitSettings) -> Sample
     if steps is not None and steps > limits.steps:
         raise invalid(f"{steps} steps: at most {limits.steps} are taken", "steps")
     if body.scheduler not in (None, "auto", *facts.schedulers):
-        raise invalid(f"this model is sampled with one of {', '.join(facts.schedulers)}", "scheduler")
+        raise invalid(
+            f"this model is sampled with one of {', '.join(facts.schedulers)}", "scheduler"
+        )
     interval = body.guidance_interval
     if interval is not None and interval[0] > interval[1]:
         raise invalid("give the smaller timestep first", "guidance_interval")
@@ -209,4 +239,6 @@ def _delivery(body: DrawBody) -> Delivery:
         raise invalid("this model draws no transparent background", "background")
     if body.output_compression not in (None, 100) and form == "png":
         raise invalid("png is not compressed further; choose jpeg or webp", "output_compression")
-    return Delivery(form, None if form == "png" else body.output_compression, body.response_format == "url")
+    return Delivery(
+        form, None if form == "png" else body.output_compression, body.response_format == "url"
+    )

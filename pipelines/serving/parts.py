@@ -1,4 +1,5 @@
-"""What comes back while an order is drawn, in this order: one `Accepted`, any `Step`s and `Preview`s, the `Picture`s.
+"""What comes back while an order is drawn, in this order: one `Accepted`, any `Step`s and
+`Preview`s, the `Picture`s.
 
 Plain values, so that they can go from process to process.
 """
@@ -12,7 +13,9 @@ from pipelines.serving.finisher import File
 
 @dataclass(frozen=True)
 class Accepted:
-    """The words passed their checks and were read; the network comes next. tokens: of the prompt, as LLMs count."""
+    """The words passed their checks and were read; the network comes next. tokens: of the prompt,
+    as LLMs count.
+    """
 
     tokens: int
 

@@ -34,7 +34,8 @@ def arriving() -> Iterator[None]:
             raise error.cause from None
         log.error("a stage failed: %s", error)
         raise broken() from None
-    except (RayError, RayServeException) as error:  # killed, cancelled from outside, or none is there
+    except (RayError, RayServeException) as error:
+        # killed, cancelled from outside, or none is there
         log.warning("a stage was lost: %s", type(error).__name__)
         raise worker_lost() from None
 
@@ -67,7 +68,9 @@ class RemoteGuards:
 
 
 class RemoteReader:
-    """`encode` gives a reference: the states go from the LLM's process to the network's, and not through this one."""
+    """`encode` gives a reference: the states go from the LLM's process to the network's, and not
+    through this one.
+    """
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self.handle = handle
@@ -141,7 +144,9 @@ class RemoteLedger:
     async def verify(self, data: bytes) -> dict[str, Any]:
         return dict(await _one(self.handle.verify.remote(data)))
 
-    async def submit(self, key: str, order: Order, request: str, repeat: tuple[str, str] | None = None) -> JobView:
+    async def submit(
+        self, key: str, order: Order, request: str, repeat: tuple[str, str] | None = None
+    ) -> JobView:
         view: JobView = await _one(self.handle.submit.remote(key, order, request, repeat))
         return view
 

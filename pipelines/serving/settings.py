@@ -1,4 +1,6 @@
-"""Every setting of the online platform; a file of settings for `lidit serve` is one `ServeSettings`."""
+"""Every setting of the online platform; a file of settings for `lidit serve` is one
+`ServeSettings`.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ class LimitSettings(Settings):
     steps: int = Field(100, ge=1, le=1000)
     prompt_characters: int = Field(4000, ge=1)
     body_bytes: int = Field(64 << 10, ge=1024)
-    verified_bytes: int = Field(20 << 20, ge=1024, description="of a picture that is to be recognised")
-    queue_units: int = Field(4_000_000_000, ge=1, description="pixels x steps that may wait or be in work")
+    verified_bytes: int = Field(
+        20 << 20, ge=1024, description="of a picture that is to be recognised"
+    )
+    queue_units: int = Field(
+        4_000_000_000, ge=1, description="pixels x steps that may wait or be in work"
+    )
     key_share: float = Field(0.5, gt=0, le=1, description="of the queue that one key may fill")
     deadline_s: Positive = 300.0
     keep_s: float = Field(3600, ge=60, description="how long finished pictures can be fetched")
@@ -38,8 +44,12 @@ class PlaceSettings(Settings):
     replicas: int = Field(1, ge=1)
     cpus: float = Field(0, ge=0)
     gpus: float = Field(0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources of each")
-    surge_percent: int = Field(0, ge=0, le=100, description="new replicas beside the old ones while they are replaced")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom Ray resources of each"
+    )
+    surge_percent: int = Field(
+        0, ge=0, le=100, description="new replicas beside the old ones while they are replaced"
+    )
 
 
 class ApartSettings(Settings):
@@ -65,7 +75,9 @@ class GuardSettings(Settings):
 
     words: Place | None = Field(None, description="text file: one forbidden word or phrase a line")
     probe: Place | None = Field(None, description="what `lidit guard train` wrote")
-    language_model: LanguageGuardSettings | None = Field(None, description="Llama Guard or ShieldGemma, of prompts")
+    language_model: LanguageGuardSettings | None = Field(
+        None, description="Llama Guard or ShieldGemma, of prompts"
+    )
     classifier: OnnxSettings | None = None
     pixel_rule: PixelRuleSettings | None = None
     image_threshold: float = Field(0.5, gt=0, le=1)
@@ -78,8 +90,12 @@ class ProvenanceSettings(Settings):
 
     certificates: Place | None = None
     key: Place | None = None
-    roots: Place | None = Field(None, description="PEM of certificates that are trusted when pictures are verified")
-    watermark: bool = Field(True, description="an invisible mark in pictures of 256 pixels and more")
+    roots: Place | None = Field(
+        None, description="PEM of certificates that are trusted when pictures are verified"
+    )
+    watermark: bool = Field(
+        True, description="an invisible mark in pictures of 256 pixels and more"
+    )
 
 
 class ServeSettings(Settings):
@@ -94,12 +110,18 @@ class ServeSettings(Settings):
     )
     folder: Place = "serving"
     keys: Place | None = Field(
-        None, pattern=r"^(rediss?|unix)://", description="Redis for keys and quotas, in place of FOLDER/keys.sqlite"
+        None,
+        pattern=r"^(rediss?|unix)://",
+        description="Redis for keys and quotas, in place of FOLDER/keys.sqlite",
     )
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    public_url: str | None = Field(None, pattern=r"^https?://[^\s?#]+$", description="where clients reach the host")
-    sizes: tuple[tuple[int, int], ...] = Field((), description="(height, width) to measure at the start")
+    public_url: str | None = Field(
+        None, pattern=r"^https?://[^\s?#]+$", description="where clients reach the host"
+    )
+    sizes: tuple[tuple[int, int], ...] = Field(
+        (), description="(height, width) to measure at the start"
+    )
     together: bool = Field(True, description="LLMs, network and codec in one process each replica")
     gateways: int = Field(1, ge=1)
     ledger: PlaceSettings = PlaceSettings()
@@ -108,5 +130,7 @@ class ServeSettings(Settings):
     limits: LimitSettings = LimitSettings()
     guards: GuardSettings = GuardSettings()
     provenance: ProvenanceSettings = ProvenanceSettings()
-    traces: bool = Field(False, description="spans to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names")
+    traces: bool = Field(
+        False, description="spans to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"

@@ -38,14 +38,20 @@ log = logging.getLogger(__name__)
 
 
 def guarded(settings: ServeSettings, given: Mapping[str, Any]) -> ServeSettings:
-    """The settings as they are served with: on this machine alone, guards that nobody has named are not needed.
+    """The settings as they are served with: on this machine alone, guards that nobody has named are
+    not needed.
 
-    given: what the user wrote. Raises InputError where guards are needed and missing, or the model is.
+    given: what the user wrote. Raises InputError where guards are needed and missing, or the model
+    is.
     """
     if not (Path(settings.model) / INDEX).is_file():
-        raise InputError(f"{settings.model}: no {INDEX}, so this is not a model folder written by lidit train")
+        raise InputError(
+            f"{settings.model}: no {INDEX}, so this is not a model folder written by lidit train"
+        )
     if "needed" not in (given.get("guards") or {}) and _only_here(settings.host):
-        settings = settings.model_copy(update={"guards": settings.guards.model_copy(update={"needed": False})})
+        settings = settings.model_copy(
+            update={"guards": settings.guards.model_copy(update={"needed": False})}
+        )
     check_guards(settings)
     words_of(settings)  # a list that cannot be used is told now, not by a replica
     return settings
@@ -57,10 +63,17 @@ def serve_here(settings: ServeSettings) -> None:
     os.environ[CALLBACK] = PLACE
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     key = first_key(settings)
-    # Processes that wait for each other need a logical CPU each: with too few, they would wait for ever.
-    connect(cpus=max(1, math.ceil(sum(place.replicas * place.cpus for place in places_of(settings)))))
+    # Processes that wait for each other need a logical CPU each: with too few, they would wait for
+    # ever.
+    connect(
+        cpus=max(1, math.ceil(sum(place.replicas * place.cpus for place in places_of(settings))))
+    )
     check_places(settings)
-    options = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.deadline_s + NET_S}
+    options = {
+        "host": settings.host,
+        "port": settings.port,
+        "request_timeout_s": settings.limits.deadline_s + NET_S,
+    }
     ready, ended = threading.Event(), threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -71,7 +84,9 @@ def serve_here(settings: ServeSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
-        serve.start(proxy_location="HeadOnly", http_options=options, tracing_config=tracing(settings))
+        serve.start(
+            proxy_location="HeadOnly", http_options=options, tracing_config=tracing(settings)
+        )
         serve.run(application(settings), name=NAME, route_prefix="/")
         ready.set()
         _tell(settings, key)
@@ -98,7 +113,8 @@ def check_places(settings: ServeSettings) -> None:
     for resource, amount in wanted.items():
         if amount > (offered := total(resource)):
             raise InputError(
-                f"the settings ask for {amount:g} {resource}, this machine offers {offered:g}: lower replicas, gpus or "
+                f"the settings ask for {amount:g} {resource}, this machine offers {offered:g}: "
+                "lower replicas, gpus or "
                 f"resources, or write a config for a cluster (--config)"
             )
 
@@ -113,7 +129,9 @@ def first_key(settings: ServeSettings) -> str | None:
 
 
 def write_config(settings: ServeSettings, path: Path) -> None:
-    """A config for `serve deploy`: the application with these settings, and what its proxies need."""
+    """A config for `serve deploy`: the application with these settings, and what its
+    proxies need.
+    """
     content = {
         "proxy_location": "EveryNode",
         "http_options": {
@@ -127,11 +145,15 @@ def write_config(settings: ServeSettings, path: Path) -> None:
                 "name": NAME,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "args": settings.model_dump(mode="json", exclude_defaults=True) | {"model": settings.model},
+                "args": settings.model_dump(mode="json", exclude_defaults=True)
+                | {"model": settings.model},
             }
         ],
     }
-    head = f"# Written by lidit serve. Every Ray process needs {CALLBACK}={PLACE} in its environment.\n"
+    head = (
+        f"# Written by lidit serve. Every Ray process needs {CALLBACK}={PLACE} in its "
+        "environment.\n"
+    )
     path.write_text(head + yaml.safe_dump(content, sort_keys=False))
 
 

@@ -26,9 +26,15 @@ GONE = ApiError(Problem(499, "client_closed", "the client has gone"))
 class EventStream(StreamingResponse):
     """Server-sent events, whose source is closed however the answer ends."""
 
-    def __init__(self, source: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, source: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None
+    ) -> None:
         # Proxies in front must pass events on as they come.
-        super().__init__(source, headers={"x-accel-buffering": "no", **(headers or {})}, media_type="text/event-stream")
+        super().__init__(
+            source,
+            headers={"x-accel-buffering": "no", **(headers or {})},
+            media_type="text/event-stream",
+        )
         self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +65,9 @@ async def _gone(request: Request) -> None:
 
 
 async def accepted(events: Events) -> list[Happened]:
-    """The events until the words have passed their checks. Raises ApiError where the order ends before."""
+    """The events until the words have passed their checks. Raises ApiError where the order ends
+    before.
+    """
     told = []
     async for event in events:
         told.append(event)
@@ -72,7 +80,9 @@ async def accepted(events: Events) -> list[Happened]:
 
 
 async def pictures_of(events: Events) -> tuple[int, list[tuple[Picture, str]]]:
-    """The prompt's tokens, and all pictures of an order with their links. Raises ApiError unless it succeeds."""
+    """The prompt's tokens, and all pictures of an order with their links. Raises ApiError unless it
+    succeeds.
+    """
     tokens, found = 0, []
     async with aclosing(events):
         async for event in events:
@@ -114,7 +124,9 @@ async def generation_stream(
                 yield sse(failed(failure(following).problem))
 
 
-async def job_stream(shapes: Shapes, order: Order, tokens: int, events: Events) -> AsyncGenerator[bytes, None]:
+async def job_stream(
+    shapes: Shapes, order: Order, tokens: int, events: Events
+) -> AsyncGenerator[bytes, None]:
     """All of a job's events, numbered, so that a reader can go on after the last one it has."""
     async with aclosing(events), aclosing(_beating(events)) as told:
         async for event in told:
@@ -126,7 +138,9 @@ async def job_stream(shapes: Shapes, order: Order, tokens: int, events: Events) 
 
 
 async def _beating(events: Events) -> AsyncGenerator[Happened | None, None]:
-    """The events, and None after each silence. What ends the source with an error becomes its last event."""
+    """The events, and None after each silence. What ends the source with an error becomes its last
+    event.
+    """
     following: asyncio.Task[Happened] | None = None
     number = 0
     try:

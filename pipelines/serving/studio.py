@@ -1,6 +1,7 @@
 """From a model folder and settings to what draws its orders, in this process or stage by stage.
 
-A cluster's processes read `settings.folder` from a volume that they share; on one machine it is a folder.
+A cluster's processes read `settings.folder` from a volume that they share; on one machine it is a
+folder.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def name_of(folder: Path) -> str:
     """A model's name for clients: of its run, since every run's model is called model."""
     folder = folder.resolve()
     name = folder.parent.name if folder.name == "model" else folder.name
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip("._-")
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip(
+        "._-"
+    )
     return kept[:64] or "lidit"
 
 
@@ -125,7 +128,9 @@ def prompt_guards_of(settings: ServeSettings) -> PromptGuards:
     """The list first: it costs nothing, and what it refuses no language model need judge."""
     asked, found = settings.guards.language_model, [words_of(settings)]
     if asked is not None:
-        found.append(Guard("language_model", LanguageGuard(asked), asked.threshold, asked.deadline_s))
+        found.append(
+            Guard("language_model", LanguageGuard(asked), asked.threshold, asked.deadline_s)
+        )
     return PromptGuards([guard for guard in found if guard is not None])
 
 
@@ -141,7 +146,12 @@ def probe_of(settings: ServeSettings, pipeline: LIDiTPipeline) -> Guard[States] 
 def image_guard_of(settings: ServeSettings) -> Guard[Pixels] | None:
     guards = settings.guards
     if guards.classifier is not None:
-        return Guard("classifier", OnnxClassifier(guards.classifier), guards.image_threshold, guards.deadline_s)
+        return Guard(
+            "classifier",
+            OnnxClassifier(guards.classifier),
+            guards.image_threshold,
+            guards.deadline_s,
+        )
     if guards.pixel_rule is not None:
         rule = guards.pixel_rule
         checker = PixelRule(rule.colour, rule.share, rule.distance)
@@ -150,14 +160,19 @@ def image_guard_of(settings: ServeSettings) -> Guard[Pixels] | None:
 
 
 def check_guards(settings: ServeSettings) -> None:
-    """Raises InputError where guards are needed and there are none: nobody shall find out by the first picture."""
+    """Raises InputError where guards are needed and there are none: nobody shall find out by the
+    first picture.
+    """
     guards = settings.guards
     if not guards.needed:
         return
     if guards.words is None and guards.probe is None and guards.language_model is None:
         raise InputError(
-            "guards: no guard of prompts; give guards.words, guards.probe or guards.language_model, or "
+            "guards: no guard of prompts; give guards.words, guards.probe or "
+            "guards.language_model, or "
             "guards.needed=false"
         )
     if guards.classifier is None and guards.pixel_rule is None:
-        raise InputError("guards: no guard of pictures; give guards.classifier, or guards.needed=false")
+        raise InputError(
+            "guards: no guard of pictures; give guards.classifier, or guards.needed=false"
+        )

@@ -1,8 +1,10 @@
-"""Traces by request id: a request's id is its trace, so whoever has the id of an answer finds what it went through.
+"""Traces by request id: a request's id is its trace, so whoever has the id of an answer finds what
+it went through.
 
-Serve makes spans of its proxies and replicas; ours, below the same trace, are an order's stages. Spans go to the
-collector that OpenTelemetry's own variables name, OTEL_EXPORTER_OTLP_ENDPOINT first of all, where the settings ask for
-them (`traces`). No words of a request stand in a span: facts are numbers and names of ours.
+Serve makes spans of its proxies and replicas; ours, below the same trace, are an order's stages.
+Spans go to the collector that OpenTelemetry's own variables name, OTEL_EXPORTER_OTLP_ENDPOINT first
+of all, where the settings ask for them (`traces`). No words of a request stand in a span: facts are
+numbers and names of ours.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def traceparent(request_id: str) -> str:
 
 @contextmanager
 def stage(request_id: str, name: str, **facts: int) -> Iterator[None]:
-    """A span of a request. An error is named by its code alone: its text could hold what was asked."""
+    """A span of a request. An error is named by its code alone: its text could hold
+    what was asked.
+    """
     span = trace.get_tracer(__name__).start_span(name, _trace(request_id), attributes=facts or None)
     try:
         yield
@@ -53,7 +57,9 @@ def _trace(request_id: str) -> Context | None:
     """The request's trace as the parent of a span; None for an id that the door has not given."""
     digits = request_id.removeprefix(PREFIX)
     try:
-        parent = SpanContext(int(digits, 16), int(digits[:16], 16), True, TraceFlags(TraceFlags.SAMPLED))
+        parent = SpanContext(
+            int(digits, 16), int(digits[:16], 16), True, TraceFlags(TraceFlags.SAMPLED)
+        )
     except ValueError:
         return None
     return trace.set_span_in_context(NonRecordingSpan(parent)) if parent.is_valid else None

@@ -1,4 +1,5 @@
-"""The stages that draw an order, each with what it needs in memory: an LLM, the network, the codec, the marks.
+"""The stages that draw an order, each with what it needs in memory: an LLM, the network, the codec,
+the marks.
 
 They know nothing of Serve: in one process they are called, on a cluster they are deployments.
 
@@ -44,11 +45,15 @@ class Reader:
         encoder.encoder(device)  # loaded now, not by the first prompt
 
     async def tokens(self, prompts: list[str]) -> int:
-        """How many tokens the prompts have. Raises ApiError for one that the LLM would cut: the end was not drawn."""
+        """How many tokens the prompts have. Raises ApiError for one that the LLM would cut: the end
+        was not drawn.
+        """
         rows = await asyncio.to_thread(self._tokenized, prompts)
         if any(row.truncated for row in rows):
             raise invalid(
-                f"the prompt is longer than the {self.encoder.spec['max_tokens']} tokens that are read", "prompt"
+                f"the prompt is longer than the {self.encoder.spec['max_tokens']} tokens that "
+                "are read",
+                "prompt",
             )
         return sum(len(row.token_ids) for row in rows)
 
@@ -69,7 +74,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Advance:
-    """An image after one of its steps: latents [C, H, W] for a preview that is due, or at its end."""
+    """An image after one of its steps: latents [C, H, W] for a preview that is due,
+    or at its end.
+    """
 
     image: int
     number: int
@@ -92,16 +99,21 @@ class Denoiser:
         self._metrics = EngineMetrics(name)
         self.engine = Engine(pipeline, sizes, on_pass=self._passed)
 
-    async def draw(self, order: Order, *states: torch.Tensor | Awaitable[torch.Tensor]) -> AsyncIterator[Advance]:
-        """Steps as they are taken, then every image's latents. `states`: of the model's encoders, in their order, and
-        once more of the negative prompt where there is one; not awaited yet where the LLMs are in this process.
+    async def draw(
+        self, order: Order, *states: torch.Tensor | Awaitable[torch.Tensor]
+    ) -> AsyncIterator[Advance]:
+        """Steps as they are taken, then every image's latents. `states`: of the model's encoders,
+        in their order, and once more of the negative prompt where there is one; not awaited yet
+        where the LLMs are in this process.
 
-        Whoever closes the iterator ends the work at the next step. Raises ApiError where the probe refuses the states.
+        Whoever closes the iterator ends the work at the next step. Raises ApiError where the probe
+        refuses the states.
         """
         found = await asyncio.gather(*(_state(entry) for entry in states))
         names = list(self.pipeline.encoders)
         prompts = [
-            dict(zip(names, found[at : at + len(names)], strict=True)) for at in range(0, len(found), len(names))
+            dict(zip(names, found[at : at + len(names)], strict=True))
+            for at in range(0, len(found), len(names))
         ]
         if self.probe is not None:
             await demand(self.probe, prompts, "prompt")
@@ -112,7 +124,9 @@ class Denoiser:
 
         def told(image: int, number: int, latents: torch.Tensor) -> None:
             preview = shown.get(number)
-            advance = Advance(image, number, total, None if preview is None else latents.cpu(), preview)
+            advance = Advance(
+                image, number, total, None if preview is None else latents.cpu(), preview
+            )
             loop.call_soon_threadsafe(events.put_nowait, advance)
 
         def ended(future: Future[torch.Tensor]) -> None:
@@ -133,7 +147,11 @@ class Denoiser:
                 raise worker_lost()
             for image, latents in enumerate(future.result().cpu()):
                 if not torch.isfinite(latents).all():
-                    raise ApiError.of(500, "not_finite", "the model gave no picture for this prompt and these settings")
+                    raise ApiError.of(
+                        500,
+                        "not_finite",
+                        "the model gave no picture for this prompt and these settings",
+                    )
                 yield Advance(image, total, total, latents)
         finally:
             future.cancel()

@@ -26,8 +26,9 @@ def follow(
 ) -> int:
     """Print the job's log until it ends; the job's own exit code, or 1 when it has none.
 
-    `on_interrupt` is asked at Ctrl-C: True stops the job, False leaves it running and returns 130. A broken
-    connection is taken up again where the log was left; JobError after ten minutes without contact.
+    `on_interrupt` is asked at Ctrl-C: True stops the job, False leaves it running and returns 130.
+    A broken connection is taken up again where the log was left; JobError after ten minutes without
+    contact.
     """
     written = 0
     contact = time.monotonic()
@@ -48,7 +49,8 @@ def follow(
     while True:
         try:
             # Within the try, because Ctrl-C is answered while waiting, too.
-            time.sleep(pause)  # zero but after a broken connection: a cluster that restarts is not to be hammered
+            # zero but after a broken connection: a cluster that restarts is not to be hammered
+            time.sleep(pause)
             pause = RETRY_SECONDS
             with understood(name):
                 if client.get_job_status(name).is_terminal():
@@ -67,10 +69,13 @@ def follow(
             raise token_error(client.get_address(), error) from None
         except (*CONNECTION_ERRORS, RuntimeError) as error:
             if "status code 404" in str(error):
-                raise JobError(f"{name}: the cluster does not know this job any more (was it restarted?)") from None
+                raise JobError(
+                    f"{name}: the cluster does not know this job any more (was it restarted?)"
+                ) from None
             if time.monotonic() - contact > LOST_CONTACT_SECONDS:
                 raise JobError(
-                    f"{name}: no contact with the cluster for {LOST_CONTACT_SECONDS:.0f} s ({error}); "
+                    f"{name}: no contact with the cluster for {LOST_CONTACT_SECONDS:.0f} s "
+                    f"({error}); "
                     "the job may still run: submit the same thing again to follow it"
                 ) from None
 
@@ -88,6 +93,11 @@ def ask_on_terminal() -> bool:
     if not sys.stdin.isatty():
         return False
     try:
-        return input("\nStop the job (s), or leave it running and detach (d)? [d] ").strip().lower().startswith("s")
+        return (
+            input("\nStop the job (s), or leave it running and detach (d)? [d] ")
+            .strip()
+            .lower()
+            .startswith("s")
+        )
     except (EOFError, KeyboardInterrupt):
         return False

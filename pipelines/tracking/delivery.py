@@ -1,8 +1,9 @@
-"""Records on their way to a tracker that may be slow or away: nobody waits for it, and nothing is lost.
+"""Records on their way to a tracker that may be slow or away: nobody waits for it, and nothing is
+lost.
 
-A thread delivers them from a bounded queue. What could not be delivered is kept in a file, the outbox: metrics are sent
-when the tracker answers again, files and registrations by the driver at the end of the run, and where that fails too by
-the next start of the job.
+A thread delivers them from a bounded queue. What could not be delivered is kept in a file, the
+outbox: metrics are sent when the tracker answers again, files and registrations by the driver at
+the end of the run, and where that fails too by the next start of the job.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from lidit.errors import one_line
 
 RETRY_SECONDS = 15.0
 QUEUE_LENGTH = 10_000
-FILE_SECONDS = 60.0  # a server that sends files on answers after its own upload: this long, and longer by size
+# a server that sends files on answers after its own upload: this long, and longer by size
+FILE_SECONDS = 60.0
 SLOWEST_UPLOAD = 5e6  # bytes per second
 CLOSE_SECONDS = 120.0  # without anything delivered, beyond what the file on its way may take
 CLOSE_AT_MOST = 600.0  # in all, beyond what the waiting files may take
 
 log = logging.getLogger(__name__)
-# Told apart by a key: "values" metrics, "artifact" a file or folder that goes into "folder", "register" a model that is
-# made "of" such a folder, "dataset".
+# Told apart by a key: "values" metrics, "artifact" a file or folder that goes into "folder",
+# "register" a model that is made "of" such a folder, "dataset".
 Record = dict[str, Any]
 
 
@@ -49,7 +51,8 @@ def files_in(path: Path) -> list[Path]:
 
 
 class Outbox:
-    """Records for the tracker: in memory until they are delivered or the run is closed, then in a file.
+    """Records for the tracker: in memory until they are delivered or the run is closed, then in a
+    file.
 
     One line per record; a process's workers and driver share the file, one after the other.
     """
@@ -57,9 +60,11 @@ class Outbox:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._pending: Counter[str] = Counter()  # lines added and neither delivered nor, for metrics, in the file
+        # lines added and neither delivered nor, for metrics, in the file
+        self._pending: Counter[str] = Counter()
         self._delivered: set[str] = set()  # lines, but of metrics
-        self._ahead: set[str] = set()  # lines that came into the file while they still waited for their turn
+        # lines that came into the file while they still waited for their turn
+        self._ahead: set[str] = set()
 
     def add(self, record: Record) -> str:
         """Accept a record; its line in the file names it from here on."""
@@ -69,8 +74,10 @@ class Outbox:
         return line
 
     def mark_sent(self, line: str, delivered: bool = True, all_of_it: bool = False) -> None:
-        """A record is no longer pending. delivered: False where it went into the file and not to the tracker;
-        all_of_it: once for all the times that it was added."""
+        """A record is no longer pending. delivered: False where it went into the file and not to
+        the tracker;
+        all_of_it: once for all the times that it was added.
+        """
         with self._lock:
             self._pending[line] -= 1
             if all_of_it or self._pending[line] <= 0:
@@ -86,12 +93,16 @@ class Outbox:
             return self._read()
 
     def unsent(self) -> list[Record]:
-        """The records that the tracker lacks, of this process and of those before it whose file can be read."""
+        """The records that the tracker lacks, of this process and of those before it whose file can
+        be read.
+        """
         with self._lock:
             lines = dict.fromkeys(self._pending)
             with suppress(OSError):
                 lines = dict.fromkeys([*self._read(), *lines])
-        return [record for line in lines if not self.is_delivered(line) and (record := _parsed(line))]
+        return [
+            record for line in lines if not self.is_delivered(line) and (record := _parsed(line))
+        ]
 
     def append(self, line: str) -> None:
         """Write one line, unless `write_pending` has written it before its turn."""
@@ -129,17 +140,24 @@ class Outbox:
 class Delivery:
     """Sends records in order, from its own thread.
 
-    send: brings one to the tracker; raises whatever it likes where it cannot, GoneError where nobody ever will.
-    is_connected: whether there is a run to log into; its argument says whether this is the last chance. Never raises.
+    send: brings one to the tracker; raises whatever it likes where it cannot, GoneError where
+    nobody ever will.
+    is_connected: whether there is a run to log into; its argument says whether this is the last
+    chance. Never raises.
     everything: whether this process sends files and registrations of the outbox at its end, too.
     """
 
     def __init__(
-        self, path: Path, send: Callable[[Record], None], is_connected: Callable[[bool], bool], everything: bool
+        self,
+        path: Path,
+        send: Callable[[Record], None],
+        is_connected: Callable[[bool], bool],
+        everything: bool,
     ) -> None:
         self.outbox = Outbox(path)
         self._send, self._is_connected, self._everything = send, is_connected, everything
-        self._queue: queue.Queue[str | None] = queue.Queue()  # records as lines of the outbox; None ends
+        # records as lines of the outbox; None ends
+        self._queue: queue.Queue[str | None] = queue.Queue()
         self._lost: set[str] = set()  # artifact folders that will never be whole
         self._given_up = False
         self._last_failure = -RETRY_SECONDS
@@ -151,14 +169,18 @@ class Delivery:
     def put(self, record: Record) -> None:
         full = self._queue.qsize() >= QUEUE_LENGTH
         if full and "values" in record:
-            log.warning("tracking falls behind, %d entries wait: %s dropped", QUEUE_LENGTH, _name(record))
+            log.warning(
+                "tracking falls behind, %d entries wait: %s dropped", QUEUE_LENGTH, _name(record)
+            )
             return
         line = self.outbox.add(record)
         if not full:  # else it goes at the end, from the outbox
             self._queue.put(line)
 
     def close(self) -> None:
-        """Wait until everything is delivered, or nothing arrives any more; what is left stays in the outbox."""
+        """Wait until everything is delivered, or nothing arrives any more; what is left stays in
+        the outbox.
+        """
         try:
             self.outbox.write_pending()
         except OSError as error:
@@ -180,8 +202,11 @@ class Delivery:
         self._given_up = self._thread.is_alive()
         if names := list(dict.fromkeys(_name(record) for record in self.outbox.unsent())):
             log.warning(
-                "%s %.0f s: %s%s; kept in %s until the end of the run or the next start of this job",
-                "the tracker is given up after" if self._given_up else "the tracker did not take everything in",
+                "%s %.0f s: %s%s; kept in %s until the end of the run or the next start of this "
+                "job",
+                "the tracker is given up after"
+                if self._given_up
+                else "the tracker did not take everything in",
                 time.monotonic() - began,
                 ", ".join(names[:5]),
                 f" and {len(names) - 5} more" if len(names) > 5 else "",
@@ -194,7 +219,7 @@ class Delivery:
         self._queue.put(None)
         self._thread.join()
 
-    # -- for `send` ---------------------------------------------------------------------------------------------------
+    # -- for `send` --------------------------------------------------------------------------------
 
     @contextmanager
     def sending(self, file: Path) -> Iterator[None]:
@@ -207,16 +232,19 @@ class Delivery:
             self._file = None
 
     def require_arrived(self, folder: str) -> None:
-        """Raises ConnectionError while something for this artifact folder waits, GoneError where it never will come."""
+        """Raises ConnectionError while something for this artifact folder waits, GoneError where it
+        never will come.
+        """
         if folder in self._lost:
             raise GoneError(f"not all of {folder} was there to be sent")
         if any(record.get("folder") == folder for record in self.outbox.unsent()):
             raise ConnectionError(f"{folder} has not arrived yet")
 
-    # -- the thread ---------------------------------------------------------------------------------------------------
+    # -- the thread --------------------------------------------------------------------------------
 
     def _deliver(self) -> None:
-        self._is_connected(False)  # a start that waits for the store's answer has not put anything yet
+        # a start that waits for the store's answer has not put anything yet
+        self._is_connected(False)
         while (line := self._queue.get()) is not None:
             if self._given_up:
                 return
@@ -230,7 +258,11 @@ class Delivery:
                     self.outbox.mark_sent(line)
             except Exception as error:  # see the module's promise
                 self._last_failure = time.monotonic()
-                log.warning("%s not tracked, tried again at the end: %s", _name(record), one_line(error, 200))
+                log.warning(
+                    "%s not tracked, tried again at the end: %s",
+                    _name(record),
+                    one_line(error, 200),
+                )
         if self._given_up:
             return
         try:
@@ -246,7 +278,11 @@ class Delivery:
         self._last_delivery = time.monotonic()
 
     def _send_metrics(self, record: Record, line: str) -> None:
-        if time.monotonic() - self._last_failure >= RETRY_SECONDS and self._flush_outbox() and self._log(record):
+        if (
+            time.monotonic() - self._last_failure >= RETRY_SECONDS
+            and self._flush_outbox()
+            and self._log(record)
+        ):
             return
         self.outbox.append(line)
 

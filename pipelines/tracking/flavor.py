@@ -1,4 +1,6 @@
-"""What makes a tracked model folder an MLflow model: signature, example, requirements and the code that draws."""
+"""What makes a tracked model folder an MLflow model: signature, example, requirements and the code
+that draws.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,17 @@ PARAMS = {"seed": 0, "steps": 0, "guidance_scale": -1.0}
 
 
 def write_flavor(folder: Path, prompt: str) -> Path:
-    """Write the files that go beside a model folder's own, so that `mlflow.pyfunc.load_model` draws with it.
+    """Write the files that go beside a model folder's own, so that `mlflow.pyfunc.load_model` draws
+    with it.
 
-    folder: made anew. prompt: the example. The weights are not copied: the model folder is the artifact itself.
+    folder: made anew. prompt: the example. The weights are not copied: the model folder is the
+    artifact itself.
     """
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as place:
         made = Path(place, "flavor")
-        # It would tell that the example was not drawn: the weights are elsewhere, and the types say the signature.
+        # It would tell that the example was not drawn: the weights are elsewhere, and the types say
+        # the signature.
         logging.getLogger("mlflow.models.signature").setLevel(logging.ERROR)
         mlflow.pyfunc.save_model(
             made,
@@ -40,11 +45,14 @@ def write_flavor(folder: Path, prompt: str) -> Path:
 
 
 def requirements() -> list[str]:
-    """This package and the libraries that decide what a picture looks like, as they are installed here."""
+    """This package and the libraries that decide what a picture looks like, as they are installed
+    here.
+    """
     found = []
     for name in ("lidit-pipeline", *PINNED):
         try:
-            found.append(f"{name}=={version(name).partition('+')[0]}")  # builds of one version have other names
+            # builds of one version have other names
+            found.append(f"{name}=={version(name).partition('+')[0]}")
         except PackageNotFoundError:
             continue
     return found

@@ -1,4 +1,6 @@
-"""The store's side of a run: found or created, and what the store refuses told apart from a store that is away."""
+"""The store's side of a run: found or created, and what the store refuses told apart from a store
+that is away.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunHandle:
-    """What a worker needs to log into the driver's run. `run_id` is empty while the tracker has not answered yet."""
+    """What a worker needs to log into the driver's run. `run_id` is empty while the tracker has not
+    answered yet.
+    """
 
     uri: str
     run_id: str
@@ -43,7 +47,9 @@ class RunHandle:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A job as the store knows it. Its run is found again by the id in its folder, else by the tag `key`."""
+    """A job as the store knows it. Its run is found again by the id in its folder, else by the tag
+    `key`.
+    """
 
     experiment: str
     name: str
@@ -56,8 +62,9 @@ class RunSpec:
 def find_or_create(uri: str, spec: RunSpec) -> str:
     """The id of the job's run, RUNNING, with its parameters and tags.
 
-    A changed parameter of a continued run stays as it was first logged (MLflow never rewrites one) and is written as
-    a tag `changed.NAME`. Raises InputError where the store refuses it, and whatever MLflow raises where it is away.
+    A changed parameter of a continued run stays as it was first logged (MLflow never rewrites one)
+    and is written as a tag `changed.NAME`. Raises InputError where the store refuses it, and
+    whatever MLflow raises where it is away.
     """
     try:
         client = MlflowClient(uri)
@@ -67,13 +74,18 @@ def find_or_create(uri: str, spec: RunSpec) -> str:
         run = _own_run(client, spec) or _run_with_key(client, experiment.experiment_id, spec.key)
         if run is None:
             run = client.create_run(
-                experiment.experiment_id, run_name=spec.name, tags={RUN_KEY: spec.key, "lidit.attempt": "1"}
+                experiment.experiment_id,
+                run_name=spec.name,
+                tags={RUN_KEY: spec.key, "lidit.attempt": "1"},
             )
         else:
             known = run.data.params
             changed = {k: v for k, v in params.items() if known.get(k, v) != v}
             attempt = int(run.data.tags.get("lidit.attempt", "1")) + 1
-            tags |= {**{f"changed.{k}"[:NAME_LIMIT]: v for k, v in changed.items()}, "lidit.attempt": str(attempt)}
+            tags |= {
+                **{f"changed.{k}"[:NAME_LIMIT]: v for k, v in changed.items()},
+                "lidit.attempt": str(attempt),
+            }
             params = {k: v for k, v in params.items() if k not in known}
             client.update_run(run.info.run_id, status="RUNNING")
             _tell_where_files_go(uri, run)
@@ -84,13 +96,16 @@ def find_or_create(uri: str, spec: RunSpec) -> str:
         )
     except MlflowException as error:
         if _is_refusal(error):
-            raise InputError(f"the tracker {uri} refuses this run: {one_line(error, 300)}") from None
+            raise InputError(
+                f"the tracker {uri} refuses this run: {one_line(error, 300)}"
+            ) from None
         raise
     return str(run.info.run_id)
 
 
 def check_experiment(uri: str, experiment: str) -> None:
-    """Raise InputError where the store answers and refuses the experiment, before a long job's work is done.
+    """Raise InputError where the store answers and refuses the experiment, before a long job's work
+    is done.
 
     A store that is away refuses nothing: the job's numbers wait for it.
     """
@@ -99,7 +114,9 @@ def check_experiment(uri: str, experiment: str) -> None:
         _experiment(MlflowClient(uri), uri, experiment)
     except MlflowException as error:
         if _is_refusal(error):
-            raise InputError(f"the tracker {uri} refuses the experiment: {one_line(error, 300)}") from None
+            raise InputError(
+                f"the tracker {uri} refuses the experiment: {one_line(error, 300)}"
+            ) from None
     except InputError:
         raise
     except Exception as error:  # whatever a store that is away makes MLflow raise
@@ -107,7 +124,9 @@ def check_experiment(uri: str, experiment: str) -> None:
 
 
 def accepted_name(name: str) -> str:
-    """The name of a metric, parameter or tag as MLflow takes it: others would be refused with all that came along."""
+    """The name of a metric, parameter or tag as MLflow takes it: others would be refused with all
+    that came along.
+    """
     name = NOT_IN_A_NAME.sub("_", name)[:NAME_LIMIT]
     # MLflow takes names as paths, and refuses those that lead elsewhere.
     if name != posixpath.normpath(name) or name.startswith(("/", "..")) or name == ".":
@@ -117,17 +136,20 @@ def accepted_name(name: str) -> str:
 
 def _is_refusal(error: MlflowException) -> bool:
     """Whether the store answered, and will answer the same tomorrow."""
-    if isinstance(error, UnsupportedModelRegistryStoreURIException) or "out-of-date database schema" in str(error):
+    if isinstance(
+        error, UnsupportedModelRegistryStoreURIException
+    ) or "out-of-date database schema" in str(error):
         return True
     status = error.get_http_status_code()
     return 400 <= status < 500 and status not in BUSY
 
 
 def _own_run(client: MlflowClient, spec: RunSpec) -> Run | None:
-    """The run whose id the job's folder holds; None where there is none, or the store does not know it.
+    """The run whose id the job's folder holds; None where there is none, or the store does not know
+    it.
 
-    A folder keeps its run wherever it is moved to, while the tag is made of the folder's path. An arm's result has
-    the folder of its training, and a run of its own.
+    A folder keeps its run wherever it is moved to, while the tag is made of the folder's path. An
+    arm's result has the folder of its training, and a run of its own.
     """
     try:
         run_id = (spec.folder / RUN_FILE).read_text().strip()
@@ -149,7 +171,9 @@ def _run_with_key(client: MlflowClient, experiment_id: str, key: str) -> Run | N
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> Experiment:
-    """The experiment of this name, created where the store has none; its files lie beside a sqlite store."""
+    """The experiment of this name, created where the store has none; its files lie beside a sqlite
+    store.
+    """
     found = client.get_experiment_by_name(name)
     if found is None:
         file = sqlite_file(uri)
@@ -162,21 +186,26 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> Experiment:
                 raise
     if found.lifecycle_stage != "active":
         raise InputError(
-            f"the experiment {name!r} was deleted in the tracker {uri}; restore it (mlflow experiments restore "
-            f"--experiment-id {found.experiment_id}, or on MLflow's page), or name another: tracking.experiment=NAME"
+            f"the experiment {name!r} was deleted in the tracker {uri}; restore it (mlflow "
+            "experiments restore "
+            f"--experiment-id {found.experiment_id}, or on MLflow's page), or name another: "
+            "tracking.experiment=NAME"
         )
     return found
 
 
 def _tell_where_files_go(uri: str, run: Run) -> None:
-    """Warn where the store was moved: MLflow keeps the address that a run's files had when it was created."""
+    """Warn where the store was moved: MLflow keeps the address that a run's files had when it was
+    created.
+    """
     file, root = sqlite_file(uri), run.info.artifact_uri or ""
     if file is None or not root.startswith(("file:", "/")):
         return
     folder = Path(unquote(urlsplit(root).path))
     if file.parent.resolve() not in folder.parents:
         log.warning(
-            "the files of MLflow run %s go to %s, not beside its store %s: the store was moved or copied",
+            "the files of MLflow run %s go to %s, not beside its store %s: the store was moved "
+            "or copied",
             run.info.run_id,
             folder,
             file,
@@ -184,25 +213,35 @@ def _tell_where_files_go(uri: str, run: Run) -> None:
 
 
 def git_state() -> dict[str, str]:
-    """Commit and cleanliness of the checkout this code runs from; LIDIT_GIT_COMMIT where there is none.
+    """Commit and cleanliness of the checkout this code runs from; LIDIT_GIT_COMMIT where there is
+    none.
 
-    The variable is set by whatever took the code away from its checkout: an image's build, `lidit submit`.
+    The variable is set by whatever took the code away from its checkout: an image's build,
+    `lidit submit`.
     """
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not somebody else's checkout around an installation
-        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain"))).lower()}
+        # not somebody else's checkout around an installation
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {
+            "git.commit": git("rev-parse", "HEAD"),
+            "git.dirty": str(bool(git("status", "--porcelain"))).lower(),
+        }
     except (OSError, subprocess.CalledProcessError):
         commit = os.environ.get("LIDIT_GIT_COMMIT", "")
         return {"git.commit": commit} if commit else {}
 
 
 def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each of a run's metrics that it has; none where the tracker does not answer."""
+    """(step, value) of each of a run's metrics that it has; none where the tracker
+    does not answer.
+    """
     sign_in(uri)
     client = MlflowClient(uri)
     try:
@@ -210,4 +249,8 @@ def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[
     except MlflowException as error:
         log.warning("no curves of run %s: %s", run_id, one_line(error, 200))
         return {}
-    return {name: [(point.step, point.value) for point in history] for name, history in histories.items() if history}
+    return {
+        name: [(point.step, point.value) for point in history]
+        for name, history in histories.items()
+        if history
+    }

@@ -1,9 +1,9 @@
 """The tracker: MLflow behind one small class.
 
-The driver finds or creates one run per job (tag `lidit.run_key`), owns its status and hands its id to the workers;
-rank 0 logs into it. Steps that the store already holds of a metric are left out, so a resumed run continues its curve
-without doubled or lost points. A store that is away stops nothing, see `delivery`; one that answers with a refusal
-is told before the job's work begins.
+The driver finds or creates one run per job (tag `lidit.run_key`), owns its status and hands its id
+to the workers; rank 0 logs into it. Steps that the store already holds of a metric are left out, so
+a resumed run continues its curve without doubled or lost points. A store that is away stops
+nothing, see `delivery`; one that answers with a refusal is told before the job's work begins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from pipelines.tracking.store import sign_in, sqlite_file
 
 STEP = "lidit.step"
 OUTBOX = "tracking.spool.jsonl"  # the name is part of a run's folder: earlier releases wrote it
-# A start waits this long for the store's answer: a server's, and a file's, whose tables may have to be created.
+# A start waits this long for the store's answer: a server's, and a file's, whose tables may have to
+# be created.
 CONNECT_SECONDS = 15.0
 CREATE_SECONDS = 120.0
 
@@ -41,13 +42,21 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def tracked_run(
-    uri: str, experiment: str, name: str, key: str, params: Mapping[str, str], tags: Mapping[str, str], folder: Path
+    uri: str,
+    experiment: str,
+    name: str,
+    key: str,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    folder: Path,
 ) -> Iterator[Tracker]:
-    """The run with this key: continued where it exists, created where not; FINISHED, FAILED or KILLED at the end.
+    """The run with this key: continued where it exists, created where not; FINISHED, FAILED or
+    KILLED at the end.
 
-    The arguments are what identifies the run and what it holds, in MLflow's words. A store that does not answer is
-    reported once and the job goes on with an outbox file. Raises InputError where the store answers and refuses the
-    run (a deleted experiment, a user without permission), before the block is entered.
+    The arguments are what identifies the run and what it holds, in MLflow's words. A store that
+    does not answer is reported once and the job goes on with an outbox file. Raises InputError
+    where the store answers and refuses the run (a deleted experiment, a user without permission),
+    before the block is entered.
     """
     sign_in(uri)
     spec = RunSpec(experiment, name, key, params, tags, folder)
@@ -63,10 +72,13 @@ def tracked_run(
 
 
 class _ProxiedArtifacts(MlflowArtifactsRepository):
-    """A server's artifacts, each file with its own patience: MLflow has one timeout for all calls."""
+    """A server's artifacts, each file with its own patience: MLflow has one timeout
+    for all calls.
+    """
 
     def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
-        if self._should_multipart_upload(local_file):  # pieces, straight to the bucket: nobody waits for a proxy
+        # pieces, straight to the bucket: nobody waits for a proxy
+        if self._should_multipart_upload(local_file):
             super().log_artifact(local_file, artifact_path)
             return
         path = Path(local_file)
@@ -85,10 +97,12 @@ class _ProxiedArtifacts(MlflowArtifactsRepository):
 
 
 class Tracker:
-    """Logs into one run from a background thread. Every method but `close` and `wait_until_answered` returns at once.
+    """Logs into one run from a background thread. Every method but `close` and
+    `wait_until_answered` returns at once.
 
-    `connect` gives the id of the run, and is called by that thread; only the driver has it. What a worker could not
-    deliver, but metrics, is left to the driver, which holds no GPUs while it waits.
+    `connect` gives the id of the run, and is called by that thread; only the driver has it. What a
+    worker could not deliver, but metrics, is left to the driver, which holds no GPUs while it
+    waits.
     """
 
     def __init__(self, handle: RunHandle, connect: Callable[[], str] | None = None) -> None:
@@ -100,7 +114,9 @@ class Tracker:
             # A worker that is killed early has delivered its first figures all the same.
             with suppress(Exception):
                 self.client  # noqa: B018
-        self._delivery = Delivery(Path(handle.outbox), self._send, self._is_connected, connect is not None)
+        self._delivery = Delivery(
+            Path(handle.outbox), self._send, self._is_connected, connect is not None
+        )
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -108,16 +124,24 @@ class Tracker:
         return MlflowClient(self.handle.uri)
 
     def wait_until_answered(self, seconds: float) -> None:
-        """Wait for the run's id, but not for long. Raises InputError where the store refuses the run."""
+        """Wait for the run's id, but not for long. Raises InputError where the store refuses the
+        run.
+        """
         answered = self._asked.wait(seconds)
         if self._refusal:
             self._delivery.abandon()
             raise self._refusal
         if not answered:
-            log.warning("the tracker has not answered in %.0f s, metrics wait in %s", seconds, self.handle.outbox)
+            log.warning(
+                "the tracker has not answered in %.0f s, metrics wait in %s",
+                seconds,
+                self.handle.outbox,
+            )
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Metrics of a global step; those that the run already has at this or a later step are left out."""
+        """Metrics of a global step; those that the run already has at this or a later step are left
+        out.
+        """
         accepted = {accepted_name(name): value for name, value in values.items()}
         self._delivery.put({"step": step, "time": int(time.time() * 1000), "values": accepted})
 
@@ -130,16 +154,24 @@ class Tracker:
         self._delivery.put({"dataset": name, "digest": digest[:36], "source": source})
 
     def register(self, name: str, artifact: str, alias: str) -> None:
-        """The run's artifact folder as a new version of model `name`, found by `models:/name@alias`.
+        """The run's artifact folder as a new version of model `name`, found by
+        `models:/name@alias`.
 
-        Not before everything logged into that folder has arrived: people load what the alias points at.
+        Not before everything logged into that folder has arrived: people load what the alias points
+        at.
         """
         self._delivery.put({"register": name, "of": artifact, "alias": alias})
 
     def history(self, metric: str) -> tuple[list[float], list[float]]:
-        """Steps and values the store holds of a metric, in order; empty where it does not answer."""
+        """Steps and values the store holds of a metric, in order; empty where it
+        does not answer.
+        """
         try:
-            points = self.client.get_metric_history(self.handle.run_id, metric) if self.handle.run_id else []
+            points = (
+                self.client.get_metric_history(self.handle.run_id, metric)
+                if self.handle.run_id
+                else []
+            )
         except Exception as error:
             log.warning("the history of %s could not be read: %s", metric, one_line(error, 200))
             points = []
@@ -147,16 +179,21 @@ class Tracker:
         return [float(point.step) for point in points], [point.value for point in points]
 
     def known(self, prefix: str) -> list[str]:
-        """Names of the run's metrics that start with `prefix`, sorted; none where the store does not answer."""
+        """Names of the run's metrics that start with `prefix`, sorted; none where the store does
+        not answer.
+        """
         try:
-            names = self.client.get_run(self.handle.run_id).data.metrics if self.handle.run_id else {}
+            names = (
+                self.client.get_run(self.handle.run_id).data.metrics if self.handle.run_id else {}
+            )
         except Exception as error:
             log.warning("the run's metrics could not be listed: %s", one_line(error, 200))
             names = {}
         return sorted(name for name in names if name.startswith(prefix))
 
     def close(self, status: str = "") -> None:
-        """Deliver what waits, keep the rest in the outbox, then set the run's status where `status` names it.
+        """Deliver what waits, keep the rest in the outbox, then set the run's status where `status`
+        names it.
 
         Waits as long as things arrive, and for a file as long as its size allows.
         """
@@ -165,12 +202,16 @@ class Tracker:
             try:
                 self.client.set_terminated(self.handle.run_id, status)
             except Exception as error:
-                log.warning("the run's status %s could not be set: %s", status, one_line(error, 200))
+                log.warning(
+                    "the run's status %s could not be set: %s", status, one_line(error, 200)
+                )
 
-    # -- called by the delivering thread ------------------------------------------------------------------------------
+    # -- called by the delivering thread -----------------------------------------------------------
 
     def _is_connected(self, at_end: bool) -> bool:
-        """Whether there is a run to log into. The driver asks once at the start and once more at the end."""
+        """Whether there is a run to log into. The driver asks once at the start and once more at
+        the end.
+        """
         if self._connect and not self.handle.run_id and (at_end or not self._asked.is_set()):
             try:
                 self.handle = replace(self.handle, run_id=self._connect())
@@ -178,9 +219,12 @@ class Tracker:
                 self._refusal = error
                 if self._asked.is_set():
                     log.warning("%s", error)
-            except Exception as error:  # a store that is away must not stop a job, whatever MLflow raises
+            except Exception as error:
+                # a store that is away must not stop a job, whatever MLflow raises
                 log.warning(
-                    "the tracker does not answer, metrics wait in %s: %s", self.handle.outbox, one_line(error, 200)
+                    "the tracker does not answer, metrics wait in %s: %s",
+                    self.handle.outbox,
+                    one_line(error, 200),
                 )
             finally:
                 self._asked.set()
@@ -196,24 +240,37 @@ class Tracker:
             case {"register": name, "of": folder, "alias": alias}:
                 self._register(name, folder, alias)
             case {"dataset": name, "digest": digest, "source": source}:
-                entry = Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source}))
+                entry = Dataset(
+                    name=name,
+                    digest=digest,
+                    source_type="local",
+                    source=json.dumps({"uri": source}),
+                )
                 self.client.log_inputs(self.handle.run_id, [DatasetInput(entry, [])])
             case _:
                 raise ValueError(f"not known here: {record}")
 
     def _send_metrics(self, values: Mapping[str, float], step: int, when: int) -> None:
         """Without what the store has already."""
-        fresh = {key: float(value) for key, value in values.items() if step > self._newest_step(key)}
+        fresh = {
+            key: float(value) for key, value in values.items() if step > self._newest_step(key)
+        }
         if fresh:
             metrics = [Metric(key, value, when, step) for key, value in fresh.items()]
-            self.client.log_batch(self.handle.run_id, metrics=metrics, tags=[RunTag(STEP, str(step))])
+            self.client.log_batch(
+                self.handle.run_id, metrics=metrics, tags=[RunTag(STEP, str(step))]
+            )
         self._newest.update(dict.fromkeys(fresh, step))
 
     def _send_files(self, path: Path, folder: str) -> None:
         if not path.exists():
             raise GoneError(f"{path} is no longer there")
         root = self.client.get_run(self.handle.run_id).info.artifact_uri
-        proxied = _ProxiedArtifacts(root, self.handle.uri) if root.startswith("mlflow-artifacts:") else None
+        proxied = (
+            _ProxiedArtifacts(root, self.handle.uri)
+            if root.startswith("mlflow-artifacts:")
+            else None
+        )
         top = path if path.is_dir() else path.parent
         for file in files_in(path):
             inside = PurePosixPath(folder, file.parent.relative_to(top))
@@ -236,7 +293,9 @@ class Tracker:
         self.client.set_registered_model_alias(name, alias, made.version)
 
     def _newest_step(self, metric: str) -> int:
-        """Asked of the store itself, once per metric: a killed worker may have logged more than anybody noted."""
+        """Asked of the store itself, once per metric: a killed worker may have logged more than
+        anybody noted.
+        """
         if metric not in self._newest:
             points = self.client.get_metric_history(self.handle.run_id, metric)
             self._newest[metric] = max((point.step for point in points), default=-1)

@@ -1,13 +1,14 @@
 """Checkpoints: complete or absent, checked before use, independent of ZeRO stage and world size.
 
     step-00001000/
-      rank-00000.safetensors   this rank's fragments: master weights, both moments, EMA (keys KIND|NAME|START)
-      rank-00000.json          sha256 and size of the file beside it, rank 0's also of the model's; written last
-      position.json            rank 0: step, world size, run facts (config, corpus digest, family fingerprints)
-      model/                   rank 0, after the last step: the folder people load
+      rank-00000.safetensors   this rank's fragments: master weights, both moments, EMA (keys
+      KIND|NAME|START) rank-00000.json          sha256 and size of the file beside it, rank 0's also
+      of the model's; written last position.json            rank 0: step, world size, run facts
+      (config, corpus digest, family fingerprints) model/                   rank 0, after the last
+      step: the folder people load
 
-No pickle is written or read. DeepSpeed's own checkpoints are pickles that load only at the world size and stage they
-were written with; these are plain tensors named by parameter and offset.
+No pickle is written or read. DeepSpeed's own checkpoints are pickles that load only at the world
+size and stage they were written with; these are plain tensors named by parameter and offset.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from safetensors.torch import save_file
 
 from lidit.errors import InputError, one_line
 from lidit.store import digest_of
-from pipelines.training.ema import MOMENTS, ShardedEMA, inner_optimizer, load_numbers, owned_fragments
+from pipelines.training.ema import (
+    MOMENTS,
+    ShardedEMA,
+    inner_optimizer,
+    load_numbers,
+    owned_fragments,
+)
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{9})$")
@@ -61,18 +68,25 @@ class Position:
 
 
 def save(folder: Path, engine: Any, ema: ShardedEMA, rank: int, position: Position) -> None:
-    """Write this rank's part of a checkpoint into `folder`; every rank calls it, rank 0 with the model in its place."""
+    """Write this rank's part of a checkpoint into `folder`; every rank calls it, rank 0 with the
+    model in its place.
+    """
     optimizer = inner_optimizer(engine)
     tensors: dict[str, torch.Tensor] = {}
     for fragment, average in zip(owned_fragments(engine), ema.average):
         place = f"{fragment.name}|{fragment.start}"
         tensors[f"master|{place}"] = fragment.master
         tensors[f"ema|{place}"] = average
-        for kind in MOMENTS if position.ema_updates else ():  # there are none before the first step that is taken
+        # there are none before the first step that is taken
+        for kind in MOMENTS if position.ema_updates else ():
             tensors[f"{kind}|{place}"] = fragment.moment(optimizer, kind)
     path = folder / f"rank-{rank:05}.safetensors"
     save_file(
-        {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in tensors.items()}, path
+        {
+            key: value.detach().to("cpu", torch.float32).contiguous().clone()
+            for key, value in tensors.items()
+        },
+        path,
     )
     if rank == 0:
         text = json.dumps(position.__dict__, indent=1, sort_keys=True)
@@ -84,8 +98,14 @@ def write_record(folder: Path, rank: int, position: Position) -> None:
     """Write size and sha256 of this rank's files; last, so a record means complete files."""
     files = [folder / f"rank-{rank:05}.safetensors"]
     if rank == 0:
-        files += [folder / POSITION, *(path for path in sorted((folder / MODEL).rglob("*")) if path.is_file())]
-    entries = [{"file": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": _digest(p)} for p in files]
+        files += [
+            folder / POSITION,
+            *(path for path in sorted((folder / MODEL).rglob("*")) if path.is_file()),
+        ]
+    entries = [
+        {"file": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": _digest(p)}
+        for p in files
+    ]
     record = {"start": position.start, "files": entries}
     (folder / f"rank-{rank:05}.json").write_text(json.dumps(record))
 
@@ -96,7 +116,9 @@ def _digest(path: Path) -> str:
 
 
 def problem(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be used; None when every file is there, matches its record and is of one start."""
+    """Why a checkpoint folder cannot be used; None when every file is there, matches its record and
+    is of one start.
+    """
     try:
         position = read_position(folder)
         # One flipped bit of the step would go on elsewhere in the data with these weights.
@@ -147,7 +169,9 @@ def candidates(root: Path) -> list[Path]:
     """Checkpoint folders below a run's folder, newest first."""
     if not root.is_dir():
         return []
-    return sorted((p for p in root.iterdir() if NAME.search(p.name)), key=lambda p: p.name, reverse=True)
+    return sorted(
+        (p for p in root.iterdir() if NAME.search(p.name)), key=lambda p: p.name, reverse=True
+    )
 
 
 def newest_complete(root: Path) -> Path | None:
@@ -160,9 +184,13 @@ def newest_complete(root: Path) -> Path | None:
     for folder in folders:
         if (reason := problem(folder)) is None:
             return folder
-        log.warning("checkpoint %s is not usable (%s): falling back to the one before", folder.name, reason)
+        log.warning(
+            "checkpoint %s is not usable (%s): falling back to the one before", folder.name, reason
+        )
     if not all(map(unfinished, folders)):
-        raise InputError(f"{root}: no checkpoint is whole; remove the step-* folders to start the run over")
+        raise InputError(
+            f"{root}: no checkpoint is whole; remove the step-* folders to start the run over"
+        )
     return None
 
 
@@ -177,10 +205,14 @@ class CheckpointReader:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 kind, name, start = key.split("|")
                 (length,) = file.get_slice(key).get_shape()
-                self.places.setdefault((kind, name), []).append((int(start), int(start) + length, file, key))
+                self.places.setdefault((kind, name), []).append(
+                    (int(start), int(start) + length, file, key)
+                )
 
     def read(self, kind: str, name: str, first: int, last: int) -> torch.Tensor:
-        """Elements [first, last) of a parameter's flat fp32 tensor; KeyError for an unknown name."""
+        """Elements [first, last) of a parameter's flat fp32 tensor; KeyError for an
+        unknown name.
+        """
         pieces = []
         for start, stop, file, key in sorted(self.places[kind, name], key=lambda piece: piece[0]):
             low, high = max(first, start), min(last, stop)

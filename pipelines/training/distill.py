@@ -1,7 +1,8 @@
-"""Distilling a model: `distill` is the driver, `distill_worker` the loop, `DistillJob` what differs from a training.
+"""Distilling a model: `distill` is the driver, `distill_worker` the loop, `DistillJob` what differs
+from a training.
 
-Every stage is an ordinary training run whose loss asks a teacher: `Lessons` says what the student is to predict. The
-next stage's teacher is the model that a stage has published.
+Every stage is an ordinary training run whose loss asks a teacher: `Lessons` says what the student
+is to predict. The next stage's teacher is the model that a stage has published.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from pipelines.training.train import TrainingJob, take_all_steps, train
 def distill(distillation: Distillation, allow_drift: bool = False) -> list[TrainResult]:
     """Train a student per stage, each after the one before it, from wherever their runs stand.
 
-    The last student is OUTPUT/NAME, those before it OUTPUT/NAME-stage1 and so on. Each names the digest of its
-    teacher's weights, in its run and in its model card.
+    The last student is OUTPUT/NAME, those before it OUTPUT/NAME-stage1 and so on. Each names the
+    digest of its teacher's weights, in its run and in its model card.
 
-    Raises InputError, before anything is started, for a teacher that was trained on other states or latents than the
-    corpus has, and for steps that its objective cannot take; JobError where a training failed.
+    Raises InputError, before anything is started, for a teacher that was trained on other states or
+    latents than the corpus has, and for steps that its objective cannot take; JobError where a
+    training failed.
     """
     corpus = Corpus.open(distillation.corpus)
     results: list[TrainResult] = []
@@ -56,8 +58,12 @@ def distill(distillation: Distillation, allow_drift: bool = False) -> list[Train
     return results
 
 
-def student_recipe(distillation: Distillation, stage: DistillStage, name: str, teacher: Path) -> StudentRecipe:
-    """A stage as the training engine takes it: shape, objective, states and codec are the teacher's."""
+def student_recipe(
+    distillation: Distillation, stage: DistillStage, name: str, teacher: Path
+) -> StudentRecipe:
+    """A stage as the training engine takes it: shape, objective, states and codec are the
+    teacher's.
+    """
     pipe = LIDiTPipeline.from_pretrained(teacher)
     steps = stage.train_steps or distillation.train.steps
     return StudentRecipe(
@@ -80,26 +86,31 @@ def student_recipe(distillation: Distillation, stage: DistillStage, name: str, t
 
 
 def check_teacher(recipe: StudentRecipe, corpus: Corpus) -> None:
-    """Raise InputError unless the corpus holds the very states that the teacher was trained on, and steps can be
-    taken."""
+    """Raise InputError unless the corpus holds the very states that the teacher was trained on, and
+    steps can be taken.
+    """
     pipe = LIDiTPipeline.from_pretrained(recipe.teacher, check_files=False)
     for name, encoder in pipe.encoders.items():
         family = matching_family(corpus, encoder.settings)
         if family.fingerprint != encoder.fingerprint:
             listed = "\n  ".join(spec_differences(encoder.spec, family.spec))
             raise InputError(
-                f"{corpus.folder.location}: the states of encoder {name!r} are not those that {recipe.teacher} was "
-                f"trained on (trained -> found):\n  {listed}\ndistil on the corpus of the teacher, or embed this one "
+                f"{corpus.folder.location}: the states of encoder {name!r} are not those that "
+                f"{recipe.teacher} was "
+                f"trained on (trained -> found):\n  {listed}\ndistil on the corpus of the "
+                "teacher, or embed this one "
                 "with the teacher's encoder"
             )
     latents = corpus.latent_family(matching_latents(corpus, recipe.codec)).shapes(0)[0]
     if latents[0] != pipe.model.config.channels:
         raise InputError(
-            f"{corpus.folder.location}: its latents have {latents[0]} channels, {recipe.teacher} draws "
+            f"{corpus.folder.location}: its latents have {latents[0]} channels, "
+            f"{recipe.teacher} draws "
             f"{pipe.model.config.channels}; give the codec of the teacher (codec.model=...)"
         )
     if recipe.distill.kind != "guidance":
-        JumpGrid.of(pipe.objective, *recipe.distill.walk_steps)  # refuses what the objective cannot tell apart
+        # refuses what the objective cannot tell apart
+        JumpGrid.of(pipe.objective, *recipe.distill.walk_steps)
     pipe.objective.scheduler(recipe.sampler)
 
 
@@ -149,15 +160,21 @@ def distill_worker(config: dict[str, Any]) -> None:
 class DistillEngine(Engine):
     """LI-DiT's engine with a loss that asks the teacher. Every worker holds the teacher whole."""
 
-    def __init__(self, recipe: StudentRecipe, model: LIDiT, objective: Objective, teacher: Teacher) -> None:
+    def __init__(
+        self, recipe: StudentRecipe, model: LIDiT, objective: Objective, teacher: Teacher
+    ) -> None:
         super().__init__(recipe, model, objective, next(teacher.model.parameters()).device)
         self.lessons = Lessons(recipe.distill, teacher)
 
     def loss(self, batch: TrainingBatch) -> torch.Tensor:
         text = {name: states.rounded(self._length_multiple) for name, states in batch.text.items()}
 
-        def student(x_t: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
-            predicted: torch.Tensor = self.deepspeed(x_t.to(self.compute_dtype), t, text, guidance=guidance)
+        def student(
+            x_t: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor | None
+        ) -> torch.Tensor:
+            predicted: torch.Tensor = self.deepspeed(
+                x_t.to(self.compute_dtype), t, text, guidance=guidance
+            )
             return predicted
 
         example = self.lessons.example(batch.latents, batch.noise, batch.u, text, student)
@@ -172,11 +189,15 @@ class DistillJob(TrainingJob):
     reads = StudentRecipe
 
     def untrained(self, recipe: StudentRecipe) -> LIDiT:  # type: ignore[override]
-        """The teacher's network, with the guidance scale as an input where the stage or the teacher has it."""
+        """The teacher's network, with the guidance scale as an input where the stage or the teacher
+        has it.
+        """
         return student_network(_network(recipe), recipe)
 
     def initial(self, recipe: StudentRecipe) -> LIDiT:  # type: ignore[override]
-        """With the teacher's weights and statistics: its states are the corpus's, as the driver has checked."""
+        """With the teacher's weights and statistics: its states are the corpus's, as the driver has
+        checked.
+        """
         torch.manual_seed(recipe.data.seed)  # of what the teacher has no weights for
         return self.untrained(recipe).train()
 
@@ -186,12 +207,17 @@ class DistillJob(TrainingJob):
         low = recipe.engine.precision == "bfloat16" and device.type == "cuda"
         network = _network(recipe, torch.bfloat16 if low else None).to(device)
         shared = {name: family.shared() for name, family in self.families.texts.items()}
-        empty = {name: TextStates.collate([it.empty], it.prefix).to(device) for name, it in shared.items()}
+        empty = {
+            name: TextStates.collate([it.empty], it.prefix).to(device)
+            for name, it in shared.items()
+        }
         return DistillEngine(recipe, model, objective, Teacher(network, objective, empty, sampler))
 
 
 def student_network(teacher: LIDiT, recipe: StudentRecipe) -> LIDiT:
-    """A student that predicts what its teacher does: a guidance input that it gets is zero at start."""
+    """A student that predicts what its teacher does: a guidance input that it gets is zero at
+    start.
+    """
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     takes = teacher.takes_guidance or recipe.distill.guidance_range is not None
     student = LIDiT(**{**config, "guidance_input": takes})

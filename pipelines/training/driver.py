@@ -42,11 +42,19 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 FACTS = "run.json"
 UNTRACKED = "untracked"  # a file beside the model until the tracker has the model
 # Settings that decide where and how fast a run goes, never what it computes.
-FREE_ENGINE = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "resources",
-               "label_selector", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}  # fmt: skip
-# No secrets: Ray writes a worker's environment into its logs and shows it in the dashboard.
-# Nothing of the driver's own machine either: it may have no GPU and a single CPU where the workers have both.
-WORKER_ENVIRONMENT = ("HF_HUB_OFFLINE", "LIDIT_CACHE", "LIDIT_STORE_CACHE", "LIDIT_STORE_CACHE_GIGABYTES")
+FREE_ENGINE = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures",
+               "resources",
+               "label_selector", "zero_stage", "offload_optimizer", "offload_parameters",
+               "nvme_path"}  # fmt: skip
+# No secrets: Ray writes a worker's environment into its logs and shows it in the dashboard. Nothing
+# of the driver's own machine either: it may have no GPU and a single CPU where the workers have
+# both.
+WORKER_ENVIRONMENT = (
+    "HF_HUB_OFFLINE",
+    "LIDIT_CACHE",
+    "LIDIT_STORE_CACHE",
+    "LIDIT_STORE_CACHE_GIGABYTES",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,11 @@ class TrainResult:
 
 @contextmanager
 def open_run(
-    recipe: AnyRecipe, corpus: Corpus, facts: dict[str, Any], tags: dict[str, str], allow_drift: bool
+    recipe: AnyRecipe,
+    corpus: Corpus,
+    facts: dict[str, Any],
+    tags: dict[str, str],
+    allow_drift: bool,
 ) -> Iterator[Run[AnyRecipe]]:
     """The run of the recipe's name: not drifted, connected to Ray, tracked while the block runs.
 
@@ -90,14 +102,15 @@ def open_run(
         connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
         check_engine(recipe.engine)
         with _tracked(run, corpus, tags) as run.tracker:
-            # Whole or not at all, and by a run that can start: a run whose facts were torn by a full
-            # disk could never go on, and a refused start must not bind the next one.
+            # Whole or not at all, and by a run that can start: a run whose facts were torn by a
+            # full disk could never go on, and a refused start must not bind the next one.
             facts_bytes = json.dumps(facts, indent=1, sort_keys=True).encode()
             publish_bytes(Folder.at(folder), FACTS, facts_bytes)
             note_run(folder, run.tracker)
             yield run
         (folder / UNTRACKED).unlink(missing_ok=True)
-        note_run(folder, run.tracker)  # a tracker that was down at the start may have answered since
+        # a tracker that was down at the start may have answered since
+        note_run(folder, run.tracker)
 
 
 class Run(Generic[AnyRecipe]):
@@ -118,7 +131,9 @@ class Run(Generic[AnyRecipe]):
     @property
     def result(self) -> TrainResult:
         step = finished_step(self.folder) or 0
-        return TrainResult(self.folder / "model", step, self.tracking_uri, read_run_id(self.folder), self.trained)
+        return TrainResult(
+            self.folder / "model", step, self.tracking_uri, read_run_id(self.folder), self.trained
+        )
 
     def launch(self, worker: TrainWorker, config: dict[str, Any]) -> None:
         """Run `worker` on the recipe's workers until the last step, with progress.
@@ -155,7 +170,10 @@ class Run(Generic[AnyRecipe]):
                 raise failure
 
         # The workers saved and left, which is no success unless it was the last step.
-        if stopped.is_set() and checkpoints.read_position(checkpoints.candidates(self.folder)[0]).step < steps:
+        if (
+            stopped.is_set()
+            and checkpoints.read_position(checkpoints.candidates(self.folder)[0]).step < steps
+        ):
             raise KeyboardInterrupt
 
     def publish_model(self) -> None:
@@ -166,7 +184,7 @@ class Run(Generic[AnyRecipe]):
         track_model(self.recipe, self.tracker, self.folder)
 
 
-# -- a run's folder and its tracker -----------------------------------------------------------------------------------
+# -- a run's folder and its tracker ----------------------------------------------------------------
 
 
 def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
@@ -178,7 +196,8 @@ def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
         started_with = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: cannot be read ({one_line(error, 120)}); delete it if the run's settings and data are "
+            f"{path}: cannot be read ({one_line(error, 120)}); delete it if the run's settings "
+            "and data are "
             "still those it was started with, or give the run another name (name=...)"
         ) from None
     differences = spec_differences(started_with, facts)
@@ -201,7 +220,9 @@ def _tracked(run: Run[Any], corpus: Corpus, tags: dict[str, str]) -> Iterator[tr
     }
     key = digest_of({"name": recipe.name, "output": recipe.output})[:32]
     experiment, settings = recipe.tracking.experiment, flatten(recipe)
-    with tracking.tracked_run(run.tracking_uri, experiment, recipe.name, key, settings, tags, folder) as tracker:
+    with tracking.tracked_run(
+        run.tracking_uri, experiment, recipe.name, key, settings, tags, folder
+    ) as tracker:
         tracker.dataset(Path(recipe.corpus).name, corpus.digest, recipe.corpus)
         (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1))
         tracker.artifact(folder / "recipe.json")
@@ -211,7 +232,8 @@ def _tracked(run: Run[Any], corpus: Corpus, tags: dict[str, str]) -> Iterator[tr
 def track_model(recipe: RunRecipe, tracker: tracking.Tracker, folder: Path) -> None:
     """Track the published model and the run's curves; register the model if the recipe says so."""
     tracker.artifact(folder / "model", "model")
-    if isinstance(recipe, Recipe) and (folder / "model" / INDEX).is_file():  # a codec draws nothing by itself
+    # a codec draws nothing by itself
+    if isinstance(recipe, Recipe) and (folder / "model" / INDEX).is_file():
         _track_flavor(recipe, tracker, folder / "mlflow-model")
     plot_curves(tracker, folder / "plots")
     if recipe.tracking.registered_model:
@@ -222,17 +244,27 @@ def _track_flavor(recipe: Recipe, tracker: tracking.Tracker, folder: Path) -> No
     """Put what makes it an MLflow model beside the tracked model."""
     prompts = recipe.train.sample_prompts
     try:
-        tracker.artifact(write_flavor(folder, prompts[0] if prompts else "a photo of a cat"), "model")
-    except Exception as error:  # the model is trained and tracked; only MLflow's own loader will miss it
+        tracker.artifact(
+            write_flavor(folder, prompts[0] if prompts else "a photo of a cat"), "model"
+        )
+    except Exception as error:
+        # the model is trained and tracked; only MLflow's own loader will miss it
         log.warning("the model cannot be loaded by mlflow.pyfunc: %s", one_line(error, 200))
 
 
 def plot_curves(tracker: tracking.Tracker, folder: Path) -> None:
-    """Plot and track loss over steps and validation loss per noise level, as the tracker has them."""
+    """Plot and track loss over steps and validation loss per noise level, as the
+    tracker has them.
+    """
     folder.mkdir(exist_ok=True)
     names = {name: name for name in ("loss", "validation/loss")}
-    levels = {name: f"t = {name.rpartition('_t')[2]}" for name in tracker.known("validation/loss_t")}
-    for file, title, metrics in (("loss.png", "loss", names), ("timesteps.png", "validation loss by timestep", levels)):
+    levels = {
+        name: f"t = {name.rpartition('_t')[2]}" for name in tracker.known("validation/loss_t")
+    }
+    for file, title, metrics in (
+        ("loss.png", "loss", names),
+        ("timesteps.png", "validation loss by timestep", levels),
+    ):
         series = {label: tracker.history(name) for name, label in metrics.items()}
         if shown := {label: points for label, points in series.items() if points[0]}:
             plot_lines(folder / file, shown, "loss", title)
@@ -262,7 +294,10 @@ def publish_model(folder: Path) -> None:
     """Copy the last checkpoint's model; the run is finished when the folder is in place."""
     last = checkpoints.candidates(folder)[0]
     if not (last / "model").is_dir():
-        raise JobError(f"{last}: the last checkpoint holds no exported model; delete it and run the same command again")
+        raise JobError(
+            f"{last}: the last checkpoint holds no exported model; delete it and run the "
+            "same command again"
+        )
     target, fresh = folder / "model", folder / "model.new"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(last / "model", fresh)
@@ -285,14 +320,22 @@ def _start_board() -> Any:
 def _trainer(worker: TrainWorker, config: dict[str, Any], recipe: RunRecipe) -> TorchTrainer:
     """Ray Train's trainer for the recipe's workers, restarts and checkpoints."""
     engine, gpus = recipe.engine, recipe.engine.gpus_per_worker
-    resources = {"CPU": engine.cpus_per_worker, **({"GPU": gpus} if gpus else {}), **engine.resources}
-    scaling: dict[str, Any] = {"label_selector": engine.label_selector} if engine.label_selector else {}
+    resources = {
+        "CPU": engine.cpus_per_worker,
+        **({"GPU": gpus} if gpus else {}),
+        **engine.resources,
+    }
+    scaling: dict[str, Any] = (
+        {"label_selector": engine.label_selector} if engine.label_selector else {}
+    )
     return TorchTrainer(
         worker,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=rt.ScalingConfig(
-            num_workers=(engine.min_workers, engine.workers) if engine.min_workers else engine.workers,
+            num_workers=(engine.min_workers, engine.workers)
+            if engine.min_workers
+            else engine.workers,
             use_gpu=bool(gpus),
             resources_per_worker=resources,
             **scaling,
@@ -306,7 +349,9 @@ def _trainer(worker: TrainWorker, config: dict[str, Any], recipe: RunRecipe) -> 
                 checkpoint_score_attribute="validation_loss" if recipe.train.keep_best else None,
                 checkpoint_score_order="min",
             ),
-            worker_runtime_env={"env_vars": {n: os.environ[n] for n in WORKER_ENVIRONMENT if n in os.environ}},
+            worker_runtime_env={
+                "env_vars": {n: os.environ[n] for n in WORKER_ENVIRONMENT if n in os.environ}
+            },
         ),
     )
 
@@ -315,7 +360,8 @@ def _job_error(error: BaseException) -> JobError:
     """Why Ray gave up, where no worker recorded an error of ours."""
     if is_disk_full(error):
         return JobError(
-            "no space left on the disk; everything finished is kept: make room and run the same command again"
+            "no space left on the disk; everything finished is kept: make room and run the same "
+            "command again"
         )
     text = str(error).strip()
     return JobError(f"training failed: {text.splitlines()[-1] if text else repr(error)}")
@@ -333,7 +379,9 @@ def _shown(board: Any, progress: ProgressBar) -> Iterator[None]:
                 values = message["values"]
                 if "loss" in values:
                     note = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
-                    progress.update(message["step"], f"{note}, data wait {values['data_wait_share']:.0%}")
+                    progress.update(
+                        message["step"], f"{note}, data wait {values['data_wait_share']:.0%}"
+                    )
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

@@ -22,7 +22,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + length) of a flattened parameter; they lie at `offset` of the flat buffer `flat`."""
+    """Elements [start, start + length) of a flattened parameter; they lie at `offset` of the flat
+    buffer `flat`.
+    """
 
     name: str
     start: int
@@ -75,7 +77,10 @@ def _stage12(optimizer: Any, name: str, parameter: torch.Tensor) -> Fragment | N
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:  # another rank holds all of this parameter
         return None
-    flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+    flats = (
+        getattr(optimizer, "single_partition_of_fp32_groups", None)
+        or optimizer.fp32_groups_flat_partition
+    )
     place = mapping.hp_fragment_address
     lp = mapping.lp_fragment_address
     return Fragment(name, lp.start, lp.numel, flats[mapping.param_group_index], place.start)
@@ -91,7 +96,9 @@ def _stage3(optimizer: Any, name: str, parameter: Any) -> Fragment | None:
 
 
 class ShardedEMA:
-    """Exponential moving average of the fp32 weights, each rank its share (decay min(d, (n+1)/(n+10)))."""
+    """Exponential moving average of the fp32 weights, each rank its share (decay min(d,
+    (n+1)/(n+10))).
+    """
 
     def __init__(self, fragments: list[Fragment], decay: float) -> None:
         self.fragments, self.decay, self.updates = fragments, decay, 0
@@ -100,14 +107,20 @@ class ShardedEMA:
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
-        torch._foreach_lerp_(self.average, [f.master.to(a) for f, a in zip(self.fragments, self.average)], 1 - decay)
+        torch._foreach_lerp_(
+            self.average, [f.master.to(a) for f, a in zip(self.fragments, self.average)], 1 - decay
+        )
         self.updates += 1
 
 
 def gather_full(
-    shapes: dict[str, torch.Size], fragments: list[Fragment], values: list[torch.Tensor], device: torch.device
+    shapes: dict[str, torch.Size],
+    fragments: list[Fragment],
+    values: list[torch.Tensor],
+    device: torch.device,
 ) -> dict[str, torch.Tensor] | None:
-    """Fragments of all ranks put together on rank 0, one parameter at a time, on the CPU; None on other ranks.
+    """Fragments of all ranks put together on rank 0, one parameter at a time, on the CPU; None on
+    other ranks.
 
     device: the worker's, on which its process group computes; offloaded values lie elsewhere.
     """
@@ -125,7 +138,9 @@ def gather_full(
     return full if dist.get_rank() == 0 else None
 
 
-def averaged_model(engine: Any, ema: ShardedEMA, fresh: AnyModel | None, device: torch.device) -> AnyModel | None:
+def averaged_model(
+    engine: Any, ema: ShardedEMA, fresh: AnyModel | None, device: torch.device
+) -> AnyModel | None:
     """`fresh` with the averaged weights, on `device`. Collective; None on other ranks than 0.
 
     fresh: rank 0's copy of the model, built once, because a sharded engine has no whole model to
@@ -136,20 +151,28 @@ def averaged_model(engine: Any, ema: ShardedEMA, fresh: AnyModel | None, device:
         return None
     buffers = dict(engine.module.named_buffers())
     missing, unexpected = fresh.load_state_dict({**full, **buffers}, strict=False)
-    if unexpected or set(missing) - set(fresh.state_dict()) or any(name in full for name in missing):
+    if (
+        unexpected
+        or set(missing) - set(fresh.state_dict())
+        or any(name in full for name in missing)
+    ):
         raise RuntimeError(f"the averaged weights do not fit the model: {missing} {unexpected}")
     return fresh.to(device).eval()
 
 
 def full_shapes(engine: Any) -> dict[str, torch.Size]:
     """Shapes of the trained parameters, also where ZeRO-3 has emptied them."""
-    return {n: getattr(p, "ds_shape", p.shape) for n, p in engine.module.named_parameters() if p.requires_grad}
+    return {
+        n: getattr(p, "ds_shape", p.shape)
+        for n, p in engine.module.named_parameters()
+        if p.requires_grad
+    }
 
 
 @torch.no_grad()
 def load_numbers(engine: Any, ema: ShardedEMA, read: Any, taken: int) -> None:
-    """Put saved numbers back. `read(kind, name, first, last)` gives elements [first, last) of a parameter's flat fp32
-    tensor, kind "master", "ema" or a moment.
+    """Put saved numbers back. `read(kind, name, first, last)` gives elements [first, last) of a
+    parameter's flat fp32 tensor, kind "master", "ema" or a moment.
 
     taken: steps the optimizer took, by which it corrects the bias of its moments.
     """
@@ -162,7 +185,9 @@ def load_numbers(engine: Any, ema: ShardedEMA, read: Any, taken: int) -> None:
         state = optimizer.state[fragment.flat]
         for kind in MOMENTS:
             if kind not in state:
-                state[kind] = torch.zeros_like(fragment.flat, memory_format=torch.preserve_format).detach()
+                state[kind] = torch.zeros_like(
+                    fragment.flat, memory_format=torch.preserve_format
+                ).detach()
             fragment.moment(optimizer, kind).copy_(read(kind, fragment.name, *cut))
         # torch's fused optimizers keep the count beside the weights, the others on the CPU.
         beside = fragment.flat.device if optimizer.defaults.get("fused") else torch.device("cpu")
@@ -174,8 +199,9 @@ def load_numbers(engine: Any, ema: ShardedEMA, read: Any, taken: int) -> None:
 
 
 def _writable_parameters(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The computing copies of the parameters, whole, one after the other. Under stage 3 rank 0 gets them, and the
-    others their parts from it."""
+    """The computing copies of the parameters, whole, one after the other. Under stage 3 rank 0 gets
+    them, and the others their parts from it.
+    """
     if engine.zero_optimization_stage() < 3:
         yield from ((n, p) for n, p in engine.module.named_parameters() if p.requires_grad)
         return

@@ -1,4 +1,6 @@
-"""Training steps under DeepSpeed: one class for ZeRO 0 to 3, on CPU (gloo) and GPU (nccl), and LI-DiT's on top."""
+"""Training steps under DeepSpeed: one class for ZeRO 0 to 3, on CPU (gloo) and GPU (nccl), and
+LI-DiT's on top.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from pipelines.training.ema import ShardedEMA, owned_fragments
 from pipelines.training.gradients import measure_at_once
 from pipelines.training.schedule import learning_rate
 
-GPU_LENGTH_MULTIPLE = 64  # caption tokens; of 1, 32 and 64 the fastest on an H100 (benchmarks/README.md)
+# caption tokens; of 1, 32 and 64 the fastest on an H100 (benchmarks/README.md)
+GPU_LENGTH_MULTIPLE = 64
 
 
 def set_up_device(engine: EngineSettings) -> torch.device:
@@ -37,7 +40,8 @@ def set_up_device(engine: EngineSettings) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise JobError(
-            f"engine.gpus_per_worker is {engine.gpus_per_worker:g}, but torch sees no GPU on this node: it needs a "
+            f"engine.gpus_per_worker is {engine.gpus_per_worker:g}, but torch sees no GPU on "
+            "this node: it needs a "
             "CUDA build of torch and a driver"
         )
     return torch.device("cuda", torch.cuda.current_device())
@@ -57,7 +61,8 @@ class StepResult:
 
 
 def micro_steps(recipe: RunRecipe, world_size: int) -> int:
-    """Parts into which each worker cuts its share of a batch: none larger than with all of the recipe's workers.
+    """Parts into which each worker cuts its share of a batch: none larger than with all of the
+    recipe's workers.
 
     (With one sample a part there, shares of unequal size may need parts of two.)
     """
@@ -71,8 +76,14 @@ def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dic
     """The DeepSpeed settings a recipe means for a model of so many `parameters`."""
     engine, train = recipe.engine, recipe.train
     # The bucket is allocated whole: gigabytes that a small model would never fill.
-    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": min(parameters, REDUCE_BUCKET)}
-    for part, target in (("optimizer", engine.offload_optimizer), ("param", engine.offload_parameters)):
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "reduce_bucket_size": min(parameters, REDUCE_BUCKET),
+    }
+    for part, target in (
+        ("optimizer", engine.offload_optimizer),
+        ("param", engine.offload_parameters),
+    ):
         if target != "none":
             zero[f"offload_{part}"] = {"device": target, "pin_memory": True}
             if target == "nvme":
@@ -80,7 +91,8 @@ def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dic
     parts = micro_steps(recipe, world_size)
     micro = -(-train.batch_size // (world_size * parts))
     config: dict[str, Any] = {
-        "train_batch_size": micro * parts * world_size,  # more than the batch where it is cut unevenly: for logs only
+        # more than the batch where it is cut unevenly: for logs only
+        "train_batch_size": micro * parts * world_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": parts,
         "gradient_clipping": train.optimizer.gradient_clip,
@@ -91,7 +103,8 @@ def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dic
     if engine.offload_optimizer != "none" and not engine.fused_optimizer:
         config["zero_force_ds_cpu_optimizer"] = False
     if engine.precision == "bfloat16":
-        # Without ZeRO there is no fp32 master copy, so bfloat16 weights would lose small updates: autocast instead.
+        # Without ZeRO there is no fp32 master copy, so bfloat16 weights would lose small updates:
+        # autocast instead.
         kind = "torch_autocast" if engine.zero_stage == 0 else "bf16"
         config[kind] = {"enabled": True} | ({"dtype": "bfloat16"} if engine.zero_stage == 0 else {})
     if engine.fused_optimizer:
@@ -107,7 +120,9 @@ def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dic
 
 
 class Batch(Protocol):
-    """This worker's part of global batch number `step`. tokens: for rates; positions the model looks at."""
+    """This worker's part of global batch number `step`. tokens: for rates; positions the model
+    looks at.
+    """
 
     @property
     def step(self) -> int: ...
@@ -132,7 +147,8 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
         import deepspeed
         from deepspeed.ops import __compatible_ops__
 
-        if device.type == "cpu":  # compiling it takes a minute, and one process per core gains nothing from it
+        # compiling it takes a minute, and one process per core gains nothing from it
+        if device.type == "cpu":
             __compatible_ops__["deepspeed_shm_comm"] = False
         self.recipe, self.device = recipe, device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
@@ -140,10 +156,12 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
         settings = recipe.train.optimizer
         optimizer = None
         if not recipe.engine.fused_optimizer:
-            # Over DeepSpeed's flat buffers torch's other AdamW takes a dozen passes, the fused one a single pass.
+            # Over DeepSpeed's flat buffers torch's other AdamW takes a dozen passes, the fused one
+            # a single pass.
             fused = device.type == "cuda" and recipe.engine.offload_optimizer == "none"
             optimizer = torch.optim.AdamW(
-                model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay,
+                model.parameters(), lr=settings.lr, betas=settings.betas,
+                weight_decay=settings.weight_decay,
                 fused=fused,
             )  # fmt: skip
         self.deepspeed, *_ = deepspeed.initialize(
@@ -151,7 +169,9 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
             optimizer=optimizer,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             dist_init_required=False,
-            config=deepspeed_config(recipe, self.world_size, sum(p.numel() for p in model.parameters())),
+            config=deepspeed_config(
+                recipe, self.world_size, sum(p.numel() for p in model.parameters())
+            ),
         )
         sharded = recipe.engine.zero_stage in (1, 2) and recipe.engine.offload_optimizer == "none"
         if device.type == "cuda" and sharded:  # a CPU's kernels cost nothing to launch
@@ -166,7 +186,9 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
 
     @abstractmethod
     def loss(self, batch: AnyBatch) -> torch.Tensor:
-        """Mean loss of (a part of) a batch, float32 scalar; forward passes go through `self.deepspeed`."""
+        """Mean loss of (a part of) a batch, float32 scalar; forward passes go through
+        `self.deepspeed`.
+        """
 
     @abstractmethod
     def forward(self, batch: AnyBatch) -> None:
@@ -226,10 +248,13 @@ class Engine(ShardedEngine[TrainingBatch]):
 
     recipe: Recipe
 
-    def __init__(self, recipe: Recipe, model: LIDiT, objective: Objective, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, model: LIDiT, objective: Objective, device: torch.device
+    ) -> None:
         super().__init__(recipe, model, device)
         self.objective = objective
-        # On a GPU each new caption length costs compiling and cuDNN's planning; on a CPU rounding only pads.
+        # On a GPU each new caption length costs compiling and cuDNN's planning; on a CPU rounding
+        # only pads.
         self._length_multiple = GPU_LENGTH_MULTIPLE if device.type == "cuda" else 1
 
     @property

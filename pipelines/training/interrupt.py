@@ -23,7 +23,9 @@ PREEMPTION_SECONDS = 10.0
 
 
 class Action(IntEnum):
-    """GO_ON; LOOK: ask Ray about preemption; SAVE: save and go on, Ray restarts the run; STOP: save and leave."""
+    """GO_ON; LOOK: ask Ray about preemption; SAVE: save and go on, Ray restarts the run; STOP: save
+    and leave.
+    """
 
     GO_ON = 0
     LOOK = 1
@@ -71,7 +73,9 @@ class Listener:
 
 @contextmanager
 def saved_on_sigterm(board: Any) -> Iterator[threading.Event]:
-    """SIGTERM sets the event and makes the workers save and leave; a second one ends the process at once."""
+    """SIGTERM sets the event and makes the workers save and leave; a second one ends the process at
+    once.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -69,7 +69,11 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
     recipe: RunRecipe
 
     def __init__(
-        self, config: dict[str, Any], engine: ShardedEngine[AnyBatch], feed: Feed[AnyBatch], fresh: AnyModel | None
+        self,
+        config: dict[str, Any],
+        engine: ShardedEngine[AnyBatch],
+        feed: Feed[AnyBatch],
+        fresh: AnyModel | None,
     ) -> None:
         self.config, self.engine, self.feed, self.fresh = config, engine, feed, fresh
         self.recipe, self.device = engine.recipe, engine.device
@@ -77,15 +81,22 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         # Rank 0 logs to the tracker with the driver's credentials, which no worker's environment
         # carries.
         os.environ.update(ray.get(config["board"].credentials.remote()))
-        self.metrics = TrainingMetrics(self.recipe, engine, feed, config["tracking"], config["board"])
-        # Before any worker can save: what a killed one was about to send would stay on this machine's disk for ever.
-        for left in Path(tempfile.gettempdir()).glob(f"{checkpoints.unsent_prefix(self.recipe.run_folder)}*"):
+        self.metrics = TrainingMetrics(
+            self.recipe, engine, feed, config["tracking"], config["board"]
+        )
+        # Before any worker can save: what a killed one was about to send would stay on this
+        # machine's disk for ever.
+        for left in Path(tempfile.gettempdir()).glob(
+            f"{checkpoints.unsent_prefix(self.recipe.run_folder)}*"
+        ):
             shutil.rmtree(left, ignore_errors=True)
         self.step, self.waited = self._restore(), 0.0
         self.saved, self.listener = self.step, Listener(config["board"], self.device)
 
     def batches(self) -> Iterator[AnyBatch]:
-        """This worker's part of every remaining batch; ends early, all saved, if the driver asks."""
+        """This worker's part of every remaining batch; ends early, all saved, if the
+        driver asks.
+        """
         for batch in self.feed.batches(self.step, self.recipe.train.steps):
             yield batch
             action = self.listener.ask()
@@ -100,10 +111,15 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         if self.rank == 0:
             agreed = [(checkpoints.newest_complete(self.recipe.run_folder), uuid.uuid4().hex)]
         dist.broadcast_object_list(agreed)
-        newest, self.start = agreed[0]  # `start` names these workers: parts that two starts wrote are no checkpoint
+        # `start` names these workers: parts that two starts wrote are no checkpoint
+        newest, self.start = agreed[0]
         if newest is None:
             return 0
-        return checkpoints.CheckpointReader(newest).restore(self.engine.deepspeed, self.engine.ema).step
+        return (
+            checkpoints.CheckpointReader(newest)
+            .restore(self.engine.deepspeed, self.engine.ema)
+            .step
+        )
 
     def take_step(self, batch: AnyBatch) -> None:
         """One optimizer step on this worker's part of a global batch."""
@@ -125,7 +141,9 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         loss, norm = result.loss, result.gradient_norm
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
         if bad := not math.isfinite(loss) or math.isinf(norm):
-            path.write_text(json.dumps({"step": batch.step, "what": what, "keys": list(batch.keys)}, indent=1))
+            path.write_text(
+                json.dumps({"step": batch.step, "what": what, "keys": list(batch.keys)}, indent=1)
+            )
         if self.recipe.train.non_finite == "skip":
             return
         if self.saved != self.step:
@@ -150,9 +168,11 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
             if not is_disk_full(error):
                 raise
             where = self.recipe.run_folder / checkpoints.checkpoint_name(self.step)
-            shutil.rmtree(where, ignore_errors=True)  # half a checkpoint is of no use and takes room
+            # half a checkpoint is of no use and takes room
+            shutil.rmtree(where, ignore_errors=True)
             raise JobError(
-                f"{where}: no space left on the disk for this checkpoint; everything before it is kept: make room and "
+                f"{where}: no space left on the disk for this checkpoint; everything before it "
+                "is kept: make room and "
                 "run the same command again"
             ) from None
         self.saved = self.step
@@ -174,7 +194,9 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
                 {"step": self.step, "validation_loss": loss if math.isfinite(loss) else WORST},
                 checkpoint=rt.Checkpoint.from_directory(str(folder)),
                 checkpoint_dir_name=checkpoints.checkpoint_name(self.step),
-                checkpoint_upload_mode=CheckpointUploadMode.ASYNC if behind else CheckpointUploadMode.SYNC,
+                checkpoint_upload_mode=CheckpointUploadMode.ASYNC
+                if behind
+                else CheckpointUploadMode.SYNC,
             )
         finally:
             if not behind:
@@ -187,4 +209,6 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
 
     @abstractmethod
     def export(self, folder: Path, model: AnyModel) -> None:
-        """Write the folder people load from the averaged model; called on rank 0 after the last step."""
+        """Write the folder people load from the averaged model; called on rank 0 after the last
+        step.
+        """

@@ -27,14 +27,20 @@ class TrainingMetrics:
     """
 
     def __init__(
-        self, recipe: RunRecipe, engine: ShardedEngine[Any], feed: Feed[Any], handle: RunHandle | None, board: Any
+        self,
+        recipe: RunRecipe,
+        engine: ShardedEngine[Any],
+        feed: Feed[Any],
+        handle: RunHandle | None,
+        board: Any,
     ) -> None:
         self.recipe, self.engine, self.feed = recipe, engine, feed
         self.is_rank_zero = engine.rank == 0
         self.tracker = Tracker(handle) if self.is_rank_zero and handle else None
         self.board, self.prometheus = board, TrainMetrics(recipe.name)
         self.flops_per_step: float | None = None
-        self.validation_loss = math.inf  # the newest one, on every rank: checkpoints are compared by it
+        # the newest one, on every rank: checkpoints are compared by it
+        self.validation_loss = math.inf
         self._reset()
 
     def _reset(self) -> None:
@@ -73,7 +79,10 @@ class TrainingMetrics:
         # Skipped steps have no loss, an unknown device no peak: their metrics are left out, not
         # zero.
         if self.losses:
-            values |= {"loss": float(np.mean(self.losses)), "gradient_norm": float(np.mean(self.norms))}
+            values |= {
+                "loss": float(np.mean(self.losses)),
+                "gradient_norm": float(np.mean(self.norms)),
+            }
         if self.flops_per_step:
             values["teraflops_per_worker"] = self.flops_per_step * self.steps / elapsed / 1e12
         if (mfu := self._mfu(self.steps, elapsed)) is not None:
@@ -103,7 +112,8 @@ class TrainingMetrics:
 
     def count_flops(self, batch: Batch) -> None:
         """FLOPs of one step on this worker, counted on the forward pass of one sample."""
-        if self.recipe.engine.zero_stage == 3 or not self.is_rank_zero:  # a lone forward would wait for the other ranks
+        # a lone forward would wait for the other ranks
+        if self.recipe.engine.zero_stage == 3 or not self.is_rank_zero:
             return
         one = batch.split(len(batch.keys))[0]
         self.flops_per_step = step_flops(lambda: self.engine.forward(one), len(batch.keys))

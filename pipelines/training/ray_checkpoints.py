@@ -1,7 +1,8 @@
 """Ray Train's list of a run's checkpoints, made to agree with the folders on disk.
 
-Ray uses it to delete old checkpoints, and refuses to start where it names a folder that is gone. Which checkpoint a
-run goes on from is found on the disk (`checkpoints.newest_complete`), never here.
+Ray uses it to delete old checkpoints, and refuses to start where it names a folder that is gone.
+Which checkpoint a run goes on from is found on the disk (`checkpoints.newest_complete`), never
+here.
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ def _agreeing(tree: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     if tree["ray_version"] != ray.__version__:
         return None
     entries = zip(tree["checkpoint_results"], tree["checkpoint_report_indices"], strict=True)
-    kept = {entry["checkpoint_dir_name"]: (entry, index) for entry, index in entries}  # the later of two
+    # the later of two
+    kept = {entry["checkpoint_dir_name"]: (entry, index) for entry, index in entries}
     kept = {name: pair for name, pair in kept.items() if (folder / name).is_dir()}
     if not kept:
         return None
     for entry, _ in kept.values():
-        entry["metrics"] = {key: WORST if value is None else value for key, value in entry["metrics"].items()}
+        entry["metrics"] = {
+            key: WORST if value is None else value for key, value in entry["metrics"].items()
+        }
     latest = tree["latest_checkpoint_result"]
     if latest is None or latest["checkpoint_dir_name"] not in kept:
         latest = max(kept.values(), key=lambda pair: pair[1])[0]

@@ -46,23 +46,33 @@ def prompt_states(
         if not path.exists():
             rows = _encode_on_cluster(recipe, encoder, corpus.folder.location, fingerprint)
             folder.mkdir(parents=True, exist_ok=True)
-            publish_bytes(Folder.at(folder), path.name, save({str(i): row for i, row in enumerate(rows)}))
+            publish_bytes(
+                Folder.at(folder), path.name, save({str(i): row for i, row in enumerate(rows)})
+            )
         tensors = load_file(path)
         known[encoder.name] = [tensors[str(index)] for index in range(len(prompts))]
     return known
 
 
-def _encode_on_cluster(recipe: Recipe, encoder: EncoderSettings, corpus: str, fingerprint: str) -> list[torch.Tensor]:
+def _encode_on_cluster(
+    recipe: Recipe, encoder: EncoderSettings, corpus: str, fingerprint: str
+) -> list[torch.Tensor]:
     """Encode where a trainer will be: the pools that embedded the corpus may be gone."""
     resources.connect()
     task = _encode.options(**resources.demands(resources.worker_pool(recipe.engine)))
-    with resources.plain_errors(f"the process that encodes the sample prompts with {encoder.name} died"):
-        rows: list[torch.Tensor] = ray.get(task.remote(encoder, corpus, fingerprint, list(recipe.train.sample_prompts)))
+    with resources.plain_errors(
+        f"the process that encodes the sample prompts with {encoder.name} died"
+    ):
+        rows: list[torch.Tensor] = ray.get(
+            task.remote(encoder, corpus, fingerprint, list(recipe.train.sample_prompts))
+        )
     return rows
 
 
 @ray.remote
-def _encode(settings: EncoderSettings, corpus: str, fingerprint: str, prompts: list[str]) -> list[torch.Tensor]:
+def _encode(
+    settings: EncoderSettings, corpus: str, fingerprint: str, prompts: list[str]
+) -> list[torch.Tensor]:
     encoder = ModelEncoder.of_family(settings, Corpus.open(corpus).text_family(fingerprint))
     # Cloned: a view would carry the states of the whole batch with it.
     return [row.clone() for row in encoder.encode(prompts)]
@@ -70,18 +80,30 @@ def _encode(settings: EncoderSettings, corpus: str, fingerprint: str, prompts: l
 
 @torch.no_grad()
 def sample_grid(
-    model: LIDiT, objective: Objective, recipe: Recipe, prompts: PromptStates, families: Families, path: Path
+    model: LIDiT,
+    objective: Objective,
+    recipe: Recipe,
+    prompts: PromptStates,
+    families: Families,
+    path: Path,
 ) -> None:
     """Write a labelled grid of the recipe's sample prompts, always from the same noise."""
     device = next(model.parameters()).device
     shared = {name: families.texts[name].shared() for name in prompts}
-    text = {name: TextStates.collate(rows, shared[name].prefix).to(device) for name, rows in prompts.items()}
-    empty = {name: TextStates.collate([it.empty], it.prefix).to(device) for name, it in shared.items()}
+    text = {
+        name: TextStates.collate(rows, shared[name].prefix).to(device)
+        for name, rows in prompts.items()
+    }
+    empty = {
+        name: TextStates.collate([it.empty], it.prefix).to(device) for name, it in shared.items()
+    }
 
     # A seed per prompt, not per step: two grids differ by what the model learned between them.
     labels = list(recipe.train.sample_prompts)
     noise = initial_noise(seeded_generators(range(len(labels))), families.latent_shape, device)
-    latents = sample(GuidedPredictor(model, text, empty, recipe.sampler), objective, noise, recipe.sampler)
+    latents = sample(
+        GuidedPredictor(model, text, empty, recipe.sampler), objective, noise, recipe.sampler
+    )
 
     pixels = unit_to_bytes(load_codec(recipe.codec).decode(latents))
     path.parent.mkdir(exist_ok=True)

@@ -34,12 +34,14 @@ from pipelines.training.validation import validation_loss
 log = logging.getLogger(__name__)
 # Settings that decide where and how fast a run goes, never what it computes.
 FREE_SETTINGS = {
-    "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ..., "evaluate": ...,
+    "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ...,
+    "evaluate": ...,
     "tracking": ..., "plan": ..., "teacher": ...,
     "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
     "engine": FREE_ENGINE,
     "data": {"prefetch_batches"},
-    "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every", "sample_every",
+    "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every",
+              "sample_every",
               "sample_prompts", "validate_every", "validation_samples"},
 }  # fmt: skip
 
@@ -56,8 +58,8 @@ def train(
 ) -> TrainResult:
     """Train a recipe's model to its last step and publish it, from wherever its run stands.
 
-    The corpus, its text families and its latents must be there. After an interruption the same call goes on from the
-    last checkpoint; after the last step it does nothing.
+    The corpus, its text families and its latents must be there. After an interruption the same call
+    goes on from the last checkpoint; after the last step it does nothing.
 
     Args:
         recipe: What `load_recipe` returns. Results go to its `output` and `name`: OUTPUT/NAME.
@@ -69,12 +71,15 @@ def train(
             learns from.
 
     Returns:
-        `model`, the folder that `LIDiTPipeline.from_pretrained` reads; `step`, the last step; `tracking_uri` and
-        `run_id` of the run in MLflow; `trained`, False where the run was finished before the call.
+        `model`, the folder that `LIDiTPipeline.from_pretrained` reads; `step`, the last step;
+        `tracking_uri` and `run_id` of the run in MLflow; `trained`, False where the run was
+        finished before the call.
 
     Raises:
-        InputError: Before anything is started: a family is missing or was made with other settings, the held-out
-            samples fill no batch, the machine lacks what the recipe asks for, or the run has drifted.
+        InputError: Before anything is started: a family is missing or was made with other settings,
+        the held-out
+            samples fill no batch, the machine lacks what the recipe asks for, or the run has
+            drifted.
         JobError: The training failed; its checkpoints are kept.
     """
     corpus = Corpus.open(recipe.corpus)
@@ -98,8 +103,8 @@ def train(
 def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     """What a run is made of: config, corpus digest, family fingerprints.
 
-    Raises InputError for a family that is missing or was made with other settings, for layers that the model does not
-    read, and for a codec that is none.
+    Raises InputError for a family that is missing or was made with other settings, for layers that
+    the model does not read, and for a codec that is none.
     """
     texts = {encoder.name: matching_family(corpus, encoder) for encoder in recipe.encoders}
     check_layers(recipe.model.layers, stored_layers(texts))
@@ -168,7 +173,8 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         self.families = Families.open(self.corpus, recipe.data, facts["latents"], facts["text"])
 
         model = self.initial(recipe)
-        # Another training's network may not know its families' codes: then states are read as states.
+        # Another training's network may not know its families' codes: then states are read as
+        # states.
         coded = [name for name, family in self.families.texts.items() if family.shared().code]
         self.coded = all(model.conditioner.knows_code(name) for name in coded)
         engine = self.make_engine(recipe, model, device)
@@ -203,20 +209,26 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
     def sample_if_due(self) -> None:
         """A grid of the sample prompts by the averaged weights; always after the last step."""
         settings = self.recipe.train
-        if not settings.sample_prompts or not (self.step == settings.steps or self.due(settings.sample_every)):
+        if not settings.sample_prompts or not (
+            self.step == settings.steps or self.due(settings.sample_every)
+        ):
             return
         model = self.averaged()
         if model is None:  # another rank
             return
         path = self.recipe.run_folder / "samples" / f"step-{self.step:09}.png"
-        sample_grid(model, self.engine.objective, self.recipe, self.config["prompts"], self.families, path)
+        sample_grid(
+            model, self.engine.objective, self.recipe, self.config["prompts"], self.families, path
+        )
         if self.metrics.tracker:
             self.metrics.tracker.artifact(path, "samples")
 
     def validate_if_due(self) -> None:
         """The loss on the held-out samples, which no step trains on."""
         if self.due(self.recipe.train.validate_every) and self.recipe.data.validation_fraction:
-            losses = validation_loss(self.engine, self._held_out, self.feed.start, self.recipe.data.seed)
+            losses = validation_loss(
+                self.engine, self._held_out, self.feed.start, self.recipe.data.seed
+            )
             self.metrics.log(losses, self.step)
 
     @cached_property
@@ -227,13 +239,18 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         return list(feed.batches(0, min(count, feed.steps_per_epoch)))
 
     def export(self, folder: Path, model: LIDiT) -> None:
-        """The folder people load: EMA weights, encoder specs with their shared states, codec, settings."""
+        """The folder people load: EMA weights, encoder specs with their shared states, codec,
+        settings.
+        """
         factor, texts = load_codec(self.recipe.codec).factor, self.families.texts
         _, height, width = self.families.latent_shape
         save_pipeline(
             folder,
             model,
-            encoders=[ModelEncoder.of_family(encoder, texts[encoder.name]) for encoder in self.recipe.encoders],
+            encoders=[
+                ModelEncoder.of_family(encoder, texts[encoder.name])
+                for encoder in self.recipe.encoders
+            ],
             settings=PipelineSettings(
                 self.recipe.objective,
                 self.recipe.sampler,
@@ -247,7 +264,9 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
 
 def untrained_model(recipe: Recipe, families: Families) -> LIDiT:
     """The recipe's model for the families' widths, latents and codes."""
-    model = LIDiT.from_settings(recipe.model, families.widths, families.latent_shape[0], families.stored_layers)
+    model = LIDiT.from_settings(
+        recipe.model, families.widths, families.latent_shape[0], families.stored_layers
+    )
     for name, family in families.texts.items():
         if code := family.shared().code:
             model.conditioner.set_code(name, code.back)

@@ -15,7 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lidit.codecs.autoencoder import ReconstructionLoss, TrainableAutoencoder, measure_scale, psnr, reconstruct
+from lidit.codecs.autoencoder import (
+    ReconstructionLoss,
+    TrainableAutoencoder,
+    measure_scale,
+    psnr,
+    reconstruct,
+)
 from lidit.codecs.encoding import check_buckets
 from lidit.config import CodecSettings, DataSettings, PoolSettings
 from lidit.config.codec import CodecRecipe
@@ -37,7 +43,8 @@ FREE_SETTINGS = {
     "output": ..., "corpus": ..., "tracking": ...,
     "engine": FREE_ENGINE,
     "data": {"prefetch_batches"},
-    "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every", "validate_every",
+    "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every",
+              "validate_every",
               "validation_samples", "grid_images"},
 }  # fmt: skip
 
@@ -77,7 +84,9 @@ def train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> TrainResult:
 
 def _rows_settings(recipe: CodecRecipe) -> DataSettings:
     data = recipe.data
-    return DataSettings(seed=data.seed, window_units=data.window_units, validation_fraction=data.validation_fraction)
+    return DataSettings(
+        seed=data.seed, window_units=data.window_units, validation_fraction=data.validation_fraction
+    )
 
 
 # -- the loop -------------------------------------------------------------------------------------
@@ -99,12 +108,16 @@ def codec_worker(config: dict[str, Any]) -> None:
 class CodecEngine(ShardedEngine[PixelBatch]):
     """An autoencoder and its reconstruction loss."""
 
-    def __init__(self, recipe: CodecRecipe, model: TrainableAutoencoder, device: torch.device) -> None:
+    def __init__(
+        self, recipe: CodecRecipe, model: TrainableAutoencoder, device: torch.device
+    ) -> None:
         super().__init__(recipe, model, device)
         self.reconstruction = ReconstructionLoss(recipe.loss, device)
 
     def loss(self, batch: PixelBatch) -> torch.Tensor:
-        outputs = self.deepspeed(batch.pixels.to(self.compute_dtype), batch.noise.to(self.compute_dtype))
+        outputs = self.deepspeed(
+            batch.pixels.to(self.compute_dtype), batch.noise.to(self.compute_dtype)
+        )
         return self.reconstruction(batch.pixels, outputs)
 
     def forward(self, batch: PixelBatch) -> None:
@@ -125,13 +138,21 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         torch.manual_seed(recipe.data.seed)
         engine = CodecEngine(recipe, TrainableAutoencoder(recipe.model).train(), device)
         fresh = TrainableAutoencoder(recipe.model) if engine.rank == 0 else None
-        super().__init__(config, engine, self._feed(recipe, "train", engine.rank, engine.world_size), fresh)
+        super().__init__(
+            config, engine, self._feed(recipe, "train", engine.rank, engine.world_size), fresh
+        )
 
-    def _feed(self, recipe: CodecRecipe, part: Part, rank: int, world_size: int) -> Feed[PixelBatch]:
+    def _feed(
+        self, recipe: CodecRecipe, part: Part, rank: int, world_size: int
+    ) -> Feed[PixelBatch]:
         data, model = recipe.data, recipe.model
         rows = Rows(self.corpus, _rows_settings(recipe), part)
-        assembler = PixelAssembler(self.pixels, rows, data.seed, model.latent_channels, model.factor)
-        return Feed(rows.order(recipe.train.batch_size), assembler, rank, world_size, data.prefetch_batches)
+        assembler = PixelAssembler(
+            self.pixels, rows, data.seed, model.latent_channels, model.factor
+        )
+        return Feed(
+            rows.order(recipe.train.batch_size), assembler, rank, world_size, data.prefetch_batches
+        )
 
     def _images(self, part: Part, most: int) -> Iterator[torch.Tensor]:
         """Images [B, 3, H, W] of at most `most` global batches of the first epoch, whole.
@@ -145,35 +166,50 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
             yield from (piece.pixels for piece in batch.split(pieces))
 
     def validate_if_due(self) -> None:
-        """PSNR of the averaged weights on held-out images, and a grid of originals above reconstructions."""
+        """PSNR of the averaged weights on held-out images, and a grid of originals above
+        reconstructions.
+        """
         if self.step != self.recipe.train.steps and not self.due(self.recipe.train.validate_every):
             return
         model = self.averaged()
         measured = self._measure(model) if model is not None else [0.0, 0.0]
         shared = torch.tensor(measured, device=self.device)
-        dist.broadcast(shared, 0)  # every rank's report names the loss by which checkpoints are compared
-        self.metrics.log(dict(zip(("validation/psnr", "validation/loss"), shared.tolist(), strict=True)), self.step)
+        # every rank's report names the loss by which checkpoints are compared
+        dist.broadcast(shared, 0)
+        self.metrics.log(
+            dict(zip(("validation/psnr", "validation/loss"), shared.tolist(), strict=True)),
+            self.step,
+        )
 
     def _measure(self, model: TrainableAutoencoder) -> list[float]:
         """Mean PSNR and L1 over the held-out images; writes the grid."""
         train, ratios, errors = self.recipe.train, [], []
         shown: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for pixels in self._images("validation", max(1, train.validation_samples // train.batch_size)):
+        for pixels in self._images(
+            "validation", max(1, train.validation_samples // train.batch_size)
+        ):
             rebuilt = reconstruct(model.autoencoder, pixels).cpu()
-            ratios.append(psnr(rebuilt, pixels))  # of each image: pieces of any size weigh what they hold
+            # of each image: pieces of any size weigh what they hold
+            ratios.append(psnr(rebuilt, pixels))
             errors.append((rebuilt - pixels).abs().mean(dim=(1, 2, 3)))
             shown += list(zip(pixels, rebuilt, strict=True))[: train.grid_images - len(shown)]
         path = self.recipe.run_folder / "reconstructions" / f"step-{self.step:09}.png"
         path.parent.mkdir(exist_ok=True)
-        images = [_as_bytes(original) for original, _ in shown] + [_as_bytes(rebuilt) for _, rebuilt in shown]
-        labels = ["original"] * len(shown) + [f"{float(psnr(b[None], a[None])):.1f} dB" for a, b in shown]
+        images = [_as_bytes(original) for original, _ in shown] + [
+            _as_bytes(rebuilt) for _, rebuilt in shown
+        ]
+        labels = ["original"] * len(shown) + [
+            f"{float(psnr(b[None], a[None])):.1f} dB" for a, b in shown
+        ]
         labelled_grid(images, labels, columns=len(shown)).save(path)
         if self.metrics.tracker:
             self.metrics.tracker.artifact(path, "reconstructions")
         return [float(torch.cat(ratios).mean()), float(torch.cat(errors).mean())]
 
     def export(self, folder: Path, model: TrainableAutoencoder) -> None:
-        """diffusers' folder: averaged weights, shift and scaling factor measured on training images."""
+        """diffusers' folder: averaged weights, shift and scaling factor measured on training
+        images.
+        """
         images = self._images("train", SCALE_BATCHES)
         shift, scaling = measure_scale(model.autoencoder, images, self.recipe.data.seed)
         model.autoencoder.register_to_config(shift_factor=shift, scaling_factor=scaling)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,9 +12,17 @@ import torch.distributed as dist
 from lidit.config.fields import LARGEST_SEED
 from lidit.data.assembler import TrainingBatch
 from lidit.diffusion import timestep_losses
+from lidit.models import TextStates
 from pipelines.training.engine import Engine
 
 SEED_STRIDE = 1_000_003  # between the noise seeds of two batches: more than a batch has samples
+
+
+def _predict(
+    engine: Engine, text: Mapping[str, TextStates], x_t: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    predicted: torch.Tensor = engine.deepspeed(x_t.to(engine.compute_dtype), t, text)
+    return predicted
 
 
 @torch.no_grad()
@@ -28,8 +38,10 @@ def validation_loss(
     engine.deepspeed.eval()
     for number, batch in enumerate(batches):
         moved = batch.to(engine.device)
-        seeds = [(seed + SEED_STRIDE * number + first + i) & LARGEST_SEED for i in range(len(batch.keys))]
-        predict = lambda x_t, t, text=moved.text: engine.deepspeed(x_t.to(engine.compute_dtype), t, text)  # noqa: E731
+        seeds = [
+            (seed + SEED_STRIDE * number + first + i) & LARGEST_SEED for i in range(len(batch.keys))
+        ]
+        predict = partial(_predict, engine, moved.text)
         losses = timestep_losses(predict, engine.objective, moved.latents, seeds, levels)  # [B, K]
         total, count = total + losses.sum(0), count + len(losses)
     engine.deepspeed.train()

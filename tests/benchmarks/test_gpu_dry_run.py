@@ -50,12 +50,16 @@ for number, (name, work) in enumerate(works.items()):
 ends = time.monotonic() + 200
 command.run_parts(parts, command.arguments_of(["--dry-run"]), ends)
 command.run_parts(parts[:1], command.arguments_of(["--dry-run"]), time.monotonic() + command.LEAST / 2)
-"""
+"""  # noqa: E501
 
 
 def python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -69,13 +73,17 @@ def test_every_part_runs_on_a_bare_box(tmp_path: Path) -> None:
     done = python(BARE, str(file))
     found = lines_of(done.stdout)
     parts = {line["part"]: line for line in found if "partial" not in line}
-    assert {number: line["status"] for number, line in parts.items()} == {part.number: "done" for part in PARTS}
+    assert {number: line["status"] for number, line in parts.items()} == {
+        part.number: "done" for part in PARTS
+    }
     failed = [figure for line in parts.values() for figure in line["figures"] if "failed" in figure]
     assert failed == []
     assert done.returncode == 0, done.stderr[-2000:]
     assert lines_of(file.read_text()) == found
     # The figures that say what to mend next.
-    kernels = next(figure for figure in parts[2]["figures"] if figure.get("name") == "compiled, kernels")
+    kernels = next(
+        figure for figure in parts[2]["figures"] if figure.get("name") == "compiled, kernels"
+    )
     assert len(kernels["top"]) == 10
     assert {"name", "ms", "share"} <= set(kernels["top"][0])
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]

@@ -14,7 +14,11 @@ from pipelines.training.schedule import learning_rate
 
 STEPS, SIZE, WIDTHS = 4, 3, (16, 24)
 SETTINGS = LoopSettings.model_validate(
-    {"steps": STEPS, "ema_decay": 0.9, "optimizer": {"lr": 3e-3, "weight_decay": 0.01, "gradient_clip": 0.05}}
+    {
+        "steps": STEPS,
+        "ema_decay": 0.9,
+        "optimizer": {"lr": 3e-3, "weight_decay": 0.01, "gradient_clip": 0.05},
+    }
 )
 
 
@@ -23,10 +27,15 @@ def batch_of(seed: int, step: int, names: tuple[str, str]) -> TrainingBatch:
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     tokens = 3 + (seed + step) % 3
     mask = torch.arange(tokens)[None] < torch.randint(1, tokens + 1, (SIZE, 1), generator=generator)
-    text = {name: TextStates(draw(SIZE, tokens, width), mask, draw(2, width)) for name, width in zip(names, WIDTHS)}
+    text = {
+        name: TextStates(draw(SIZE, tokens, width), mask, draw(2, width))
+        for name, width in zip(names, WIDTHS)
+    }
     u = torch.rand(SIZE, generator=generator)
     keys = tuple(str(row) for row in range(SIZE))
-    return TrainingBatch(step, keys, draw(SIZE, 3, 8, 8), draw(SIZE, 3, 8, 8), u, text, int(mask.sum()))
+    return TrainingBatch(
+        step, keys, draw(SIZE, 3, 8, 8), draw(SIZE, 3, 8, 8), u, text, int(mask.sum())
+    )
 
 
 def model_of(seed: int, names: tuple[str, ...]) -> LIDiT:
@@ -36,7 +45,9 @@ def model_of(seed: int, names: tuple[str, ...]) -> LIDiT:
     )
     model = LIDiT.from_settings(settings, dict(zip(names, WIDTHS)), 3)
     for name, width in zip(names, WIDTHS):
-        model.conditioner.set_statistics(name, torch.full((width,), 0.1 * seed), torch.full((width,), 1.0 + seed))
+        model.conditioner.set_statistics(
+            name, torch.full((width,), 0.1 * seed), torch.full((width,), 1.0 + seed)
+        )
     return model.train()
 
 
@@ -53,7 +64,9 @@ def alone(
         batch = batch_of(seed, step, names)
         t = objective.timesteps(batch.u)
         noisy = objective.add_noise(batch.latents, batch.noise, t)
-        loss = objective.loss(model(noisy, t, batch.text), batch.latents, batch.noise, t, noisy).mean()
+        loss = objective.loss(
+            model(noisy, t, batch.text), batch.latents, batch.noise, t, noisy
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), choice.gradient_clip)
@@ -69,17 +82,30 @@ def alone(
 @pytest.mark.parametrize("kind", ["clean", "ddpm"])
 def test_a_stack_trains_each_model_as_if_it_were_alone(kind: str) -> None:
     objective = build_objective(ObjectiveSettings.model_validate({"kind": kind}))
-    arms = [(1, ("a", "b")), (2, ("a", "b")), (3, ("bare", "c"))]  # the third arm's encoders have other names
+    # the third arm's encoders have other names
+    arms = [(1, ("a", "b")), (2, ("a", "b")), (3, ("bare", "c"))]
     canonical = tuple(encoder_name(place) for place in range(2))
-    stack = Stack([model_of(seed, canonical) for seed, _ in arms], objective, SETTINGS, torch.device("cpu"))
-    losses = [stack.step([batch_of(seed, step, names) for seed, names in arms]) for step in range(STEPS)]
+    stack = Stack(
+        [model_of(seed, canonical) for seed, _ in arms], objective, SETTINGS, torch.device("cpu")
+    )
+    losses = [
+        stack.step([batch_of(seed, step, names) for seed, names in arms]) for step in range(STEPS)
+    ]
     for index, (seed, names) in enumerate(arms):
         expected, model, average = alone(seed, names, objective)
         assert [float(step[index]) for step in losses] == pytest.approx(expected, rel=1e-4)
         found = stack.averaged(index)
-        # Adam's first steps follow the signs of gradients: where one is zero but for rounding, signs may differ.
-        for (name, value), (_, other) in zip(found.named_parameters(), average.items(), strict=True):
+        # Adam's first steps follow the signs of gradients: where one is zero but for rounding,
+        # signs may differ.
+        for (name, value), (_, other) in zip(
+            found.named_parameters(), average.items(), strict=True
+        ):
             near = torch.isclose(value, other, rtol=1e-3, atol=1e-4).float().mean()
             assert near > 0.99, f"{name}: {near}"
-        assert not torch.equal(found.conditioner.branches[0].projection.mean, torch.zeros(WIDTHS[0]))
-        assert torch.equal(found.conditioner.branches[0].projection.mean, model.conditioner.branches[0].projection.mean)
+        assert not torch.equal(
+            found.conditioner.branches[0].projection.mean, torch.zeros(WIDTHS[0])
+        )
+        assert torch.equal(
+            found.conditioner.branches[0].projection.mean,
+            model.conditioner.branches[0].projection.mean,
+        )

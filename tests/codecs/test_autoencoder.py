@@ -1,4 +1,6 @@
-"""Training a codec, the arithmetic: loss against diffusers' own distribution, scale, PSNR, a perceptual network."""
+"""Training a codec, the arithmetic: loss against diffusers' own distribution, scale, PSNR, a
+perceptual network.
+"""
 
 from pathlib import Path
 
@@ -7,12 +9,22 @@ import torch
 from pydantic import ValidationError
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from lidit.codecs.autoencoder import ReconstructionLoss, TrainableAutoencoder, measure_scale, psnr, reconstruct
+from lidit.codecs.autoencoder import (
+    ReconstructionLoss,
+    TrainableAutoencoder,
+    measure_scale,
+    psnr,
+    reconstruct,
+)
 from lidit.config.codec import CodecLossSettings, CodecModelSettings
 from lidit.errors import InputError
 
 SETTINGS = CodecModelSettings(
-    block_out_channels=(8, 16, 16), layers_per_block=1, latent_channels=5, norm_groups=4, middle_attention=False
+    block_out_channels=(8, 16, 16),
+    layers_per_block=1,
+    latent_channels=5,
+    norm_groups=4,
+    middle_attention=False,
 )
 PIXELS = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
 CPU = torch.device("cpu")
@@ -32,7 +44,9 @@ def test_forward_and_loss_are_those_of_diffusers() -> None:
     assert torch.allclose(outputs[0], decoded, atol=1e-5)
     # diffusers sums KL over an image's latent values; ours is the mean of them
     expected = (decoded - PIXELS).abs().mean() + 0.3 * posterior.kl().mean() / noise[0].numel()
-    assert torch.allclose(ReconstructionLoss(CodecLossSettings(kl_weight=0.3), CPU)(PIXELS, outputs), expected)
+    assert torch.allclose(
+        ReconstructionLoss(CodecLossSettings(kl_weight=0.3), CPU)(PIXELS, outputs), expected
+    )
 
 
 def test_default_shape_is_the_papers() -> None:
@@ -45,7 +59,10 @@ def test_default_shape_is_the_papers() -> None:
 
 def test_scale_makes_sampled_latents_standard() -> None:
     autoencoder = model().autoencoder.eval()
-    batches = [torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(4)]
+    batches = [
+        torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(i)) * 2 - 1
+        for i in range(4)
+    ]
     shift, scaling = measure_scale(autoencoder, batches)
     with torch.no_grad():
         posterior = autoencoder.encode(torch.cat(batches)).latent_dist
@@ -68,10 +85,13 @@ def test_psnr_is_the_definition() -> None:
 def test_a_perceptual_network_pulls_towards_the_image(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     if kind == "convolutions":
-        network = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+        network = ResNetModel(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        )
     else:
         network = ViTModel(
-            ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16,
+            ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                      intermediate_size=32, image_size=16,
                       patch_size=4)
         )  # fmt: skip
     network.save_pretrained(tmp_path)
@@ -97,4 +117,6 @@ def test_mistakes_in_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="give both or neither"):
         CodecLossSettings(perceptual_weight=1.0)
     with pytest.raises(InputError, match=r"perceptual_model.*cannot be loaded"):
-        ReconstructionLoss(CodecLossSettings(perceptual_weight=1.0, perceptual_model=str(tmp_path / "absent")), CPU)
+        ReconstructionLoss(
+            CodecLossSettings(perceptual_weight=1.0, perceptual_model=str(tmp_path / "absent")), CPU
+        )

@@ -1,4 +1,6 @@
-"""Codecs: the latents are those of the diffusers model, scaled by its factors, and decode brings the image back."""
+"""Codecs: the latents are those of the diffusers model, scaled by its factors, and decode brings
+the image back.
+"""
 
 import json
 from pathlib import Path
@@ -21,7 +23,11 @@ def test_pixels_are_the_identity() -> None:
     assert torch.equal(encoded.mean, PIXELS)
     assert encoded.deviation is None
     assert torch.allclose(codec.decode(encoded.mean), (PIXELS + 1) / 2)
-    assert codec.decode(torch.tensor([[[[-3.0]], [[0.0]], [[3.0]]]])).flatten().tolist() == [0.0, 0.5, 1.0]
+    assert codec.decode(torch.tensor([[[[-3.0]], [[0.0]], [[3.0]]]])).flatten().tolist() == [
+        0.0,
+        0.5,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -49,14 +55,22 @@ def test_latents_are_those_of_diffusers(tmp_path: Path, kind: str) -> None:
 
 
 def test_mean_only_stores_no_deviation(tmp_path: Path) -> None:
-    settings = CodecSettings(name="x", model=str(save_codec(tmp_path, "AutoencoderKL")), posterior="mean")
+    settings = CodecSettings(
+        name="x", model=str(save_codec(tmp_path, "AutoencoderKL")), posterior="mean"
+    )
     assert load_codec(settings).encode(PIXELS).deviation is None
 
 
 def test_spec_changes_with_what_determines_the_latents(tmp_path: Path) -> None:
-    one = codec_spec(CodecSettings(name="x", model=str(save_codec(tmp_path / "a", "AutoencoderKL"))))
-    same = codec_spec(CodecSettings(name="y", model=str(save_codec(tmp_path / "b", "AutoencoderKL"))))
-    other = codec_spec(CodecSettings(name="x", model=str(save_codec(tmp_path / "c", "AutoencoderKL", seed=1))))
+    one = codec_spec(
+        CodecSettings(name="x", model=str(save_codec(tmp_path / "a", "AutoencoderKL")))
+    )
+    same = codec_spec(
+        CodecSettings(name="y", model=str(save_codec(tmp_path / "b", "AutoencoderKL")))
+    )
+    other = codec_spec(
+        CodecSettings(name="x", model=str(save_codec(tmp_path / "c", "AutoencoderKL", seed=1)))
+    )
     assert one == same
     assert {key for key in one if one[key] != other[key]} == {"weights_sha256"}
     assert codec_spec(CodecSettings(), "cuda") == codec_spec(CodecSettings(), "cpu")

@@ -7,7 +7,14 @@ import pytest
 from jobs.support.options import node_labels
 from lidit.config import EncoderSettings, Recipe
 from lidit.config.settings import apply_overrides, flatten, load_yaml, validate
-from lidit.config.shipped import ENCODERS, RECIPES, find, load_ablation, load_encoder_settings, load_recipe
+from lidit.config.shipped import (
+    ENCODERS,
+    RECIPES,
+    find,
+    load_ablation,
+    load_encoder_settings,
+    load_recipe,
+)
 from lidit.errors import InputError
 
 RECIPE = """
@@ -35,7 +42,10 @@ def recipe_file(tmp_path: Path) -> Path:
         ("encoders.1.lyer=2", ["encoders.1.lyer", "did you mean 'layer'"]),
         ("encoders.7.layer=2", ["'7' is not an index of a list of 2"]),
         ("encoders.other.layer=2", ["not an index of a list of 2; 0 is smollm2, 1 is other"]),
-        ("encoders=smollm2", ["encoders: must be a list, such as encoders=[smollm2], found 'smollm2'"]),
+        (
+            "encoders=smollm2",
+            ["encoders: must be a list, such as encoders=[smollm2], found 'smollm2'"],
+        ),
         ("train.optimizer.betas=[0.9]", ["train.optimizer.betas"]),
         ("train.optimizer.betas=0.9", ["must be a list, such as train.optimizer.betas=[0.9, 0.9]"]),
         ("plan.latent=8", ["must be a list, such as plan.latent=[8, 8, 8]"]),
@@ -44,7 +54,10 @@ def recipe_file(tmp_path: Path) -> Path:
         ("pools={other: {actrs: 2}}", ["pools.other.actrs", "did you mean 'actors'"]),
         ("model.fusion.mode=none", ["exactly one encoder", "smollm2"]),
         ("train.batch_size=31", ["train.batch_size", "divisible"]),
-        ("output=s3://bucket/runs", ["output: must be a folder", "mount shared storage", "found 's3://bucket/runs'"]),
+        (
+            "output=s3://bucket/runs",
+            ["output: must be a folder", "mount shared storage", "found 's3://bucket/runs'"],
+        ),
         ("output=file:///runs", ["output: must be a folder that every node sees, not a URL"]),
         ("encoders.1.name=smollm2", ["names must differ"]),
         ("train.steps.deeper=1", ["train.steps.deeper", "single value"]),
@@ -52,7 +65,9 @@ def recipe_file(tmp_path: Path) -> Path:
         ("train.steps=[1", ["not valid YAML"]),
     ],
 )
-def test_a_mistake_gives_one_clear_error(recipe_file: Path, override: str, expected: list[str]) -> None:
+def test_a_mistake_gives_one_clear_error(
+    recipe_file: Path, override: str, expected: list[str]
+) -> None:
     with pytest.raises(InputError) as caught:
         load_recipe(str(recipe_file), ["engine.workers=2", override])
     assert all(part in str(caught.value) for part in expected), caught.value
@@ -62,8 +77,14 @@ def test_a_mistake_gives_one_clear_error(recipe_file: Path, override: str, expec
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["train.non_finite=skip", "engine.accumulation=2"], "train.non_finite: 'skip' needs whole batches"),
-        (["train.non_finite=skip", "engine.workers=2", "engine.min_workers=1"], "'skip' needs whole batches"),
+        (
+            ["train.non_finite=skip", "engine.accumulation=2"],
+            "train.non_finite: 'skip' needs whole batches",
+        ),
+        (
+            ["train.non_finite=skip", "engine.workers=2", "engine.min_workers=1"],
+            "'skip' needs whole batches",
+        ),
         (["train.keep_best=true"], "train.keep_best: .* set train.validate_every"),
         (["train.validate_every=5"], "nothing is held out; set data.validation_fraction"),
     ],
@@ -88,7 +109,9 @@ def test_local_folders_become_absolute_and_hub_ids_stay(
 
 
 def test_overrides_reach_lists_and_numbers(recipe_file: Path) -> None:
-    recipe = load_recipe(str(recipe_file), ["encoders.0.layer=-2", "train.optimizer.lr=2e-4", "codec.model=null"])
+    recipe = load_recipe(
+        str(recipe_file), ["encoders.0.layer=-2", "train.optimizer.lr=2e-4", "codec.model=null"]
+    )
     assert recipe.encoders[0].layer == -2
     assert recipe.encoders[0].name == "smollm2"
     assert recipe.train.optimizer.lr == 2e-4
@@ -96,7 +119,11 @@ def test_overrides_reach_lists_and_numbers(recipe_file: Path) -> None:
 
 
 def test_files_that_are_not_recipes(tmp_path: Path) -> None:
-    for name, content in (("list.yaml", "- 1"), ("broken.yaml", "a: [1"), ("tag.yaml", "a: !!python/object:os.x {}")):
+    for name, content in (
+        ("list.yaml", "- 1"),
+        ("broken.yaml", "a: [1"),
+        ("tag.yaml", "a: !!python/object:os.x {}"),
+    ):
         (tmp_path / name).write_text(content)
         with pytest.raises(InputError, match=name):
             load_recipe(str(tmp_path / name))
@@ -114,8 +141,16 @@ def test_a_recipe_of_another_kind_is_told_with_the_command_that_takes_it(tmp_pat
     own = tmp_path / "own.yaml"
     own.write_text("arms: {}\n")
     for load, name, said in (
-        (load_recipe, "ablate-2cores", "ablate-2cores is an ablation recipe: lidit ablate ablate-2cores"),
-        (load_recipe, "codec-small", "codec-small is a codec recipe: lidit train-codec codec-small"),
+        (
+            load_recipe,
+            "ablate-2cores",
+            "ablate-2cores is an ablation recipe: lidit ablate ablate-2cores",
+        ),
+        (
+            load_recipe,
+            "codec-small",
+            "codec-small is a codec recipe: lidit train-codec codec-small",
+        ),
         (load_recipe, str(own), f"{own} is an ablation recipe: lidit ablate {own}"),
         (load_ablation, "demo", "demo is a training recipe: lidit train demo"),
         (load_codec, "demo", "demo is a training recipe: lidit train demo"),
@@ -140,11 +175,14 @@ def test_node_labels_are_pairs() -> None:
     assert node_labels(["lidit/pool=large", "zone=a=b"]) == {"lidit/pool": "large", "zone": "a=b"}
     assert node_labels(None) == {}
     for word in ("pool", "=x", "pool="):
-        with pytest.raises(InputError, match=r"--node-label .*: a label is KEY=VALUE, such as lidit/pool=large"):
+        with pytest.raises(
+            InputError, match=r"--node-label .*: a label is KEY=VALUE, such as " r"lidit/pool=large"
+        ):
             node_labels([word])
 
 
-TRAININGS = [path for path in sorted(RECIPES.glob("*.yaml")) if "encoders" in load_yaml(path)]  # not codecs, ablations
+# not codecs, ablations
+TRAININGS = [path for path in sorted(RECIPES.glob("*.yaml")) if "encoders" in load_yaml(path)]
 
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)

@@ -1,4 +1,6 @@
-"""The recipes of real data on stand-in tars of the same layout, and one of two resolutions at toy size."""
+"""The recipes of real data on stand-in tars of the same layout, and one of two resolutions at toy
+size.
+"""
 
 import json
 from pathlib import Path
@@ -27,17 +29,24 @@ from tests.helpers.trained import SmallWorld
 WEIGHTS = "model/model/diffusion_pytorch_model.safetensors"
 
 
-def img2dataset(folder: Path, shard: int, rows: list[tuple[str, str | None, dict[str, Any], tuple[int, int]]]) -> None:
-    """A shard as img2dataset writes it: KEY.jpg, KEY.txt, KEY.json per row; its table and statistics beside the tar."""
+def img2dataset(
+    folder: Path, shard: int, rows: list[tuple[str, str | None, dict[str, Any], tuple[int, int]]]
+) -> None:
+    """A shard as img2dataset writes it: KEY.jpg, KEY.txt, KEY.json per row; its table and
+    statistics beside the tar.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     members = []
     for number, (caption, recaption, extra, size) in enumerate(rows):
         key = f"{shard:05}{number:04}"
-        record = {"caption": caption, "url": f"https://example.org/{key}.jpg", "key": key, "status": "success",
-                  "error_message": None, "width": size[0], "height": size[1], "sha256": "0" * 64, **extra}  # fmt: skip
+        record = {"caption": caption, "url": f"https://example.org/{key}.jpg", "key": key,
+                  "status": "success",
+                  "error_message": None, "width": size[0], "height": size[1], "sha256": "0" * 64,
+                  **extra}  # fmt: skip
         if recaption is not None:
             record["synthetic_caption"] = recaption
-        members += [(f"{key}.jpg", encoded(picture(*size, seed=number), "JPEG")), (f"{key}.txt", caption.encode()),
+        members += [(f"{key}.jpg", encoded(picture(*size, seed=number), "JPEG")), (f"{key}.txt",
+                                                                                   caption.encode()),
                     (f"{key}.json", json.dumps(record).encode())]  # fmt: skip
     write_tar(folder / f"{shard:05}.tar", members)
     (folder / f"{shard:05}.parquet").write_bytes(b"img2dataset's own record of the shard, not read")
@@ -50,7 +59,9 @@ def captions(corpus: Corpus) -> dict[str, list[tuple[str, str]]]:
     for unit in range(corpus.num_units):
         texts = corpus.captions(unit)["text"].to_pylist()
         for row in corpus.samples(unit).to_pylist():
-            found[row["key"]] = [(texts[entry["index"]], entry["origin"]) for entry in row["captions"]]
+            found[row["key"]] = [
+                (texts[entry["index"]], entry["origin"]) for entry in row["captions"]
+            ]
     return found
 
 
@@ -62,8 +73,10 @@ def test_the_ablations_data(ray_cluster: None, tmp_path: Path) -> None:
     imagenet, cc12m = tmp_path / "imagenet", tmp_path / "cc12m"
     imagenet.mkdir()
     for shard in range(2):  # keys start anew in every tar, classes are numbers
-        members = [m for i in range(3) for m in ((f"{i:06}.jpg", encoded(picture(300, 260, seed=i), "JPEG")),
-                                                 (f"{i:06}.cls", str(2 * shard).encode()))]  # fmt: skip
+        members = [m for i in range(3) for m in ((f"{i:06}.jpg", encoded(picture(300, 260, seed=i),
+                                                                         "JPEG")),
+                                                 (f"{i:06}.cls",
+                                                  str(2 * shard).encode()))]  # fmt: skip
         write_tar(imagenet / f"imagenet-train-{shard:06}.tar", members)
     (tmp_path / "classes.txt").write_text("tench\ngoldfish\ngreat white shark\n")
     img2dataset(cc12m, 0, [
@@ -95,7 +108,11 @@ def test_the_ablations_data(ray_cluster: None, tmp_path: Path) -> None:
     reasons = {key[-9:]: why for key, why in refusals(corpus).items()}
     assert "URL" in reasons["000000001"]
     assert "tag list" in reasons["000000002"]
-    buckets = {row["bucket"] for unit in range(corpus.num_units) for row in corpus.samples(unit).to_pylist()}
+    buckets = {
+        row["bucket"]
+        for unit in range(corpus.num_units)
+        for row in corpus.samples(unit).to_pylist()
+    }
     assert all(int(side) % 16 == 0 for bucket in buckets for side in bucket.split("x"))
     # Both origins of a sample are drawn, as the recipe's weights say.
     rows = Rows(corpus, recipe.data).unit(corpus.num_units - 1)
@@ -105,12 +122,15 @@ def test_the_ablations_data(ray_cluster: None, tmp_path: Path) -> None:
 
 def test_the_filters_of_the_large_set(ray_cluster: None, tmp_path: Path) -> None:
     img2dataset(tmp_path / "laion", 7, [
-        ("a lighthouse at dusk", "A white lighthouse on a cliff.", {"aesthetic_score": 5.1}, (400, 300)),
+        ("a lighthouse at dusk", "A white lighthouse on a cliff.", {"aesthetic_score": 5.1}, (400,
+                                                                                              300)),
         ("dull", None, {"aesthetic_score": 4.69}, (400, 300)),
         ("small", None, {"aesthetic_score": 6.0}, (400, 255)),
         ("no score", None, {}, (400, 300)),
     ])  # fmt: skip
-    recipe = load_recipe("lidit-1b", [f"sources=[{tmp_path / 'laion'}]", f"corpus={tmp_path / 'c'}"])
+    recipe = load_recipe(
+        "lidit-1b", [f"sources=[{tmp_path / 'laion'}]", f"corpus={tmp_path / 'c'}"]
+    )
     run_ingest(list(recipe.sources), recipe.corpus, recipe.ingest)
     corpus = Corpus.open(recipe.corpus)
     assert list(captions(corpus).values()) == [
@@ -128,11 +148,14 @@ def two_resolutions(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("two")
     write_scene_shards(folder / "scenes", SceneSet(48, 64, seed=3, per_shard=48))
     encoder = small_world.encoders[0].model_dump(mode="json")
-    small = ["model.width=32", "model.depth=2", "model.heads=2", "train.batch_size=8", "engine.workers=1",
-             "train.checkpoint_every=4", "train.sample_prompts=[a red circle]", "train.sample_every=0"]  # fmt: skip
-    for half, own in (("low", ["train.steps=6"]), ("high", ["train.steps=2", "train.optimizer.lr=1.0e-12",
-                                                            "train.optimizer.weight_decay=0"])):  # fmt: skip
-        place = [f"corpus={folder / 'corpus'}", f"sources=[{folder / 'scenes'}]", f"output={folder / 'runs'}",
+    small = ["model.width=32", "model.depth=2", "model.heads=2", "train.batch_size=8",
+             "engine.workers=1",
+             "train.checkpoint_every=4", "train.sample_prompts=[a red circle]",
+             "train.sample_every=0"]  # fmt: skip
+    hardly = ["train.steps=2", "train.optimizer.lr=1.0e-12", "train.optimizer.weight_decay=0"]
+    for half, own in (("low", ["train.steps=6"]), ("high", hardly)):
+        place = [f"corpus={folder / 'corpus'}", f"sources=[{folder / 'scenes'}]",
+                 f"output={folder / 'runs'}",
                  f"encoders=[{json.dumps(encoder)}]"]  # fmt: skip
         start = [f"train.init_from={folder / 'runs/low/model'}"] if half == "high" else []
         recipe = load_recipe(f"two-resolutions-{half}", [*place, *small, *own, *start])
@@ -150,7 +173,8 @@ def test_the_second_resolution_starts_from_the_first(two_resolutions: Path) -> N
     assert corpus.latent_family("pixels-x2").shapes(0)[0] == (3, 64, 64)
     low, high = (load_file(two_resolutions / "runs" / half / WEIGHTS) for half in ("low", "high"))
     assert low.keys() == high.keys()
-    for name, value in low.items():  # its rate is next to nothing: what it ends with is what it began with
+    # its rate is next to nothing: what it ends with is what it began with
+    for name, value in low.items():
         assert torch.allclose(value, high[name], atol=1e-6), name
     images = LIDiTPipeline.from_pretrained(two_resolutions / "runs/high/model")(
         ["a red circle"], seed=0, num_inference_steps=2, output_type="np"

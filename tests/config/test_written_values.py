@@ -1,4 +1,6 @@
-"""The value used is the value written: YAML 1.2's scalars, every key once, booleans apart from numbers, one home."""
+"""The value used is the value written: YAML 1.2's scalars, every key once, booleans apart from
+numbers, one home.
+"""
 
 from pathlib import Path
 
@@ -52,7 +54,11 @@ def test_a_scalar_means_what_yaml_1_2_says(written: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
-        ("name: a\nmodel:\n  depth: 1\n  width: 2\n  depth: 3\n", 5, "'depth' is there twice, first in line 3"),
+        (
+            "name: a\nmodel:\n  depth: 1\n  width: 2\n  depth: 3\n",
+            5,
+            "'depth' is there twice, first in line 3",
+        ),
         ("- {a: 1}\n- {a: 1, 'a': 2}\n", 2, "'a' is there twice, first in line 2"),
         ("on: 1\nn: 2\non: 3\n", 3, "'on' is there twice, first in line 1"),
         ("a: !!int 5\n", 1, "the tag !!int is not read"),
@@ -67,7 +73,9 @@ def test_a_scalar_means_what_yaml_1_2_says(written: str, value: object) -> None:
         ("a: [1\n", 2, "expected ',' or ']'"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_its_line(text: str, line: int, said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_meant_is_refused_with_its_line(
+    text: str, line: int, said: str, tmp_path: Path
+) -> None:
     with pytest.raises(YamlError) as caught:
         read_yaml(text)
     assert (caught.value.line, said in str(caught.value)) == (line, True), caught.value
@@ -87,7 +95,9 @@ def bomb(levels: int, width: int) -> str:
 
 def merges(levels: int, width: int) -> str:
     lines = ["m0: &m0 {a: 1}"]
-    lines += [f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * width)}]}}" for n in range(1, levels + 1)]
+    lines += [
+        f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * width)}]}}" for n in range(1, levels + 1)
+    ]
     return "\n".join(lines)
 
 
@@ -133,17 +143,35 @@ def recipe(tmp_path: Path) -> str:
     ("override", "said"),
     [
         ("train.batch_size=true", "train.batch_size: must not be true or false"),
-        ("train.optimizer.weight_decay=false", "train.optimizer.weight_decay: must not be true or false"),
-        ("sampler.guidance_interval=[false, 1]", "sampler.guidance_interval.0: must not be true or false"),
+        (
+            "train.optimizer.weight_decay=false",
+            "train.optimizer.weight_decay: must not be true or false",
+        ),
+        (
+            "sampler.guidance_interval=[false, 1]",
+            "sampler.guidance_interval.0: must not be true or false",
+        ),
         ("engine.zero_stage=true", "engine.zero_stage: must not be true or false"),
-        ("engine.resources={gpu_kind: true}", "engine.resources.gpu_kind: must not be true or false"),
+        (
+            "engine.resources={gpu_kind: true}",
+            "engine.resources.gpu_kind: must not be true or false",
+        ),
         ("engine.compile=1", "engine.compile: must be true or false, found 1"),
         ("engine.compile=on", "engine.compile: must be true or false, found 'on'"),
         ("plan.mfu=.nan", "plan.mfu"),
-        ("sampler.guidance_scale=Infinity", "sampler.guidance_scale: Input should be a finite number"),
+        (
+            "sampler.guidance_scale=Infinity",
+            "sampler.guidance_scale: Input should be a finite number",
+        ),
         ("train.log_every=0x10", "train.log_every"),
-        ("train.log_every=9999999999999999999", "train.log_every: Input should be less than or equal to 9223372036854"),
-        ("data.seed=18446744073709551616", "data.seed: Input should be less than or equal to 18446744073709551615"),
+        (
+            "train.log_every=9999999999999999999",
+            "train.log_every: Input should be less than or equal to 9223372036854",
+        ),
+        (
+            "data.seed=18446744073709551616",
+            "data.seed: Input should be less than or equal to 18446744073709551615",
+        ),
         ("evaluate.seed=-1", "evaluate.seed: Input should be greater than or equal to 0"),
         ("name=2024", 'name: must be text: in quotes, such as name: "2024", found 2024'),
         ("corpus=1.5", 'corpus: must be text: in quotes, such as corpus: "1.5"'),
@@ -160,7 +188,8 @@ def test_an_override_is_read_as_a_file_is(recipe: str, override: str, said: str)
 def test_values_that_are_what_they_say(recipe: str) -> None:
     found = load_recipe(
         recipe,
-        ["name=2024-01-01", "train.steps=2e3", "engine.compile=true", "data.seed=18446744073709551615",
+        ["name=2024-01-01", "train.steps=2e3", "engine.compile=true",
+         "data.seed=18446744073709551615",
          "train.optimizer.betas=[0, 1]"],
     )  # fmt: skip
     assert found.name == "2024-01-01"
@@ -173,19 +202,28 @@ def test_values_that_are_what_they_say(recipe: str) -> None:
 
 @pytest.mark.parametrize("text", ["a\ud800b", "a\0b", "x" * 100_001])
 def test_sample_prompts_pass_the_checks_of_captions(text: str) -> None:
-    tree = {"name": "r", "corpus": "c", "encoders": [{"name": "e", "model": "m"}], "train": {"sample_prompts": [text]}}
+    tree = {
+        "name": "r",
+        "corpus": "c",
+        "encoders": [{"name": "e", "model": "m"}],
+        "train": {"sample_prompts": [text]},
+    }
     with pytest.raises(ValueError, match=r"prompt"):
         Recipe.model_validate(tree)
     tree["train"] = {"sample_prompts": ["x" * 100_000, "ein Würfel 一个"]}
     assert len(Recipe.model_validate(tree).train.sample_prompts) == 2
 
 
-def test_every_place_is_in_the_same_home(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_place_is_in_the_same_home(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     found = load_recipe(
         recipe,
-        ["output=~/runs", "corpus=~/c", "sources=[~/a, 's3://b/~/c', 'file://~/d']", "encoders.0.model=~/llm",
-         "codec={name: x, model: ~/vae}", "train.init_from=~/m", "engine.nvme_path=~/n", "ingest.class_names=~/k.txt",
+        ["output=~/runs", "corpus=~/c", "sources=[~/a, 's3://b/~/c', 'file://~/d']",
+         "encoders.0.model=~/llm",
+         "codec={name: x, model: ~/vae}", "train.init_from=~/m", "engine.nvme_path=~/n",
+         "ingest.class_names=~/k.txt",
          "tracking.uri='sqlite:///~/m.db'"],
     )  # fmt: skip
     home = str(tmp_path)
@@ -196,7 +234,10 @@ def test_every_place_is_in_the_same_home(recipe: str, tmp_path: Path, monkeypatc
     assert (found.codec.model, found.train.init_from) == (f"{home}/vae", f"{home}/m")
     assert (found.engine.nvme_path, found.ingest.class_names) == (f"{home}/n", f"{home}/k.txt")
     assert found.tracking.uri == f"sqlite:///{home}/m.db"
-    assert CodecLossSettings(perceptual_weight=1, perceptual_model="~/v").perceptual_model == f"{home}/v"
+    assert (
+        CodecLossSettings(perceptual_weight=1, perceptual_model="~/v").perceptual_model
+        == f"{home}/v"
+    )
     (tmp_path / "e.yaml").write_text("name: own\nmodel: here\n")
     assert load_recipe(recipe, ["encoders=[~/e.yaml]"]).encoders[0].name == "own"
     with pytest.raises(InputError, match="'~nobody-at-all' is nobody's home folder"):
@@ -233,8 +274,10 @@ WITHOUT_PASSWORD = [
 @pytest.mark.parametrize("text", WITH_PASSWORD)
 def test_a_password_is_seen_in_every_form_of_url_and_never_repeated(text: str, recipe: str) -> None:
     assert has_password(text)
-    for override in (f'corpus="{text}"', f'sources=["{text}"]', f'engine.label_selector={{a: "{text}"}}',
-                     f'encoders={{a: "{text}"}}', f'train.steps.deep="{text}"', f'name: x="{text}'):  # fmt: skip
+    for override in (f'corpus="{text}"', f'sources=["{text}"]',
+                     f'engine.label_selector={{a: "{text}"}}',
+                     f'encoders={{a: "{text}"}}', f'train.steps.deep="{text}"',
+                     f'name: x="{text}'):  # fmt: skip
         with pytest.raises(InputError) as caught:
             load_recipe(recipe, [override])
         assert text not in str(caught.value)
@@ -247,7 +290,12 @@ def test_other_urls_have_none(text: str) -> None:
 
 
 def test_many_mistakes_are_counted() -> None:
-    tree = {"name": "r", "corpus": "c", "encoders": [{"name": "e", "model": "m"}], "sources": [[]] * 400}
+    tree = {
+        "name": "r",
+        "corpus": "c",
+        "encoders": [{"name": "e", "model": "m"}],
+        "sources": [[]] * 400,
+    }
     with pytest.raises(InputError) as caught:
         validate(Recipe, tree, "r.yaml")
     assert len(str(caught.value).splitlines()) == 11

@@ -1,4 +1,6 @@
-"""Which units a step needs, against the rows that its batches read; and what a producer makes of it, without files."""
+"""Which units a step needs, against the rows that its batches read; and what a producer makes of
+it, without files.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,21 @@ from lidit.data.order import Order
 from lidit.data.production import Needs, Reader, needs, plan_step, together, windows_ready
 
 
-def make_order(sizes: list[int], num_buckets: int, batch_size: int, window_units: int, seed: int = 3) -> Order:
+def make_order(
+    sizes: list[int], num_buckets: int, batch_size: int, window_units: int, seed: int = 3
+) -> Order:
     generator = np.random.default_rng(seed)
-    units = [np.where(generator.random(size) < 0.8, 0, generator.integers(0, num_buckets, size)) for size in sizes]
+    units = [
+        np.where(generator.random(size) < 0.8, 0, generator.integers(0, num_buckets, size))
+        for size in sizes
+    ]
     counts = np.stack([np.bincount(unit, minlength=num_buckets) for unit in units])
     return Order(counts, lambda unit: units[unit], batch_size, seed, window_units)
 
 
 @settings(max_examples=30, deadline=None)
-@example(sizes=[9, 12, 1, 2], num_buckets=3, batch_size=5, window_units=1, ahead=0)  # a batch of more than an epoch
+# a batch of more than an epoch
+@example(sizes=[9, 12, 1, 2], num_buckets=3, batch_size=5, window_units=1, ahead=0)
 @given(
     sizes=st.lists(st.integers(1, 23), min_size=2, max_size=12),
     num_buckets=st.integers(1, 4),
@@ -48,7 +56,9 @@ def test_no_step_reads_a_unit_outside_its_needs(
             if windows[later] > windows[step] + ahead:
                 break
             # Whatever a later step reads was listed for its window or before.
-            known = {unit for units in listed[: windows[later] - windows[step] + 1] for unit in units}
+            known = {
+                unit for units in listed[: windows[later] - windows[step] + 1] for unit in units
+            }
             assert read[later] <= known
         flat = [unit for units in listed for unit in units]
         assert len(flat) == len(set(flat))
@@ -66,7 +76,9 @@ def test_with_one_bucket_only_the_window_before_is_carried() -> None:
 
 
 def test_a_batch_that_no_step_takes_holds_nothing() -> None:
-    """A rare bucket's first batch would be complete long after the run's end: its rows are not waited for."""
+    """A rare bucket's first batch would be complete long after the run's end: its rows are not
+    waited for.
+    """
     counts = np.tile([[20, 1]], (30, 1))
     rows = np.array([0] * 20 + [1])
     order = Order(counts, lambda unit: rows, 64, 3, 3)
@@ -84,16 +96,20 @@ def test_the_kept_share_is_exact_and_grows_with_the_share() -> None:
     assert kept_units("ab" * 32, 1000, 0.3) != kept_units("cd" * 32, 1000, 0.3)
 
 
-# -- the rules of production -------------------------------------------------------------------------------------------
+# -- the rules of production -----------------------------------------------------------------------
 
 
-def credit_of(order: Order, steps: int, step: int = 0, checkpoint: int = 0, run: str = "run", seed: int = 3) -> Credit:
+def credit_of(
+    order: Order, steps: int, step: int = 0, checkpoint: int = 0, run: str = "run", seed: int = 3
+) -> Credit:
     return Credit(run, seed, order.window_units, order.batch_size, 0.0, 0, steps, step, checkpoint)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_thousand_units_pass_through_a_budget_of_eight(seed: int) -> None:
-    """At random moments: encoders finish, the reader moves, saves, and falls back to its checkpoint."""
+    """At random moments: encoders finish, the reader moves, saves, and falls back to its
+    checkpoint.
+    """
     chance = random.Random(seed)
     order = make_order([16] * 1000, 1, 24, 2, seed)
     steps = order.batches_before(1)
@@ -107,7 +123,9 @@ def test_a_thousand_units_pass_through_a_budget_of_eight(seed: int) -> None:
         wants = needs([Reader(credit_of(order, steps, step, checkpoint), demand)], 2)
         plan = plan_step(wants, present, in_flight, chance.randrange(5), frozenset(), 8)
         assert not plan.stuck
-        assert not set(plan.remove) & set(wants.wanted[0]), "a unit of the window in use was deleted"
+        assert not set(plan.remove) & set(wants.wanted[0]), (
+            "a unit of the window in use was deleted"
+        )
         present -= set(plan.remove)
         in_flight |= set(plan.start)
         assert len(present | in_flight) <= 8
@@ -134,7 +152,9 @@ def test_a_thousand_units_pass_through_a_budget_of_eight(seed: int) -> None:
 
 def test_a_budget_that_the_window_in_use_exceeds_is_named() -> None:
     order = make_order([16] * 40, 1, 24, 4)
-    reader = Reader(credit_of(order, order.batches_before(1)), Demand(order, order.batches_before(1)))
+    reader = Reader(
+        credit_of(order, order.batches_before(1)), Demand(order, order.batches_before(1))
+    )
     wants = needs([reader], 2)
     present = set(wants.wanted[0][:3])
     plan = plan_step(wants, present, set(), 2, frozenset(), 3)
@@ -160,7 +180,9 @@ def test_behind_the_checkpoint_everything_goes_and_before_it_what_room_allows() 
 
 def test_kept_units_are_no_part_of_the_budget_and_never_deleted() -> None:
     order = make_order([16] * 40, 1, 16, 2)
-    reader = Reader(credit_of(order, order.batches_before(1)), Demand(order, order.batches_before(1)))
+    reader = Reader(
+        credit_of(order, order.batches_before(1)), Demand(order, order.batches_before(1))
+    )
     wants = needs([reader], 1)
     kept = frozenset(range(20))
     plan = plan_step(wants, kept, set(), 99, kept, 2)
@@ -181,10 +203,14 @@ def test_two_readers_of_one_order_go_together_and_a_far_one_alone() -> None:
     assert [len(group) for group in together([far, ahead, near], 2)] == [2, 1]
     wants = needs([near, ahead], 2)
     # None is served further than two windows before the slower one.
-    assert {unit for window in (4, 5, 6) for unit in order.window_units_of(window).tolist()} <= wants.needed
+    assert {
+        unit for window in (4, 5, 6) for unit in order.window_units_of(window).tolist()
+    } <= wants.needed
     assert not wants.needed & set(order.window_units_of(7).tolist())
     waiting = needs([near, at(7, "b")], 2)
-    assert not waiting.needed & set(order.window_units_of(7).tolist()), "it would run away from the slower one"
+    assert not waiting.needed & set(order.window_units_of(7).tolist()), (
+        "it would run away from the slower one"
+    )
     assert set(order.window_units_of(8).tolist()) <= needs([ahead], 2).needed
     assert set(order.window_units_of(22).tolist()) <= needs([near, far], 2).needed
     # Who has taken all its steps holds nobody up.

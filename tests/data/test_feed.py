@@ -1,4 +1,6 @@
-"""The feed: the same global batches for any number of workers, every sample with its own numbers, damage noticed."""
+"""The feed: the same global batches for any number of workers, every sample with its own numbers,
+damage noticed.
+"""
 
 import shutil
 from collections import Counter
@@ -23,8 +25,12 @@ from tests.helpers.trained import SmallWorld
 BATCH = 12
 
 
-def make_feed(path: Path, settings: DataSettings, rank: int = 0, world: int = 1, part: Part = "train") -> Feed:
-    return open_feed(Corpus.open(path), settings, batch_size=BATCH, part=part, rank=rank, world_size=world)
+def make_feed(
+    path: Path, settings: DataSettings, rank: int = 0, world: int = 1, part: Part = "train"
+) -> Feed:
+    return open_feed(
+        Corpus.open(path), settings, batch_size=BATCH, part=part, rank=rank, world_size=world
+    )
 
 
 def whole(feeds: list[Feed], start: int, stop: int) -> list[list[TrainingBatch]]:
@@ -32,21 +38,33 @@ def whole(feeds: list[Feed], start: int, stop: int) -> list[list[TrainingBatch]]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_global_batches_do_not_depend_on_the_number_of_workers(small_world: SmallWorld, world: int) -> None:
+def test_global_batches_do_not_depend_on_the_number_of_workers(
+    small_world: SmallWorld, world: int
+) -> None:
     settings = DataSettings(window_units=2, caption_dropout=0.3)
     alone = list(make_feed(small_world.corpus, settings).batches(0, 12))
-    parts = whole([make_feed(small_world.corpus, settings, rank, world) for rank in range(world)], 0, 12)
+    parts = whole(
+        [make_feed(small_world.corpus, settings, rank, world) for rank in range(world)], 0, 12
+    )
     for one, shares in zip(alone, parts, strict=True):
         assert one.keys == tuple(key for share in shares for key in share.keys)
         for name in ("latents", "noise", "u"):
-            assert torch.equal(getattr(one, name), torch.cat([getattr(share, name) for share in shares]))
+            assert torch.equal(
+                getattr(one, name), torch.cat([getattr(share, name) for share in shares])
+            )
         for name, states in one.text.items():
-            rows = [s.text[name].states[i][s.text[name].mask[i]] for s in shares for i in range(len(s.keys))]
+            rows = [
+                s.text[name].states[i][s.text[name].mask[i]]
+                for s in shares
+                for i in range(len(s.keys))
+            ]
             for index, row in enumerate(rows):
                 assert torch.equal(states.states[index][states.mask[index]], row)
 
 
-def test_resuming_anywhere_gives_the_batches_of_the_uninterrupted_run(small_world: SmallWorld) -> None:
+def test_resuming_anywhere_gives_the_batches_of_the_uninterrupted_run(
+    small_world: SmallWorld,
+) -> None:
     settings = DataSettings(window_units=2)
     straight = list(make_feed(small_world.corpus, settings).batches(0, 20))
     per_epoch = 97 // BATCH
@@ -58,7 +76,8 @@ def test_resuming_anywhere_gives_the_batches_of_the_uninterrupted_run(small_worl
 
 
 def test_every_key_once_per_epoch_and_noise_of_its_own(small_world: SmallWorld) -> None:
-    batches = list(make_feed(small_world.corpus, DataSettings(window_units=2)).batches(0, 97))  # 12 epochs of 97
+    # 12 epochs of 97
+    batches = list(make_feed(small_world.corpus, DataSettings(window_units=2)).batches(0, 97))
     counts = Counter(key for batch in batches for key in batch.keys)
     assert set(counts.values()) == {12}
     assert len(counts) == 97
@@ -72,7 +91,11 @@ def test_rows_match_the_store(small_world: SmallWorld) -> None:
     """What is fed for a key is what the corpus holds for it: the image and one of its captions."""
     corpus = small_world.open()
     settings = DataSettings(window_units=2, caption_dropout=0.0)
-    where = {k: (u, r) for u in range(corpus.num_units) for r, k in enumerate(corpus.samples(u)["key"].to_pylist())}
+    where = {
+        k: (u, r)
+        for u in range(corpus.num_units)
+        for r, k in enumerate(corpus.samples(u)["key"].to_pylist())
+    }
     batch = next(make_feed(small_world.corpus, settings).batches(3, 4))
     family, latents = corpus.text_family("llama"), corpus.latent_family("pixels")
     for index, key in enumerate(batch.keys):
@@ -108,7 +131,9 @@ def test_origin_weights_choose_the_captions(small_world: SmallWorld) -> None:
         origins = {c["index"]: c["origin"] for c in captions}
         numbers = np.linspace(0, 1 - 2**-53, 7)
         chosen = {origins[index] for index in info.choose(np.full(7, row), numbers).tolist()}
-        assert chosen == ({"synthetic"} if "synthetic" in origins.values() else set(origins.values()))
+        assert chosen == (
+            {"synthetic"} if "synthetic" in origins.values() else set(origins.values())
+        )
 
 
 def test_validation_rows_are_never_trained(small_world: SmallWorld) -> None:
@@ -123,7 +148,9 @@ def test_validation_rows_are_never_trained(small_world: SmallWorld) -> None:
     assert 12 <= len(keys["validation"]) <= 28
 
 
-def test_a_flipped_bit_stops_before_its_number_is_used(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_a_flipped_bit_stops_before_its_number_is_used(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     copy = tmp_path / "corpus"
     shutil.copytree(small_world.corpus, copy)
     victim = sorted((copy / "text").glob("llama-*/00002-*.arrow"))[0]
@@ -135,14 +162,18 @@ def test_a_flipped_bit_stops_before_its_number_is_used(small_world: SmallWorld, 
         list(feed.batches(0, 9))
 
 
-def test_coded_captions_come_as_steps_that_are_their_states(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_coded_captions_come_as_steps_that_are_their_states(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     copy = tmp_path / "corpus"
     shutil.copytree(small_world.corpus, copy)
     shutil.rmtree(copy / "text")
     for encoder in small_world.encoders:
         embed_here(str(copy), encoder.model_copy(update={"storage": "coded", "storage_error": 0.2}))
     corpus, settings = Corpus.open(copy), DataSettings(window_units=2, caption_dropout=0.3)
-    plain, coded = (open_feed(corpus, settings, batch_size=BATCH, coded=coded) for coded in (False, True))
+    plain, coded = (
+        open_feed(corpus, settings, batch_size=BATCH, coded=coded) for coded in (False, True)
+    )
     for one, other in zip(plain.batches(0, 4), coded.batches(0, 4), strict=True):
         assert one.keys == other.keys
         assert one.tokens == other.tokens
@@ -153,7 +184,9 @@ def test_coded_captions_come_as_steps_that_are_their_states(small_world: SmallWo
             assert shared.code is not None
             assert torch.equal(states.mask, steps.mask)
             assert torch.equal(states.prefix, steps.prefix)
-            z = (steps.states.float() @ shared.code.back * steps.size[..., None]).clamp(-LIMIT, LIMIT)
+            z = (steps.states.float() @ shared.code.back * steps.size[..., None]).clamp(
+                -LIMIT, LIMIT
+            )
             expected = standardise(states.states, shared.mean, shared.deviation)
             assert torch.allclose(z[steps.mask], expected[steps.mask], atol=2e-3)
         (half, _) = other.split(2)
@@ -196,7 +229,8 @@ def test_families_are_found_or_asked_for(small_world: SmallWorld, tmp_path: Path
     chosen = Families.open(corpus, DataSettings(window_units=100), texts={"mine": "qwen2"})
     assert chosen.widths == {"mine": 48}
     assert chosen.latent_shape == (3, 32, 32)
-    assert chosen.latents.keep_open == chosen.texts["mine"].keep_open == 200  # a border has two windows
+    # a border has two windows
+    assert chosen.latents.keep_open == chosen.texts["mine"].keep_open == 200
     copy = tmp_path / "corpus"
     shutil.copytree(small_world.corpus, copy)
     shutil.rmtree(copy / "latents")

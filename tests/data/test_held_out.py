@@ -1,11 +1,14 @@
-"""The held-out split: about the recipe's fraction, from every unit, and known from the counts alone."""
+"""The held-out split: about the recipe's fraction, from every unit, and known from the counts
+alone.
+"""
 
 import numpy as np
 
 from lidit.config import DataSettings
 from lidit.data.held_out import held_out_counts, held_out_rows
 
-TOTALS = np.tile(np.array([[40, 3, 0]]), (500, 1))  # 500 units; a large bucket, a small bucket and an empty one
+# 500 units; a large bucket, a small bucket and an empty one
+TOTALS = np.tile(np.array([[40, 3, 0]]), (500, 1))
 
 
 def split(fraction: float, seed: int = 0) -> np.ndarray:

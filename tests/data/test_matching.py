@@ -1,4 +1,6 @@
-"""Which of a corpus's latents a recipe trains on: those of its own codec, weights included, or none."""
+"""Which of a corpus's latents a recipe trains on: those of its own codec, weights included, or
+none.
+"""
 
 from pathlib import Path
 
@@ -34,26 +36,36 @@ def vae(tmp_path: Path, seed: int, **changes: object) -> CodecSettings:
     return CodecSettings.model_validate({"name": "vae", "model": str(folder), **changes})
 
 
-def write_latents(corpus: Corpus, codec: CodecSettings, device: str = "cpu", finish: bool = True) -> str:
+def write_latents(
+    corpus: Corpus, codec: CodecSettings, device: str = "cpu", finish: bool = True
+) -> str:
     """A family with this codec's spec; its fingerprint."""
     spec = codec_spec(codec, device)
     writer = FamilyWriter.open_or_create(corpus.folder.location, "latents", codec.name, spec)
     for unit, captions in enumerate(UNITS):
         crops = [Crop(0, 0, 8, 8)] * len(captions)
-        writer.publish(unit, latents_table([torch.zeros(4, 4, 4)] * len(captions), crops, "float32"))
+        writer.publish(
+            unit, latents_table([torch.zeros(4, 4, 4)] * len(captions), crops, "float32")
+        )
     if finish:
         writer.finish()
     return writer.fingerprint
 
 
-def test_a_run_takes_the_latents_of_its_own_weights_and_no_others(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_run_takes_the_latents_of_its_own_weights_and_no_others(
+    corpus: Corpus, tmp_path: Path
+) -> None:
     llm = encoder(tiny_llm(tmp_path / "llm", "llama"))
     embed_here(corpus.folder.path, llm)
     tree = {"name": "r", "corpus": corpus.folder.location, "encoders": [llm.model_dump()]}
-    one, other = (Recipe.model_validate(tree | {"codec": vae(tmp_path, seed).model_dump()}) for seed in (1, 2))
+    one, other = (
+        Recipe.model_validate(tree | {"codec": vae(tmp_path, seed).model_dump()}) for seed in (1, 2)
+    )
     made = write_latents(corpus, one.codec)
     assert run_facts(one, corpus)["latents"] == made
-    with pytest.raises(InputError, match=r"no latents family 'vae'(.|\n)*weights_sha256: (.|\n)*lidit latents"):
+    with pytest.raises(
+        InputError, match=r"no latents family 'vae'(.|\n)*weights_sha256: (.|\n)*lidit " r"latents"
+    ):
         run_facts(other, corpus)
     retrained = write_latents(corpus, other.codec)  # of the same name
     assert run_facts(other, corpus)["latents"] == retrained != made
@@ -63,8 +75,13 @@ def test_a_run_takes_the_latents_of_its_own_weights_and_no_others(corpus: Corpus
 
 
 def test_a_plan_minds_no_second_family_of_the_name(corpus: Corpus, tmp_path: Path) -> None:
-    """A codec trained again leaves two latents of one name, another instruction two families of one encoder."""
-    bare, instructed = (encoder(tiny_llm(tmp_path / "llm", "llama"), instruction=text) for text in ("", "Describe it:"))
+    """A codec trained again leaves two latents of one name, another instruction two families of one
+    encoder.
+    """
+    bare, instructed = (
+        encoder(tiny_llm(tmp_path / "llm", "llama"), instruction=text)
+        for text in ("", "Describe it:")
+    )
     for llm in (bare, instructed):
         embed_here(corpus.folder.path, llm)
     for seed in (1, 2):
@@ -107,16 +124,25 @@ def test_an_automatic_dtype_takes_what_is_there(corpus: Corpus, tmp_path: Path) 
 
 
 def test_one_name_for_two_llms_is_refused(corpus: Corpus, tmp_path: Path) -> None:
-    first, second = (encoder(tiny_llm(tmp_path / kind, kind), name="one") for kind in ("llama", "qwen2"))
+    first, second = (
+        encoder(tiny_llm(tmp_path / kind, kind), name="one") for kind in ("llama", "qwen2")
+    )
     embed_here(corpus.folder.path, first)
     embed_here(corpus.folder.path, second)
-    with pytest.raises(InputError, match=r"one-\w+ and one-\w+ both fit encoder 'one'(.|\n)*weights_sha256"):
+    with pytest.raises(
+        InputError, match=r"one-\w+ and one-\w+ both fit encoder " r"'one'(.|\n)*weights_sha256"
+    ):
         matching_family(corpus, first)
 
 
 @pytest.mark.parametrize("finished", ["cpu", "cuda"])
-def test_an_unfinished_family_is_no_second_one(corpus: Corpus, tmp_path: Path, finished: str) -> None:
-    made = {device: write_latents(corpus, vae(tmp_path, 1), device, device == finished) for device in ("cpu", "cuda")}
+def test_an_unfinished_family_is_no_second_one(
+    corpus: Corpus, tmp_path: Path, finished: str
+) -> None:
+    made = {
+        device: write_latents(corpus, vae(tmp_path, 1), device, device == finished)
+        for device in ("cpu", "cuda")
+    }
     assert matching_latents(corpus, vae(tmp_path, 1)) == made[finished]
 
 

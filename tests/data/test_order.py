@@ -11,7 +11,9 @@ from lidit.data.order import Order
 from lidit.data.rng import Purpose, draw, permutation, uniform
 
 
-def make_order(sizes: list[int], num_buckets: int, batch_size: int, window_units: int, seed: int = 3) -> Order:
+def make_order(
+    sizes: list[int], num_buckets: int, batch_size: int, window_units: int, seed: int = 3
+) -> Order:
     generator = np.random.default_rng(0)
     units = [generator.integers(0, num_buckets, size) for size in sizes]
     counts = np.stack([np.bincount(unit, minlength=num_buckets) for unit in units])
@@ -31,23 +33,33 @@ def seen(order: Order, steps: range) -> list[tuple[int, int, int]]:
     batch_size=st.integers(1, 13),
     window_units=st.integers(1, 5),
 )
-def test_every_sample_once_per_epoch(sizes: list[int], num_buckets: int, batch_size: int, window_units: int) -> None:
+def test_every_sample_once_per_epoch(
+    sizes: list[int], num_buckets: int, batch_size: int, window_units: int
+) -> None:
     order = make_order(sizes, num_buckets, batch_size, window_units)
     epochs = 3
     samples = seen(order, range(order.batches_before(epochs)))
     assert len(samples) == len(set(samples)), "a sample came twice in an epoch"
     missing = epochs * sum(sizes) - len([s for s in samples if s[0] < epochs])
-    assert 0 <= missing <= num_buckets * (batch_size - 1), "more is missing than the buckets' leftovers"
-    later = seen(order, range(order.batches_before(epochs), order.batches_before(epochs + batch_size)))
+    assert 0 <= missing <= num_buckets * (batch_size - 1), (
+        "more is missing than the buckets' leftovers"
+    )
+    later = seen(
+        order, range(order.batches_before(epochs), order.batches_before(epochs + batch_size))
+    )
     everything = {s for s in samples + later if s[0] < epochs}
-    assert everything == {(e, u, r) for e in range(epochs) for u, size in enumerate(sizes) for r in range(size)}
+    assert everything == {
+        (e, u, r) for e in range(epochs) for u, size in enumerate(sizes) for r in range(size)
+    }
 
 
 def test_one_bucket_per_batch() -> None:
     order = make_order([31, 37, 41, 43], 4, 7, 2)
     for step in range(order.batches_before(2)):
         batch = order.batch(step)
-        assert {int(order.buckets_of(int(u))[r]) for u, r in zip(batch.unit, batch.row)} == {batch.bucket}
+        assert {int(order.buckets_of(int(u))[r]) for u, r in zip(batch.unit, batch.row)} == {
+            batch.bucket
+        }
 
 
 def test_any_step_is_found_without_history() -> None:
@@ -69,9 +81,16 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_golden_order() -> None:
-    """The order is part of the format of a run: a change of these numbers breaks every resumed run."""
+    """The order is part of the format of a run: a change of these numbers breaks
+    every resumed run.
+    """
     batch = make_order([7, 5, 11], 2, 4, 2).batch(3)
-    assert (batch.bucket, batch.epoch.tolist(), batch.unit.tolist(), batch.row.tolist()) == GOLDEN_BATCH
+    assert (
+        batch.bucket,
+        batch.epoch.tolist(),
+        batch.unit.tolist(),
+        batch.row.tolist(),
+    ) == GOLDEN_BATCH
     assert draw(7, Purpose.NOISE, 1, 2, 3).item() == GOLDEN_DRAW
 
 

@@ -1,4 +1,6 @@
-"""Rolling families with real files and no model: readers that wait, a producer that keeps to its budget, credits."""
+"""Rolling families with real files and no model: readers that wait, a producer that keeps to its
+budget, credits.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def order_of(corpus: Path, data: DataSettings = DATA, batch: int = BATCH) -> Ord
     return Rows(Corpus.open(corpus), data).order(batch)
 
 
-def read_all(corpus: Path, keeper: CreditKeeper, order: Order, steps: range) -> Iterator[list[torch.Tensor]]:
+def read_all(
+    corpus: Path, keeper: CreditKeeper, order: Order, steps: range
+) -> Iterator[list[torch.Tensor]]:
     """What a trainer reads: every row of every batch, its credit after each."""
     family = opened(corpus)
     for step in steps:
@@ -70,14 +74,18 @@ def read_all(corpus: Path, keeper: CreditKeeper, order: Order, steps: range) -> 
 def expected_states(corpus: Path, order: Order, step: int) -> list[torch.Tensor]:
     """The same rows of a family that was computed as a whole."""
     family, batch = Corpus.open(corpus).text_family("fake"), order.batch(step)
-    return [family.read(u, [r])[0] for u, r in zip(batch.unit.tolist(), batch.row.tolist(), strict=True)]
+    return [
+        family.read(u, [r])[0] for u, r in zip(batch.unit.tolist(), batch.row.tolist(), strict=True)
+    ]
 
 
 def keeper_of(writer: FamilyWriter, order: Order, given: Credit) -> CreditKeeper:
     return CreditKeeper([writer.folder], given, order.window_of, 30.0)
 
 
-def test_a_training_reads_what_a_whole_family_holds_through_a_small_budget(corpus: Path, tmp_path: Path) -> None:
+def test_a_training_reads_what_a_whole_family_holds_through_a_small_budget(
+    corpus: Path, tmp_path: Path
+) -> None:
     make_pictured_corpus(tmp_path / "whole", 24, 8, buckets=2)
     family_job.run(str(tmp_path / "whole"), "int8")
     order, writer = order_of(corpus), announced(corpus)
@@ -118,14 +126,18 @@ def test_a_kept_share_is_computed_once_and_met_in_every_later_epoch(corpus: Path
     assert len(kept) == 6
     assert {unit: pool.computed.count(unit) for unit in kept} == dict.fromkeys(kept, 1)
     assert units_on_disk(writer) == kept
-    # Everything else is computed in each of the four epochs, but for what two windows of neighbouring epochs share.
+    # Everything else is computed in each of the four epochs, but for what two windows of
+    # neighbouring epochs share.
     others = sum(unit not in kept for unit in pool.computed)
     assert 4 * 18 - 3 * 6 <= others <= 4 * 18
 
 
 def test_a_unit_that_nobody_computes_is_an_error_with_a_remedy(corpus: Path) -> None:
     announced(corpus, patience=0.1)
-    with pytest.raises(JobError, match=r"unit 3 did not come within 0.1 s \(online.patience\) and nothing computes"):
+    with pytest.raises(
+        JobError,
+        match=r"unit 3 did not come within 0.1 s \(online.patience\) and nothing " r"computes",
+    ):
         opened(corpus).read(3)
     with pytest.raises(InputError, match="no unit 24"):
         opened(corpus).read(24)
@@ -142,7 +154,9 @@ def test_a_producers_failure_reaches_those_who_wait(corpus: Path) -> None:
             return [Finished(self.waiting.pop(), "failed", InputError("the model has gone"))]
 
     with Producing(writer, OnlineSettings(), given, Failing(writer)) as producing:
-        with pytest.raises(JobError, match="unit 3 will not come, its producer failed: the model has gone"):
+        with pytest.raises(
+            JobError, match="unit 3 will not come, its producer failed: the model has gone"
+        ):
             opened(corpus).read(3)
         with pytest.raises(InputError, match="the model has gone"):
             producing.wait()
@@ -214,7 +228,9 @@ def test_two_runs_on_one_family_share_its_units(corpus: Path) -> None:
     assert sorted(pool.computed) == list(range(24)), "each unit was to be computed once for both"
 
 
-def test_a_silent_reader_is_dropped_loudly_and_holds_nobody_up(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_silent_reader_is_dropped_loudly_and_holds_nobody_up(
+    corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     order, writer = order_of(corpus), announced(corpus)
     steps = order.batches_before(1)
     given, silent = credit(DATA, BATCH, steps, "first"), credit(DATA, BATCH, steps, "silent")
@@ -229,11 +245,16 @@ def test_a_silent_reader_is_dropped_loudly_and_holds_nobody_up(corpus: Path, cap
             pass
         keeper.close()
         producing.wait()
-    assert "reader silent was silent for 0.5 s (online.patience) and is dropped at step 0" in caplog.text
+    assert (
+        "reader silent was silent for 0.5 s (online.patience) and is dropped at step 0"
+        in caplog.text
+    )
     assert set(pool.computed) == set(range(24))
 
 
-def test_a_full_disk_stops_production_until_there_is_room(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_stops_production_until_there_is_room(
+    corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     order, writer = order_of(corpus), announced(corpus)
     steps = order.batches_before(1)
     given = credit(DATA, BATCH, steps)
@@ -243,14 +264,18 @@ def test_a_full_disk_stops_production_until_there_is_room(corpus: Path, caplog: 
 
         def finished(self, seconds: float) -> list[Finished]:
             if self.waiting and len(data_files(self.writer)) >= 9:
-                return [Finished(self.waiting.pop(0), "disk full", JobError("No space left on device"))]
+                return [
+                    Finished(self.waiting.pop(0), "disk full", JobError("No space left on device"))
+                ]
             return super().finished(seconds)
 
     needed = order_of(corpus)
     with Producing(writer, OnlineSettings(ahead=12), given, SmallDisk(writer)) as producing:
         keeper = keeper_of(writer, order, given)
         for step, _ in enumerate(read_all(corpus, keeper, order, range(steps))):
-            assert set(needed.batch(step).unit.tolist()) <= units_on_disk(writer), "what is needed was deleted"
+            assert set(needed.batch(step).unit.tolist()) <= units_on_disk(writer), (
+                "what is needed was deleted"
+            )
         keeper.close()
         producing.wait()
     assert "the disk is full; production waits for room" in caplog.text
@@ -259,9 +284,12 @@ def test_a_full_disk_stops_production_until_there_is_room(corpus: Path, caplog: 
 def test_a_slow_encoder_is_told_with_the_number_that_would_do(corpus: Path) -> None:
     order, writer = order_of(corpus), announced(corpus)
     steps = order.batches_before(1)
-    # A step takes no time at all by its own account, a unit some milliseconds: hundreds of encoders would do.
+    # A step takes no time at all by its own account, a unit some milliseconds: hundreds of encoders
+    # would do.
     given = credit(DATA, BATCH, steps, step_seconds=1e-5)
-    with Producing(writer, OnlineSettings(ahead=1, max_actors=3), given, HerePool(writer, 1)) as producing:
+    with Producing(
+        writer, OnlineSettings(ahead=1, max_actors=3), given, HerePool(writer, 1)
+    ) as producing:
         publish_credit(writer.folder, given)
         wait_until(lambda: producing.producer.computed >= 4, 30)
     assert producing.last
@@ -291,7 +319,9 @@ def test_other_bytes_than_at_first_are_told(corpus: Path, caplog: pytest.LogCapt
     pool = HerePool(writer)
     producing = Producing(writer, OnlineSettings(), credit(DATA, BATCH, 30), pool)
     producing.producer._take(Finished(3, device="here"))
-    assert "unit 3 has other bytes than when it was first computed (sha256 000000000000" in caplog.text
+    assert (
+        "unit 3 has other bytes than when it was first computed (sha256 000000000000" in caplog.text
+    )
     exact = Producing(writer, OnlineSettings(exact=True), credit(DATA, BATCH, 30), pool)
     exact.producer._take(Finished(3, device="here"))
     with pytest.raises(InputError, match="computed on here and there, whose states differ"):
@@ -311,7 +341,9 @@ def train_here(corpus: Path) -> list[torch.Tensor]:
     found = read_credits(writer.folder).get("run")
     begin = found.checkpoint if found else 0
     given, read = credit(DATA, BATCH, steps, step=begin, checkpoint=begin), []
-    with Producing(writer, OnlineSettings(ahead=1, budget=10), given, HerePool(writer)) as producing:
+    with Producing(
+        writer, OnlineSettings(ahead=1, budget=10), given, HerePool(writer)
+    ) as producing:
         keeper = keeper_of(writer, order, given)
         for states in read_all(corpus, keeper, order, range(begin, steps)):
             read.append(torch.cat(states))
@@ -320,9 +352,13 @@ def train_here(corpus: Path) -> list[torch.Tensor]:
     return read
 
 
-@pytest.mark.parametrize("point", [*ROLLING_POINTS, "data-written", "data-renamed", "record-written", "record-renamed"])
+@pytest.mark.parametrize(
+    "point", [*ROLLING_POINTS, "data-written", "data-renamed", "record-written", "record-renamed"]
+)
 def test_a_kill_at_every_point_costs_nothing_but_time(point: str, corpus: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_produce_and_die, args=(str(corpus), point))
+    process = multiprocessing.get_context("fork").Process(
+        target=_produce_and_die, args=(str(corpus), point)
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -1,4 +1,6 @@
-"""Picture sets on hand-made copies of their packages' layouts, read by the real npm, dpkg-deb and ingest readers."""
+"""Picture sets on hand-made copies of their packages' layouts, read by the real npm, dpkg-deb and
+ingest readers.
+"""
 
 import hashlib
 import io
@@ -33,9 +35,11 @@ EMOJI_LABELS = [
      "skins": [{"label": "waving hand: dark skin tone", "hexcode": "1F44B-1F3FF"}]},
     {"label": "man running", "hexcode": "1F3C3-200D-2642-FE0F", "group": 1, "tags": []},
     {"label": "woman running", "hexcode": "1F3C3-200D-2640-FE0F", "group": 1, "tags": []},
-    *({"label": f"thing {i}", "hexcode": f"1F98{i:X}", "group": 3, "tags": ["x"]} for i in range(12)),
+    *({"label": f"thing {i}", "hexcode": f"1F98{i:X}", "group": 3,
+       "tags": ["x"]} for i in range(12)),
 ]  # fmt: skip
-EMOJI_FILES = ["1f600", "1f44b", "1f44b-1f3ff", "1f3c3-200d-2642-fe0f", "1f3c3-200d-2640-fe0f", "1f999",
+EMOJI_FILES = ["1f600", "1f44b", "1f44b-1f3ff", "1f3c3-200d-2642-fe0f", "1f3c3-200d-2640-fe0f",
+               "1f999",
                *(f"1f98{i:x}" for i in range(12))]  # fmt: skip
 
 
@@ -61,7 +65,9 @@ def deb(folder: Path, package: Package, files: dict[str, bytes], links: dict[str
         (root / name).symlink_to(target)
     control = f"Package: {package.name}\nVersion: {package.version}\nArchitecture: all\n"
     (root / "DEBIAN").mkdir()
-    (root / "DEBIAN/control").write_text(control + "Maintainer: Nobody <nobody@example.org>\nDescription: pictures\n")
+    (root / "DEBIAN/control").write_text(
+        control + "Maintainer: Nobody <nobody@example.org>\nDescription: pictures\n"
+    )
     (root / "DEBIAN/preinst").write_text("#!/bin/sh\nexit 1\n")
     (root / "DEBIAN/preinst").chmod(0o755)
     target = folder / package.file.replace("*", "all")
@@ -81,11 +87,17 @@ def pinned(name: str, folder: Path) -> PictureSet:
 def emoji_packages(folder: Path) -> Path:
     folder.mkdir()
     labels, google, twitter = SETS["emoji"].packages
-    tables = {"en/data.json": json.dumps(EMOJI_LABELS).encode(), "meta/groups.json": b'{"groups": {"0": "smileys"}}'}
+    tables = {
+        "en/data.json": json.dumps(EMOJI_LABELS).encode(),
+        "meta/groups.json": b'{"groups": {"0": "smileys"}}',
+    }
     tgz(folder / labels.file, {**tables, "LICENSE": b"labels are MIT"})
     for package, vendor in ((google, "google"), (twitter, "twitter")):
         files = {f"img/{vendor}/64/{stem}.png": image(f"{vendor} {stem}") for stem in EMOJI_FILES}
-        tgz(folder / package.file, {**files, f"img/{vendor}/sheets/64.png": b"no picture", "LICENSE": b"code is MIT"})
+        tgz(
+            folder / package.file,
+            {**files, f"img/{vendor}/sheets/64.png": b"no picture", "LICENSE": b"code is MIT"},
+        )
     return folder
 
 
@@ -113,7 +125,10 @@ def test_emoji_come_with_captions_licences_and_no_variant_on_the_other_side(tmp_
     )
     assert smile.meta["licence"] == "Apache-2.0"
     assert smile.meta["source"] == "emoji-datasource-google@16.0.0/img/google/64/1f600.png"
-    assert every["twemoji-1f44b-1f3ff"].captions[0] == ("waving hand: dark skin tone, Twemoji style", "original")
+    assert every["twemoji-1f44b-1f3ff"].captions[0] == (
+        "waving hand: dark skin tone, Twemoji style",
+        "original",
+    )
     assert every["twemoji-1f44b-1f3ff"].meta["licence"] == "CC-BY-4.0"
     for alike in (("1f44b", "1f44b-1f3ff"), ("1f3c3-200d-2642-fe0f", "1f3c3-200d-2640-fe0f")):
         keys = {f"{vendor}-{stem}" for vendor in ("noto", "twemoji") for stem in alike}
@@ -130,7 +145,11 @@ def test_again_is_skipped_anew_is_the_same_bytes_and_another_is_refused(tmp_path
 
     assert [write("a"), write("b"), write("a")] == [False, False, True]
     contents = [
-        {str(p.relative_to(tmp_path / o)): p.read_bytes() for p in (tmp_path / o).rglob("*") if p.is_file()}
+        {
+            str(p.relative_to(tmp_path / o)): p.read_bytes()
+            for p in (tmp_path / o).rglob("*")
+            if p.is_file()
+        }
         for o in "ab"
     ]
     assert contents[0] == contents[1]
@@ -161,8 +180,14 @@ def test_base_scene(hexcode: str, scene: str) -> None:
 def test_stamps(tmp_path: Path) -> None:
     (package,) = SETS["tuxpaint-stamps"].packages
     stamps = "usr/share/tuxpaint/stamps"
-    files = {f"{stamps}/animals/{name}.png": image(name) for name in ("frog-1", "frog-2", "mute", *"abcdefghij")}
-    files |= {f"{stamps}/animals/{name}.txt": f"A {name}.\nde.utf8=X".encode() for name in ("frog-1", *"abcdefghij")}
+    files = {
+        f"{stamps}/animals/{name}.png": image(name)
+        for name in ("frog-1", "frog-2", "mute", *"abcdefghij")
+    }
+    files |= {
+        f"{stamps}/animals/{name}.txt": f"A {name}.\nde.utf8=X".encode()
+        for name in ("frog-1", *"abcdefghij")
+    }
     files |= {f"{stamps}/animals/frog-2.txt": "Another “frog”!".encode()}
     files |= {f"{stamps}/symbols/q.png": image("q"), f"{stamps}/symbols/q.txt": b"The letter q."}
     files |= {"usr/share/doc/tuxpaint-stamps-default/copyright": b"License: GPL-2"}
@@ -174,7 +199,9 @@ def test_stamps(tmp_path: Path) -> None:
     together = next(part for part in parts if "animals-frog-1" in part)
     assert together["animals-frog-2"].captions == (("Another “frog”!", "original"),)
     assert together["animals-frog-1"].image == image("frog-1")
-    assert (tmp_path / "out/licences/tuxpaint-stamps-default/copyright").read_bytes() == b"License: GPL-2"
+    assert (
+        tmp_path / "out/licences/tuxpaint-stamps-default/copyright"
+    ).read_bytes() == b"License: GPL-2"
 
 
 def svg(title: str, description: str = "", keywords: tuple[str, ...] = ()) -> bytes:
@@ -183,13 +210,15 @@ def svg(title: str, description: str = "", keywords: tuple[str, ...] = ()) -> by
       xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><metadata>
       <rdf:RDF><cc:Work><dc:title>{title}</dc:title><dc:description>{description}</dc:description>
       <dc:subject><rdf:Bag>{words}</rdf:Bag></dc:subject><dc:publisher><cc:Agent><dc:title>Open Clip Art Library
-      </dc:title></cc:Agent></dc:publisher></cc:Work></rdf:RDF></metadata></svg>""".encode()
+      </dc:title></cc:Agent></dc:publisher></cc:Work></rdf:RDF></metadata></svg>""".encode()  # noqa: E501
 
 
 def test_clipart(tmp_path: Path) -> None:
     png, vector = SETS["openclipart"].packages
     works = {
-        "animals/fish_01": svg("Tom &amp;amp; fish", "A &amp;quot;big&amp;quot; fish", ("fish", "sea", "fish")),
+        "animals/fish_01": svg(
+            "Tom &amp;amp; fish", "A &amp;quot;big&amp;quot; fish", ("fish", "sea", "fish")
+        ),
         "animals/fish_02": svg("Another"),
         "food/untitled": svg(""),
         "food/broken": b"<svg",
@@ -197,7 +226,12 @@ def test_clipart(tmp_path: Path) -> None:
         **{f"food/many{i}": svg("Part of a collection") for i in range(5)},
         **{f"plants/{name}": svg(f"Plant {name}") for name in "abcdefghij"},
     }
-    deb(tmp_path, vector, {f"usr/share/openclipart/svg/{n}.svg": content for n, content in works.items()}, {})
+    deb(
+        tmp_path,
+        vector,
+        {f"usr/share/openclipart/svg/{n}.svg": content for n, content in works.items()},
+        {},
+    )
     pngs = {f"usr/share/openclipart/png/{n}.png": image(n) for n in [*works, "food/alone"]}
     pngs["usr/share/openclipart/png/plants/z.png"] = image("plants/a")
     deb(tmp_path, png, pngs, {})
@@ -229,12 +263,29 @@ def test_split_keeps_ties_together_and_is_near_the_share() -> None:
     parts = split(loose, 0.2)
     assert 340 < len(parts["held_out"]) < 460
     chained = [one(f"c{i:04}", f"link {i}", f"link {i + 1}") for i in range(200)]
-    before, after = ({p.key for p in found["held_out"]} for found in (parts, split([*loose, *chained], 0.2)))
+    before, after = (
+        {p.key for p in found["held_out"]} for found in (parts, split([*loose, *chained], 0.2))
+    )
     assert {key for key in after if key[0] == "p"} == before  # others stay where they were
-    sides = {part for part, members in split([*loose, *chained], 0.2).items() for m in members if m.key[0] == "c"}
+    sides = {
+        part
+        for part, members in split([*loose, *chained], 0.2).items()
+        for m in members
+        if m.key[0] == "c"
+    }
     assert len(sides) == 1
     copies = [one(f"x{i}", f"x{i}", content=b"same") for i in range(50)]
-    assert len({p for p, members in split([*loose, *copies], 0.2).items() for m in members if m.key[0] == "x"}) == 1
+    assert (
+        len(
+            {
+                p
+                for p, members in split([*loose, *copies], 0.2).items()
+                for m in members
+                if m.key[0] == "x"
+            }
+        )
+        == 1
+    )
     with pytest.raises(InputError, match="no picture would be in held_out"):
         split([one("a", "t")], 0.001)
 
@@ -248,8 +299,14 @@ class Registry(BaseHTTPRequestHandler):
         if self.path.endswith(".tgz"):
             body = self.archive
         elif self.path == "/tiny":
-            version = {"name": "tiny", "version": "1.0.0", "dist": {"tarball": f"http://{self.headers['Host']}/t.tgz"}}
-            body = json.dumps({"name": "tiny", "versions": {"1.0.0": version}, "dist-tags": {}}).encode()
+            version = {
+                "name": "tiny",
+                "version": "1.0.0",
+                "dist": {"tarball": f"http://{self.headers['Host']}/t.tgz"},
+            }
+            body = json.dumps(
+                {"name": "tiny", "versions": {"1.0.0": version}, "dist-tags": {}}
+            ).encode()
         else:
             self.send_error(404)
             return
@@ -266,7 +323,9 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packag
     """The real npm client against a registry of this test."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
-    scripts = dict.fromkeys(("preinstall", "install", "postinstall", "prepack"), f"touch {tmp_path}/executed")
+    scripts = dict.fromkeys(
+        ("preinstall", "install", "postinstall", "prepack"), f"touch {tmp_path}/executed"
+    )
     manifest = {"name": "tiny", "version": "1.0.0", "scripts": scripts}
     tgz(tmp_path / "t.tgz", {"package.json": json.dumps(manifest).encode()})
     Registry.archive = (tmp_path / "t.tgz").read_bytes()
@@ -285,11 +344,15 @@ def test_a_package_is_fetched_checked_and_never_executed(registry: Package, tmp_
     assert not (tmp_path / "executed").exists()
     with pytest.raises(InputError, match=r"sha256 .* not the pinned tiny@1\.0\.0"):
         fetch(replace(registry, sha256="0" * 64), tmp_path / "got")
-    with pytest.raises(InputError, match=r"absent@1\.0\.0: npm could not fetch it .*check npm config"):
+    with pytest.raises(
+        InputError, match=r"absent@1\.0\.0: npm could not fetch it .*check npm config"
+    ):
         fetch(Package("npm", "absent", "1.0.0", ""), tmp_path / "got")
 
 
-def test_without_client_or_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_client_or_network_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="no such picture set; there are emoji, fluent-emoji"):
         command("emojis", tmp_path / "out", 0.1, None)
     if shutil.which("apt-get"):
@@ -297,7 +360,9 @@ def test_without_client_or_network_it_says_so(tmp_path: Path, monkeypatch: pytes
             fetch(Package("apt", "nothing-of-this-name", "1", ""), tmp_path)
     monkeypatch.setenv("PATH", "")
     for name, client in (("emoji", "npm"), ("tuxpaint-stamps", "apt-get")):
-        with pytest.raises(InputError, match=f"needs {client}, which is not installed here.*--packages"):
+        with pytest.raises(
+            InputError, match=f"needs {client}, which is not installed here.*--packages"
+        ):
             write_picture_set(SETS[name], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -307,12 +372,15 @@ def test_a_broken_archive_is_named(tmp_path: Path) -> None:
     archive = tmp_path / "packages" / chosen.packages[0].file
     archive.write_bytes(archive.read_bytes()[:200])
     with pytest.raises(InputError, match=r"emojibase-data-17\.0\.0\.tgz: cannot be read"):
-        write_picture_set(pinned("emoji", tmp_path / "packages"), tmp_path / "out", 0.1, tmp_path / "packages")
+        write_picture_set(
+            pinned("emoji", tmp_path / "packages"), tmp_path / "out", 0.1, tmp_path / "packages"
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "pictures"), [("emoji", 7572), ("fluent-emoji", 3374), ("tuxpaint-stamps", 538), ("openclipart", 1613)]
+    ("name", "pictures"),
+    [("emoji", 7572), ("fluent-emoji", 3374), ("tuxpaint-stamps", 538), ("openclipart", 1613)],
 )
 def test_the_real_set(name: str, pictures: int, tmp_path: Path) -> None:
     try:

@@ -24,7 +24,9 @@ def made(kind: str, seed: int = 0) -> tuple[Objective, Pairs, torch.Tensor]:
 
 
 def truth_and_weight(kind: str, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a perfect network predicts and what the loss weighs its square with, in float64, from the papers."""
+    """What a perfect network predicts and what the loss weighs its square with, in float64, from
+    the papers.
+    """
     x0, noise, t = pairs.x0.double(), pairs.noise.double(), pairs.t.double().view(-1, 1, 1, 1)
     if kind == "ddpm":
         return noise, torch.ones_like(t)
@@ -38,8 +40,12 @@ def squares(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_difference_is_the_two_implicit_policies_loss_but_for_what_no_weight_changes(kind: str) -> None:
-    """Published: r |v+ - v|^2 + (1 - r) |v- - v|^2, with the gap as 2 r - 1 and beta as 1 / strength."""
+def test_difference_is_the_two_implicit_policies_loss_but_for_what_no_weight_changes(
+    kind: str,
+) -> None:
+    """Published: r |v+ - v|^2 + (1 - r) |v- - v|^2, with the gap as 2 r - 1 and beta as 1 /
+    strength.
+    """
     objective, pairs, prediction = made(kind)
     truth, weight = truth_and_weight(kind, pairs)
     strength = 2.0
@@ -49,12 +55,16 @@ def test_difference_is_the_two_implicit_policies_loss_but_for_what_no_weight_cha
         right, beta = (1 + gap) / 2, 1 / strength
         positive = (1 - beta) * old + beta * predicted
         negative = (1 + beta) * old - beta * predicted
-        errors = right * squares(positive - truth, weight) + (1 - right) * squares(negative - truth, weight)
+        errors = right * squares(positive - truth, weight) + (1 - right) * squares(
+            negative - truth, weight
+        )
         better, worse = (errors / beta**2).chunk(2)
         return (better + worse) / 2
 
     other = made(kind, seed=1)[2]
-    found = difference(objective, prediction, pairs, strength) - difference(objective, other, pairs, strength)
+    found = difference(objective, prediction, pairs, strength) - difference(
+        objective, other, pairs, strength
+    )
     expected = published(prediction.double()) - published(other.double())
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -63,10 +73,14 @@ def test_difference_is_the_two_implicit_policies_loss_but_for_what_no_weight_cha
 def test_dpo_equals_its_formula(kind: str) -> None:
     objective, pairs, prediction = made(kind)
     truth, weight = truth_and_weight(kind, pairs)
-    growth = squares(prediction.double() - truth, weight) - squares(pairs.drawn.double() - truth, weight)
+    growth = squares(prediction.double() - truth, weight) - squares(
+        pairs.drawn.double() - truth, weight
+    )
     better, worse = growth.chunk(2)
     expected = torch.log(1 + torch.exp(0.3 * (better - worse)))
-    torch.testing.assert_close(dpo(objective, prediction, pairs, 0.3).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        dpo(objective, prediction, pairs, 0.3).double(), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,7 +95,9 @@ def test_distance_equals_its_formula_and_is_nothing_at_the_start(kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", [AlignSettings(kind="difference"), AlignSettings(kind="dpo")])
-def test_a_step_goes_towards_the_better_picture_and_away_from_the_worse(kind: str, loss: AlignSettings) -> None:
+def test_a_step_goes_towards_the_better_picture_and_away_from_the_worse(
+    kind: str, loss: AlignSettings
+) -> None:
     objective, pairs, _ = made(kind)
     prediction = pairs.drawn.clone().requires_grad_()
     pair_losses(loss, objective, prediction, pairs).sum().backward()

@@ -1,4 +1,6 @@
-"""What a student is taught: closed forms against float64 and diffusers' own steps, and each kind against its words."""
+"""What a student is taught: closed forms against float64 and diffusers' own steps, and each kind
+against its words.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,17 @@ def exact_shares(kind: str, t: float) -> tuple[float, float]:
 def exact_data(kind: str, prediction: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
     """The data that a prediction points to, float64."""
     data, noise = exact_shares(kind, t)
-    return {"clean": prediction, "rectified_flow": x_t - t * prediction, "ddpm": (x_t - noise * prediction) / data}[
-        kind
-    ]
+    return {
+        "clean": prediction,
+        "rectified_flow": x_t - t * prediction,
+        "ddpm": (x_t - noise * prediction) / data,
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("levels", [(0.999, 0.874, 0.749), (0.5, 0.375, 0.25), (0.249, 0.124, None)])
+@pytest.mark.parametrize(
+    "levels", [(0.999, 0.874, 0.749), (0.5, 0.375, 0.25), (0.249, 0.124, None)]
+)
 def test_two_steps_of_the_teacher_become_one_as_salimans_and_ho_have_it(kind, levels):
     objective = objective_of(kind)
     levels = [objective.clean_end if level is None else level for level in levels]
@@ -79,8 +85,12 @@ def test_two_steps_of_the_teacher_become_one_as_salimans_and_ho_have_it(kind, le
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("steps", "teacher_steps"), [(4, 8), (2, 8), (1, 2), (5, 25)])
-def test_a_student_that_learnt_its_targets_samples_what_the_teacher_samples(kind, steps, teacher_steps):
-    """Both by diffusers' schedulers, to the last step; the student knows nothing but `jump_target`."""
+def test_a_student_that_learnt_its_targets_samples_what_the_teacher_samples(
+    kind, steps, teacher_steps
+):
+    """Both by diffusers' schedulers, to the last step; the student knows nothing but
+    `jump_target`.
+    """
     objective, grid = objective_of(kind), JumpGrid.of(objective_of(kind), steps, teacher_steps)
     noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
     expected = sample(network, objective, noise, SamplerSettings(steps=teacher_steps))
@@ -98,7 +108,9 @@ def test_a_student_that_learnt_its_targets_samples_what_the_teacher_samples(kind
 
 
 def test_steps_that_cannot_be_nested_are_refused():
-    with pytest.raises(InputError, match="teacher_steps: 9 is no multiple of the student's 4 steps"):
+    with pytest.raises(
+        InputError, match="teacher_steps: 9 is no multiple of the student's 4 steps"
+    ):
         JumpGrid.of(objective_of("clean"), 4, 9)
     few = build_objective(ObjectiveSettings(kind="ddpm", train_steps=10))
     with pytest.raises(InputError, match="finer than the objective's 10 noise levels"):
@@ -134,11 +146,17 @@ def setting(
     """A teacher, captions, data and noise of four samples."""
     pipeline = random_pipeline(kind)
     rows = [random_states(3 + number, number) for number in range(4)]
-    text = {name: entry.collate([row[name] for row in rows]) for name, entry in pipeline.encoders.items()}
+    text = {
+        name: entry.collate([row[name] for row in rows])
+        for name, entry in pipeline.encoders.items()
+    }
     empty = {name: entry.collate([entry.empty]) for name, entry in pipeline.encoders.items()}
     settings = SamplerSettings.model_validate({"steps": 4, "guidance_scale": 2.5, **sampler})
     generator = torch.Generator().manual_seed(5)
-    x0, noise = torch.randn(4, *SHAPE, generator=generator), torch.randn(4, *SHAPE, generator=generator)
+    x0, noise = (
+        torch.randn(4, *SHAPE, generator=generator),
+        torch.randn(4, *SHAPE, generator=generator),
+    )
     return Teacher(pipeline.model, pipeline.objective, empty, settings), text, x0, noise
 
 
@@ -165,7 +183,9 @@ def test_the_teacher_predicts_as_its_own_sampler_does_whatever_timesteps_its_sam
 def test_guidance_is_taught_at_every_noise_level(kind):
     teacher, text, x0, noise = setting(kind)
     u = torch.tensor([0.01, 0.3, 0.6, 0.99])
-    example = Lessons(DistillSettings(kind="guidance"), teacher).example(x0, noise, u, text, no_student)
+    example = Lessons(DistillSettings(kind="guidance"), teacher).example(
+        x0, noise, u, text, no_student
+    )
     t = teacher.objective.timesteps(u)
     assert torch.equal(example.t, t)
     assert torch.equal(example.target, teacher(teacher.objective.add_noise(x0, noise, t), t, text))
@@ -180,7 +200,13 @@ def test_progressive_teaches_where_the_guided_walk_leads(kind):
     empty = teacher.empty
     predict = GuidedPredictor(teacher.model, text, empty, teacher.sampler)
     landed: list[torch.Tensor] = []
-    sample(predict, teacher.objective, example.x_t, SamplerSettings(steps=4), on_step=lambda _, x: landed.append(x))
+    sample(
+        predict,
+        teacher.objective,
+        example.x_t,
+        SamplerSettings(steps=4),
+        on_step=lambda _, x: landed.append(x),
+    )
     end = JumpGrid.of(teacher.objective, 2, 4).levels[0, -1].expand(4)
     found = jump(teacher.objective, example.target, example.x_t, example.t, end)
     torch.testing.assert_close(found, landed[1], rtol=1e-3, atol=1e-3)
@@ -199,7 +225,8 @@ def test_consistency_teaches_one_step_of_the_teacher_and_the_students_jump(kind)
         asked.append((x_t, t))
         return network(x_t, t)
 
-    u = torch.tensor([0.05, 0.2, 0.4, 0.6])  # the first step's three levels, and the second step's first
+    # the first step's three levels, and the second step's first
+    u = torch.tensor([0.05, 0.2, 0.4, 0.6])
     example = Lessons(settings, teacher).example(x0, noise, u, text, student)
     levels = JumpGrid.of(objective, 2, 6).levels
     t = torch.stack([levels[0, 0], levels[0, 1], levels[0, 2], levels[1, 0]])
@@ -216,7 +243,9 @@ def test_consistency_teaches_one_step_of_the_teacher_and_the_students_jump(kind)
 
 def test_what_is_taught_depends_on_no_other_sample_and_on_nothing_but_the_batch():
     teacher, text, x0, noise = setting()
-    lessons = Lessons(DistillSettings(kind="progressive", sampler_steps=2, teacher_steps=4), teacher)
+    lessons = Lessons(
+        DistillSettings(kind="progressive", sampler_steps=2, teacher_steps=4), teacher
+    )
     u = torch.tensor([0.1, 0.9, 0.3, 0.7])
     one, two = (lessons.example(x0, noise, u, text, no_student) for _ in range(2))
     assert torch.equal(one.target, two.target)
@@ -230,7 +259,9 @@ def test_what_is_taught_depends_on_no_other_sample_and_on_nothing_but_the_batch(
 
 def with_input(teacher: Teacher) -> LIDiT:
     """The teacher's network with a guidance input, as a student starts."""
-    config = {name: value for name, value in teacher.model.config.items() if not name.startswith("_")}
+    config = {
+        name: value for name, value in teacher.model.config.items() if not name.startswith("_")
+    }
     student = LIDiT(**{**config, "guidance_input": True}).eval()
     student.load_state_dict(teacher.model.state_dict(), strict=False)
     return student
@@ -253,7 +284,9 @@ def test_a_new_guidance_input_changes_no_bit_of_the_prediction():
 def test_a_model_that_takes_the_scale_is_asked_once_and_told_it_inside_the_interval():
     teacher, text, x0, _ = setting()
     student, asked = with_input(teacher), []
-    student.transformer.register_forward_pre_hook(lambda _, inputs: asked.append((len(inputs[0]), inputs[3].tolist())))
+    student.transformer.register_forward_pre_hook(
+        lambda _, inputs: asked.append((len(inputs[0]), inputs[3].tolist()))
+    )
     sampler = SamplerSettings(guidance_scale=2.5, guidance_interval=(0.4, 0.8))
     predict = GuidedPredictor(student, text, teacher.empty, sampler)
     with torch.no_grad():
@@ -270,7 +303,9 @@ def test_every_scale_of_the_range_is_taught_with_its_own_guided_prediction():
     assert example.guidance is not None
     for place, scale in enumerate(example.guidance.tolist()):
         assert 1 <= scale < 5
-        alone = Teacher(teacher.model, teacher.objective, teacher.empty, SamplerSettings(guidance_scale=scale))
+        alone = Teacher(
+            teacher.model, teacher.objective, teacher.empty, SamplerSettings(guidance_scale=scale)
+        )
         expected = alone(example.x_t, example.t, text)
         torch.testing.assert_close(example.target[place], expected[place], rtol=1e-4, atol=1e-5)
     many = lessons._scale(torch.rand(4000, generator=torch.Generator().manual_seed(1)))
@@ -286,10 +321,11 @@ def test_a_teacher_that_takes_the_scale_teaches_students_that_do():
         network.transformer.guidance_embedder.contract.weight.normal_(std=0.1)
     teacher = Teacher(network, first.objective, first.empty, first.sampler)
     u = torch.tensor([0.1, 0.3, 0.6, 0.9])
-    example = Lessons(DistillSettings(kind="progressive", sampler_steps=4, teacher_steps=4), teacher).example(
-        x0, noise, u, text, no_student
-    )
+    example = Lessons(
+        DistillSettings(kind="progressive", sampler_steps=4, teacher_steps=4), teacher
+    ).example(x0, noise, u, text, no_student)
     assert example.guidance is not None
     assert example.guidance.tolist() == [2.5] * 4
     told = network(example.x_t, example.t, text, guidance=example.guidance)
-    torch.testing.assert_close(example.target, told, rtol=1e-3, atol=1e-4)  # one step of one: itself
+    # one step of one: itself
+    torch.testing.assert_close(example.target, told, rtol=1e-3, atol=1e-4)

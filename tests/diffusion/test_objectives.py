@@ -14,16 +14,23 @@ KINDS = ["ddpm", "rectified_flow", "clean"]
 @pytest.fixture
 def pair():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(5, 3, 4, 6, generator=generator), torch.randn(5, 3, 4, 6, generator=generator)
+    return torch.randn(5, 3, 4, 6, generator=generator), torch.randn(
+        5, 3, 4, 6, generator=generator
+    )
 
 
 def test_ddpm_noising_is_diffusers(pair):
     x0, noise = pair
     steps = torch.tensor([0, 1, 500, 998, 999])
-    scheduler = DDPMScheduler(1000, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear")
+    scheduler = DDPMScheduler(
+        1000, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="linear"
+    )
     objective = build_objective(ObjectiveSettings(kind="ddpm"))
     torch.testing.assert_close(
-        objective.add_noise(x0, noise, steps / 1000), scheduler.add_noise(x0, noise, steps), rtol=1e-5, atol=1e-6
+        objective.add_noise(x0, noise, steps / 1000),
+        scheduler.add_noise(x0, noise, steps),
+        rtol=1e-5,
+        atol=1e-6,
     )
     reached = objective.timesteps(torch.tensor([0.0, 0.0015, 0.5, 0.9985, 1 - 1e-7]))
     torch.testing.assert_close(reached, steps / 1000)
@@ -35,7 +42,9 @@ def test_flow_noising_is_diffusers(pair, kind):
     scheduler = FlowMatchEulerDiscreteScheduler(1000)
     t = torch.tensor([0.001, 0.2, 0.5, 0.9, 1.0])
     objective = build_objective(ObjectiveSettings(kind=kind))
-    torch.testing.assert_close(objective.add_noise(x0, noise, t), scheduler.scale_noise(x0, t * 1000, noise))
+    torch.testing.assert_close(
+        objective.add_noise(x0, noise, t), scheduler.scale_noise(x0, t * 1000, noise)
+    )
 
 
 def test_losses_are_their_formulas(pair):
@@ -49,7 +58,9 @@ def test_losses_are_their_formulas(pair):
     }
     for kind in KINDS:
         objective = build_objective(ObjectiveSettings(kind=kind))
-        loss = objective.loss(prediction.bfloat16().float(), x0, noise, t, objective.add_noise(x0, noise, t))
+        loss = objective.loss(
+            prediction.bfloat16().float(), x0, noise, t, objective.add_noise(x0, noise, t)
+        )
         assert loss.shape == (5,)
         assert loss.dtype == torch.float32
         torch.testing.assert_close(
@@ -72,18 +83,25 @@ def test_the_perfect_prediction_has_no_loss_and_every_other_has(pair, kind):
 def test_clean_loss_is_the_velocity_loss_above_the_floor(pair):
     """|x_hat - x|^2 / t^2 is the squared error of the velocity (x_t - x_hat) / t."""
     x0, noise = pair
-    clean, flow = (build_objective(ObjectiveSettings(kind=kind)) for kind in ("clean", "rectified_flow"))
+    clean, flow = (
+        build_objective(ObjectiveSettings(kind=kind)) for kind in ("clean", "rectified_flow")
+    )
     t, guess = torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0]), torch.randn_like(x0)
     x_t = clean.add_noise(x0, noise, t)
     velocity = clean.scheduler_input(guess, x_t, t)
     torch.testing.assert_close(
-        clean.loss(guess, x0, noise, t, x_t), flow.loss(velocity, x0, noise, t, x_t), rtol=1e-4, atol=1e-4
+        clean.loss(guess, x0, noise, t, x_t),
+        flow.loss(velocity, x0, noise, t, x_t),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
 def test_timesteps_follow_their_distribution():
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    uniform = build_objective(ObjectiveSettings(kind="rectified_flow", timesteps="uniform")).timesteps(u)
+    uniform = build_objective(
+        ObjectiveSettings(kind="rectified_flow", timesteps="uniform")
+    ).timesteps(u)
     torch.testing.assert_close(uniform, u.float())
     for kind in ("rectified_flow", "clean"):
         t = build_objective(ObjectiveSettings(kind=kind)).timesteps(u)
@@ -92,7 +110,9 @@ def test_timesteps_follow_their_distribution():
         assert abs(logits.std() - 1) < 1e-3
         assert t.min() > 0
         assert t.max() < 1
-    edges = build_objective(ObjectiveSettings(kind="clean")).timesteps(torch.tensor([0.0, 1 - 2**-24]))
+    edges = build_objective(ObjectiveSettings(kind="clean")).timesteps(
+        torch.tensor([0.0, 1 - 2**-24])
+    )
     assert ((edges > 0) & (edges < 1)).all()
     ddpm = build_objective(ObjectiveSettings(kind="ddpm")).timesteps(u)
     counts = torch.bincount((ddpm * 1000).round().long(), minlength=1000)

@@ -33,7 +33,9 @@ class Passes:
         self.captions: list[int] = []
         self.rows: list[int] = []
         self.tokens: list[int] = []
-        owner.model.conditioner.register_forward_pre_hook(lambda _, inputs: self.captions.append(len(inputs[1])))
+        owner.model.conditioner.register_forward_pre_hook(
+            lambda _, inputs: self.captions.append(len(inputs[1]))
+        )
         owner.model.transformer.register_forward_pre_hook(self._seen)
 
     def _seen(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -43,12 +45,18 @@ class Passes:
 
 def test_a_caption_shared_at_one_t_is_refined_once_and_unguided_rows_have_no_second_half() -> None:
     owner = stepper()
-    rows = [row(owner, 1), row(owner, 1, seed=1), row(owner, 2, guidance_scale=1.0), row(owner, 1, steps=2)]
+    rows = [
+        row(owner, 1),
+        row(owner, 1, seed=1),
+        row(owner, 2, guidance_scale=1.0),
+        row(owner, 1, steps=2),
+    ]
     passes = Passes(owner)
     owner.advance(rows)
     assert (passes.captions, passes.rows) == ([2], [7])  # t = 1 for all of them
     owner.advance(rows)
-    assert (passes.captions[1:], passes.rows[1:]) == ([3], [7])  # the row of two steps has another t now
+    # the row of two steps has another t now
+    assert (passes.captions[1:], passes.rows[1:]) == ([3], [7])
     assert [entry.walk.number for entry in rows] == [2, 2, 2, 2]
     assert [entry.walk.finished for entry in rows] == [False, False, False, True]
 
@@ -62,22 +70,36 @@ def test_outside_its_interval_a_row_has_no_second_half() -> None:
     assert passes.rows == [1, 1, 2, 1]
 
 
-def test_a_row_of_a_model_that_takes_the_scale_has_no_second_half_and_is_the_pipelines_own() -> None:
+def test_a_row_of_a_model_that_takes_the_scale_has_no_second_half_and_is_the_pipelines_own() -> (
+    None
+):
     owner, pipeline = stepper(guidance_input=True), random_pipeline("clean", guidance_input=True)
     passes = Passes(owner)
-    rows = [row(owner, 1, guidance_scale=scale, guidance_interval=(0.4, 1.0)) for scale in (1.0, 2.0, 5.0)]
+    rows = [
+        row(owner, 1, guidance_scale=scale, guidance_interval=(0.4, 1.0))
+        for scale in (1.0, 2.0, 5.0)
+    ]
     for _ in range(4):
         owner.advance(rows)
     assert passes.rows == [3] * 4
     for entry, scale in zip(rows, (1.0, 2.0, 5.0), strict=True):
-        states = {name: pipeline.encoders[name].collate([one]) for name, one in random_states(4, 1).items()}
+        states = {
+            name: pipeline.encoders[name].collate([one])
+            for name, one in random_states(4, 1).items()
+        }
         alone = pipeline(
-            states=states, seed=0, guidance_scale=scale, guidance_interval=(0.4, 1.0), output_type="latent"
+            states=states,
+            seed=0,
+            guidance_scale=scale,
+            guidance_interval=(0.4, 1.0),
+            output_type="latent",
         )
         torch.testing.assert_close(entry.walk.latents, alone.images, rtol=0, atol=1e-3)
     assert not torch.allclose(rows[1].walk.latents, rows[2].walk.latents, atol=1e-2)
     away = Caption("away", random_states(2, 9))
-    with pytest.raises(InputError, match="leave it out, or draw with the model that it was distilled from"):
+    with pytest.raises(
+        InputError, match="leave it out, or draw with the model that it was distilled from"
+    ):
         owner.row(away, SamplerSettings(steps=4, guidance_scale=2.0), 0, SHAPE, negative=away)
     with pytest.raises(InputError, match="takes the guidance scale as an input"):
         pipeline(states=states, negative_prompt_embeds=states, seed=0)
@@ -136,7 +158,11 @@ def test_previews_come_for_the_rows_that_want_them() -> None:
     rows = [row(owner, 1), row(owner, 2, guidance_scale=1.0)]
     before = rows[1].walk.latents
     (estimate,) = owner.advance(rows, {rows[1]})
-    text = {name: TextStates.collate([entry], owner.empty[name].prefix) for name, entry in random_states(5, 2).items()}
+    text = {
+        name: TextStates.collate([entry], owner.empty[name].prefix)
+        for name, entry in random_states(5, 2).items()
+    }
     with torch.no_grad():
-        predicted = owner.model(before, torch.ones(1), text)  # of this objective the prediction is the data
+        # of this objective the prediction is the data
+        predicted = owner.model(before, torch.ones(1), text)
     torch.testing.assert_close(estimate, predicted[0], rtol=1e-3, atol=1e-4)

@@ -1,5 +1,6 @@
-"""`lidit run` on a real LLM and a tiny one: a recipe from sources to scores, encoders side by side; every command finds
-what it left; killed anywhere, the same command ends it."""
+"""`lidit run` on a real LLM and a tiny one: a recipe from sources to scores, encoders side by side;
+every command finds what it left; killed anywhere, the same command ends it.
+"""
 
 import contextlib
 import json
@@ -38,7 +39,7 @@ train: {{steps: 4, batch_size: 12, checkpoint_every: 2, log_every: 2, sample_eve
 engine: {{workers: 2, zero_stage: 2}}
 sampler: {{steps: 2}}
 evaluate: {{per_tag: 1, tags: [single_object]}}
-"""
+"""  # noqa: E501
 WEIGHTS = "runs/chain/model/model/diffusion_pytorch_model.safetensors"
 SCENES = ("scenes", "--count", "60", "--seed", "2")
 
@@ -61,7 +62,9 @@ def _real(real: bool) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(real: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scenes, a tiny LLM, another in the real one's place where that is not to be had, and a recipe."""
+    """Scenes, a tiny LLM, another in the real one's place where that is not to be had, and a
+    recipe.
+    """
     folder = tmp_path_factory.mktemp("inputs")
     assert lidit(*SCENES, "--out", folder / "scenes") == 0
     tiny_llm(folder / "tiny", "gemma3")
@@ -84,7 +87,12 @@ def finished(ray_cluster: None, inputs: Path, tmp_path_factory: pytest.TempPathF
 def digests(folder: Path) -> list[object]:
     corpus = Corpus.open(folder / "corpus")
     texts = [corpus.text_family(name).digest for name in ("tiny", "smollm2")]
-    return [corpus.digest, *texts, corpus.latent_family("pixels").digest, (folder / WEIGHTS).read_bytes()]
+    return [
+        corpus.digest,
+        *texts,
+        corpus.latent_family("pixels").digest,
+        (folder / WEIGHTS).read_bytes(),
+    ]
 
 
 def test_one_command_makes_everything(finished: Path) -> None:
@@ -102,7 +110,9 @@ def test_one_command_makes_everything(finished: Path) -> None:
 def test_encoders_ran_side_by_side(finished: Path) -> None:
     first, second = sorted((finished / "corpus" / "text").iterdir())
     for begun, other in ((first, second), (second, first)):
-        assert (begun / "family.json").stat().st_mtime_ns < (other / "MANIFEST.json").stat().st_mtime_ns
+        assert (begun / "family.json").stat().st_mtime_ns < (
+            other / "MANIFEST.json"
+        ).stat().st_mtime_ns
 
 
 def test_the_pipeline_sees_what_the_corpus_holds(finished: Path) -> None:
@@ -150,8 +160,20 @@ def test_every_command_finds_what_the_run_left(
     Path("tiny.yaml").write_text(f"{{name: tiny, model: {inputs}/tiny, storage: int8}}")
     for words in (
         [*SCENES, "--out", inputs / "scenes"],
-        ["ingest", inputs / "scenes", "--corpus", "corpus", *(word for size in sizes for word in ("--set", size))],
-        ["embed", "corpus", "--encoder", "./tiny.yaml", *(("--encoder", "smollm2") if real else ())],
+        [
+            "ingest",
+            inputs / "scenes",
+            "--corpus",
+            "corpus",
+            *(word for size in sizes for word in ("--set", size)),
+        ],
+        [
+            "embed",
+            "corpus",
+            "--encoder",
+            "./tiny.yaml",
+            *(("--encoder", "smollm2") if real else ()),
+        ],
         ["latents", "corpus", "--codec", "pixels"],
         ["train", inputs / "chain.yaml"],
         ["evaluate", "runs/chain/model", "per_tag=1", "tags=[single_object]"],
@@ -172,7 +194,11 @@ def test_again_nothing_is_started(finished: Path, inputs: Path) -> None:
 
 
 def test_mistakes_of_late_stages_are_found_first(
-    finished: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for override, message in (
@@ -189,7 +215,9 @@ def test_mistakes_of_late_stages_are_found_first(
     assert "lidit ingest" in capsys.readouterr().err
 
 
-def test_until_stops_there(ray_cluster: None, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_until_stops_there(
+    ray_cluster: None, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert lidit("run", inputs / "chain.yaml", "--until", "ingest") == 0
     assert (tmp_path / "corpus" / "corpus.json").is_file()
@@ -203,9 +231,15 @@ def needed_cpus(actors: int) -> int:
 
 
 def test_the_first_stage_asks_for_a_ray_that_every_stage_fits_into(
-    ray_cluster: None, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ray_cluster: None,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The Ray of the tests is there already, and smaller: the warning names what the job asks for."""
+    """The Ray of the tests is there already, and smaller: the warning names what the
+    job asks for.
+    """
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(str(inputs / "chain.yaml"), ["pools={tiny: {actors: 9}}"])
     run_chain(recipe, lambda stage, summary: None, until="ingest")
@@ -213,7 +247,9 @@ def test_the_first_stage_asks_for_a_ray_that_every_stage_fits_into(
 
 
 @pytest.mark.slow  # the same number, of a Ray that the chain starts
-def test_the_first_stage_starts_a_ray_that_every_stage_fits_into(inputs: Path, tmp_path: Path) -> None:
+def test_the_first_stage_starts_a_ray_that_every_stage_fits_into(
+    inputs: Path, tmp_path: Path
+) -> None:
     actors = (os.cpu_count() or 1) + 3
     program = f"""
 import ray
@@ -224,12 +260,17 @@ run_chain(recipe, lambda stage, summary: None, until="ingest")
 print(ray.cluster_resources()["CPU"])
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     assert float(done.stdout) == needed_cpus(actors)
 
 
-# -- kills ------------------------------------------------------------------------------------------------------------
+# -- kills -----------------------------------------------------------------------------------------
 
 
 def start(folder: Path, inputs: Path, **environment: str) -> subprocess.Popen[str]:
@@ -246,8 +287,12 @@ def start(folder: Path, inputs: Path, **environment: str) -> subprocess.Popen[st
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_killed_in_every_stage_it_ends_the_same(finished: Path, inputs: Path, tmp_path: Path) -> None:
-    """kill -9 of the driver and all that hangs on it, once in each stage, always the same command again."""
+def test_killed_in_every_stage_it_ends_the_same(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """kill -9 of the driver and all that hangs on it, once in each stage, always the same command
+    again.
+    """
     begun = (
         "corpus/ingest/plan.json",
         "corpus/text/*/family.json",

@@ -71,7 +71,9 @@ def test_the_page_needs_nothing_but_itself(page: Path) -> None:
     assert len(sources) == 2 * 2 + 1  # two runs, two seeds, one curve
     for source in sources:
         assert source
-        Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))).load()
+        Image.open(
+            io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))
+        ).load()
     assert not re.search(r"https?://|url\(", page.read_text())
 
 
@@ -95,15 +97,22 @@ def scores_page(folder: Path, *runs: RunPage) -> str:
 
 def test_only_what_was_measured_alike_has_a_best(tmp_path: Path) -> None:
     scores = ({"overall/lax": 0.2, "gain": 0.9}, {"overall/lax": 0.8, "gain": 0.1})
-    alike, other = {"overall/lax": "24 prompts", "gain": "x"}, {"overall/lax": "2 prompts", "gain": "x"}
+    alike, other = (
+        {"overall/lax": "24 prompts", "gain": "x"},
+        {"overall/lax": "2 prompts", "gain": "x"},
+    )
     text = scores_page(
-        tmp_path, RunPage("a", scores=scores[0], measured=alike), RunPage("b", scores=scores[1], measured=other)
+        tmp_path,
+        RunPage("a", scores=scores[0], measured=alike),
+        RunPage("b", scores=scores[1], measured=other),
     )
     assert re.findall(r'best">([^<]+)<', text) == ["0.900"]
     assert "<td>overall/lax *</td>" in text
     assert "<td>gain</td>" in text
     assert "* Measured with different settings" in text
-    text = scores_page(tmp_path, *(RunPage(name, scores=one, measured=alike) for name, one in zip("ab", scores)))
+    text = scores_page(
+        tmp_path, *(RunPage(name, scores=one, measured=alike) for name, one in zip("ab", scores))
+    )
     assert re.findall(r'best">([^<]+)<', text) == ["0.800", "0.900"]
     assert "Measured with different settings" not in text
 
@@ -120,12 +129,16 @@ def test_what_chance_may_have_put_on_top_has_no_best(tmp_path: Path) -> None:
 
 def test_high_is_not_good_in_every_number(tmp_path: Path) -> None:
     for name in ("overall/floor_lax", "list4/drop", "held_out_pair/lax_gap"):
-        assert 'best">' not in scores_page(tmp_path, RunPage("a", scores={name: 0.1}), RunPage("b", scores={name: 0.4}))
+        assert 'best">' not in scores_page(
+            tmp_path, RunPage("a", scores={name: 0.1}), RunPage("b", scores={name: 0.4})
+        )
 
 
 def test_intervals_stand_beside_their_value(tmp_path: Path) -> None:
     scores = {"drop": 0.25, "drop_low": 0.1, "drop_high": 0.4, "flow": 0.5}
-    cells = Reader(scores_page(tmp_path, RunPage("a", scores=scores), RunPage("b", scores={"drop": 0.5}))).cells
+    cells = Reader(
+        scores_page(tmp_path, RunPage("a", scores=scores), RunPage("b", scores={"drop": 0.5}))
+    ).cells
     assert cells[cells.index("drop") + 1 :][:2] == ["0.250 [0.100, 0.400]", "0.500"]
     assert "flow" in cells
     assert not {"drop_low", "drop_high"} & set(cells)
@@ -143,7 +156,9 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
             write_report(tmp_path / "r.html", runs, (0,))
 
 
-def test_one_run_is_refused_before_it_draws_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_run_is_refused_before_it_draws_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     monkeypatch.setattr(compare, "load_pipeline", lambda _: pytest.fail("a model was loaded"))
     for folders in ([tmp_path / "run"], [tmp_path / "run", tmp_path / "run"]):
@@ -153,7 +168,9 @@ def test_one_run_is_refused_before_it_draws_anything(tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_a_browser_shows_every_picture(page: Path, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if browser is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     told = (
@@ -164,7 +181,8 @@ def test_a_browser_shows_every_picture(page: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "told.html").write_text(page.read_text().replace("</body>", told))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000",
-               "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/told.html"]  # fmt: skip
+               "--virtual-time-budget=5000", "--dump-dom",
+               f"file://{tmp_path}/told.html"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     match = re.search(r"<title>(.*?)</title>", done.stdout)
     assert match

@@ -26,7 +26,9 @@ TAGS = [("one", "two")[place % 2] for place in range(200)]
 
 
 def racer(evaluations: int, rate: float, seed: int = 0, count: int = 200) -> Candidate:
-    """Scores of which a share `rate` is 1, the same pictures right for a higher rate as for a lower one."""
+    """Scores of which a share `rate` is 1, the same pictures right for a higher rate as for a lower
+    one.
+    """
     random = Random(seed)
     draws = [random.random() for _ in range(count)]
     sampler = SamplerSettings(steps=evaluations, guidance_scale=1.0)
@@ -51,7 +53,9 @@ def test_no_two_candidates_draw_the_same() -> None:
     assert [(c.sampler.steps, c.sampler.guidance_scale, c.evaluations) for c in found] == [
         (2, 1.0, 2), (2, 2.0, 3), (2, 2.0, 4), (4, 1.0, 4), (4, 2.0, 6), (4, 2.0, 8),
     ]  # fmt: skip
-    with pytest.raises(InputError, match="none of these can sample the objective; it has euler, dpm_solver"):
+    with pytest.raises(
+        InputError, match="none of these can sample the objective; it has euler, dpm_solver"
+    ):
         candidates(TuneSettings(schedulers=("ddim",)), CLEAN)
 
 

@@ -1,4 +1,6 @@
-"""The tour runs from its first cell to its picture, and its outputs in the repository are of a whole run."""
+"""The tour runs from its first cell to its picture, and its outputs in the repository are of a
+whole run.
+"""
 
 import json
 import re
@@ -16,7 +18,9 @@ def test_the_tour_runs_and_its_model_has_learned() -> None:
     made = run_notebook(notebook)
     assert made["report"].sound
     printed = "".join(
-        "".join(output.get("text", ())) for cell in notebook["cells"] for output in cell.get("outputs", ())
+        "".join(output.get("text", ()))
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", ())
     )
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
     assert losses[-1] < 0.5 * losses[0]
@@ -30,7 +34,11 @@ def test_the_tour_runs_and_its_model_has_learned() -> None:
 
 
 def test_what_is_committed_is_a_whole_run() -> None:
-    cells = [cell for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell
+        for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert "image/png" in cells[-1]["outputs"][-1]["data"]
     assert "/tmp" not in json.dumps(cells)

@@ -44,7 +44,14 @@ def test_encode_captions(run: Run, tmp_path: Path) -> None:
     settings = {"name": "tiny", "model": str(tiny_llm(tmp_path / "llm")), "layer": -2}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     captions = ["a red circle", "a blue square left of a star"]
-    lines = run("encode_captions.py", *captions, "--encoder", tmp_path / "tiny.yaml", "--out", tmp_path / "out")
+    lines = run(
+        "encode_captions.py",
+        *captions,
+        "--encoder",
+        tmp_path / "tiny.yaml",
+        "--out",
+        tmp_path / "out",
+    )
     assert lines[0] == "llama: block 5 of 6, width 64, float32"
     assert [line.partition(": ")[2] for line in lines[2:]] == captions
     written = load_file(tmp_path / "out" / "states.safetensors")
@@ -68,7 +75,16 @@ def test_read_a_corpus(run: Run, small_world: SmallWorld) -> None:
 
 
 def test_own_training_loop(run: Run, small_world: SmallWorld, tmp_path: Path) -> None:
-    arguments = ("--steps", 25, "--batch-size", 12, "--patch-size", 8, "--out", tmp_path / "weights")
+    arguments = (
+        "--steps",
+        25,
+        "--batch-size",
+        12,
+        "--patch-size",
+        8,
+        "--out",
+        tmp_path / "weights",
+    )
     lines = run("own_training_loop.py", small_world.corpus, *arguments)
     losses = [float(line.rpartition(" ")[2]) for line in lines]
     assert len(losses) == 4  # steps 0, 10, 20 and 24

@@ -1,5 +1,6 @@
-"""Whatever dies or fills up while a corpus is embedded: the same command finishes it, redoes nothing that was done, and
-leaves the same bytes as an undisturbed run."""
+"""Whatever dies or fills up while a corpus is embedded: the same command finishes it, redoes
+nothing that was done, and leaves the same bytes as an undisturbed run.
+"""
 
 import contextlib
 import multiprocessing
@@ -72,7 +73,8 @@ def encoder_actors(parent: int) -> list[psutil.Process]:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
-    wait_until(condition, seconds, every=0.002)  # units of tiny models follow each other within milliseconds
+    # units of tiny models follow each other within milliseconds
+    wait_until(condition, seconds, every=0.002)
 
 
 def test_kill_of_an_actor_is_survived(undisturbed: Path, model: Path, tmp_path: Path) -> None:
@@ -94,11 +96,15 @@ def test_kill_of_an_actor_is_survived(undisturbed: Path, model: Path, tmp_path: 
     assert killed
     assert 0 < len(records) < UNITS, "the actor was to die in the middle"
     assert summary.units == UNITS
-    assert {name: written for name, written in finished(corpus).items() if name in records} == records
+    assert {
+        name: written for name, written in finished(corpus).items() if name in records
+    } == records
     assert contents(corpus) == contents(undisturbed)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_the_same_command_goes_on_after_the_driver_died(
     kind: signal.Signals, undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -147,7 +153,9 @@ def test_kill_at_every_point_of_the_publish_protocol(
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert [handle.complete for handle in Corpus.open(corpus).text_families()] == [point == "manifest-published"]
+    assert [handle.complete for handle in Corpus.open(corpus).text_families()] == [
+        point == "manifest-published"
+    ]
     before = finished(corpus)
     computed = embed_here(corpus, encoder(model))
     assert computed == [unit for unit in range(6) if f"{unit:05d}.json" not in before]
@@ -157,14 +165,21 @@ def test_kill_at_every_point_of_the_publish_protocol(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("point", ["shared-written", "data-renamed", "record-written", "table-published"])
-def test_kill_at_a_point_under_ray(point: str, undisturbed: Path, model: Path, tmp_path: Path) -> None:
-    """In an actor, which dies in each of its lives until Ray gives up, or once; or in the driver."""
+@pytest.mark.parametrize(
+    "point", ["shared-written", "data-renamed", "record-written", "table-published"]
+)
+def test_kill_at_a_point_under_ray(
+    point: str, undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
+    """In an actor, which dies in each of its lives until Ray gives up, or once; or
+    in the driver.
+    """
     corpus = make_job(tmp_path / "corpus", UNITS, ROWS)
     process = start(corpus, encoder(model), LIDIT_CRASH_AT=point)
     try:
         process.communicate(timeout=300)
-        survived = point == "shared-written"  # the actor's second life finds the shared states published
+        # the actor's second life finds the shared states published
+        survived = point == "shared-written"
         assert (process.returncode == 0) == survived
     finally:
         end_group(process)
@@ -177,7 +192,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode != 0:
         pytest.skip(f"mounting a small file system is not allowed here: {mounted.stderr.strip()}")
     yield folder
@@ -185,7 +202,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_a_clear_error_and_loses_nothing(undisturbed: Path, model: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(
+    undisturbed: Path, model: Path, small_disk: Path
+) -> None:
     corpus = make_job(small_disk / "corpus", UNITS, ROWS)
     with pytest.raises(JobError, match="No space left on device; finished units are safe"):
         run_embed(str(corpus), encoder(model, storage="float32"), ONE)
@@ -194,7 +213,9 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(undisturbed: Path, model
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     summary = run_embed(str(corpus), encoder(model, storage="float32"), ONE)
     assert summary.computed_units == UNITS - len(before)
-    assert not list(corpus.rglob(".tmp-*")), "what the unit in flight had written was to be cleaned up"
+    assert not list(corpus.rglob(".tmp-*")), (
+        "what the unit in flight had written was to be cleaned up"
+    )
     family = Corpus.open(corpus).text_family("tiny")
     for unit in range(UNITS):
         family.verify_unit(unit)

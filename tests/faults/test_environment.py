@@ -1,4 +1,5 @@
-"""Crowded and narrow machines: what Ray lacks and what dies under a job is one line, Ctrl-C shows no traceback.
+"""Crowded and narrow machines: what Ray lacks and what dies under a job is one line, Ctrl-C shows
+no traceback.
 
 Every test runs the command in a process of its own, with the very fault.
 """
@@ -26,7 +27,14 @@ ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "jobs.main"]
 PATIENCE = 240
 # A namespace of its own for mounts, with a small /dev/shm: as a container has it by default.
-SMALL_SHM = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh"]
+SMALL_SHM = [
+    "unshare",
+    "-rm",
+    "sh",
+    "-c",
+    'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"',
+    "sh",
+]
 
 
 def started(command: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
@@ -45,7 +53,9 @@ def started(command: list[str], folder: Path, **environment: str) -> subprocess.
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and the rest of what it wrote as errors. Workers of Ray may hold the pipe a little longer."""
+    """Exit code and the rest of what it wrote as errors. Workers of Ray may hold the pipe a little
+    longer.
+    """
     try:
         _, told = process.communicate(timeout=PATIENCE)
     finally:
@@ -63,7 +73,10 @@ def ingest(folder: Path) -> list[str]:
 def child_of(process: subprocess.Popen[str], name: str) -> psutil.Process | None:
     """The command's own child process of that name, once it has started."""
     try:
-        return next((child for child in psutil.Process(process.pid).children() if child.name() == name), None)
+        return next(
+            (child for child in psutil.Process(process.pid).children() if child.name() == name),
+            None,
+        )
     except psutil.Error:
         return None
 
@@ -78,7 +91,7 @@ def wait_for_child(process: subprocess.Popen[str], name: str) -> psutil.Process:
     return found
 
 
-# -- starting ----------------------------------------------------------------------------------------------------------
+# -- starting --------------------------------------------------------------------------------------
 
 
 def test_a_long_tmpdir_and_no_home_are_told_and_the_job_is_done(tmp_path: Path) -> None:
@@ -129,7 +142,10 @@ def test_a_ray_that_never_starts_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_small_shared_memory_is_told_and_the_job_is_done(tmp_path: Path) -> None:
-    if not shutil.which("unshare") or subprocess.run([*SMALL_SHM, "true"], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*SMALL_SHM, "true"], capture_output=True).returncode
+    ):
         pytest.skip("this system gives no mounts of one's own")
     code, told = ended(started([*SMALL_SHM, *ingest(tmp_path)], tmp_path))
     assert code == 0, told
@@ -139,7 +155,7 @@ def test_a_small_shared_memory_is_told_and_the_job_is_done(tmp_path: Path) -> No
     assert "--shm-size=" in lines[0]
 
 
-# -- dying under a job -------------------------------------------------------------------------------------------------
+# -- dying under a job -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +181,11 @@ def test_a_ray_that_dies_in_mid_job_is_one_line(name: str, model: Path, tmp_path
     assert time.monotonic() - killed < 20
     _, told = ended(process)
     kept = "everything finished is kept: run the same command again"
-    assert told.splitlines()[-1] == f"failed: Ray's own process {name} died (killed, or out of memory); {kept}"
+    assert (
+        told.splitlines()[-1]
+        == f"failed: Ray's own process {name} died (killed, or out of memory); "
+        f"{kept}"
+    )
     assert not list(tmp_path.glob("corpus/text/*/MANIFEST.json"))
 
 
@@ -217,10 +237,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, psutil.Proces
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     ray = str(Path(sys.executable).with_name("ray"))
     words = ["start", "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
-    subprocess.run([ray, *words, "--node-ip-address=127.0.0.1"], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        [ray, *words, "--node-ip-address=127.0.0.1"], stdout=subprocess.DEVNULL, check=True
+    )
     mark = re.compile(rf"--(gcs-address=[^ ]*:|gcs_server_port=){port}")
     seen = psutil.process_iter(["cmdline"])
-    processes = [process for process in seen if any(map(mark.fullmatch, process.info["cmdline"] or ()))]
+    processes = [
+        process for process in seen if any(map(mark.fullmatch, process.info["cmdline"] or ()))
+    ]
     yield {process.name(): process for process in processes}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -239,14 +263,18 @@ def test_a_driver_learns_that_the_cluster_it_joined_died(
     assert process.wait(20) == 1
     _, told = ended(process)
     if name == "raylet":
-        assert told.startswith("failed: Ray's own process raylet died (killed, or out of memory); everything finished")
+        assert told.startswith(
+            "failed: Ray's own process raylet died (killed, or out of memory); everything finished"
+        )
     else:
         assert "does not answer; " in told
         assert "has not answered for " in told.splitlines()[-1]
-        assert told.splitlines()[-1].endswith("everything finished is kept: run the same command again")
+        assert told.splitlines()[-1].endswith(
+            "everything finished is kept: run the same command again"
+        )
 
 
-# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
+# -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -255,7 +283,11 @@ def test_ctrl_c_while_ray_starts(times: int, model: Path, tmp_path: Path) -> Non
     wait_for_child(process, "gcs_server")
     os.killpg(process.pid, signal.SIGINT)
     assert process.stderr is not None
-    assert next(line for line in process.stderr if line.startswith("interrupted: everything finished is kept"))
+    assert next(
+        line
+        for line in process.stderr
+        if line.startswith("interrupted: everything finished is kept")
+    )
     if times == 2:  # while Ray and torch are being left
         os.killpg(process.pid, signal.SIGINT)
     code, told = ended(process)

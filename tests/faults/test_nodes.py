@@ -1,4 +1,6 @@
-"""Several Ray nodes with different resources, shared storage by S3: a node dies in each stage, all ends right."""
+"""Several Ray nodes with different resources, shared storage by S3: a node dies in each stage, all
+ends right.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +47,22 @@ def test_a_node_dies_in_every_stage(tmp_path_factory: pytest.TempPathFactory) ->
     environment["PYTHONPATH"] = str(ROOT)
 
     def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+        )
 
     done = run(sys.executable, ROOT / "tests" / "helpers" / "nodes_scenario.py", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["code"] == 0, found["log"]
-    assert found["killed"] == {s: {"in_the_middle": True} for s in ("ingest", "embed", "latents", "train")}
+    assert found["killed"] == {
+        s: {"in_the_middle": True} for s in ("ingest", "embed", "latents", "train")
+    }
     assert found["sound"]
 
-    undisturbed = run(Path(sys.executable).with_name("lidit"), "run", "recipe.yaml", "--until", "train")
+    undisturbed = run(
+        Path(sys.executable).with_name("lidit"), "run", "recipe.yaml", "--until", "train"
+    )
     assert undisturbed.returncode == 0, undisturbed.stderr[-4000:]
     corpus = Corpus.open(folder / "corpus")
     assert found["corpus"] == corpus.digest

@@ -1,5 +1,7 @@
-"""Whatever ends a training early (a killed driver, SIGTERM, a full disk, half a checkpoint, fewer machines): the same
-command finishes it, and on as many workers it ends with the same bits as an undisturbed run."""
+"""Whatever ends a training early (a killed driver, SIGTERM, a full disk, half a checkpoint, fewer
+machines): the same command finishes it, and on as many workers it ends with the same bits as an
+undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,21 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, TrainResult]:
+def undisturbed(
+    small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, TrainResult]:
     recipe = small_world.recipe(
-        tmp_path_factory.mktemp("undisturbed"), train={"log_every": 1, "keep_checkpoints": 3, "checkpoint_every": 3}
+        tmp_path_factory.mktemp("undisturbed"),
+        train={"log_every": 1, "keep_checkpoints": 3, "checkpoint_every": 3},
     )
     return recipe, train(recipe)
 
 
 def losses(result: TrainResult) -> list[float]:
     points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "loss")
-    assert sorted(point.step for point in points) == list(range(1, len(points) + 1)), "doubled or lost steps"
+    assert sorted(point.step for point in points) == list(range(1, len(points) + 1)), (
+        "doubled or lost steps"
+    )
     return [point.value for point in sorted(points, key=lambda point: point.step)]
 
 
@@ -97,7 +104,9 @@ def finish(recipe: Recipe, folder: Path) -> str:
 def test_a_checkpoint_cut_in_half_is_passed_over(
     undisturbed: tuple[Recipe, TrainResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The newest checkpoint lost half of its bytes before the run is started again: the one before it is used."""
+    """The newest checkpoint lost half of its bytes before the run is started again: the one before
+    it is used.
+    """
     recipe, result = undisturbed
     again = recipe.model_copy(update={"output": str(tmp_path)})
     again.run_folder.mkdir()
@@ -117,7 +126,9 @@ def losses_from(result: TrainResult) -> list[float]:
     return [point.value for point in sorted(points, key=lambda point: point.step)]
 
 
-def test_a_checkpoint_that_was_never_finished_is_none(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_never_finished_is_none(
+    undisturbed: tuple[Recipe, TrainResult], tmp_path: Path
+) -> None:
     recipe, _ = undisturbed
     folder = tmp_path / checkpoints.checkpoint_name(3)
     shutil.copytree(recipe.run_folder / checkpoints.checkpoint_name(3), folder)
@@ -144,13 +155,17 @@ def test_a_driver_killed_as_its_model_is_published_tracks_it_at_the_next_start(
     assert found.run_id == run_id
     assert same_bits(result, model)
     client = MlflowClient(found.tracking_uri)
-    tracked = {file.path for folder in ("model", "plots") for file in client.list_artifacts(run_id, folder)}
+    tracked = {
+        file.path for folder in ("model", "plots") for file in client.list_artifacts(run_id, folder)
+    }
     assert {f"model/{file.name}" for file in model.iterdir()} | {"plots/loss.png"} <= tracked
     assert client.get_run(run_id).info.status == "FINISHED"
     assert not (again.run_folder / UNTRACKED).exists()
 
 
-def test_a_killed_driver_costs_nothing_but_time(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
+def test_a_killed_driver_costs_nothing_but_time(
+    undisturbed: tuple[Recipe, TrainResult], tmp_path: Path
+) -> None:
     recipe, result = undisturbed
     again = recipe.model_copy(update={"output": str(tmp_path / "runs")})
     with command(again, tmp_path) as process:
@@ -165,16 +180,23 @@ def test_a_killed_driver_costs_nothing_but_time(undisturbed: tuple[Recipe, Train
 
 
 def test_sigterm_saves_and_leaves(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
-    """As a spot machine or a scheduler asks: a checkpoint of the very step, exit code 130, nothing done twice."""
+    """As a spot machine or a scheduler asks: a checkpoint of the very step, exit code 130, nothing
+    done twice.
+    """
     recipe, result = undisturbed
-    settings = recipe.train.model_copy(update={"checkpoint_every": 1000, "steps": 400, "log_every": 1})
+    settings = recipe.train.model_copy(
+        update={"checkpoint_every": 1000, "steps": 400, "log_every": 1}
+    )
     again = recipe.model_copy(update={"output": str(tmp_path / "runs"), "train": settings})
     uri, run = f"sqlite:///{tmp_path}/runs/mlflow.db", again.run_folder / "mlflow-run"
     with command(again, tmp_path) as process:
         wait_for(run, process)
         client = MlflowClient(uri)
         wait_until(
-            lambda: len(client.get_metric_history(run.read_text(), "loss")) >= 3, 300, lambda: ended(process), every=0.1
+            lambda: len(client.get_metric_history(run.read_text(), "loss")) >= 3,
+            300,
+            lambda: ended(process),
+            every=0.1,
         )
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=200)[0]
@@ -193,7 +215,9 @@ def test_sigterm_saves_and_leaves(undisturbed: tuple[Recipe, TrainResult], tmp_p
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+    )
     if done.returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
@@ -267,8 +291,8 @@ def test_another_number_of_workers_sees_the_same_batches(
     assert losses(finished) == pytest.approx(losses(result), rel=1e-5)
     straight, moved = load_file(result.model / FINAL), load_file(finished.model / FINAL)
     for name, value in straight.items():
-        # At this width GroupNorm takes every channel's own mean away: the bias before it has no gradient but rounding,
-        # of which Adam makes whole steps.
+        # At this width GroupNorm takes every channel's own mean away: the bias before it has no
+        # gradient but rounding, of which Adam makes whole steps.
         if name != "transformer.position.convolution1.bias":
             torch.testing.assert_close(moved[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -279,7 +303,9 @@ def test_a_node_leaves_for_good_and_the_run_goes_on_with_the_rest(
     recipe, result = undisturbed
     engine = recipe.engine.model_copy(update={"min_workers": 1, "resources": {"trainer": 1.0}})
     settings = recipe.train.model_copy(update={"keep_checkpoints": 8, "checkpoint_every": 1})
-    again = recipe.model_copy(update={"output": str(tmp_path / "runs"), "engine": engine, "train": settings})
+    again = recipe.model_copy(
+        update={"output": str(tmp_path / "runs"), "engine": engine, "train": settings}
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(again.model_dump(mode="json")))
     done = subprocess.run(

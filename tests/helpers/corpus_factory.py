@@ -10,13 +10,22 @@ import pyarrow as pa
 from lidit.store import Corpus, Sample, publish_corpus, publish_unit, unit_tables
 from lidit.store.files.folder import Folder
 
-WORDS = ("a red circle", "a blue square left of a green star", "", "两只猫坐在沙发上", "naïve café", "x")
+WORDS = (
+    "a red circle",
+    "a blue square left of a green star",
+    "",
+    "两只猫坐在沙发上",
+    "naïve café",
+    "x",
+)
 
 
 def make_corpus(
     path: Path | str, units: Sequence[Sequence[str]], settings: dict | None = None, digits: int = 5
 ) -> Corpus:
-    """A captions-only corpus: one sample per caption, one inner sequence per unit. digits: of unit numbers in names."""
+    """A captions-only corpus: one sample per caption, one inner sequence per unit. digits: of unit
+    numbers in names.
+    """
     folder = Folder.at(path)
     rows = []
     for unit, captions in enumerate(units):

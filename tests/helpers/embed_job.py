@@ -17,14 +17,32 @@ from lidit.text import PromptEncoder, resolve_encoder
 from lidit.text.embedding import encoded_tables, ensure_shared
 from tests.helpers.corpus_factory import make_corpus
 
-WORDS = ("a", "red", "circle", "and", "two", "blue", "squares", "left", "of", "the", "green", "star", "圆形", "café")
+WORDS = (
+    "a",
+    "red",
+    "circle",
+    "and",
+    "two",
+    "blue",
+    "squares",
+    "left",
+    "of",
+    "the",
+    "green",
+    "star",
+    "圆形",
+    "café",
+)
 
 
 def captions(units: int, rows: int, seed: int = 0) -> list[list[str]]:
     """Short and long captions mixed; the last unit is empty."""
     source = random.Random(seed)
     lengths = (1, 3, 5, 8, 40)
-    made = [[" ".join(source.choices(WORDS, k=source.choice(lengths))) for _ in range(rows)] for _ in range(units - 1)]
+    made = [
+        [" ".join(source.choices(WORDS, k=source.choice(lengths))) for _ in range(rows)]
+        for _ in range(units - 1)
+    ]
     made[0][0] = ""
     return [*made, []]
 
@@ -35,13 +53,20 @@ def make_job(folder: Path, units: int = 6, rows: int = 12) -> Path:
 
 
 def encoder(model: Path, **changes: object) -> EncoderSettings:
-    return EncoderSettings.model_validate({"name": "tiny", "model": str(model), "storage": "int8"} | changes)
+    return EncoderSettings.model_validate(
+        {"name": "tiny", "model": str(model), "storage": "int8"} | changes
+    )
 
 
 def contents(corpus: Path) -> dict[str, str]:
     """Name -> sha256 of everything a reader could see of the families' values."""
-    files = [p for p in corpus.glob("text/**/*") if p.is_file() and (p.suffix == ".arrow" or p.name == "family.json")]
-    files = [p for p in files if not p.name.startswith("MANIFEST")]  # its table also says how long each unit took
+    files = [
+        p
+        for p in corpus.glob("text/**/*")
+        if p.is_file() and (p.suffix == ".arrow" or p.name == "family.json")
+    ]
+    # its table also says how long each unit took
+    files = [p for p in files if not p.name.startswith("MANIFEST")]
     return {str(p.relative_to(corpus)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -59,12 +84,16 @@ def embed_here(corpus: Path, settings: EncoderSettings) -> list[int]:
     for unit in pending:
         tokens = encoder.tokenizer.tokenize(writer.corpus.captions(unit)["text"].to_pylist())
         statistics = UnitStatistics()
-        writer.publish(unit, encoded_tables(encoder, shared, tokens, statistics), statistics=statistics)
+        writer.publish(
+            unit, encoded_tables(encoder, shared, tokens, statistics), statistics=statistics
+        )
     writer.finish()
     return pending
 
 
-def start(corpus: Path, settings: EncoderSettings, actors: int = 1, **environment: str) -> subprocess.Popen[str]:
+def start(
+    corpus: Path, settings: EncoderSettings, actors: int = 1, **environment: str
+) -> subprocess.Popen[str]:
     """The job in a process group of its own; the last line it prints is JSON."""
     command = [sys.executable, __file__, str(corpus), settings.model_dump_json(), str(actors)]
     root = str(Path(__file__).parents[2])
@@ -74,18 +103,25 @@ def start(corpus: Path, settings: EncoderSettings, actors: int = 1, **environmen
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"PYTHONPATH": root, "LIDIT_CACHE": str(corpus.parent / "cache")} | environment,
+        env=os.environ
+        | {"PYTHONPATH": root, "LIDIT_CACHE": str(corpus.parent / "cache")}
+        | environment,
     )
 
 
 def run(corpus: str, settings: str, actors: str) -> None:
     from pipelines.corpus.embed import run_embed
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
+    # a shell's background jobs inherit "ignore"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = PoolSettings(actors=int(actors), cpus=1)
     summary = run_embed(corpus, EncoderSettings.model_validate_json(settings), pool)
     modeling = [name for name in sys.modules if ".modeling_llama" in name]
-    print(json.dumps({"computed": summary.computed_units, "ray": "ray" in sys.modules, "modeling": modeling}))
+    print(
+        json.dumps(
+            {"computed": summary.computed_units, "ray": "ray" in sys.modules, "modeling": modeling}
+        )
+    )
 
 
 if __name__ == "__main__":

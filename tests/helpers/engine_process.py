@@ -24,11 +24,17 @@ BATCH, CHANNELS, SIDE = 12, 3, 8
 
 
 def launch(folder: Path, world_size: int, jobs: list[dict]) -> dict:
-    """Run the jobs one after the other in `world_size` processes; each job's losses, norms and flags."""
+    """Run the jobs one after the other in `world_size` processes; each job's losses, norms and
+    flags.
+    """
     (folder / f"store-{world_size}").unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")  # torch and DeepSpeed are loaded once, not in every process
+    # torch and DeepSpeed are loaded once, not in every process
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "deepspeed"])
-    processes = [context.Process(target=work, args=(rank, world_size, folder, jobs)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=work, args=(rank, world_size, folder, jobs))
+        for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -44,7 +50,9 @@ def launch(folder: Path, world_size: int, jobs: list[dict]) -> dict:
 
 def work(rank: int, world_size: int, folder: Path, jobs: list[dict]) -> None:
     """One of the processes."""
-    log = os.open(folder / f"rank-{rank}-of-{world_size}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(
+        folder / f"rank-{rank}-of-{world_size}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    )
     for stream in (1, 2):
         os.dup2(log, stream)
     # DeepSpeed looks for a launcher's variables before it believes the process group that is there.
@@ -65,7 +73,9 @@ def live_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found
+    }
     return sum(storages.values())
 
 
@@ -88,7 +98,12 @@ def recipe_of(job: dict, world_size: int) -> Recipe:
                 "steps": 20,
                 "batch_size": job.get("batch", BATCH),
                 "ema_decay": 0.9,
-                "optimizer": {"lr": 3e-3, "weight_decay": 0.01, "warmup_steps": 3, **job.get("optimizer", {})},
+                "optimizer": {
+                    "lr": 3e-3,
+                    "weight_decay": 0.01,
+                    "warmup_steps": 3,
+                    **job.get("optimizer", {}),
+                },
             },
             "engine": {"workers": world_size, **job["engine"]},
         }
@@ -109,7 +124,15 @@ def global_batch(step: int, poisoned: int | None = None, size: int = BATCH) -> T
     if poisoned is not None:
         latents[poisoned] = float("nan")
     noise = draw(size, CHANNELS, SIDE, SIDE)
-    return TrainingBatch(step, tuple(str(i) for i in range(size)), latents, noise, u, text, tokens=int(mask.sum()) * 2)
+    return TrainingBatch(
+        step,
+        tuple(str(i) for i in range(size)),
+        latents,
+        noise,
+        u,
+        text,
+        tokens=int(mask.sum()) * 2,
+    )
 
 
 def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
@@ -117,14 +140,22 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
     torch.manual_seed(0)
     before = live_bytes() if job.get("measure") else 0
     model = LIDiT.from_settings(recipe.model, {"a": 16, "b": 24}, CHANNELS)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()} if job.get("watch_average") else {}
+    initial = (
+        {name: p.detach().clone() for name, p in model.named_parameters()}
+        if job.get("watch_average")
+        else {}
+    )
     count = sum(p.numel() for p in model.parameters())
     engine = Engine(recipe, model, build_objective(recipe.objective), torch.device("cpu"))
     if job.get("at_once"):  # as on a GPU
         measure_at_once(engine.deepspeed.optimizer)
     start = 0
     if "restore" in job:
-        start = checkpoints.CheckpointReader(folder / job["restore"]).restore(engine.deepspeed, engine.ema).step
+        start = (
+            checkpoints.CheckpointReader(folder / job["restore"])
+            .restore(engine.deepspeed, engine.ema)
+            .step
+        )
     losses, norms, finite = [], [], []
     shapes, plain = full_shapes(engine.deepspeed), None
     for step in range(start, job["steps"]):
@@ -134,8 +165,11 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
         whole_batch = global_batch(step, row, recipe.train.batch_size)
         part = whole_batch.split(world_size)[rank]
         hook = None
-        if step == job.get("overflow") and rank == 1:  # a finite loss whose gradient is not, on one worker alone
-            hook = next(engine.module.parameters()).register_hook(lambda g: torch.full_like(g, math.inf))
+        # a finite loss whose gradient is not, on one worker alone
+        if step == job.get("overflow") and rank == 1:
+            hook = next(engine.module.parameters()).register_hook(
+                lambda g: torch.full_like(g, math.inf)
+            )
         result = engine.train_step(part)
         if hook is not None:
             hook.remove()
@@ -143,7 +177,12 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
         norms.append(result.gradient_norm)
         finite.append(result.finite)
         if job.get("watch_average"):  # the textbook average, of whole weights on one process
-            whole = gather_full(shapes, engine.ema.fragments, [f.master for f in engine.ema.fragments], engine.device)
+            whole = gather_full(
+                shapes,
+                engine.ema.fragments,
+                [f.master for f in engine.ema.fragments],
+                engine.device,
+            )
             decay = min(0.9, (step + 1) / (step + 10))
             if rank == 0:
                 plain = plain or initial
@@ -159,15 +198,20 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
         return measured(engine, before, count, world_size)
     masters = [fragment.master for fragment in engine.ema.fragments]
     weights, average = (
-        gather_full(shapes, engine.ema.fragments, v, engine.device) for v in (masters, engine.ema.average)
+        gather_full(shapes, engine.ema.fragments, v, engine.device)
+        for v in (masters, engine.ema.average)
     )
     if rank == 0:
-        torch.save({"weights": weights, "ema": average, "plain": plain or {}}, folder / f"{job['name']}.pt")
+        torch.save(
+            {"weights": weights, "ema": average, "plain": plain or {}}, folder / f"{job['name']}.pt"
+        )
     return {"losses": losses, "norms": norms, "finite": finite}
 
 
 def measured(engine: Engine, before: int, count: int, world_size: int) -> dict:
-    """Bytes the engine keeps between steps, and at the end of a backward pass, when gradients are there too."""
+    """Bytes the engine keeps between steps, and at the end of a backward pass, when gradients are
+    there too.
+    """
     between, held = live_bytes() - before, []
     take = engine.deepspeed.step
     engine.deepspeed.step = lambda: (held.append(live_bytes() - before), take())

@@ -31,7 +31,9 @@ def shared(storage: str = "int8") -> pa.Table:
     table = shared_table(list(range(len(prefix))), prefix, [46], empty, mean, deviation)
     if storage != "coded":
         return table
-    sample = [standardise(states_of(f"caption {number}")[1], mean, deviation) for number in range(90)]
+    sample = [
+        standardise(states_of(f"caption {number}")[1], mean, deviation) for number in range(90)
+    ]
     return with_code(table, fit_code(sample, CODED_ERROR))
 
 

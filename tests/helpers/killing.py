@@ -13,7 +13,9 @@ from tests.helpers.waiting import wait_until
 
 
 def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Thread:
-    """SIGKILL one training worker once the checkpoint of `step` is there; its pid goes into `killed`."""
+    """SIGKILL one training worker once the checkpoint of `step` is there; its pid goes into
+    `killed`.
+    """
 
     def workers() -> list[int]:
         found = []

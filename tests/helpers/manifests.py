@@ -1,7 +1,8 @@
-"""A faithful application of the kustomize features our overlays use, and of NetworkPolicy: both testable offline.
+"""A faithful application of the kustomize features our overlays use, and of NetworkPolicy: both
+testable offline.
 
-Kustomize: resources, components, namespace, images, JSON 6902 patches with a kind + name target; anything else is
-refused.
+Kustomize: resources, components, namespace, images, JSON 6902 patches with a kind + name target;
+anything else is refused.
 """
 
 from __future__ import annotations
@@ -49,22 +50,34 @@ def _render(folder: Path) -> list[Document]:
 
 
 def _documents(path: Path) -> list[Document]:
-    """The file's documents. An alias is a copy, as in kustomize: a patch of one place must not reach the others."""
-    return [json.loads(json.dumps(document)) for document in yaml.safe_load_all(path.read_text()) if document]
+    """The file's documents. An alias is a copy, as in kustomize: a patch of one place must not
+    reach the others.
+    """
+    return [
+        json.loads(json.dumps(document))
+        for document in yaml.safe_load_all(path.read_text())
+        if document
+    ]
 
 
 def _kustomization(folder: Path, kind: str) -> Document:
     settings = yaml.safe_load((folder / "kustomization.yaml").read_text())
     assert settings["kind"] == kind, f"{folder} is not a {kind}"
-    assert set(settings) <= FEATURES, f"{folder}: this renderer does not know {set(settings) - FEATURES}"
+    assert set(settings) <= FEATURES, (
+        f"{folder}: this renderer does not know {set(settings) - FEATURES}"
+    )
     return settings
 
 
 def _transform(documents: list[Document], settings: Document, folder: Path) -> None:
     for patch in settings.get("patches", []):
         target = patch["target"]
-        matches = [i for i, d in enumerate(documents) if _identity(d) == (target["kind"], target["name"])]
-        assert len(matches) == 1, f"{folder}: patch target {target} matches {len(matches)} documents"
+        matches = [
+            i for i, d in enumerate(documents) if _identity(d) == (target["kind"], target["name"])
+        ]
+        assert len(matches) == 1, (
+            f"{folder}: patch target {target} matches {len(matches)} documents"
+        )
         operations = yaml.safe_load((folder / patch["path"]).read_text())
         documents[matches[0]] = jsonpatch.apply_patch(documents[matches[0]], operations)
     for document in documents:
@@ -87,7 +100,9 @@ def _set_images(node: Any, images: list[Document]) -> None:
                 for container in value:
                     for image in images:
                         if container.get("image") == image["name"]:
-                            container["image"] = f"{image.get('newName', image['name'])}@{image['digest']}"
+                            container["image"] = (
+                                f"{image.get('newName', image['name'])}@{image['digest']}"
+                            )
                             break
             _set_images(value, images)
 
@@ -117,18 +132,24 @@ def selects(selector: Document, labels: Labels) -> bool:
 
 
 class Network:
-    """Who reaches whom under a set of NetworkPolicies, as a conforming network plugin decides it."""
+    """Who reaches whom under a set of NetworkPolicies, as a conforming network
+    plugin decides it.
+    """
 
     def __init__(self, documents: list[Document]) -> None:
         self.policies = [d for d in documents if d["kind"] == "NetworkPolicy"]
 
-    def allows(self, source: Labels, target: Labels, port: int, source_space: str, target_space: str) -> bool:
+    def allows(
+        self, source: Labels, target: Labels, port: int, source_space: str, target_space: str
+    ) -> bool:
         """True when a TCP connection is let out of the source pod and into the target pod."""
-        return self._lets(source, source_space, target, target_space, port, "Egress") and self._lets(
-            target, target_space, source, source_space, port, "Ingress"
-        )
+        return self._lets(
+            source, source_space, target, target_space, port, "Egress"
+        ) and self._lets(target, target_space, source, source_space, port, "Ingress")
 
-    def _lets(self, pod: Labels, space: str, peer: Labels, peer_space: str, port: int, direction: str) -> bool:
+    def _lets(
+        self, pod: Labels, space: str, peer: Labels, peer_space: str, port: int, direction: str
+    ) -> bool:
         policies = [
             policy["spec"]
             for policy in self.policies
@@ -146,9 +167,13 @@ class Network:
         )
 
     @staticmethod
-    def _rule_matches(rule: Document, side: str, peer: Labels, peer_space: str, space: str, port: int) -> bool:
+    def _rule_matches(
+        rule: Document, side: str, peer: Labels, peer_space: str, space: str, port: int
+    ) -> bool:
         ports = rule.get("ports")
-        if ports is not None and not any(p["protocol"] == "TCP" and p["port"] == port for p in ports):
+        if ports is not None and not any(
+            p["protocol"] == "TCP" and p["port"] == port for p in ports
+        ):
             return False
         if side not in rule:
             return True

@@ -1,6 +1,8 @@
-"""A cluster of several nodes on one machine, a corpus on S3, one `lidit run`; a node is killed in each stage.
+"""A cluster of several nodes on one machine, a corpus on S3, one `lidit run`; a node is killed in
+each stage.
 
-`python nodes_scenario.py FOLDER`: FOLDER holds scenes/, the LLMs llama/ and qwen2/, and recipe.yaml. Prints JSON.
+`python nodes_scenario.py FOLDER`: FOLDER holds scenes/, the LLMs llama/ and qwen2/, and
+recipe.yaml. Prints JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 from tests.helpers.s3_server import s3_server
 from tests.helpers.waiting import wait_until
 
-# What each kind of node has; the head has nothing, as on a real cluster, and is where the driver runs.
+# What each kind of node has; the head has nothing, as on a real cluster, and is where the driver
+# runs.
 KINDS = {
     "reader": {"num_cpus": 2},
     "small": {"num_cpus": 1, "resources": {"small": 1}},
@@ -37,7 +40,11 @@ STAGE_SECONDS = 600
 def main(folder: Path) -> None:
     temporary = folder / "t"
     temporary.mkdir()
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "token-of-the-test-59c1", "RAY_TMPDIR": str(temporary)}
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "token-of-the-test-59c1",
+        "RAY_TMPDIR": str(temporary),
+    }
     with s3_server() as environment:
         os.environ.update(environment)
         print(json.dumps(scenario(folder)))
@@ -49,22 +56,29 @@ def scenario(folder: Path) -> dict[str, object]:
 
     files, _ = fsspec.core.url_to_fs("s3://data/", use_listings_cache=False)
     files.put(str(folder / "scenes") + "/", "data/scenes/", recursive=True)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     nodes = {kind: cluster.add_node(**offers) for kind, offers in KINDS.items()}
     cluster.add_node(**KINDS["trainer"])
     cluster.wait_for_nodes()
     run = folder / "cluster-runs" / "nodes"
     with (folder / "driver.log").open("w") as log:
         driver = subprocess.Popen(
-            [Path(sys.executable).with_name("lidit"), "run", "recipe.yaml", *OVERRIDES, "--until", "train"],
+            [Path(sys.executable).with_name("lidit"), "run", "recipe.yaml", *OVERRIDES, "--until",
+             "train"],
             cwd=folder, env=os.environ | {"RAY_ADDRESS": cluster.address}, stdout=log, stderr=log,
         )  # fmt: skip
 
         def log_end() -> str:
             return (folder / "driver.log").read_text()[-4000:]
 
-        def kill(kind: str, begun: Callable[[], object], ended: Callable[[], object]) -> dict[str, bool]:
-            """Kill the node of this kind once the stage has begun, and bring another in its place."""
+        def kill(
+            kind: str, begun: Callable[[], object], ended: Callable[[], object]
+        ) -> dict[str, bool]:
+            """Kill the node of this kind once the stage has begun, and bring another
+            in its place.
+            """
             wait_until(begun, STAGE_SECONDS, lambda: None if driver.poll() is None else log_end())
             cluster.remove_node(nodes[kind], allow_graceful=False)
             in_the_middle = not ended()
@@ -76,8 +90,16 @@ def scenario(folder: Path) -> dict[str, object]:
 
         killed = {
             "ingest": kill("reader", lambda: found("ingest/*.arrow"), lambda: found("corpus.json")),
-            "embed": kill("large", lambda: found("text/qwen2-*/0*.json"), lambda: found("text/qwen2-*/MANIFEST.json")),
-            "latents": kill("codec", lambda: found("latents/*/0*.json"), lambda: found("latents/*/MANIFEST.json")),
+            "embed": kill(
+                "large",
+                lambda: found("text/qwen2-*/0*.json"),
+                lambda: found("text/qwen2-*/MANIFEST.json"),
+            ),
+            "latents": kill(
+                "codec",
+                lambda: found("latents/*/0*.json"),
+                lambda: found("latents/*/MANIFEST.json"),
+            ),
             "train": kill(
                 "trainer",
                 lambda: list(run.glob("step-*/position.json")),
@@ -85,7 +107,12 @@ def scenario(folder: Path) -> dict[str, object]:
             ),
         }
         code = driver.wait(timeout=STAGE_SECONDS)
-    return {"code": code, "killed": killed, "log": (folder / "driver.log").read_text()[-4000:], **results(run)}
+    return {
+        "code": code,
+        "killed": killed,
+        "log": (folder / "driver.log").read_text()[-4000:],
+        **results(run),
+    }
 
 
 def results(run: Path) -> dict[str, object]:

@@ -1,5 +1,6 @@
-"""Runs a notebook's code cells in one namespace, as Jupyter would; `python -m tests.helpers.notebook PATH` keeps
-what they print and show in the file."""
+"""Runs a notebook's code cells in one namespace, as Jupyter would;
+`python -m tests.helpers.notebook PATH` keeps what they print and show in the file.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +40,26 @@ def _run_cell(source: str, name: str, namespace: dict[str, Any]) -> Any:
 def _outputs(printed: str, value: Any, number: int) -> list[dict[str, Any]]:
     outputs: list[dict[str, Any]] = []
     if printed:
-        outputs.append({"name": "stdout", "output_type": "stream", "text": printed.splitlines(keepends=True)})
+        outputs.append(
+            {"name": "stdout", "output_type": "stream", "text": printed.splitlines(keepends=True)}
+        )
     if value is not None:
         data: dict[str, Any] = {"text/plain": [repr(value)]}
         if isinstance(value, Image.Image):
             png = io.BytesIO()
             value.save(png, "PNG", optimize=True)
-            data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": ["<PIL image>"]}
-        outputs.append({"data": data, "execution_count": number, "metadata": {}, "output_type": "execute_result"})
+            data = {
+                "image/png": base64.b64encode(png.getvalue()).decode(),
+                "text/plain": ["<PIL image>"],
+            }
+        outputs.append(
+            {
+                "data": data,
+                "execution_count": number,
+                "metadata": {},
+                "output_type": "execute_result",
+            }
+        )
     return outputs
 
 

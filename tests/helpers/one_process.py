@@ -1,4 +1,6 @@
-"""The platform in one process: the application as it is, a real engine, a real HTTP server, no Ray."""
+"""The platform in one process: the application as it is, a real engine, a real HTTP
+server, no Ray.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class Platform:
         text, _ = KeyStore(self.folder / KEYS).add("client", **{"scopes": SCOPES, **facts})
         return text
 
-    def call(self, method: str, path: str, body: Any = None, key: str | None = "", **headers: str) -> Answer:
+    def call(
+        self, method: str, path: str, body: Any = None, key: str | None = "", **headers: str
+    ) -> Answer:
         """One request; `body` as JSON unless it is bytes. key: None sends none."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, method=method)
@@ -96,7 +100,10 @@ def settings_for(model: Path, folder: Path, **changes: object) -> ServeSettings:
     tree: dict[str, object] = {
         "model": str(model),
         "folder": str(folder),
-        "guards": {"words": str(words), "pixel_rule": {"colour": [255, 0, 0], "share": 1.0, "distance": 1.0}},
+        "guards": {
+            "words": str(words),
+            "pixel_rule": {"colour": [255, 0, 0], "share": 1.0, "distance": 1.0},
+        },
         "limits": {"steps": LONG},
         "provenance": {"watermark": True},
     }
@@ -109,7 +116,9 @@ def platform(settings: ServeSettings, flow: Flow) -> Iterator[Platform]:
     folder = Path(settings.folder)
     ledger = Ledger(folder, flow, settings.limits, register_of(settings))
     (port,) = free_ports(1)
-    config = uvicorn.Config(Door(build_api(ledger, settings)), port=port, log_level="error", access_log=False)
+    config = uvicorn.Config(
+        Door(build_api(ledger, settings)), port=port, log_level="error", access_log=False
+    )
     server = uvicorn.Server(config)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), daemon=True)

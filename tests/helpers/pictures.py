@@ -31,11 +31,15 @@ def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
     """A valid small PNG that claims billions of pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = zlib.compress(b"\0" * 1_000_000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 Member = tuple[str, bytes] | tarfile.TarInfo
@@ -53,7 +57,9 @@ def write_tar(path: Path, members: Iterable[Member], mode: str = "w") -> Path:
     return path
 
 
-def sample(key: str, caption: str | None = "a picture", meta: dict | None = None, seed: int = 0) -> list[Member]:
+def sample(
+    key: str, caption: str | None = "a picture", meta: dict | None = None, seed: int = 0
+) -> list[Member]:
     members: list[Member] = [(f"{key}.png", encoded(picture(seed=seed)))]
     if caption is not None:
         members.append((f"{key}.txt", caption.encode()))

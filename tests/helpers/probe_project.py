@@ -18,10 +18,19 @@ sys.exit(int(settings["exit"]))
 
 
 def make_project(folder: Path, **settings: object) -> Path:
-    """A working directory with a real job in it: prints lines, counts its runs in a file, exits as told."""
+    """A working directory with a real job in it: prints lines, counts its runs in a file, exits as
+    told.
+    """
     (folder / "jobs").mkdir(parents=True, exist_ok=True)
     (folder / "jobs" / "__init__.py").touch()
     (folder / "jobs" / "probe.py").write_text(PROBE)
-    values = {"lines": 3, "pause": 0, "exit": 0, "runs": folder.parent / f"{folder.name}-runs.txt"} | settings
-    (folder / "recipe.yaml").write_text("\n".join(f"{key}: {value}" for key, value in values.items()))
+    values = {
+        "lines": 3,
+        "pause": 0,
+        "exit": 0,
+        "runs": folder.parent / f"{folder.name}-runs.txt",
+    } | settings
+    (folder / "recipe.yaml").write_text(
+        "\n".join(f"{key}: {value}" for key, value in values.items())
+    )
     return folder

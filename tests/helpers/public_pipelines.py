@@ -1,4 +1,6 @@
-"""What the pipelines of public systems make of captions: each asked in its own words, around tiny models."""
+"""What the pipelines of public systems make of captions: each asked in its own words, around tiny
+models.
+"""
 
 import importlib
 import inspect
@@ -12,7 +14,8 @@ import torch
 from lidit.text import PromptEncoder
 from tests.helpers import public_models as tiny
 
-Answer = dict[str, Any]  # what the pipeline's call takes, by name; "mask" where another name has no mask of its own
+# what the pipeline's call takes, by name; "mask" where another name has no mask of its own
+Answer = dict[str, Any]
 
 
 def bare(name: str, **parts: Any) -> Any:
@@ -32,7 +35,7 @@ def prefix(encoder: PromptEncoder) -> int:
     return len(encoder.tokenizer.prefix_ids)
 
 
-# -- what each pipeline is asked ---------------------------------------------------------------------------------------
+# -- what each pipeline is asked -------------------------------------------------------------------
 
 
 def qwen_image(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
@@ -57,26 +60,37 @@ def dreamlite(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[st
 
 def flux2_klein(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("Flux2KleinPipeline", text_encoder=model, tokenizer=tokens)
-    states, _ = pipe.encode_prompt(captions, device="cpu", max_sequence_length=encoder.spec.max_tokens)
+    states, _ = pipe.encode_prompt(
+        captions, device="cpu", max_sequence_length=encoder.spec.max_tokens
+    )
     return {"prompt_embeds": states}
 
 
 def flux2_dev(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("Flux2Pipeline", text_encoder=model, tokenizer=tokens)
-    states, _ = pipe.encode_prompt(captions, device="cpu", max_sequence_length=encoder.spec.max_tokens)
+    states, _ = pipe.encode_prompt(
+        captions, device="cpu", max_sequence_length=encoder.spec.max_tokens
+    )
     return {"prompt_embeds": states}
 
 
 def krea2(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
-    """The pipeline puts the suffix behind the padding; no token's place counts there, so here padding comes last."""
+    """The pipeline puts the suffix behind the padding; no token's place counts there, so here
+    padding comes last.
+    """
     pipe = bare("Krea2Pipeline", text_encoder=model, tokenizer=tokens)
     pipe.prompt_template_encode_start_idx = prefix(encoder)
     pipe.prompt_template_encode_num_suffix_tokens = suffix = len(encoder.tokenizer.suffix_ids)
-    states, mask = pipe.encode_prompt(captions, device="cpu", max_sequence_length=encoder.spec.max_tokens + suffix)
+    states, mask = pipe.encode_prompt(
+        captions, device="cpu", max_sequence_length=encoder.spec.max_tokens + suffix
+    )
     order = torch.argsort((~mask).long(), dim=1, stable=True)
     moved = torch.take_along_dim(states, order[:, :, None, None], dim=1)
     longest = int(mask.sum(1).max())
-    return {"prompt_embeds": moved[:, :longest], "prompt_embeds_mask": mask.sort(descending=True)[0][:, :longest]}
+    return {
+        "prompt_embeds": moved[:, :longest],
+        "prompt_embeds_mask": mask.sort(descending=True)[0][:, :longest],
+    }
 
 
 def ideogram4(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
@@ -95,11 +109,17 @@ def hunyuan_image(model: Any, tokens: Any, encoder: PromptEncoder, captions: lis
     return {"prompt_embeds": states, "prompt_embeds_mask": mask}
 
 
-def hunyuan_image_glyphs(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+def hunyuan_image_glyphs(
+    model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]
+) -> Answer:
     pipe = bare("HunyuanImagePipeline", text_encoder_2=model, tokenizer_2=tokens)
     nothing = torch.zeros(len(captions), 1, 8)
     found = pipe.encode_prompt(
-        captions, "cpu", batch_size=len(captions), prompt_embeds=nothing, prompt_embeds_mask=nothing[..., 0]
+        captions,
+        "cpu",
+        batch_size=len(captions),
+        prompt_embeds=nothing,
+        prompt_embeds_mask=nothing[..., 0],
     )
     return {"prompt_embeds_2": found[2], "prompt_embeds_mask_2": found[3]}
 
@@ -107,20 +127,31 @@ def hunyuan_image_glyphs(model: Any, tokens: Any, encoder: PromptEncoder, captio
 def hunyuan_video(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("HunyuanVideoPipeline", text_encoder=model, tokenizer=tokens)
     template = {"template": encoder.spec.text.template, "crop_start": prefix(encoder)}
-    states, mask = pipe._get_llama_prompt_embeds(captions, template, max_sequence_length=encoder.spec.max_tokens)
+    states, mask = pipe._get_llama_prompt_embeds(
+        captions, template, max_sequence_length=encoder.spec.max_tokens
+    )
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
-def hunyuan_video_15(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+def hunyuan_video_15(
+    model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]
+) -> Answer:
     kind = diffusers.HunyuanVideo15Pipeline
     states, mask = kind._get_mllm_prompt_embeds(
-        model, tokens, captions, torch.device("cpu"), encoder.spec.max_tokens, crop_start=prefix(encoder)
+        model,
+        tokens,
+        captions,
+        torch.device("cpu"),
+        encoder.spec.max_tokens,
+        crop_start=prefix(encoder),
     )
     return {"prompt_embeds": states, "prompt_embeds_mask": mask}
 
 
 def kandinsky5(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
-    """Padding stands behind the text and is not masked; the pipeline's lengths say where it begins."""
+    """Padding stands behind the text and is not masked; the pipeline's lengths say
+    where it begins.
+    """
     from diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i import prompt_clean
 
     pipe = bare("Kandinsky5T2IPipeline", text_encoder=model, tokenizer=tiny.Processor(tokens))
@@ -137,7 +168,12 @@ def kandinsky6(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[s
     vectors = (tiny.clip(), tiny.clip_text(projected=False))
     try:
         found = module.Kandinsky6TI2VAPipeline._get_prompt_embeds(
-            captions, tiny.Processor(tokens), model, *vectors, encoder.spec.max_tokens, torch.device("cpu")
+            captions,
+            tiny.Processor(tokens),
+            model,
+            *vectors,
+            encoder.spec.max_tokens,
+            torch.device("cpu"),
         )
     finally:
         module._QWEN_CROP_START = crop
@@ -152,7 +188,11 @@ def longcat(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]
 
 def z_image(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("ZImagePipeline", text_encoder=model, tokenizer=tokens)
-    return {"prompt_embeds": pipe._encode_prompt(list(captions), max_sequence_length=encoder.spec.max_tokens)}
+    return {
+        "prompt_embeds": pipe._encode_prompt(
+            list(captions), max_sequence_length=encoder.spec.max_tokens
+        )
+    }
 
 
 def ovis(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
@@ -183,14 +223,18 @@ def cogview4(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str
 
 def lumina2(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("Lumina2Pipeline", text_encoder=model, tokenizer=tokens)
-    states, mask, *_ = pipe.encode_prompt(captions, False, device="cpu", max_sequence_length=encoder.spec.max_tokens)
+    states, mask, *_ = pipe.encode_prompt(
+        captions, False, device="cpu", max_sequence_length=encoder.spec.max_tokens
+    )
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
 def sana(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("SanaPipeline", text_encoder=model, tokenizer=tokens)
     instruction = encoder.spec.text.template.removesuffix("{}").split("\n")
-    states, mask, *_ = pipe.encode_prompt(captions, False, device="cpu", complex_human_instruction=instruction)
+    states, mask, *_ = pipe.encode_prompt(
+        captions, False, device="cpu", complex_human_instruction=instruction
+    )
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
@@ -225,7 +269,10 @@ def fibo2(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) 
 
 def cosmos25(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     vae = torch.nn.Identity()  # of which the pipeline wants numbers
-    vae.config, vae.temperal_downsample = SimpleNamespace(latents_mean=[0.0], latents_std=[1.0], z_dim=1), [True]
+    vae.config, vae.temperal_downsample = (
+        SimpleNamespace(latents_mean=[0.0], latents_std=[1.0], z_dim=1),
+        [True],
+    )
     parts = {"text_encoder": model, "tokenizer": tokens, "safety_checker": tokens, "vae": vae}
     pipe = bare("Cosmos2_5_PredictBasePipeline", **parts)
     return {"prompt_embeds": pipe._get_prompt_embeds(captions, encoder.spec.max_tokens, "cpu")}
@@ -233,7 +280,9 @@ def cosmos25(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str
 
 def ltx2(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("LTX2Pipeline", text_encoder=model, tokenizer=tokens)
-    states, mask = pipe._get_gemma_prompt_embeds(captions, max_sequence_length=encoder.spec.max_tokens)
+    states, mask = pipe._get_gemma_prompt_embeds(
+        captions, max_sequence_length=encoder.spec.max_tokens
+    )
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
@@ -244,7 +293,9 @@ def sd3_clip(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str
 
 
 def sd3_t5(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
-    pipe = bare("StableDiffusion3Pipeline", text_encoder_3=model, tokenizer_3=tokens, text_encoder=model)
+    pipe = bare(
+        "StableDiffusion3Pipeline", text_encoder_3=model, tokenizer_3=tokens, text_encoder=model
+    )
     return {"states": pipe._get_t5_prompt_embeds(captions)}
 
 
@@ -255,17 +306,27 @@ def flux1_clip(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[s
 
 def flux1_t5(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("FluxPipeline", text_encoder_2=model, tokenizer_2=tokens, text_encoder=model)
-    return {"prompt_embeds": pipe._get_t5_prompt_embeds(captions, max_sequence_length=encoder.spec.max_tokens)}
+    return {
+        "prompt_embeds": pipe._get_t5_prompt_embeds(
+            captions, max_sequence_length=encoder.spec.max_tokens
+        )
+    }
 
 
 def chroma(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("ChromaPipeline", text_encoder=model, tokenizer=tokens)
-    return {"states": pipe._get_t5_prompt_embeds(captions, max_sequence_length=encoder.spec.max_tokens)[0]}
+    return {
+        "states": pipe._get_t5_prompt_embeds(captions, max_sequence_length=encoder.spec.max_tokens)[
+            0
+        ]
+    }
 
 
 def pixart(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("PixArtSigmaPipeline", text_encoder=model, tokenizer=tokens)
-    states, mask, *_ = pipe.encode_prompt(captions, False, max_sequence_length=encoder.spec.max_tokens)
+    states, mask, *_ = pipe.encode_prompt(
+        captions, False, max_sequence_length=encoder.spec.max_tokens
+    )
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
@@ -278,14 +339,19 @@ def masked_t5(name: str) -> Any:
     """A pipeline whose method gives T5 states with a mask, or without."""
 
     def ask(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
-        checker = {"safety_checker": tokens} if name.startswith("Cosmos") else {}  # its package is not needed here
+        # its package is not needed here
+        checker = {"safety_checker": tokens} if name.startswith("Cosmos") else {}
         pipe = bare(name, text_encoder=model, tokenizer=tokens, **checker)
         if name in ("HeliosPipeline", "SkyReelsV2Pipeline"):
             without_ftfy(sys.modules[type(pipe).__module__])
         found = pipe._get_t5_prompt_embeds(captions, max_sequence_length=encoder.spec.max_tokens)
         states, mask = found if isinstance(found, tuple) else (found, None)
         answer = {"prompt_embeds": states}
-        return answer if mask is None or name == "HeliosPipeline" else {**answer, "prompt_attention_mask": mask}
+        return (
+            answer
+            if mask is None or name == "HeliosPipeline"
+            else {**answer, "prompt_attention_mask": mask}
+        )
 
     return ask
 
@@ -302,7 +368,9 @@ def motif(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) 
 
 
 def without_ftfy(module: Any) -> None:
-    """Some pipelines do not run without this package, which mends broken text: these captions are whole."""
+    """Some pipelines do not run without this package, which mends broken text: these captions are
+    whole.
+    """
     module.ftfy = SimpleNamespace(fix_text=str)
 
 
@@ -310,7 +378,11 @@ def prx(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) ->
     without_ftfy(importlib.import_module("diffusers.pipelines.prx.pipeline_prx"))
     pipe = bare("PRXPipeline", text_encoder=model, tokenizer=tokens)
     states, mask, *_ = pipe._encode_prompt_standard(
-        captions, torch.device("cpu"), False, tokenizer_max_length=encoder.spec.max_tokens, skip_text_cleaning=True
+        captions,
+        torch.device("cpu"),
+        False,
+        tokenizer_max_length=encoder.spec.max_tokens,
+        skip_text_cleaning=True,
     )
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
 

@@ -1,4 +1,6 @@
-"""The public systems that ship as encoders: how a tiny one is built, and what its pipeline is asked."""
+"""The public systems that ship as encoders: how a tiny one is built, and what its pipeline is
+asked.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +24,9 @@ CAPTIONS = (
 
 @dataclass(frozen=True)
 class System:
-    """One shipped encoder. build: model and tokenizer; ask: the pipeline's own answer for captions."""
+    """One shipped encoder. build: model and tokenizer; ask: the pipeline's own
+    answer for captions.
+    """
 
     build: tiny.Build
     ask: Callable[[torch.nn.Module, Any, PromptEncoder, list[str]], Answer]
@@ -53,7 +57,9 @@ SYSTEMS = {
     "qwen-image": System(q25, asks.qwen_image),
     "qwen-image-2.1": System(q3vl(4), asks.qwen_image_21),
     "dreamlite": System(q3vl(4), asks.dreamlite),
-    "flux2-klein": System(lambda: (tiny.decoder("qwen3", 30), tiny.qwen(tiny.QWEN3)), asks.flux2_klein, changes=SHORT),
+    "flux2-klein": System(
+        lambda: (tiny.decoder("qwen3", 30), tiny.qwen(tiny.QWEN3)), asks.flux2_klein, changes=SHORT
+    ),
     "flux2-dev": System(
         lambda: (tiny.multimodal("mistral3", 32), tiny.mistral("left")),
         asks.flux2_dev,
@@ -66,7 +72,9 @@ SYSTEMS = {
     "hunyuan-image-glyphs": System(
         lambda: (tiny.t5_encoder(words=384), tiny.byt5()), asks.hunyuan_image_glyphs, padded=128
     ),
-    "hunyuan-video": System(lambda: (tiny.trunk("llama", 4), tiny.llama3()), asks.hunyuan_video, padded=256),
+    "hunyuan-video": System(
+        lambda: (tiny.trunk("llama", 4), tiny.llama3()), asks.hunyuan_video, padded=256
+    ),
     "hunyuan-video-1.5": System(
         lambda: (tiny.multimodal("qwen2_5_vl", 4, body=True).language_model, tiny.qwen()),
         asks.hunyuan_video_15,
@@ -76,21 +84,32 @@ SYSTEMS = {
     "kandinsky5": System(q25, asks.kandinsky5),
     "kandinsky6": System(q25, asks.kandinsky6, padded=160, changes=SHORT),
     "longcat-image": System(q25, asks.longcat, changes=SHORT),
-    "z-image": System(lambda: (tiny.trunk("qwen3", 4), tiny.qwen(tiny.QWEN3)), asks.z_image, changes=SHORT),
-    "ovis-image": System(lambda: (tiny.trunk("qwen3", 4), tiny.qwen(tiny.QWEN3)), asks.ovis, padded=256),
+    "z-image": System(
+        lambda: (tiny.trunk("qwen3", 4), tiny.qwen(tiny.QWEN3)), asks.z_image, changes=SHORT
+    ),
+    "ovis-image": System(
+        lambda: (tiny.trunk("qwen3", 4), tiny.qwen(tiny.QWEN3)), asks.ovis, padded=256
+    ),
     "nucleus-image": System(q3vl(10), asks.nucleus),
     "ernie-image": System(lambda: (tiny.trunk("ministral3", 4), tiny.mistral("left")), asks.ernie),
-    "cogview4": System(lambda: (tiny.trunk("glm", 4, pad_token_id=0), tiny.glm()), asks.cogview4, one_by_one=True),
+    "cogview4": System(
+        lambda: (tiny.trunk("glm", 4, pad_token_id=0), tiny.glm()), asks.cogview4, one_by_one=True
+    ),
     "lumina2": System(lambda: (tiny.trunk("gemma2", 4), tiny.gemma()), asks.lumina2, padded=256),
     "sana": System(lambda: (tiny.trunk("gemma2", 4), tiny.gemma()), asks.sana, padded=300),
     "hidream-llama": System(lambda: (tiny.decoder("llama", 4), tiny.llama3()), asks.hidream_llama),
     "hidream-t5": System(t5, asks.hidream_t5),
     "hidream-clip": System(
-        lambda: (tiny.clip_text(projected=True, longest=248), tiny.clip(longest=248)), asks.hidream_clip
+        lambda: (tiny.clip_text(projected=True, longest=248), tiny.clip(longest=248)),
+        asks.hidream_clip,
     ),
-    "fibo": System(lambda: (tiny.decoder("smollm3", 4, words=128_004, pad_token_id=0), tiny.smollm3()), asks.fibo),
+    "fibo": System(
+        lambda: (tiny.decoder("smollm3", 4, words=128_004, pad_token_id=0), tiny.smollm3()),
+        asks.fibo,
+    ),
     "fibo-layers": System(
-        lambda: (tiny.decoder("smollm3", 4, words=128_004, pad_token_id=0), tiny.smollm3()), asks.fibo
+        lambda: (tiny.decoder("smollm3", 4, words=128_004, pad_token_id=0), tiny.smollm3()),
+        asks.fibo,
     ),
     "fibo2": System(q3vl(36), asks.fibo2),
     "cosmos-predict2.5": System(q25, asks.cosmos25, changes=SHORT),

@@ -16,16 +16,22 @@ WEIGHTS = Path("model", "diffusion_pytorch_model.safetensors")  # in the model f
 
 
 def write_model(world: SmallWorld, folder: Path, seed: int) -> Path:
-    """A model folder with random weights that draws something: its last layer is not zero as a fresh model's is."""
+    """A model folder with random weights that draws something: its last layer is not zero as a
+    fresh model's is.
+    """
     recipe, corpus = world.recipe(folder), world.open()
     families = {encoder.name: corpus.text_family(encoder.name) for encoder in world.encoders}
     torch.manual_seed(seed)
-    model = LIDiT.from_settings(recipe.model, {name: family.width for name, family in families.items()}, 3)
+    model = LIDiT.from_settings(
+        recipe.model, {name: family.width for name, family in families.items()}, 3
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for name, family in families.items():
         model.conditioner.set_statistics(name, family.shared().mean, family.shared().deviation)
-    encoders = [ModelEncoder.of_family(encoder, families[encoder.name]) for encoder in world.encoders]
+    encoders = [
+        ModelEncoder.of_family(encoder, families[encoder.name]) for encoder in world.encoders
+    ]
     settings = PipelineSettings(recipe.objective, recipe.sampler, recipe.codec, height=32, width=32)
     save_pipeline(folder / "model", model, encoders, settings, {})
     (folder / "model" / CHECKSUMS).unlink()  # tests change the folder by hand

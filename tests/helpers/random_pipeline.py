@@ -1,4 +1,6 @@
-"""A pipeline of random weights in memory, with the states of random captions: no LLM, no files, milliseconds."""
+"""A pipeline of random weights in memory, with the states of random captions: no LLM, no files,
+milliseconds.
+"""
 
 import torch
 
@@ -22,7 +24,11 @@ def random_pipeline(kind: str, seed: int = 0, guidance_input: bool = False) -> L
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     pipeline = LIDiTPipeline(
-        model, objective={"kind": kind}, sampler={"steps": 4, "guidance_scale": 2.0}, height=16, width=16
+        model,
+        objective={"kind": kind},
+        sampler={"steps": 4, "guidance_scale": 2.0},
+        height=16,
+        width=16,
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.encoders = {name: _encoder(name, width) for name, width in WIDTHS.items()}
@@ -38,6 +44,11 @@ def random_states(tokens: int, seed: int) -> dict[str, torch.Tensor]:
 
 def _encoder(name: str, width: int) -> ModelEncoder:
     generator = torch.Generator().manual_seed(width)
-    prefix, empty = torch.randn(3, width, generator=generator), torch.randn(1, width, generator=generator)
+    prefix, empty = (
+        torch.randn(3, width, generator=generator),
+        torch.randn(1, width, generator=generator),
+    )
     settings = EncoderSettings(name=name, model="nowhere")
-    return ModelEncoder(settings, {}, f"fingerprint of {name}", prefix, empty, torch.zeros(width), torch.ones(width))
+    return ModelEncoder(
+        settings, {}, f"fingerprint of {name}", prefix, empty, torch.zeros(width), torch.ones(width)
+    )

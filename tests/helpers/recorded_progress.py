@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 
 class RecordedProgress:
-    """calls: (done, total) of `expect` and of every `update`; then: called with `done` of every update."""
+    """calls: (done, total) of `expect` and of every `update`; then: called with `done` of every
+    update.
+    """
 
     def __init__(self, then: Callable[[int], None] | None = None) -> None:
         self.calls: list[tuple[int, int]] = []

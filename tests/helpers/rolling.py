@@ -1,4 +1,6 @@
-"""A rolling family without a model or a cluster: real files, whose states depend on the captions alone."""
+"""A rolling family without a model or a cluster: real files, whose states depend on the captions
+alone.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ STORAGE = "int8"
 
 
 def make_pictured_corpus(path: Path, units: int, rows: int, buckets: int = 1) -> Corpus:
-    """Units of `rows` samples with a caption each; with several buckets every tenth sample is of a rarer one."""
+    """Units of `rows` samples with a caption each; with several buckets every tenth sample is of a
+    rarer one.
+    """
     folder, made = Folder.at(path), []
     for unit in range(units):
         samples = []
@@ -51,7 +55,9 @@ def opened(corpus: Path) -> RollingTextFamily:
     return family
 
 
-def credit(settings: DataSettings, batch_size: int, steps: int, run: str = "run", **changes: object) -> Credit:
+def credit(
+    settings: DataSettings, batch_size: int, steps: int, run: str = "run", **changes: object
+) -> Credit:
     return Credit(
         run=run,
         seed=settings.seed,
@@ -65,12 +71,15 @@ def credit(settings: DataSettings, batch_size: int, steps: int, run: str = "run"
 
 
 class HerePool:
-    """Computes units in this process, as they are started; tells of them later, `delay` looks after their start.
+    """Computes units in this process, as they are started; tells of them later, `delay` looks after
+    their start.
 
     seen: called before each unit with what is on disk and in flight, for tests that count.
     """
 
-    def __init__(self, writer: FamilyWriter, actors: int = 2, seen: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, writer: FamilyWriter, actors: int = 2, seen: Callable[[], None] = lambda: None
+    ) -> None:
         self.writer, self.actors, self.seen = writer, actors, seen
         self.waiting: list[int] = []
         self.computed: list[int] = []
@@ -100,7 +109,9 @@ class HerePool:
 class Producing:
     """A producer in a thread, as a context: stopped at the end, its failure raised."""
 
-    def __init__(self, writer: FamilyWriter, online: OnlineSettings, expected: Credit, pool: HerePool) -> None:
+    def __init__(
+        self, writer: FamilyWriter, online: OnlineSettings, expected: Credit, pool: HerePool
+    ) -> None:
         self.stop, self.states = threading.Event(), list[State]()
         self.producer = Producer(Work(writer, online, expected), pool, self.states.append)
         self.failure: BaseException | None = None
@@ -132,8 +143,14 @@ class Producing:
 
 def units_on_disk(writer: FamilyWriter) -> set[int]:
     """Units whose record stands."""
-    return {int(name.removesuffix(".json")) for name in writer.folder.sizes() if name[:5].isdigit() and ".json" in name}
+    return {
+        int(name.removesuffix(".json"))
+        for name in writer.folder.sizes()
+        if name[:5].isdigit() and ".json" in name
+    }
 
 
 def data_files(writer: FamilyWriter) -> list[str]:
-    return sorted(name for name in writer.folder.sizes() if name[:5].isdigit() and name.endswith(".arrow"))
+    return sorted(
+        name for name in writer.folder.sizes() if name[:5].isdigit() and name.endswith(".arrow")
+    )

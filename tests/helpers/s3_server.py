@@ -13,7 +13,8 @@ from moto.server import ThreadedMotoServer
 @contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
     """Environment variables for a client; bucket `data` exists."""
-    # A file system made for an earlier server of the same process would be found again and lead nowhere.
+    # A file system made for an earlier server of the same process would be found again and lead
+    # nowhere.
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

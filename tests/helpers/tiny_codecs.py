@@ -7,7 +7,9 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 
 def save_codec(folder: Path, kind: str, seed: int = 0) -> Path:
-    """Factor 4 (AutoencoderKL: 2), 4 latent channels; scaling and shift are not 1 and 0 where a class has them."""
+    """Factor 4 (AutoencoderKL: 2), 4 latent channels; scaling and shift are not 1 and 0 where a
+    class has them.
+    """
     torch.manual_seed(seed)
     if kind == "AutoencoderKL":
         model = AutoencoderKL(

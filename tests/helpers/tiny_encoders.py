@@ -19,10 +19,14 @@ def tiny_encoders(folder: Path) -> dict[str, ModelEncoder]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIDIT_CACHE", str(folder / "cache"))
         for name, layer in (("second", -2), ("third", -3)):
-            settings = EncoderSettings(name=name, model=str(model), layer=layer, dtype="float32", storage="float32")
+            settings = EncoderSettings(
+                name=name, model=str(model), layer=layer, dtype="float32", storage="float32"
+            )
             loaded = PromptEncoder.load(resolve_encoder(settings))
             prefix, empty = loaded.prefix_states()[1], loaded.empty_states()[1]
             statistics = channel_statistics([prefix, empty])
             spec = loaded.spec
-            made[name] = ModelEncoder(settings, spec.to_dict(), spec.fingerprint, prefix, empty, *statistics, loaded)
+            made[name] = ModelEncoder(
+                settings, spec.to_dict(), spec.fingerprint, prefix, empty, *statistics, loaded
+            )
     return made

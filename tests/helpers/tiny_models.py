@@ -1,7 +1,8 @@
 """Tiny random language models with their tokenizers, as ordinary Hugging Face folders.
 
-No download, milliseconds to run. Every family has its own habits: some tokenizers prepend BOS and some do not, some pad
-on the left, some models have sliding windows (16 tokens here) or mix them with full attention.
+No download, milliseconds to run. Every family has its own habits: some tokenizers prepend BOS and
+some do not, some pad on the left, some models have sliding windows (16 tokens here) or mix them
+with full attention.
 """
 
 import json
@@ -49,31 +50,41 @@ VISION_FAMILIES = ("llava", "gemma3_vision")
 PREPENDS_BOS = ("llama", "mistral", "gemma2", "gemma3", "llava", "gemma3_vision")
 PADS_LEFT = ("gemma2", "gemma3")
 CHATML = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a default assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' "
+    "%}<|im_start|>system\n"
+    "You are a default assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{{ "
+    "message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<image>")
 CORPUS = (
     "a red circle and a blue square on a green field",
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships",
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, and "
+    "spatial relationships",
     "two yellow triangles left of a large white star, photographed in the evening light",
     "ein großer Würfel",
     "一个红色的圆形和一个蓝色的正方形",
 )
 
 
-def tiny_llm(folder: Path, family: str = "llama", layers: int = LAYERS, width: int = 64, seed: int = 0) -> Path:
-    """Write a random model of `family` and a byte-level BPE tokenizer into `folder`; returns the folder."""
+def tiny_llm(
+    folder: Path, family: str = "llama", layers: int = LAYERS, width: int = 64, seed: int = 0
+) -> Path:
+    """Write a random model of `family` and a byte-level BPE tokenizer into `folder`; returns the
+    folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(family)
     torch.manual_seed(seed)
     model = _build(family, len(tokenizer), layers, width)
-    for name, parameter in model.named_parameters():  # the default initialisation is so small that nothing matters
+    # the default initialisation is so small that nothing matters
+    for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.15)
         elif "norm" in name.lower():
-            torch.nn.init.normal_(parameter, mean=0.0 if family.startswith("gemma") else 1.0, std=0.2)
+            torch.nn.init.normal_(
+                parameter, mean=0.0 if family.startswith("gemma") else 1.0, std=0.2
+            )
         else:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
@@ -86,17 +97,23 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=400,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     backend.train_from_iterator(CORPUS, trainer)
     if family in PREPENDS_BOS:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
     elif family in ("bert", "clip", "clip_text"):
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
         )
     elif family == "t5":
-        backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 2)]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",
@@ -127,13 +144,17 @@ def _build(family: str, vocabulary: int, layers: int, width: int) -> torch.nn.Mo
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**grouped))
     if family == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in grouped.items() if k != "head_dim"}))
+        return Qwen2ForCausalLM(
+            Qwen2Config(**{k: v for k, v in grouped.items() if k != "head_dim"})
+        )
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**grouped))
     if family == "mistral":
         return MistralForCausalLM(MistralConfig(**grouped, sliding_window=WINDOW))
     if family == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**grouped, sliding_window=WINDOW, query_pre_attn_scalar=width // 4))
+        return Gemma2ForCausalLM(
+            Gemma2Config(**grouped, sliding_window=WINDOW, query_pre_attn_scalar=width // 4)
+        )
     if family == "gemma3":
         return Gemma3ForCausalLM(_gemma3_text(grouped, width))
     if family == "phi3":
@@ -180,14 +201,23 @@ def _build(family: str, vocabulary: int, layers: int, width: int) -> torch.nn.Mo
     if family == "gemma3_vision":
         vision = {**vision, "model_type": "siglip_vision_model", "image_size": 32}
         return Gemma3ForConditionalGeneration(
-            Gemma3Config(text_config=_gemma3_text(grouped, width), vision_config=vision, mm_tokens_per_image=4)
+            Gemma3Config(
+                text_config=_gemma3_text(grouped, width),
+                vision_config=vision,
+                mm_tokens_per_image=4,
+            )
         )
     raise ValueError(f"no tiny model of family {family!r}")
 
 
 def _gemma3_text(grouped: dict[str, int], width: int) -> Gemma3TextConfig:
-    kinds = [("full_attention" if i % 3 == 2 else "sliding_attention") for i in range(grouped["num_hidden_layers"])]
-    return Gemma3TextConfig(**grouped, sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=width // 4)
+    kinds = [
+        ("full_attention" if i % 3 == 2 else "sliding_attention")
+        for i in range(grouped["num_hidden_layers"])
+    ]
+    return Gemma3TextConfig(
+        **grouped, sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=width // 4
+    )
 
 
 def break_weights(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""An ONNX classifier of a hundred bytes: its output is the mean of each channel, [1, 3], after more operations."""
+"""An ONNX classifier of a hundred bytes: its output is the mean of each channel, [1, 3], after more
+operations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A small real corpus with two text families and latents, and recipes that train on it in seconds."""
+"""A small real corpus with two text families and latents, and recipes that train on
+it in seconds.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from tests.helpers.tiny_models import tiny_llm
 
 @dataclass(frozen=True)
 class SmallWorld:
-    """`corpus`: 97 scenes of 32 pixels in units of 20; text families `llama` and `qwen2`; latents `pixels`."""
+    """`corpus`: 97 scenes of 32 pixels in units of 20; text families `llama` and `qwen2`; latents
+    `pixels`.
+    """
 
     folder: Path
     corpus: Path
@@ -30,16 +34,20 @@ class SmallWorld:
             "output": str(output),
             "corpus": str(self.corpus),
             "encoders": [encoder.model_dump(mode="json") for encoder in self.encoders],
-            "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "refiner": {"depth": 1}},
+            "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 8,
+                      "refiner": {"depth": 1}},
             "objective": {"kind": "clean", "timesteps": "uniform"},
             "data": {"window_units": 2},
-            "train": {"steps": 8, "batch_size": 12, "checkpoint_every": 4, "log_every": 2, "ema_decay": 0.9,
+            "train": {"steps": 8, "batch_size": 12, "checkpoint_every": 4, "log_every": 2,
+                      "ema_decay": 0.9,
                       "optimizer": {"lr": 1e-3}},
             "engine": {"workers": 2, "zero_stage": 2},
             "sampler": {"steps": 3},
         }  # fmt: skip
         for section, values in changes.items():
-            tree[section] = {**tree[section], **values} if isinstance(tree.get(section), dict) else values
+            tree[section] = (
+                {**tree[section], **values} if isinstance(tree.get(section), dict) else values
+            )
         return Recipe.model_validate(tree)
 
 
@@ -51,9 +59,15 @@ def make_small_world(folder: Path) -> SmallWorld:
 
     write_scene_shards(folder / "scenes", SceneSet(97, 32, seed=5, per_shard=60))
     corpus = folder / "corpus"
-    run_ingest([str(folder / "scenes")], str(corpus), IngestSettings(resolution=32, bucket_multiple=8, unit_samples=20))
+    run_ingest(
+        [str(folder / "scenes")],
+        str(corpus),
+        IngestSettings(resolution=32, bucket_multiple=8, unit_samples=20),
+    )
     encoders = tuple(
-        EncoderSettings(name=family, model=str(tiny_llm(folder / family, family, width=width)), storage=storage)
+        EncoderSettings(
+            name=family, model=str(tiny_llm(folder / family, family, width=width)), storage=storage
+        )
         for family, width, storage in (("llama", 64, "bfloat16"), ("qwen2", 48, "int8"))
     )
     for encoder in encoders:

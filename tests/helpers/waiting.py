@@ -1,4 +1,6 @@
-"""Waiting for what another process does: files, sockets and stores give no event to wait on, so they are asked."""
+"""Waiting for what another process does: files, sockets and stores give no event to wait on, so
+they are asked.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def wait_until(
     problem: Callable[[], str | None] = lambda: None,
     every: float = 0.02,
 ) -> Found:
-    """The condition's first true value. Fails after `seconds`, or at once with what `problem` says."""
+    """The condition's first true value. Fails after `seconds`, or at once with what
+    `problem` says.
+    """
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         reason = problem()

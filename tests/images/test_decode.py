@@ -1,4 +1,6 @@
-"""Every way a picture can be stored comes out upright, opaque, 8-bit RGB; what cannot is refused with a reason."""
+"""Every way a picture can be stored comes out upright, opaque, 8-bit RGB; what cannot is refused
+with a reason.
+"""
 
 import io
 
@@ -26,7 +28,9 @@ def test_lossless_formats_are_exact(kind: str) -> None:
 
 
 def test_jpeg_is_close() -> None:
-    assert np.abs(pixels(encoded(picture(), "JPEG", quality=95, subsampling=0)) - REFERENCE).mean() < 6
+    assert (
+        np.abs(pixels(encoded(picture(), "JPEG", quality=95, subsampling=0)) - REFERENCE).mean() < 6
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -124,7 +128,9 @@ def test_max_pixels_is_the_limit_of_the_setting() -> None:
 
 
 @pytest.mark.parametrize(("resolution", "multiple"), [(32, 8), (256, 16), (512, 32), (1024, 16)])
-def test_buckets_have_the_base_area_and_cover_the_aspect_ratios(resolution: int, multiple: int) -> None:
+def test_buckets_have_the_base_area_and_cover_the_aspect_ratios(
+    resolution: int, multiple: int
+) -> None:
     buckets = Buckets(resolution, multiple)
     assert Bucket(resolution, resolution) in buckets.all
     for bucket in buckets.all:

@@ -63,7 +63,11 @@ def tiff_tags(order: str, *entries: tuple[int, int, int, bytes]) -> bytes:
     place, body = 8 + 2 + 12 * len(entries) + 4, b""
     table = mark + struct.pack(f"{start}HI", 42, 8) + struct.pack(f"{start}H", len(entries))
     for tag, kind, count, value in sorted(entries):
-        held = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack(f"{start}I", place + len(body))
+        held = (
+            value.ljust(4, b"\0")
+            if len(value) <= 4
+            else struct.pack(f"{start}I", place + len(body))
+        )
         table += struct.pack(f"{start}HHI", tag, kind, count) + held
         body += value if len(value) > 4 else b""
     return b"Exif\0\0" + table + bytes(4) + body
@@ -79,7 +83,9 @@ def tiff_tags(order: str, *entries: tuple[int, int, int, bytes]) -> bytes:
         (0x9286, 12, 1, struct.pack("<d", 0.5)),  # a comment as a number
     ],
 )
-def test_only_the_number_of_the_orientation_counts(kind: str, odd: tuple[int, int, int, bytes]) -> None:
+def test_only_the_number_of_the_orientation_counts(
+    kind: str, odd: tuple[int, int, int, bytes]
+) -> None:
     exif = tiff_tags("II", (0x0112, 3, 1, struct.pack("<H", 8)), odd)
     stored = Image.new("RGB", (32, 16), "red")
     decoded = decode_image(encoded(stored, kind, exif=exif))

@@ -1,4 +1,6 @@
-"""The KubeRay manifests: schemas, the operator's rules, security of every pod, run folders, honest overlays."""
+"""The KubeRay manifests: schemas, the operator's rules, security of every pod, run folders, honest
+overlays.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,16 @@ def schemas(shared_data: Path) -> dict[str, Any]:
     return load_schemas(folder)
 
 
-@pytest.mark.parametrize("part", ["models", *(f"overlays/{overlay}/{part}" for overlay in OVERLAYS for part in PARTS)])
+@pytest.mark.parametrize(
+    "part", ["models", *(f"overlays/{overlay}/{part}" for overlay in OVERLAYS for part in PARTS)]
+)
 def test_our_renderer_agrees_with_kustomize(part: str) -> None:
     if not shutil.which("kubectl"):
         pytest.skip("no kubectl here: its built-in kustomize is the reference")
     folder = KUBERAY / part
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0 and "unknown command" in done.stderr:
         pytest.skip("this kubectl has no kustomize")
     assert done.returncode == 0, done.stderr
@@ -40,7 +46,9 @@ def test_our_renderer_agrees_with_kustomize(part: str) -> None:
     assert ours == reference
 
 
-def test_manifests_pass_schema_rules_and_security(documents: list[dict[str, Any]], schemas: dict[str, Any]) -> None:
+def test_manifests_pass_schema_rules_and_security(
+    documents: list[dict[str, Any]], schemas: dict[str, Any]
+) -> None:
     everything = [*documents, *render(KUBERAY / "models")]
     assert [error for document in everything for error in check(document, schemas)] == []
     assert list(together_errors(everything)) == []
@@ -55,9 +63,14 @@ def test_without_an_overlay_no_image_is_pinned(folder: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_job_is_applied_by_itself_and_after_the_cluster(overlay: str) -> None:
-    """Training that starts beside embedding finds no family, fails and is retried as one new cluster after another."""
+    """Training that starts beside embedding finds no family, fails and is retried as one new
+    cluster after another.
+    """
     made = {part: render(KUBERAY / "overlays" / overlay / part) for part in PARTS}
-    assert {d["metadata"]["name"] for d in made["embed"]} == {"lidit-embed-large", "lidit-embed-small"}
+    assert {d["metadata"]["name"] for d in made["embed"]} == {
+        "lidit-embed-large",
+        "lidit-embed-small",
+    }
     assert {d["metadata"]["name"] for d in made["train"]} == {"lidit-train"}
     assert "RayJob" not in {d["kind"] for d in made["cluster"]}
     page = (REPOSITORY / "docs" / "cluster.md").read_text()
@@ -77,22 +90,51 @@ def test_a_job_is_applied_by_itself_and_after_the_cluster(overlay: str) -> None:
 
 TYPOS = [
     ("RayJob", "lidit-embed-large", ["spec", "activeDeadlineSeconds"], "activeDeadlineSecond"),
-    ("RayJob", "lidit-train", ["spec", "rayClusterSpec", "workerGroupSpecs", 1, "minReplicas"], "minReplica"),
-    ("RayJob", "lidit-embed-small", ["spec", "rayClusterSpec", "authOptions", "secretName"], "secretname"),
+    (
+        "RayJob",
+        "lidit-train",
+        ["spec", "rayClusterSpec", "workerGroupSpecs", 1, "minReplicas"],
+        "minReplica",
+    ),
+    (
+        "RayJob",
+        "lidit-embed-small",
+        ["spec", "rayClusterSpec", "authOptions", "secretName"],
+        "secretname",
+    ),
     (
         "RayCluster",
         "lidit-interactive",
-        ["spec", "headGroupSpec", "template", "spec", "containers", 0, "securityContext", "readOnlyRootFilesystem"],
+        [
+            "spec",
+            "headGroupSpec",
+            "template",
+            "spec",
+            "containers",
+            0,
+            "securityContext",
+            "readOnlyRootFilesystem",
+        ],
         "readOnlyRootFileSystem",
     ),
-    ("StatefulSet", "lidit-redis", ["spec", "template", "spec", "securityContext", "runAsNonRoot"], "runAsNonroot"),
+    (
+        "StatefulSet",
+        "lidit-redis",
+        ["spec", "template", "spec", "securityContext", "runAsNonRoot"],
+        "runAsNonroot",
+    ),
     ("NetworkPolicy", "operator-to-dashboard", ["spec", "ingress", 0, "from"], "form"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "name", "path", "typo"), TYPOS, ids=[typo[-1] for typo in TYPOS])
 def test_a_planted_typo_fails(
-    small: list[dict[str, Any]], schemas: dict[str, Any], kind: str, name: str, path: list[Any], typo: str
+    small: list[dict[str, Any]],
+    schemas: dict[str, Any],
+    kind: str,
+    name: str,
+    path: list[Any],
+    typo: str,
 ) -> None:
     document = copy.deepcopy(find(small, kind, name))
     node = document
@@ -105,7 +147,9 @@ def test_a_planted_typo_fails(
 def test_a_setting_in_the_wrong_section_is_found(small: list[dict[str, Any]]) -> None:
     """The API server refuses it, or drops it without a word where validation is off."""
     settings = put(find(small, "ConfigMap", "lidit-settings"), "metadata/LIDIT_RUNS", "/runs")
-    assert check(settings, None) == ["ConfigMap/lidit-settings: metadata: unknown field 'LIDIT_RUNS'"]
+    assert check(settings, None) == [
+        "ConfigMap/lidit-settings: metadata: unknown field 'LIDIT_RUNS'"
+    ]
 
 
 def put(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -137,7 +181,11 @@ BROKEN_RULES = [
     ("spec/runtimeEnvYAML", "just text", "runtimeEnvYAML"),
     ("spec/deletionStrategy", {}, "needs both"),
     ("spec/deletionStrategy", {"onSuccess": {"policy": "DeleteSelf"}}, "needs both"),
-    ("spec/deletionStrategy", {"deletionRules": [{"policy": "DeleteSelf", "condition": {}}]}, "exactly one"),
+    (
+        "spec/deletionStrategy",
+        {"deletionRules": [{"policy": "DeleteSelf", "condition": {}}]},
+        "exactly one",
+    ),
     (
         "spec/deletionStrategy",
         {"deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]},
@@ -146,20 +194,30 @@ BROKEN_RULES = [
     ("spec/rayClusterSpec/rayVersion", "2.51.0", "2.52"),
     ("spec/rayClusterSpec/headGroupSpec/rayStartParams/labels", "a=b", "not in rayStartParams"),
     ("spec/rayClusterSpec/headGroupSpec/resources", {"CPU": "0"}, "both in rayStartParams"),
-    ("spec/rayClusterSpec/headGroupSpec/template/spec/restartPolicy", "Always", "restartPolicy Never"),
+    (
+        "spec/rayClusterSpec/headGroupSpec/template/spec/restartPolicy",
+        "Always",
+        "restartPolicy Never",
+    ),
     ("spec/rayClusterSpec/workerGroupSpecs/1/minReplicas", 5000, "minReplicas"),
     ("spec/rayClusterSpec/workerGroupSpecs/1/groupName", "cpu", "share a name"),
     ("spec/rayClusterSpec/workerGroupSpecs/1/labels", {"lidit/pool": "two words"}, "label value"),
     ("spec/rayClusterSpec/workerGroupSpecs/1/suspend", True, "cannot be suspended"),
     ("spec/rayClusterSpec/workerGroupSpecs/1/template/spec/containers", [], "no container"),
-    ("spec/rayClusterSpec/headGroupSpec/rayStartParams/redis-password", "x", "gcsFaultToleranceOptions only"),
+    (
+        "spec/rayClusterSpec/headGroupSpec/rayStartParams/redis-password",
+        "x",
+        "gcsFaultToleranceOptions only",
+    ),
     ("spec/rayClusterSpec/gcsFaultToleranceOptions/backend", "rocksdb", "takes no redis"),
     ("spec/rayClusterSpec", None, "rayClusterSpec and clusterSelector"),
 ]
 
 
 @pytest.mark.parametrize(("path", "value", "message"), BROKEN_RULES)
-def test_every_operator_rule_fires(small: list[dict[str, Any]], path: str, value: Any, message: str) -> None:
+def test_every_operator_rule_fires(
+    small: list[dict[str, Any]], path: str, value: Any, message: str
+) -> None:
     job = find(small, "RayJob", "lidit-embed-large")
     assert list(rule_errors(job)) == []
     assert any(message in error for error in rule_errors(put(job, path, value)))
@@ -173,10 +231,18 @@ POD_BREAKAGES: list[tuple[str, Any, str]] = [
     ("hostNetwork", True, "hostNetwork"),
     ("containers/0/securityContext/readOnlyRootFilesystem", False, "readOnlyRootFilesystem"),
     ("containers/0/securityContext/allowPrivilegeEscalation", True, "allowPrivilegeEscalation"),
-    ("containers/0/securityContext/capabilities", {"drop": ["ALL"], "add": ["SYS_PTRACE"]}, "capabilities"),
+    (
+        "containers/0/securityContext/capabilities",
+        {"drop": ["ALL"], "add": ["SYS_PTRACE"]},
+        "capabilities",
+    ),
     ("containers/0/resources/requests/cpu", "1m", "requests must equal limits"),
     ("containers/0/image", "rayproject/ray:2.60.0", "not pinned by digest"),
-    ("containers/0/env", [{"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"}], "must come from a Secret"),
+    (
+        "containers/0/env",
+        [{"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"}],
+        "must come from a Secret",
+    ),
 ]
 
 
@@ -184,34 +250,55 @@ POD_BREAKAGES: list[tuple[str, Any, str]] = [
 def test_every_security_promise_is_checked_on_every_pod(
     documents: list[dict[str, Any]], path: str, value: Any, message: str
 ) -> None:
-    """Break one promise in one pod template at a time, in all of them: the finding names that template."""
+    """Break one promise in one pod template at a time, in all of them: the finding names that
+    template.
+    """
     broken = 0
     for document in documents:
         for where, _ in pod_templates(document):
             changed = copy.deepcopy(document)
             template = dict(pod_templates(changed))[where]
             template["spec"] = put(template["spec"], path, value)
-            assert any(where in error and message in error for error in security_errors(changed)), where
+            assert any(where in error and message in error for error in security_errors(changed)), (
+                where
+            )
             broken += 1
-    assert broken == 16  # two embeddings and train 4 each (submitter, head, two pools), interactive 3, redis 1
+    # two embeddings and train 4 each (submitter, head, two pools), interactive 3, redis 1
+    assert broken == 16
 
 
 def test_the_fast_network_is_the_training_pods_alone(small: list[dict[str, Any]]) -> None:
-    """IPC_LOCK comes with an adapter and with nothing else; the queue knows the adapter, or the job waits for ever."""
-    adapter, path = "rdma/rdma_shared_device_a", "spec/rayClusterSpec/workerGroupSpecs/1/template/spec/containers/0/"
+    """IPC_LOCK comes with an adapter and with nothing else; the queue knows the adapter, or the job
+    waits for ever.
+    """
+    adapter, path = (
+        "rdma/rdma_shared_device_a",
+        "spec/rayClusterSpec/workerGroupSpecs/1/template/spec/containers/0/",
+    )
     job = find(render(KUBERAY / "overlays" / "large" / "train"), "RayJob", "lidit-train")
     locked = {}
     for where, template in pod_templates(job):
         for container in template["spec"]["containers"]:
             assert (adapter in container["resources"]["limits"]) == (where == "worker group train")
-            locked[where] = "IPC_LOCK" in container["securityContext"]["capabilities"].get("add", [])
+            locked[where] = "IPC_LOCK" in container["securityContext"]["capabilities"].get(
+                "add", []
+            )
     assert [where for where, added in locked.items() if added] == ["worker group train"]
-    queue = next(yaml.safe_load_all((KUBERAY / "kueue" / "queues.yaml").read_text().split("---", 1)[1]))
+    queue = next(
+        yaml.safe_load_all((KUBERAY / "kueue" / "queues.yaml").read_text().split("---", 1)[1])
+    )
     assert adapter in queue["spec"]["resourceGroups"][0]["coveredResources"]
-    env = {entry["name"] for entry in dict(pod_templates(job))["worker group train"]["spec"]["containers"][0]["env"]}
+    env = {
+        entry["name"]
+        for entry in dict(pod_templates(job))["worker group train"]["spec"]["containers"][0]["env"]
+    }
     assert {"NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG"} <= env
 
-    without = put(find(small, "RayJob", "lidit-train"), path + "securityContext/capabilities/add", ["IPC_LOCK"])
+    without = put(
+        find(small, "RayJob", "lidit-train"),
+        path + "securityContext/capabilities/add",
+        ["IPC_LOCK"],
+    )
     assert any("beside an rdma/ resource" in error for error in security_errors(without))
     more = put(job, path + "securityContext/capabilities/add", ["IPC_LOCK", "SYS_PTRACE"])
     assert any("capabilities must drop ALL" in error for error in security_errors(more))
@@ -250,7 +337,7 @@ def test_ray_promises_are_checked_on_every_cluster(
         assert any(message in error for error in security_errors(changed)), name
 
 
-# --- where runs are written ------------------------------------------------------------------------------------------
+# --- where runs are written -----------------------------------------------------------------------
 
 
 def test_runs_go_to_one_claim_that_head_and_workers_mount(documents: list[dict[str, Any]]) -> None:
@@ -258,19 +345,63 @@ def test_runs_go_to_one_claim_that_head_and_workers_mount(documents: list[dict[s
     for kind, name in (("RayJob", "lidit-train"), ("RayCluster", "lidit-interactive")):
         for where, template in pod_templates(find(documents, kind, name)):
             claims = [volume.get("persistentVolumeClaim") for volume in template["spec"]["volumes"]]
-            assert ({"claimName": "lidit-runs"} in claims) is (where != "submitter"), f"{name}: {where}"
+            assert ({"claimName": "lidit-runs"} in claims) is (where != "submitter"), (
+                f"{name}: {where}"
+            )
 
 
 TRAIN_POD = "spec/rayClusterSpec/workerGroupSpecs/1/template/spec/"
 BROKEN_RUN_FOLDERS = [
-    ("ConfigMap", "lidit-settings", "data/LIDIT_RUNS", "s3://lidit/runs", "is not the absolute path of a folder"),
-    ("ConfigMap", "lidit-settings", "data/LIDIT_RUNS", None, "'$LIDIT_RUNS' is not the absolute path of a folder"),
-    ("ConfigMap", "lidit-settings", "data/LIDIT_RUNS", "/scratch/runs", "head: output /scratch/runs is not on a Pers"),
+    (
+        "ConfigMap",
+        "lidit-settings",
+        "data/LIDIT_RUNS",
+        "s3://lidit/runs",
+        "is not the absolute path of a folder",
+    ),
+    (
+        "ConfigMap",
+        "lidit-settings",
+        "data/LIDIT_RUNS",
+        None,
+        "'$LIDIT_RUNS' is not the absolute path of a folder",
+    ),
+    (
+        "ConfigMap",
+        "lidit-settings",
+        "data/LIDIT_RUNS",
+        "/scratch/runs",
+        "head: output /scratch/runs is not on a Pers",
+    ),
     ("ConfigMap", "lidit-settings", "data/LIDIT_RUNS", "/models/runs", "mounted read-only"),
-    ("RayJob", "lidit-train", TRAIN_POD + "containers/0/volumeMounts/6", None, "worker group train: output /runs is"),
-    ("RayJob", "lidit-train", TRAIN_POD + "volumes/6/persistentVolumeClaim/readOnly", True, "mounted read-only"),
-    ("RayJob", "lidit-train", TRAIN_POD + "volumes/6/persistentVolumeClaim/claimName", "x", "different claims"),
-    ("RayCluster", "lidit-interactive", "spec/headGroupSpec/template/spec/volumes/5", None, "head: output /runs is"),
+    (
+        "RayJob",
+        "lidit-train",
+        TRAIN_POD + "containers/0/volumeMounts/6",
+        None,
+        "worker group train: output /runs is",
+    ),
+    (
+        "RayJob",
+        "lidit-train",
+        TRAIN_POD + "volumes/6/persistentVolumeClaim/readOnly",
+        True,
+        "mounted read-only",
+    ),
+    (
+        "RayJob",
+        "lidit-train",
+        TRAIN_POD + "volumes/6/persistentVolumeClaim/claimName",
+        "x",
+        "different claims",
+    ),
+    (
+        "RayCluster",
+        "lidit-interactive",
+        "spec/headGroupSpec/template/spec/volumes/5",
+        None,
+        "head: output /runs is",
+    ),
 ]
 
 
@@ -280,7 +411,9 @@ def test_a_run_folder_that_would_lose_the_run_is_found(
 ) -> None:
     whole = find(small, kind, name)
     broken = [put(document, path, value) if document is whole else document for document in small]
-    assert any(message in error for error in run_folder_errors(broken)), list(run_folder_errors(broken))
+    assert any(message in error for error in run_folder_errors(broken)), list(
+        run_folder_errors(broken)
+    )
 
 
 def test_training_is_one_gang(documents: list[dict[str, Any]]) -> None:
@@ -292,7 +425,9 @@ def test_training_is_one_gang(documents: list[dict[str, Any]]) -> None:
     assert cluster["enableInTreeAutoscaling"] is False
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] == group["replicas"] == group["maxReplicas"] > 0
-    queues = {d["kind"]: d for d in yaml.safe_load_all((KUBERAY / "kueue" / "queues.yaml").read_text())}
+    queues = {
+        d["kind"]: d for d in yaml.safe_load_all((KUBERAY / "kueue" / "queues.yaml").read_text())
+    }
     assert queues["LocalQueue"]["metadata"]["name"] == "lidit"
     assert queues["WorkloadPriorityClass"]["metadata"]["name"] == "lidit-train"
     quota = {
@@ -300,7 +435,10 @@ def test_training_is_one_gang(documents: list[dict[str, Any]]) -> None:
         for r in queues["ClusterQueue"]["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
     }
     train = cluster["workerGroupSpecs"][1]
-    gpus = int(train["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) * train["replicas"]
+    gpus = (
+        int(train["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+        * train["replicas"]
+    )
     assert gpus <= quota["nvidia.com/gpu"]
 
 
@@ -313,9 +451,12 @@ def test_encoder_pools_are_separate_spot_and_may_be_empty(documents: list[dict[s
         assert gpu["minReplicas"] == 0
         assert gpu["labels"] == {"lidit/pool": f"encode-{size}"}
         assert pod["nodeSelector"] == {"lidit/capacity": "spot", "lidit/gpu": size}
-        assert {"key": "lidit/capacity", "operator": "Equal", "value": "spot", "effect": "NoSchedule"} in pod[
-            "tolerations"
-        ]
+        assert {
+            "key": "lidit/capacity",
+            "operator": "Equal",
+            "value": "spot",
+            "effect": "NoSchedule",
+        } in pod["tolerations"]
         assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
         assert cpu["minReplicas"] >= 1
         assert "nodeSelector" not in cpu["template"]["spec"]
@@ -324,8 +465,14 @@ def test_encoder_pools_are_separate_spot_and_may_be_empty(documents: list[dict[s
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("spec/rayClusterSpec/gcsFaultToleranceOptions/externalStorageNamespace", "is another cluster's too"),
-        ("spec/rayClusterSpec/workerGroupSpecs/0/template/metadata/labels/lidit~job", "different labels lidit/job"),
+        (
+            "spec/rayClusterSpec/gcsFaultToleranceOptions/externalStorageNamespace",
+            "is another cluster's too",
+        ),
+        (
+            "spec/rayClusterSpec/workerGroupSpecs/0/template/metadata/labels/lidit~job",
+            "different labels lidit/job",
+        ),
     ],
 )
 def test_clusters_that_share_what_must_be_their_own_are_found(
@@ -343,7 +490,9 @@ def test_clusters_that_share_what_must_be_their_own_are_found(
     assert any("same label lidit/job" in error for error in shared_state_errors([*small, twin]))
 
 
-def test_the_cache_of_units_fits_on_the_disk_of_the_pods_that_read_states(documents: list[dict[str, Any]]) -> None:
+def test_the_cache_of_units_fits_on_the_disk_of_the_pods_that_read_states(
+    documents: list[dict[str, Any]],
+) -> None:
     """The kubelet evicts a pod that holds more than its ephemeral storage."""
     settings = find(documents, "ConfigMap", "lidit-settings")["data"]
     for kind, name in (("RayJob", "lidit-train"), ("RayCluster", "lidit-interactive")):
@@ -353,14 +502,19 @@ def test_the_cache_of_units_fits_on_the_disk_of_the_pods_that_read_states(docume
             gigabytes = float({**settings, **own}["LIDIT_STORE_CACHE_GIGABYTES"])
             disk = container["resources"]["limits"]["ephemeral-storage"]
             assert disk.endswith("Gi")
-            if where not in ("submitter", "head") and (name, where) != ("lidit-train", "worker group cpu"):
+            if where not in ("submitter", "head") and (name, where) != (
+                "lidit-train",
+                "worker group cpu",
+            ):
                 assert gigabytes * 1e9 < int(disk.removesuffix("Gi")) * 2**30, f"{name}: {where}"
 
 
-# --- secrets and the command -----------------------------------------------------------------------------------------
+# --- secrets and the command ----------------------------------------------------------------------
 
 
-def test_referenced_secrets_and_maps_are_documented_and_never_shipped(documents: list[dict[str, Any]]) -> None:
+def test_referenced_secrets_and_maps_are_documented_and_never_shipped(
+    documents: list[dict[str, Any]],
+) -> None:
     assert not [d for d in documents if d["kind"] == "Secret"]
     text = yaml.safe_dump([*documents, *render(KUBERAY / "models")])
     page = (REPOSITORY / "docs" / "cluster.md").read_text()
@@ -379,24 +533,37 @@ def test_referenced_secrets_and_maps_are_documented_and_never_shipped(documents:
         assert name in page
 
 
-def test_the_command_reports_findings_and_exits_with_2(small: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_the_command_reports_findings_and_exits_with_2(
+    small: list[dict[str, Any]], tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "infra.kuberay.validate"]
     good = yaml.safe_dump_all(small)
     assert (
-        subprocess.run(command, input=good, text=True, capture_output=True, check=False, cwd=REPOSITORY).returncode == 0
+        subprocess.run(
+            command, input=good, text=True, capture_output=True, check=False, cwd=REPOSITORY
+        ).returncode
+        == 0
     )
     job = put(find(small, "RayJob", "lidit-train"), "spec/suspend", True)
     bad = tmp_path / "bad.yaml"
     bad.write_text(yaml.safe_dump_all([put(job, "spec/shutdownAfterJobFinishes", False)]))
-    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY)
+    done = subprocess.run(
+        [*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY
+    )
     assert done.returncode == 2
     assert "RayJob/lidit-train: suspend needs shutdownAfterJobFinishes" in done.stdout
     lost = put(find(small, "ConfigMap", "lidit-settings"), "data/LIDIT_RUNS", "/scratch")
     bad.write_text(yaml.safe_dump_all([lost, find(small, "RayJob", "lidit-train")]))
-    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY)
+    done = subprocess.run(
+        [*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY
+    )
     assert done.returncode == 2
-    assert "RayJob/lidit-train: head: output /scratch is not on a PersistentVolumeClaim" in done.stdout
+    assert (
+        "RayJob/lidit-train: head: output /scratch is not on a PersistentVolumeClaim" in done.stdout
+    )
     bad.write_text(yaml.safe_dump_all([find(small, "RayJob", "lidit-train")]))
-    done = subprocess.run([*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY)
+    done = subprocess.run(
+        [*command, str(bad)], text=True, capture_output=True, check=False, cwd=REPOSITORY
+    )
     assert done.returncode == 2
     assert "LIDIT_CORPUS, LIDIT_RUNS: in no ConfigMap of the job's pods" in done.stdout

@@ -1,8 +1,9 @@
-"""The commands of the RayJobs, led through every shell that stands between the manifest and our jobs.
+"""The commands of the RayJobs, led through every shell that stands between the manifest and our
+jobs.
 
-KubeRay (ray-operator/controllers/ray/common/job.go) pastes `entrypoint` unquoted into the command of bash in the
-submitter pod; that pod has neither settings nor recipe. Ray's CLI joins the words again, and sh in a pod of the
-cluster, which has the settings, runs the line.
+KubeRay (ray-operator/controllers/ray/common/job.go) pastes `entrypoint` unquoted into the command
+of bash in the submitter pod; that pod has neither settings nor recipe. Ray's CLI joins the words
+again, and sh in a pod of the cluster, which has the settings, runs the line.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Machine:
         self.path.mkdir()
         self.calls.write_text("")
         for name in programs:
-            (self.path / name).write_text(STAND_IN.format(python=sys.executable, calls=str(self.calls)))
+            (self.path / name).write_text(
+                STAND_IN.format(python=sys.executable, calls=str(self.calls))
+            )
             (self.path / name).chmod(0o755)
 
     def run(self, command: list[str], env: dict[str, str]) -> list[list[str]]:
@@ -55,12 +58,17 @@ class Machine:
 
 
 def submitter_line(job: dict[str, Any]) -> str:
-    """What KubeRay gives to `bash -ce --` in the submitter pod (its wait for the dashboard left out)."""
+    """What KubeRay gives to `bash -ce --` in the submitter pod (its wait for the dashboard left
+    out).
+    """
     address, name = "http://head-svc:8265", "lidit-x7k2p"
     return (
-        f"if ! ray job status --address {address} {name} >/dev/null 2>&1 ; then ray job submit --address {address} "
-        f"--no-wait --submission-id {name} --entrypoint-num-cpus {job['spec']['entrypointNumCpus']:f} "
-        f"-- {job['spec']['entrypoint'].strip()} ; fi ; ray job logs --address {address} --follow {name}"
+        f"if ! ray job status --address {address} {name} >/dev/null 2>&1 ; then ray job submit "
+        f"--address {address} "
+        f"--no-wait --submission-id {name} --entrypoint-num-cpus "
+        f"{job['spec']['entrypointNumCpus']:f} "
+        f"-- {job['spec']['entrypoint'].strip()} ; fi ; ray job logs --address {address} "
+        f"--follow {name}"
     )
 
 
@@ -79,18 +87,29 @@ def arrives(documents: list[dict[str, Any]], job: dict[str, Any], folder: Path) 
     pods = dict(pod_templates(job))
     maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
     pod = Machine(folder / "submitter", ("ray", "python"))
-    calls = pod.run([shutil.which("bash") or "bash", "-ce", "--", submitter_line(job)], plain(pods["submitter"], maps))
-    assert [call[:3] for call in calls] == [["ray", "job", verb] for verb in ("status", "submit", "logs")], calls
+    calls = pod.run(
+        [shutil.which("bash") or "bash", "-ce", "--", submitter_line(job)],
+        plain(pods["submitter"], maps),
+    )
+    assert [call[:3] for call in calls] == [
+        ["ray", "job", verb] for verb in ("status", "submit", "logs")
+    ], calls
     sent = submit.make_context("submit", calls[1][3:]).params["entrypoint"]
     driver = Machine(folder / "driver", ("python",))
-    return driver.run([shutil.which("sh") or "sh", "-c", list2cmdline(sent)], plain(pods["head"], maps))
+    return driver.run(
+        [shutil.which("sh") or "sh", "-c", list2cmdline(sent)], plain(pods["head"], maps)
+    )
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_command_arrives_as_our_jobs_read_it(documents: list[dict[str, Any]], name: str, tmp_path: Path) -> None:
+def test_the_command_arrives_as_our_jobs_read_it(
+    documents: list[dict[str, Any]], name: str, tmp_path: Path
+) -> None:
     settings = find(documents, "ConfigMap", "lidit-settings")["data"]
     job = find(documents, "RayJob", name)
-    groups = {group["groupName"]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    groups = {
+        group["groupName"]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    }
     ((_, dash, module, *words),) = arrives(documents, job, tmp_path)
     assert dash == "-m"
     command = get_command(app).commands[module.removeprefix("jobs.")]  # type: ignore[attr-defined]
@@ -113,14 +132,27 @@ def test_the_command_arrives_as_our_jobs_read_it(documents: list[dict[str, Any]]
     assert parsed["gpus"] == 1
 
 
-# What a job's author may write, what runs in the job's pod (None: not that, if anything), what the check says.
+# What a job's author may write, what runs in the job's pod (None: not that, if anything), what the
+# check says.
 TRIED: list[tuple[str, list[str] | None, str]] = [
     ("python -m j '$LIDIT_CORPUS' '{a: b}'", ["-m", "j", "s3://lidit/corpus", "{a: b}"], ""),
-    ("python -m j 'corpus=$LIDIT_CORPUS and $LIDIT_RUNS'", ["-m", "j", "corpus=s3://lidit/corpus and /runs"], ""),
+    (
+        "python -m j 'corpus=$LIDIT_CORPUS and $LIDIT_RUNS'",
+        ["-m", "j", "corpus=s3://lidit/corpus and /runs"],
+        "",
+    ),
     (r"python -m j \$LIDIT_RUNS", ["-m", "j", "/runs"], ""),
-    ("python -m j $LIDIT_CORPUS", None, "'$' outside single quotes is expanded in the submitter pod"),
+    (
+        "python -m j $LIDIT_CORPUS",
+        None,
+        "'$' outside single quotes is expanded in the submitter pod",
+    ),
     ('python -m j "corpus=$LIDIT_CORPUS"', None, "'$' outside single quotes"),
-    ("python -m j '$LIDIT_CORPUS' & python -m k", None, "'&' outside quotes ends the command in the submitter pod"),
+    (
+        "python -m j '$LIDIT_CORPUS' & python -m k",
+        None,
+        "'&' outside quotes ends the command in the submitter pod",
+    ),
     ("python -m j; python -m k", None, "';' outside quotes"),
     ("python -m j '\"$LIDIT_RUNS\"'", ["-m", "j", '"/runs"'], ""),
     (r"python -m j 'a\b'", None, "would read"),
@@ -136,16 +168,21 @@ TRIED: list[tuple[str, list[str] | None, str]] = [
 
 @pytest.mark.parametrize(("entrypoint", "expected", "message"), TRIED)
 def test_the_check_says_what_the_shells_would_do(
-    small: list[dict[str, Any]], entrypoint: str, expected: list[str] | None, message: str, tmp_path: Path
+    small: list[dict[str, Any]],
+    entrypoint: str,
+    expected: list[str] | None,
+    message: str,
+    tmp_path: Path,
 ) -> None:
     find(small, "ConfigMap", "lidit-settings")["data"]["LIDIT_SPACE"] = "two words"
     job = copy.deepcopy(find(small, "RayJob", "lidit-train"))
     job["spec"]["entrypoint"] = entrypoint
     errors = list(entrypoint_errors([job, *[d for d in small if d["kind"] == "ConfigMap"]]))
     if expected is None:
-        assert any(error.startswith("RayJob/lidit-train: entrypoint: ") and message in error for error in errors), (
-            errors
-        )
+        assert any(
+            error.startswith("RayJob/lidit-train: entrypoint: ") and message in error
+            for error in errors
+        ), errors
     else:
         assert errors == []
         assert arrives(small, job, tmp_path) == [["python", *expected]]

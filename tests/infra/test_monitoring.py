@@ -1,4 +1,6 @@
-"""Dashboard and alert rules speak only of metrics we declare, the rules fire on real series, and a job exports them."""
+"""Dashboard and alert rules speak only of metrics we declare, the rules fire on real series, and a
+job exports them.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,19 @@ MONITORING = REPOSITORY / "infra" / "monitoring"
 OURS = re.compile(r"\bray_(lidit_\w+)")
 # Metrics of a served model begin with these, all others are those of a job.
 SERVED = (
-    "lidit_request", "lidit_first_preview", "lidit_queue", "lidit_pass", "lidit_unused", "lidit_prompt_states",
+    "lidit_request", "lidit_first_preview", "lidit_queue", "lidit_pass", "lidit_unused",
+    "lidit_prompt_states",
     "lidit_verdicts",
 )  # fmt: skip
 HISTOGRAM_SUFFIXES = ("_bucket", "_count", "_sum")
 
 
 def panels() -> list[dict[str, Any]]:
-    return [p for p in json.loads((MONITORING / "dashboard.json").read_text())["panels"] if p["type"] != "row"]
+    return [
+        p
+        for p in json.loads((MONITORING / "dashboard.json").read_text())["panels"]
+        if p["type"] != "row"
+    ]
 
 
 def rules() -> list[dict[str, Any]]:
@@ -51,7 +58,11 @@ def exported_names() -> set[str]:
     """The series names Ray makes of our declarations."""
     names: set[str] = set()
     for name, declared in METRICS.items():
-        names |= {name + suffix for suffix in HISTOGRAM_SUFFIXES} if declared.kind == "histogram" else {name}
+        names |= (
+            {name + suffix for suffix in HISTOGRAM_SUFFIXES}
+            if declared.kind == "histogram"
+            else {name}
+        )
     return names
 
 
@@ -64,13 +75,17 @@ def test_every_metric_named_is_declared_with_its_label() -> None:
                 f"{where} names {name}, which pipelines/runtime/prometheus.py does not declare"
             )
             base = name if name in METRICS else name.rsplit("_", 1)[0]
-            assert METRICS[base].tag in expression, f"{where}: {name} is labelled by {METRICS[base].tag}"
+            assert METRICS[base].tag in expression, (
+                f"{where}: {name} is labelled by {METRICS[base].tag}"
+            )
 
 
 def test_every_declared_metric_is_watched() -> None:
     watched = {name for expression in expressions().values() for name in OURS.findall(expression)}
     for name in METRICS:
-        assert {name, *(name + suffix for suffix in HISTOGRAM_SUFFIXES)} & watched, f"nobody looks at {name}"
+        assert {name, *(name + suffix for suffix in HISTOGRAM_SUFFIXES)} & watched, (
+            f"nobody looks at {name}"
+        )
 
 
 def test_counters_end_in_total_as_ray_exports_them() -> None:
@@ -98,7 +113,12 @@ def test_the_dashboard_is_well_formed() -> None:
 
 
 def test_every_alert_says_what_to_do() -> None:
-    wanted = {"LiditEmbeddingStalled", "LiditLossNotFinite", "LiditCheckpointTooOld", "LiditQuarantineAboveThreshold"}
+    wanted = {
+        "LiditEmbeddingStalled",
+        "LiditLossNotFinite",
+        "LiditCheckpointTooOld",
+        "LiditQuarantineAboveThreshold",
+    }
     assert wanted <= {rule["alert"] for rule in rules()}
     for rule in rules():
         assert rule["labels"]["severity"] in ("warning", "critical")
@@ -115,7 +135,11 @@ def promtool() -> str:
 
 def test_alerts_fire_when_they_should_and_only_then(promtool: str) -> None:
     done = subprocess.run(
-        [promtool, "test", "rules", "alerts_test.yaml"], cwd=MONITORING, capture_output=True, text=True, check=False
+        [promtool, "test", "rules", "alerts_test.yaml"],
+        cwd=MONITORING,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     tested = {
@@ -127,7 +151,9 @@ def test_alerts_fire_when_they_should_and_only_then(promtool: str) -> None:
 
 
 def test_the_podmonitor_finds_every_ray_pod_and_may_reach_it() -> None:
-    """Its selectors and its port, against the pods as the manifests make them and KubeRay labels them."""
+    """Its selectors and its port, against the pods as the manifests make them and KubeRay labels
+    them.
+    """
     monitor = yaml.safe_load((MONITORING / "podmonitor.yaml").read_text())
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     documents = render_overlay("large")
@@ -140,11 +166,19 @@ def test_the_podmonitor_finds_every_ray_pod_and_may_reach_it() -> None:
                 assert not selects(monitor["spec"]["selector"], labels)
                 continue
             labels |= {"ray.io/node-type": "head" if where == "head" else "worker"}
-            ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+            ports = {
+                port["name"]: port["containerPort"]
+                for port in template["spec"]["containers"][0]["ports"]
+            }
             assert selects(monitor["spec"]["selector"], labels)
-            assert document["metadata"]["namespace"] in monitor["spec"]["namespaceSelector"]["matchNames"]
+            assert (
+                document["metadata"]["namespace"]
+                in monitor["spec"]["namespaceSelector"]["matchNames"]
+            )
             space = monitor["metadata"]["namespace"]
-            assert network.allows({"app": "prometheus"}, labels, ports[endpoint["port"]], space, "lidit"), where
+            assert network.allows(
+                {"app": "prometheus"}, labels, ports[endpoint["port"]], space, "lidit"
+            ), where
             seen += 1
     assert seen == 12
 
@@ -157,7 +191,9 @@ def test_the_scrape_configuration_is_valid(promtool: str) -> None:
 
 def test_remedies_name_settings_that_exist() -> None:
     page = (REPOSITORY / "docs" / "monitoring.md").read_text()
-    (remedy,) = [rule["annotations"]["remedy"] for rule in rules() if rule["alert"] == "LiditWaitingForData"]
+    (remedy,) = [
+        rule["annotations"]["remedy"] for rule in rules() if rule["alert"] == "LiditWaitingForData"
+    ]
     for text in (page, *(rule["annotations"]["remedy"] for rule in rules())):
         for section, key in re.findall(r"\b(data|engine|train)\.([a-z_]+)", text):
             assert key in Recipe.model_fields[section].annotation.model_fields, f"{section}.{key}"  # type: ignore[union-attr]
@@ -172,7 +208,9 @@ def test_panel_expressions_parse(promtool: str, tmp_path: Path) -> None:
     ]
     path = tmp_path / "panels.yaml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": records}]}))
-    done = subprocess.run([promtool, "check", "rules", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [promtool, "check", "rules", str(path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -227,7 +265,7 @@ def everything():
     return text if text.count("# HELP ray_lidit_") == int(sys.argv[2]) else None
 
 print(wait_until(everything, 60, every=1))  # the agent exports once a second
-"""
+"""  # noqa: E501
 
 
 def scraped(text: str) -> dict[str, tuple[str, float]]:
@@ -242,9 +280,15 @@ def scraped(text: str) -> dict[str, tuple[str, float]]:
 
 
 @pytest.mark.slow
-def test_a_running_job_exports_every_metric_the_panels_and_rules_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_running_job_exports_every_metric_the_panels_and_rules_name(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     home = tmp_path_factory.mktemp("m")
-    env = os.environ | {"HOME": str(home), "RAY_metrics_report_interval_ms": "1000", "RAY_AUTH_MODE": "disabled"}
+    env = os.environ | {
+        "HOME": str(home),
+        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_AUTH_MODE": "disabled",
+    }
     env["PYTHONPATH"] = str(REPOSITORY)
     done = subprocess.run(
         [sys.executable, "-c", JOB, str(home / "r"), str(len(METRICS))],
@@ -308,7 +352,7 @@ try:
     watcher.join(5)  # the last values are exported a second after the job ends
 finally:
     ended.set()
-"""
+"""  # noqa: E501
 REAL_RECIPE = """
 name: watched
 output: {folder}/runs
@@ -330,10 +374,19 @@ def test_a_real_embedding_and_training_are_seen(tmp_path_factory: pytest.TempPat
     write_tar(folder / "sources" / "bad.tar", [("x.png", b"no image"), ("x.txt", b"a caption")])
     tiny_llm(folder / "llama", "llama")
     (folder / "recipe.yaml").write_text(REAL_RECIPE.format(folder=folder))
-    env = os.environ | {"HOME": str(folder), "RAY_metrics_report_interval_ms": "500", "RAY_AUTH_MODE": "disabled"}
+    env = os.environ | {
+        "HOME": str(folder),
+        "RAY_metrics_report_interval_ms": "500",
+        "RAY_AUTH_MODE": "disabled",
+    }
     env |= {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", REAL, str(folder)], env=env, capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, "-c", REAL, str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     samples = scraped(done.stdout)

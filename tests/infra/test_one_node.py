@@ -50,8 +50,13 @@ def test_a_step_fits_beside_the_idle_interactive_cluster(part: str) -> None:
     for job in clusters(part):
         found += pods(job["rayClusterSpec"], at_most=True)
         found.append((job["submitterPodTemplate"]["spec"], 1))
-        autoscaled += [job["rayClusterSpec"]] if job["rayClusterSpec"]["enableInTreeAutoscaling"] else []
-    found += [({"containers": [{"resources": one["autoscalerOptions"]["resources"]}]}, 1) for one in autoscaled]
+        autoscaled += (
+            [job["rayClusterSpec"]] if job["rayClusterSpec"]["enableInTreeAutoscaling"] else []
+        )
+    found += [
+        ({"containers": [{"resources": one["autoscalerOptions"]["resources"]}]}, 1)
+        for one in autoscaled
+    ]
     needed = total(found)
     assert needed["nvidia.com/gpu"] == 8
     assert {name: value for name, value in needed.items() if value > ROOM[name]} == {}
@@ -61,7 +66,11 @@ def test_every_gpu_pod_goes_to_the_one_label_and_nothing_waits() -> None:
     selectors = set()
     for part in ("cluster", "embed", "train"):
         for document in render(NODE8 / part):
-            cluster = document["spec"].get("rayClusterSpec", document["spec"]) if "spec" in document else {}
+            cluster = (
+                document["spec"].get("rayClusterSpec", document["spec"])
+                if "spec" in document
+                else {}
+            )
             for group in cluster.get("workerGroupSpecs", []):
                 pod = group["template"]["spec"]
                 if any("nvidia.com/gpu" in c["resources"]["requests"] for c in pod["containers"]):

@@ -1,4 +1,6 @@
-"""Passwords, keys and tokens stay where they belong: planted ones are in no log, record, artifact or model folder."""
+"""Passwords, keys and tokens stay where they belong: planted ones are in no log, record, artifact
+or model folder.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,12 @@ def test_planted_secrets_are_nowhere(
     with running_server(documents, server, backend, auth, {}) as url:
         planted = url.replace("://", f"://admin:{quote(ADMIN_PASSWORD)}@")
         env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
-        env |= {**SECRETS, "HOME": str(home), "RAY_TMPDIR": str(home), "MLFLOW_TRACKING_URI": planted}
+        env |= {
+            **SECRETS,
+            "HOME": str(home),
+            "RAY_TMPDIR": str(home),
+            "MLFLOW_TRACKING_URI": planted,
+        }
         env.pop("MLFLOW_TRACKING_TOKEN")  # the server wants a login
         done = subprocess.run(
             [Path(sys.executable).with_name("lidit"), "run", "recipe.yaml"],
@@ -81,12 +88,18 @@ def test_planted_secrets_are_nowhere(
             client = MlflowClient(url)
             runs = client.search_runs([client.get_experiment_by_name("lidit").experiment_id])
             trained = next(run for run in runs if run.data.tags["lidit.job"] == "train")
-            assert [point.step for point in client.get_metric_history(trained.info.run_id, "loss")] == [1, 2]
+            assert [
+                point.step for point in client.get_metric_history(trained.info.run_id, "loss")
+            ] == [1, 2]
     assert len(runs) == 2
     assert list((server / "artifacts").rglob("model_index.json"))
     assert holding(tmp_path, "single_object")
     assert holding(home, "RayTrainWorker"), "Ray's logs were to be searched"
-    for name, secret in {**SECRETS, "password": ADMIN_PASSWORD, "quoted": f"admin:{quote(ADMIN_PASSWORD)}"}.items():
+    for name, secret in {
+        **SECRETS,
+        "password": ADMIN_PASSWORD,
+        "quoted": f"admin:{quote(ADMIN_PASSWORD)}",
+    }.items():
         assert secret not in done.stdout + done.stderr, name
         for folder in (tmp_path, home, server):
             assert holding(folder, secret) == [], name
@@ -99,9 +112,13 @@ def test_an_address_with_a_password_leaves_it_to_the_environment(
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ss%2Fw@mlflow.example.com:5000/path")
     assert tracking.store_uri(None, tmp_path) == "https://mlflow.example.com:5000/path"
-    assert tracking.credentials()["MLFLOW_TRACKING_PASSWORD"] == "", "asking for the address changes nothing"
+    assert tracking.credentials()["MLFLOW_TRACKING_PASSWORD"] == "", (
+        "asking for the address changes nothing"
+    )
     tracking.sign_in("http://other:5000")
-    assert tracking.credentials()["MLFLOW_TRACKING_PASSWORD"] == "", "the password is for one server"
+    assert tracking.credentials()["MLFLOW_TRACKING_PASSWORD"] == "", (
+        "the password is for one server"
+    )
     tracking.sign_in("https://mlflow.example.com:5000/path")
     assert tracking.credentials()["MLFLOW_TRACKING_USERNAME"] == "me"
     assert tracking.credentials()["MLFLOW_TRACKING_PASSWORD"] == "p@ss/w"
@@ -110,7 +127,10 @@ def test_an_address_with_a_password_leaves_it_to_the_environment(
     with pytest.raises(InputError, match="PGPASSWORD") as caught:
         tracking.store_uri(None, tmp_path)
     assert "hunter2" not in str(caught.value)
-    for address in ("https://hunter2@mlflow.example.com", "https://mlflow.example.com/?token=hunter2"):
+    for address in (
+        "https://hunter2@mlflow.example.com",
+        "https://mlflow.example.com/?token=hunter2",
+    ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         with pytest.raises(InputError, match="MLFLOW_TRACKING_TOKEN") as caught:
             tracking.store_uri(None, tmp_path)
@@ -141,7 +161,10 @@ def test_settings_refuse_passwords_without_repeating_them(tmp_path: Path) -> Non
     assert "hunter2" not in str(caught.value)
     with pytest.raises(InputError, match="password"):  # what stands before the @ may be a token
         validate(TrackingSettings, {"uri": "http://me@example.com:5000"}, "")
-    assert validate(TrackingSettings, {"uri": "http://example.com:5000"}, "").uri == "http://example.com:5000"
+    assert (
+        validate(TrackingSettings, {"uri": "http://example.com:5000"}, "").uri
+        == "http://example.com:5000"
+    )
 
 
 def test_no_secret_is_in_what_ray_records_of_a_worker() -> None:

@@ -1,4 +1,6 @@
-"""The manifest of the online platform: valid, closed but for one door, and with settings that our code takes."""
+"""The manifest of the online platform: valid, closed but for one door, and with settings that our
+code takes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def service(documents: list[dict[str, Any]]) -> dict[str, Any]:
     return copy.deepcopy(find(documents, "RayService", "lidit-serve"))
 
 
-def test_the_manifest_passes_schema_rules_and_security(documents: list[dict[str, Any]], shared_data: Any) -> None:
+def test_the_manifest_passes_schema_rules_and_security(
+    documents: list[dict[str, Any]], shared_data: Any
+) -> None:
     schemas = load_schemas(shared_data / "kuberay")
     assert [error for document in documents for error in check(document, schemas)] == []
     assert list(together_errors([*render_overlay("small"), *documents])) == []
@@ -58,10 +62,19 @@ def set_env(spec: dict[str, Any]) -> None:
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no config": (lambda spec: spec.update(serveConfigV2="[]"), "serveConfigV2 is no YAML mapping"),
-    "no import path": (lambda spec: spec.update(serveConfigV2="applications: [{name: a}]"), "serveConfigV2"),
+    "no import path": (
+        lambda spec: spec.update(serveConfigV2="applications: [{name: a}]"),
+        "serveConfigV2",
+    ),
     "no cluster": (lambda spec: spec.pop("rayClusterConfig"), "rayClusterConfig is needed"),
-    "head serves": (lambda spec: spec.update(excludeHeadPodFromServeSvc=False), "the head serves nobody"),
-    "early deletion": (lambda spec: spec.update(rayClusterDeletionDelaySeconds=60), "above the longest request"),
+    "head serves": (
+        lambda spec: spec.update(excludeHeadPodFromServeSvc=False),
+        "the head serves nobody",
+    ),
+    "early deletion": (
+        lambda spec: spec.update(rayClusterDeletionDelaySeconds=60),
+        "above the longest request",
+    ),
     "early kill": (
         lambda spec: spec["rayClusterConfig"]["workerGroupSpecs"][1]["template"]["spec"].update(
             terminationGracePeriodSeconds=30
@@ -93,7 +106,11 @@ def test_port_8000_is_the_ingress_controllers_alone(documents: list[dict[str, An
     controller = {"app.kubernetes.io/name": "ingress-nginx"}
     assert network.allows(controller, worker, 8000, "ingress-nginx", SPACE)
     assert network.allows(worker, head, 6379, SPACE, SPACE)
-    for source, space in (({}, SPACE), ({}, "default"), ({"lidit/job": "train", "ray.io/node-type": "worker"}, SPACE)):
+    for source, space in (
+        ({}, SPACE),
+        ({}, "default"),
+        ({"lidit/job": "train", "ray.io/node-type": "worker"}, SPACE),
+    ):
         assert not network.allows(source, worker, 8000, space, SPACE)
     for port in (6379, 8265, 10001, 52365):
         assert not network.allows(controller, worker, port, "ingress-nginx", SPACE)

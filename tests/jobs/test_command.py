@@ -63,11 +63,15 @@ def test_first_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "no such model folder" in fails(capsys, "sample", tmp_path / "absent", "--prompt", "x")
     assert "model_index.json" in fails(capsys, "evaluate", tmp_path / "empty")
     assert "per_tag" in fails(capsys, "evaluate", tmp_path / "empty", "per_tags=3")
-    assert str(tmp_path / "empty") in fails(capsys, "ingest", tmp_path / "empty", "--corpus", tmp_path / "c")
+    assert str(tmp_path / "empty") in fails(
+        capsys, "ingest", tmp_path / "empty", "--corpus", tmp_path / "c"
+    )
     assert not (tmp_path / "c").exists()
 
 
-def test_words_the_command_line_does_not_know_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_the_command_line_does_not_know_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     told = fails(capsys, "run", "demo", "--until", "trin")
     assert "lidit run: Invalid value for '--until': 'trin' is not one of 'ingest', 'embed'" in told
     assert told.endswith("lidit run --help)")
@@ -80,17 +84,28 @@ def test_words_the_command_line_does_not_know_are_one_line(capsys: pytest.Captur
     assert captured.err == ""
 
 
-def test_places_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fails(capsys, "scenes", "--out", "/proc/x", "--count", "4").startswith("error: /proc/x: cannot be opened")
+def test_places_that_cannot_be_written_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails(capsys, "scenes", "--out", "/proc/x", "--count", "4").startswith(
+        "error: /proc/x: cannot be opened"
+    )
     assert "local folder" in fails(capsys, "scenes", "--out", "s3://bucket/scenes", "--count", "4")
     (tmp_path / "file").touch()
     told = fails(capsys, "scenes", "--out", tmp_path / "file" / "x", "--count", "4")
-    assert told == f"error: {tmp_path}/file/x: cannot be opened or made (Not a directory); give another path"
+    assert (
+        told == f"error: {tmp_path}/file/x: cannot be opened or made (Not a directory); give "
+        "another path"
+    )
 
 
 @pytest.mark.parametrize("label", ["pool", "=x", "pool="])
-@pytest.mark.parametrize("words", [("embed", "corpus", "--encoder", "smollm2"), ("latents", "corpus")])
-def test_a_node_label_is_key_and_value(words: tuple[str, ...], label: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words", [("embed", "corpus", "--encoder", "smollm2"), ("latents", "corpus")]
+)
+def test_a_node_label_is_key_and_value(
+    words: tuple[str, ...], label: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "a label is KEY=VALUE" in fails(capsys, *words, "--node-label", label)
 
 
@@ -121,11 +136,19 @@ def ends(job_raising: JobRaising, capsys: pytest.CaptureFixture[str]) -> Ends:
     return run
 
 
-def test_what_the_file_system_refuses(tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_file_system_refuses(
+    tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
     denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "new"))
-    line = f"{tmp_path}/new: cannot be written (Permission denied); give a folder you may write, or fix its owner"
+    line = (
+        f"{tmp_path}/new: cannot be written (Permission denied); give a folder you may "
+        "write, or fix its owner"
+    )
     assert ends(denied) == (2, f"error: {line}\n")
-    assert ends(RayTaskError("f", "a traceback", denied).as_instanceof_cause()) == (2, f"error: {line}\n")
+    assert ends(RayTaskError("f", "a traceback", denied).as_instanceof_cause()) == (
+        2,
+        f"error: {line}\n",
+    )
     read_only = OSError(errno.EROFS, "", str(tmp_path))
     assert "cannot be written (Read-only file system)" in ends(read_only)[1]
     full = OSError(errno.ENOSPC, "", "a/file")
@@ -142,7 +165,8 @@ def test_an_object_stores_refusal_is_one_line_also_out_of_a_task(ends: Ends) -> 
 
 
 @pytest.mark.parametrize(
-    "bug", [OSError("no file in it"), OSError(errno.EIO, "", "a/file"), ValueError("x"), KeyError("x")]
+    "bug",
+    [OSError("no file in it"), OSError(errno.EIO, "", "a/file"), ValueError("x"), KeyError("x")],
 )
 def test_bugs_keep_their_traceback(bug: Exception, job_raising: JobRaising) -> None:
     with pytest.raises(type(bug)):
@@ -168,7 +192,9 @@ def test_a_tar_cut_in_half_keeps_what_is_whole(
     with tarfile.open(fileobj=tar.open("rb")) as half:
         names = {name.split(".")[0] for name in _members(half)}
     capsys.readouterr()
-    assert lidit("ingest", tmp_path / "s", "--corpus", tmp_path / "c", "--set", "resolution=32") == 0
+    assert (
+        lidit("ingest", tmp_path / "s", "--corpus", tmp_path / "c", "--set", "resolution=32") == 0
+    )
     text = capsys.readouterr().out
     corpus = Corpus.open(tmp_path / "c")
     assert 0 < corpus.num_samples < 40
@@ -187,22 +213,31 @@ def test_it_runs_outside_the_repository(tmp_path: Path) -> None:
 
     command = shutil.which("lidit", path=str(Path(sys.executable).parent))
     assert command
-    done = subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [command, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0
     assert "evaluate" in done.stdout
 
 
-def test_the_version_names_its_commit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_names_its_commit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert lidit("--version") == 0
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     commit = head.stdout.strip() or "unknown"
     assert re.fullmatch(
-        rf"lidit {re.escape(str(__version__))}, commit {commit}( with changes)?\n", capsys.readouterr().out
+        rf"lidit {re.escape(str(__version__))}, commit {commit}( with changes)?\n",
+        capsys.readouterr().out,
     )
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_way_to_ask_for_help_gives_the_same(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_way_to_ask_for_help_gives_the_same(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = []
     for words in ((job, "--help"), (job, "-h"), ("help", job)):
         assert lidit(*words) == 0
@@ -211,7 +246,9 @@ def test_every_way_to_ask_for_help_gives_the_same(job: str, capsys: pytest.Captu
     assert f"lidit {job}" in texts[0]
 
 
-def test_help_without_a_command_lists_them_and_an_unknown_one_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_without_a_command_lists_them_and_an_unknown_one_is_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     texts = []
     for words in (("--help",), ("-h",), ("help",)):
         assert lidit(*words) == 0
@@ -221,13 +258,19 @@ def test_help_without_a_command_lists_them_and_an_unknown_one_is_a_line(capsys: 
     assert "did you mean 'train'" in fails(capsys, "help", "trian").lower()
 
 
-@pytest.mark.parametrize("prompt", ["caf\udce9", "a\0b", "x" * 100_001], ids=["bytes", "NUL", "long"])
+@pytest.mark.parametrize(
+    "prompt", ["caf\udce9", "a\0b", "x" * 100_001], ids=["bytes", "NUL", "long"]
+)
 def test_a_prompt_that_is_no_text_is_told_before_a_model_is_loaded(
     prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = fails(capsys, "sample", tmp_path / "absent", "--prompt", "ein Würfel", "--prompt", prompt)
+    told = fails(
+        capsys, "sample", tmp_path / "absent", "--prompt", "ein Würfel", "--prompt", prompt
+    )
     assert told.startswith("error: --prompt: prompt 2: ")
-    assert "--prompt: prompt 1: " in fails(capsys, "report", tmp_path, tmp_path / "b", "--prompt", prompt)
+    assert "--prompt: prompt 1: " in fails(
+        capsys, "report", tmp_path, tmp_path / "b", "--prompt", prompt
+    )
 
 
 @pytest.mark.parametrize(("seed", "count"), [(2**64, 1), (10**30, 1), (2**64 - 1, 2)])

@@ -1,4 +1,6 @@
-"""`lidit verify`, `repair`, `export`, `inspect`: a damaged corpus is named, mended and read by others."""
+"""`lidit verify`, `repair`, `export`, `inspect`: a damaged corpus is named, mended and read by
+others.
+"""
 
 import json
 import re
@@ -34,11 +36,16 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_verify_repair_embed_verify(corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_repair_embed_verify(
+    corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lidit("verify", corpus) == 0
     assert "sound" in capsys.readouterr().out
     before = contents(corpus)
-    damaged, lost = next(corpus.glob("text/*/00001-*.arrow")), next(corpus.glob("text/*/00002-*.arrow"))
+    damaged, lost = (
+        next(corpus.glob("text/*/00001-*.arrow")),
+        next(corpus.glob("text/*/00002-*.arrow")),
+    )
     flip(damaged)
     lost.unlink()
     assert lidit("verify", corpus) == 1
@@ -58,7 +65,9 @@ def test_verify_repair_embed_verify(corpus: Path, model: Path, capsys: pytest.Ca
     assert "nothing to repair" in capsys.readouterr().out
 
 
-def test_what_cannot_be_computed_again_is_left_and_said(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_computed_again_is_left_and_said(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     captions = corpus / "captions" / "00000.arrow"
     flip(captions)
     damaged = captions.read_bytes()
@@ -90,7 +99,10 @@ def test_export_and_inspect_of_a_real_corpus(
     small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = small_world.corpus
-    assert lidit("export", corpus, "--to", "parquet", "--out", tmp_path / "p", "--family", "llama") == 0
+    assert (
+        lidit("export", corpus, "--to", "parquet", "--out", tmp_path / "p", "--family", "llama")
+        == 0
+    )
     table = pq.read_table(tmp_path / "p")
     assert len(set(table["key"].to_pylist())) == 97
     assert lidit("export", corpus, "--to", "webdataset", "--out", tmp_path / "w", "--images") == 0
@@ -98,9 +110,14 @@ def test_export_and_inspect_of_a_real_corpus(
         names = archive.getnames()
         image = archive.extractfile(next(name for name in names if name.endswith(".image")))
         assert Image.open(image).size == (32, 32)
-        facts = json.load(archive.extractfile(next(name for name in names if name.endswith(".json"))))
+        facts = json.load(
+            archive.extractfile(next(name for name in names if name.endswith(".json")))
+        )
         assert facts["captions"]
-    assert lidit("export", corpus, "--to", "parquet", "--out", tmp_path / "q", "--family", "absent") == 2
+    assert (
+        lidit("export", corpus, "--to", "parquet", "--out", tmp_path / "q", "--family", "absent")
+        == 2
+    )
     assert lidit("export", corpus, "--to", "zip", "--out", tmp_path / "z") == 2
     capsys.readouterr()
     assert lidit("inspect", corpus, "--plots", tmp_path / "plots") == 0

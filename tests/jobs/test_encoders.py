@@ -15,8 +15,16 @@ def test_every_shipped_encoder_is_listed(capsys: pytest.CaptureFixture[str]) -> 
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(rows) == {path.stem for path in ENCODERS.glob("*.yaml")}
     flux = rows["flux2-klein"]
-    assert (flux["layers"], flux["width"], flux["bytes"]) == ([9, 18, 27], 3 * 2560, 2 * 3 * 2560 + 4)
-    assert (rows["smollm2"]["layers"], rows["smollm2"]["width"], rows["smollm2"]["join"]) == ([28], 576, "one")
+    assert (flux["layers"], flux["width"], flux["bytes"]) == (
+        [9, 18, 27],
+        3 * 2560,
+        2 * 3 * 2560 + 4,
+    )
+    assert (rows["smollm2"]["layers"], rows["smollm2"]["width"], rows["smollm2"]["join"]) == (
+        [28],
+        576,
+        "one",
+    )
     assert len(rows["ltx2"]["layers"]) == 49
     assert rows["hidream-llama"]["width"] == 32 * 4096
     assert rows["clip-l"]["pooled"] == "pooler_output"
@@ -28,7 +36,9 @@ def test_every_shipped_encoder_is_listed(capsys: pytest.CaptureFixture[str]) -> 
     assert next(line for line in lines if line.startswith("z-image ")).split()[1] == "2560"
 
 
-def test_a_model_of_the_hub_needs_its_commit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_model_of_the_hub_needs_its_commit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     make_corpus(tmp_path / "corpus", [["a"]])
     assert lidit("embed", tmp_path / "corpus", "--encoder", "qwen-image") == 2
     message = capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""`lidit evaluate` by measure, and in the form without a measure's name: the same checks, the same settings."""
+"""`lidit evaluate` by measure, and in the form without a measure's name: the same checks, the same
+settings.
+"""
 
 from pathlib import Path
 
@@ -10,10 +12,26 @@ from tests.helpers.command import lidit
 @pytest.mark.parametrize(
     ("named", "unnamed", "told"),
     [
-        (("scenes", "m", "pictures=4"), ("m", "pictures=4"), "pictures=4: not used by this measure; it takes batch"),
-        (("binding", "m", "per_tag=4"), ("m", "--binding", "per_tag=4"), "per_tag=4: not used by this measure"),
-        (("suite", "geneval", "m"), ("m", "--suite", "geneval"), "geneval: give --prompts FILE to draw, or --parse"),
-        (("pictures", "m", "x", "seed=1"), ("m", "--pictures", "x", "seed=1"), "seed=1: not used by this measure"),
+        (
+            ("scenes", "m", "pictures=4"),
+            ("m", "pictures=4"),
+            "pictures=4: not used by this measure; it takes batch",
+        ),
+        (
+            ("binding", "m", "per_tag=4"),
+            ("m", "--binding", "per_tag=4"),
+            "per_tag=4: not used by this measure",
+        ),
+        (
+            ("suite", "geneval", "m"),
+            ("m", "--suite", "geneval"),
+            "geneval: give --prompts FILE to draw, or --parse",
+        ),
+        (
+            ("pictures", "m", "x", "seed=1"),
+            ("m", "--pictures", "x", "seed=1"),
+            "seed=1: not used by this measure",
+        ),
         (("scenes", "m"), ("m",), "m: no model_index.json"),
         (("binding", "m"), ("m", "--binding"), "m: no model_index.json"),
     ],
@@ -33,7 +51,9 @@ def test_both_forms_say_the_same(
         assert told in capsys.readouterr().err, words
 
 
-def test_the_help_lists_measures_and_each_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_measures_and_each_explains_itself(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert lidit("evaluate", "--help") == 0
     text = capsys.readouterr().out
     assert all(f"│ {name} " in text for name in ("scenes", "binding", "suite", "pictures"))

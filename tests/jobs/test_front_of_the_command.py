@@ -12,7 +12,8 @@ from jobs.recipe import KINDS
 from lidit.config.shipped import SETTINGS
 from tests.helpers.command import lidit
 
-# All that the help and a wrong word may load besides the standard library: torch and its like take seconds.
+# All that the help and a wrong word may load besides the standard library: torch and its like take
+# seconds.
 MAY_BE_LOADED = {
     "_distutils_hack",
     "_virtualenv",
@@ -45,17 +46,25 @@ def loaded_by(*words: str) -> set[str]:
         "import jobs.main as command\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
         "    command.main()\n"
-        "names = {name if name.startswith('lidit.') else name.partition('.')[0] for name in sys.modules}\n"
-        "print('\\n'.join(sorted(names - set(sys.stdlib_module_names) - {'__main__', 'sitecustomize'})))\n"
+        "names = {name if name.startswith('lidit.') else name.partition('.')[0] for name in "
+        "sys.modules}\n"
+        "print('\\n'.join(sorted(names - set(sys.stdlib_module_names) - {'__main__', "
+        "'sitecustomize'})))\n"
     )
     found = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    return {name for name in found.stdout.split() if not name.startswith(("__editable__", "_sysconfigdata"))}
+    return {
+        name
+        for name in found.stdout.split()
+        if not name.startswith(("__editable__", "_sysconfigdata"))
+    }
 
 
-@pytest.mark.parametrize("words", [("--help",), ("embed", "--help"), ("evaluate", "m", "--per-tag", "3"), ("trian",)])
+@pytest.mark.parametrize(
+    "words", [("--help",), ("embed", "--help"), ("evaluate", "m", "--per-tag", "3"), ("trian",)]
+)
 def test_help_and_wrong_words_load_no_library(words: tuple[str, ...]) -> None:
     assert loaded_by(*words) - MAY_BE_LOADED - OURS == set()
 
@@ -75,8 +84,13 @@ def test_the_kinds_in_the_help_are_those_there_are() -> None:
 
 def test_a_shell_completes_commands() -> None:
     asked = {"_LIDIT_COMPLETE": "complete_bash", "COMP_WORDS": "lidit emb", "COMP_CWORD": "1"}
-    command, environment = Path(sys.executable).with_name("lidit"), {**os.environ, "PYTHONPATH": str(ROOT), **asked}
-    found = subprocess.run([str(command)], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    command, environment = (
+        Path(sys.executable).with_name("lidit"),
+        {**os.environ, "PYTHONPATH": str(ROOT), **asked},
+    )
+    found = subprocess.run(
+        [str(command)], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
     assert found.stdout.split() == ["embed"], found.stderr
 
 
@@ -100,7 +114,9 @@ def test_no_color_and_quiet(
     assert quiet.out.replace("/quiet:", "/told:") == told.out
 
 
-def test_settings_stand_among_the_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_stand_among_the_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
     words = ("ingest", tmp_path / "captions.txt", "captions_only=true")
     assert lidit(*words, "--out", tmp_path / "one", "unit_samples=none") == 2
@@ -118,7 +134,12 @@ def test_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (folder / "step-000000004" / "position.json").write_text("{}")
         (folder / "step-000000004" / "rank-00000.json").write_text("{}")
         (folder / "step-000000008").mkdir()  # being written when the run died
-        recipe = {"name": name, "train": {"steps": steps}, "encoders": [], "tracking": {"uri": None}}
+        recipe = {
+            "name": name,
+            "train": {"steps": steps},
+            "encoders": [],
+            "tracking": {"uri": None},
+        }
         (folder / "recipe.json").write_text(json.dumps(recipe))
         (folder / "run.json").write_text("{}")
         tracked = tmp_path / "runs" / "artifacts" / name  # as MLflow copies a run's files
@@ -153,7 +174,16 @@ def test_a_doctor_names_what_is_missing(
     assert lidit("doctor", "--no-ray", "--json", "--place", tmp_path) == 1
     captured = capsys.readouterr()
     found = {one["what"]: one for one in json.loads(captured.out)}
-    assert list(found) == ["python", "libraries", "gpus", "shared memory", "disk", "mlflow", "encoders", "store"]
+    assert list(found) == [
+        "python",
+        "libraries",
+        "gpus",
+        "shared memory",
+        "disk",
+        "mlflow",
+        "encoders",
+        "store",
+    ]
     assert found["mlflow"]["state"] == "bad"
     assert "http://127.0.0.1:9 does not answer" in found["mlflow"]["found"]
     assert "smollm2" in found["encoders"]["remedy"]

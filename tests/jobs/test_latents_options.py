@@ -18,7 +18,9 @@ def test_settings_can_be_given_one_by_one() -> None:
     assert codec_settings(None, None, None, None, []) == CodecSettings()
     assert codec_settings("pixels", None, None, None, ["scale=2"]) == CodecSettings(scale=2)
     made = codec_settings("models/VAE/", None, None, None, ["storage=bfloat16", "posterior=mean"])
-    assert made == CodecSettings(name="vae", model="models/VAE/", storage="bfloat16", posterior="mean")
+    assert made == CodecSettings(
+        name="vae", model="models/VAE/", storage="bfloat16", posterior="mean"
+    )
     assert codec_settings("./vae", "mine", "a" * 40, None, []).revision == "a" * 40
 
 

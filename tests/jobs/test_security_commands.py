@@ -38,7 +38,20 @@ def told(capsys: Capture, *words: str | Path, code: int = 0) -> str:
 
 def test_a_key_is_added_listed_and_revoked(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "new" / "keys.sqlite"
-    shown = told(capsys, "keys", "add", "alice", "--file", file, "--quota", "1000", "--days", "1", "--scope", "verify")
+    shown = told(
+        capsys,
+        "keys",
+        "add",
+        "alice",
+        "--file",
+        file,
+        "--quota",
+        "1000",
+        "--days",
+        "1",
+        "--scope",
+        "verify",
+    )
     (text,) = re.findall(r"^lidit_\w+$", shown, re.MULTILINE)
     store = KeyStore(file)
     key = store.check(text, "verify")
@@ -47,7 +60,9 @@ def test_a_key_is_added_listed_and_revoked(tmp_path: Path, capsys: Capture) -> N
     store.charge(key.id, 10)
     listed = told(capsys, "keys", "list", "--file", file)
     assert text not in listed
-    assert re.search(rf"{key.id}  alice  verify  until \d{{4}}.*  10 of 1,000 units in 1 days", listed)
+    assert re.search(
+        rf"{key.id}  alice  verify  until \d{{4}}.*  10 of 1,000 units in 1 days", listed
+    )
     assert "revoked" in told(capsys, "keys", "revoke", key.id, "--file", file)
     with pytest.raises(KeyDenied):
         store.check(text, "verify")
@@ -65,8 +80,12 @@ def test_mistakes_with_keys_are_one_line(tmp_path: Path, capsys: Capture) -> Non
     assert "lidit keys add" in told(capsys, "keys", "list", "--file", file, code=2)
     assert not file.exists()
     told(capsys, "keys", "add", "alice", "--file", file)
-    assert "scopes are generate" in told(capsys, "keys", "add", "a", "--scope", "root", "--file", file, code=2)
-    assert "no key has the id" in told(capsys, "keys", "revoke", "0123456789", "--file", file, code=2)
+    assert "scopes are generate" in told(
+        capsys, "keys", "add", "a", "--scope", "root", "--file", file, code=2
+    )
+    assert "no key has the id" in told(
+        capsys, "keys", "revoke", "0123456789", "--file", file, code=2
+    )
     file.write_text("no database")
     assert "cannot be used" in told(capsys, "keys", "list", "--file", file, code=2)
 
@@ -92,7 +111,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     encoders = tiny_encoders(folder)
     shape = {"width": 16, "depth": 1, "heads": 2, "patch_size": 4, "refiner": {"depth": 1}}
-    network = LIDiT.from_settings(ModelSettings.model_validate(shape), dict.fromkeys(encoders, WIDTH), 3)
+    network = LIDiT.from_settings(
+        ModelSettings.model_validate(shape), dict.fromkeys(encoders, WIDTH), 3
+    )
     pipeline = LIDiTPipeline(network, height=16, width=16)
     pipeline.encoders = encoders
     pipeline.save_pretrained(folder / "model")
@@ -104,11 +125,16 @@ def test_a_guard_is_trained_and_its_rates_are_told(
 ) -> None:
     monkeypatch.setenv("LIDIT_CACHE", str(tmp_path / "cache"))
     labelled, out = tmp_path / "labelled.jsonl", tmp_path / "guard.safetensors"
-    made = itertools.product(("red", "blue", "green", "white"), ("circle", "star", "cube"), ("bomb", "gun"), range(2))
-    rows = [{"prompt": f"a {colour} {thing} and a {word if refuse else 'drawing'}{word[0]}", "refuse": bool(refuse)}
+    made = itertools.product(
+        ("red", "blue", "green", "white"), ("circle", "star", "cube"), ("bomb", "gun"), range(2)
+    )
+    rows = [{"prompt": f"a {colour} {thing} and a {word if refuse else 'drawing'}{word[0]}",
+             "refuse": bool(refuse)}
             for colour, thing, word, refuse in made]  # fmt: skip
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = told(capsys, "guard", "train", labelled, "--model", model, "--out", out, "--blocked", "0.05")
+    shown = told(
+        capsys, "guard", "train", labelled, "--model", model, "--out", out, "--blocked", "0.05"
+    )
     assert re.search(r"to be refused and refused:  \d+ of \d+, [\d.]+% \[[\d.]+%, [\d.]+%\]", shown)
     assert re.search(r"harmless and refused:       \d+ of \d+, [\d.]+% \[[\d.]+%, [\d.]+%\]", shown)
     assert re.search(r"\(AUC, 0\.5 is chance\): [01]\.\d{3}", shown)
@@ -135,32 +161,57 @@ def test_a_picture_is_traced(tmp_path: Path, capsys: Capture) -> None:
     chain, key, roots = make_certificates(tmp_path, "Studio")
     secret = load_key(tmp_path / "watermark.key")
     image = Watermark(secret).embed(photo(256), 0xABCD)
-    picture, _ = ManifestSigner.from_files(chain, key).sign(encoded(image), "image/png", "request-1", "0" * 64)
+    picture, _ = ManifestSigner.from_files(chain, key).sign(
+        encoded(image), "image/png", "request-1", "0" * 64
+    )
     IssuedLog(tmp_path / "issued.sqlite", create=True).add(picture, image, "request-1", 0xABCD)
-    marks = ("--log", tmp_path / "issued.sqlite", "--watermark", tmp_path / "watermark.key", "--roots", roots)
+    marks = (
+        "--log",
+        tmp_path / "issued.sqlite",
+        "--watermark",
+        tmp_path / "watermark.key",
+        "--roots",
+        roots,
+    )
     (tmp_path / "own.png").write_bytes(picture)
     shown = told(capsys, "verify-image", tmp_path / "own.png", *marks)
     assert f"{tmp_path}/own.png: made here\n" in shown
     assert "manifest   whole, signed here, urn:c2pa:" in shown
     assert "watermark  0000abcd" in shown
     assert "log        request request-1, by these bytes" in shown
-    assert "by a signer that is not known here" in told(capsys, "verify-image", tmp_path / "own.png", code=1)
+    assert "by a signer that is not known here" in told(
+        capsys, "verify-image", tmp_path / "own.png", code=1
+    )
     (tmp_path / "copy.jpg").write_bytes(encoded(image, "JPEG"))
     shown = told(capsys, "verify-image", tmp_path / "copy.jpg", *marks, code=1)
     assert "copy.jpg: altered" in shown
     assert "log        request request-1, by the watermark" in shown
     (tmp_path / "other.png").write_bytes(encoded(scene(256)))
     shown = told(capsys, "verify-image", tmp_path / "other.png", *marks, code=1)
-    assert "other.png: unknown\n  manifest   none\n  watermark  none\n  log        none of its pictures\n" in shown
+    assert (
+        "other.png: unknown\n  manifest   none\n  watermark  none\n  log        none of its "
+        "pictures\n" in shown
+    )
     (tmp_path / "text.png").write_text("text")
-    assert "text.png: the file is no PNG" in told(capsys, "verify-image", tmp_path / "text.png", code=2)
-    absent = told(capsys, "verify-image", tmp_path / "own.png", "--log", tmp_path / "absent.sqlite", code=2)
+    assert "text.png: the file is no PNG" in told(
+        capsys, "verify-image", tmp_path / "text.png", code=2
+    )
+    absent = told(
+        capsys, "verify-image", tmp_path / "own.png", "--log", tmp_path / "absent.sqlite", code=2
+    )
     assert "give the log by --log" in absent
 
 
 def test_keys_load_no_torch() -> None:
-    """An operator who revokes a key waits for no library; nor does a process that only checks keys."""
-    code = "import sys, lidit.serving.keys, lidit.serving.audit, jobs.keys; print('torch' in sys.modules)"
+    """An operator who revokes a key waits for no library; nor does a process that
+    only checks keys.
+    """
+    code = (
+        "import sys, lidit.serving.keys, lidit.serving.audit, jobs.keys; print('torch' in "
+        "sys.modules)"
+    )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"

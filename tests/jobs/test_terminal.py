@@ -1,4 +1,6 @@
-"""Names, captions and reasons may hold any characters; the terminal and the logs get none that steer them."""
+"""Names, captions and reasons may hold any characters; the terminal and the logs get none that
+steer them.
+"""
 
 import io
 import logging
@@ -24,7 +26,11 @@ WRITTEN = "\\x1b]0;title\\x07 \\x1b[2J\\x9b1A \\r\\x08\\x7f\\u202edcba\\u2066"
 def test_control_characters_are_written_out_and_text_stays() -> None:
     assert plain(STEERING) == WRITTEN
     assert plain("\x1b[1;31mred\x1b[0m") == "red"
-    assert plain("zwei\nZeilen\tWürfel 一个 \U0001f600 \u200d") == "zwei\nZeilen\tWürfel 一个 \U0001f600 \u200d"
+    assert (
+        plain("zwei\nZeilen\tWürfel 一个 \U0001f600 \u200d")
+        == "zwei\nZeilen\tWürfel 一个 \U0001f600 "
+        "\u200d"
+    )
     assert plain("caf\udce9") == "caf\\udce9"
     assert one_line(ValueError("a\n \x1b[2Jb")) == "a \\x1b[2Jb"
 
@@ -64,7 +70,9 @@ def test_errors_and_prints_of_a_job_are_plain(
 
 def test_log_lines_are_plain() -> None:
     record = logging.LogRecord("x", logging.WARNING, "f", 1, "prompt %s", (STEERING,), None)
-    assert PlainFormatter("%(levelname)s: %(message)s").format(record) == f"WARNING: prompt {WRITTEN}"
+    assert (
+        PlainFormatter("%(levelname)s: %(message)s").format(record) == f"WARNING: prompt {WRITTEN}"
+    )
 
 
 def test_words_of_the_command_line_are_plain(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,9 @@ def _seed() -> None:
 
 @pytest.fixture
 def make_model() -> Callable[..., LIDiT]:
-    """A model of `count` encoders with random statistics; `awake` opens every gate that starts at zero."""
+    """A model of `count` encoders with random statistics; `awake` opens every gate that starts at
+    zero.
+    """
 
     def build(
         count: int = 2,
@@ -33,7 +35,9 @@ def make_model() -> Callable[..., LIDiT]:
         sizes = {name: WIDTHS[name] for name in names}
         model = LIDiT.from_settings(ModelSettings.model_validate(shape), sizes, 3, stored_layers)
         for name in names:
-            model.conditioner.set_statistics(name, torch.randn(WIDTHS[name]), torch.rand(WIDTHS[name]) + 0.5)
+            model.conditioner.set_statistics(
+                name, torch.randn(WIDTHS[name]), torch.rand(WIDTHS[name]) + 0.5
+            )
         if awake:
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -52,8 +56,12 @@ def make_text() -> Callable[..., dict[str, TextStates]]:
     ) -> dict[str, TextStates]:
         text = {}
         for offset, name in enumerate(list(WIDTHS)[:count]):
-            captions = [3 * torch.randn(length + offset, WIDTHS[name], dtype=dtype) for length in lengths]
-            text[name] = TextStates.collate(captions, 3 * torch.randn(PREFIX[name], WIDTHS[name], dtype=dtype))
+            captions = [
+                3 * torch.randn(length + offset, WIDTHS[name], dtype=dtype) for length in lengths
+            ]
+            text[name] = TextStates.collate(
+                captions, 3 * torch.randn(PREFIX[name], WIDTHS[name], dtype=dtype)
+            )
         return text
 
     return build

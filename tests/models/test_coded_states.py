@@ -1,4 +1,6 @@
-"""Coded states in a model: whole steps give what their states give, wherever a model computes them."""
+"""Coded states in a model: whole steps give what their states give, wherever a model
+computes them.
+"""
 
 from dataclasses import replace
 
@@ -19,7 +21,9 @@ def code(make_model) -> StateCode:
     width = 20
     generator = torch.Generator().manual_seed(3)
     mixing = torch.randn(width, width, generator=generator)
-    return fit_code([torch.randn(9, width, generator=generator) @ mixing / 5 for _ in range(60)], 0.1)
+    return fit_code(
+        [torch.randn(9, width, generator=generator) @ mixing / 5 for _ in range(60)], 0.1
+    )
 
 
 def both(model: LIDiT, text: dict[str, TextStates], code: StateCode) -> tuple[dict, dict]:
@@ -59,7 +63,10 @@ def test_in_bfloat16_the_steps_lose_no_more_than_the_states(make_model, make_tex
         exact = condition(model, states)
         model.to(torch.bfloat16)
         assert model.conditioner.branch(NAME).projection.steps_to_standard.dtype == torch.float32
-        errors = [(condition(model, text).float() - exact).norm() / exact.norm() for text in (states, coded)]
+        errors = [
+            (condition(model, text).float() - exact).norm() / exact.norm()
+            for text in (states, coded)
+        ]
     assert errors[1] < 1.5 * errors[0] + 0.002
 
 
@@ -80,9 +87,13 @@ def test_padding_and_stacking_keep_sizes_with_their_tokens(make_model, make_text
     twice = {name: value.stack(value) for name, value in coded.items()}
     with torch.no_grad():
         plain = model.conditioner(coded, torch.full((len(entry.states),), 0.3)).pooled
-        padded = model.conditioner(longer | {NAME: replace(longer[NAME], size=garbage)}, torch.full((len(plain),), 0.3))
+        padded = model.conditioner(
+            longer | {NAME: replace(longer[NAME], size=garbage)}, torch.full((len(plain),), 0.3)
+        )
         stacked = model.conditioner(twice, torch.full((2 * len(plain),), 0.3)).pooled
-        rows = model.conditioner({n: v.rows(slice(1, 2)) for n, v in coded.items()}, torch.full((1,), 0.3)).pooled
+        rows = model.conditioner(
+            {n: v.rows(slice(1, 2)) for n, v in coded.items()}, torch.full((1,), 0.3)
+        ).pooled
     assert torch.allclose(padded.pooled, plain, atol=1e-4)
     assert torch.allclose(stacked[len(plain) :], plain, atol=1e-4)
     assert torch.allclose(rows, plain[1:2], atol=1e-4)
@@ -106,4 +117,6 @@ def test_a_model_divides_by_the_deviations_that_states_were_coded_with(make_mode
     mean, deviation = torch.linspace(-500, 500, 20), torch.logspace(-6, 1, 20)
     model = make_model()
     model.conditioner.set_statistics(NAME, mean, deviation)
-    assert torch.equal(model.conditioner.branch(NAME).projection.deviation, varying(mean, deviation))
+    assert torch.equal(
+        model.conditioner.branch(NAME).projection.deviation, varying(mean, deviation)
+    )

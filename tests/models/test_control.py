@@ -1,8 +1,10 @@
-"""The control of the refiner's mechanism: hide the tokens that carry the binding and see who still knows it.
+"""The control of the refiner's mechanism: hide the tokens that carry the binding and see who still
+knows it.
 
-Caption: "a circle and a square; the circle is red ...". The transformer's cross-attention and its pooled text may see
-only the first five tokens, which under a causal LLM know nothing of the colours; the refiner sees all of them. Only a
-refiner with full attention can carry the colours back; with a causal refiner, or none, the loss cannot depend on them.
+Caption: "a circle and a square; the circle is red ...". The transformer's cross-attention and its
+pooled text may see only the first five tokens, which under a causal LLM know nothing of the
+colours; the refiner sees all of them. Only a refiner with full attention can carry the colours
+back; with a causal refiner, or none, the loss cannot depend on them.
 """
 
 from dataclasses import replace
@@ -20,7 +22,9 @@ CONTROL = {"visible_tokens": VISIBLE, "fusion": {"mode": "none"}}
 
 
 def loss_gap(model, text) -> float:
-    """Largest difference of the loss between a caption and the same one with its colours swapped."""
+    """Largest difference of the loss between a caption and the same one with its
+    colours swapped.
+    """
     entry = text["first"]
     swapped = entry.states.clone()
     swapped[:, VISIBLE:] = swapped[:, VISIBLE:].flip(1)
@@ -36,7 +40,9 @@ def loss_gap(model, text) -> float:
 
 
 @pytest.mark.parametrize(
-    "refiner", [{**OPEN, "causal": True}, {**OPEN, "mixing": False}, {"depth": 0}], ids=["causal", "own", "none"]
+    "refiner",
+    [{**OPEN, "causal": True}, {**OPEN, "mixing": False}, {"depth": 0}],
+    ids=["causal", "own", "none"],
 )
 def test_no_refiner_or_a_causal_one_cannot_carry_what_is_hidden(make_model, make_text, refiner):
     model = make_model(1, refiner=refiner, **CONTROL)
@@ -57,14 +63,20 @@ def test_full_attention_behind_closed_gates_cannot(make_model, make_text):
 
 
 def test_the_transformer_gets_the_visible_tokens_of_every_encoder(make_model, make_text):
-    model, text, t = make_model(2, visible_tokens=VISIBLE), make_text(lengths=(12, 3, 8)), torch.rand(3)
+    model, text, t = (
+        make_model(2, visible_tokens=VISIBLE),
+        make_text(lengths=(12, 3, 8)),
+        torch.rand(3),
+    )
     seen = model.conditioner(text, t)
     assert seen.tokens.shape[1] == 2 * VISIBLE
-    assert seen.mask.sum(1).tolist() == [2 * VISIBLE, 3 + 4, 2 * VISIBLE]  # the second LLM's captions are one longer
+    # the second LLM's captions are one longer
+    assert seen.mask.sum(1).tolist() == [2 * VISIBLE, 3 + 4, 2 * VISIBLE]
     model.conditioner.visible_tokens = None
     whole = model.conditioner(text, t)
     first = [*range(VISIBLE), *range(12, 12 + VISIBLE)]
-    torch.testing.assert_close(seen.tokens, whole.tokens[:, first], rtol=0, atol=0)  # refined from all tokens
+    # refined from all tokens
+    torch.testing.assert_close(seen.tokens, whole.tokens[:, first], rtol=0, atol=0)
 
 
 def test_the_setting_is_saved_with_the_model(make_model, tmp_path):

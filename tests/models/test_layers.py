@@ -1,4 +1,6 @@
-"""Reading several layers of an LLM: what it is at the start, what is refused, and that a saved model is the same."""
+"""Reading several layers of an LLM: what it is at the start, what is refused, and that a saved
+model is the same.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ KINDS = ["mean", "learned", "per_block"]
 
 def test_layers_weigh_the_same_at_the_start(make_model, make_text):
     text, timestep = make_text(dtype=torch.float64), torch.tensor([0.2, 0.3, 0.4])
-    models = {kind: make_model(dtype=torch.float64, stored_layers=STORED, layers=kind) for kind in KINDS}
+    models = {
+        kind: make_model(dtype=torch.float64, stored_layers=STORED, layers=kind) for kind in KINDS
+    }
     start = models["mean"].state_dict()
     tokens = {}
     for kind, model in models.items():
@@ -41,13 +45,17 @@ def test_a_blocks_weights_are_its_own(make_model, make_text):
     assert torch.equal(after.tokens, before.tokens)
     assert (after.of_block(1) - before.of_block(1)).abs().max() > 0.01
     model(torch.randn(3, 3, 4, 4), timestep, text).sum().backward()
-    assert all(row.abs().sum() > 0 for row in model.conditioner.branch("first").projection.mixture.scores.grad)
+    assert all(
+        row.abs().sum() > 0
+        for row in model.conditioner.branch("first").projection.mixture.scores.grad
+    )
 
 
 def test_conditions_of_unequal_lengths_are_joined_and_taken(make_model, make_text):
     model = make_model(1, stored_layers={"first": 4}, layers="per_block")
     parts = [
-        model.conditioner(make_text(lengths, count=1), torch.full((len(lengths),), 0.5)) for lengths in ((2, 5), (3,))
+        model.conditioner(make_text(lengths, count=1), torch.full((len(lengths),), 0.5))
+        for lengths in ((2, 5), (3,))
     ]
     joined = PromptCondition.join(parts)
     assert joined.of_blocks.shape[:3] == (3, 2, 5)
@@ -71,8 +79,17 @@ def test_a_saved_model_of_several_layers_is_the_same(make_model, make_text, tmp_
 @pytest.mark.parametrize(
     ("layers", "stored", "message"),
     [
-        ("one", {"second": 3}, r"'one' reads one state per token, but encoder second keeps 3 layers apart"),
-        ("mean", None, r"'mean' needs several layers of a token, but first, second keep one; .* join: separate"),
+        (
+            "one",
+            {"second": 3},
+            r"'one' reads one state per token, but encoder second keeps 3 layers " r"apart",
+        ),
+        (
+            "mean",
+            None,
+            r"'mean' needs several layers of a token, but first, second keep one; .* join: "
+            r"separate",
+        ),
         ("per_block", {"first": 1}, "'per_block' needs several layers"),
     ],
 )
@@ -89,7 +106,13 @@ def test_a_recipe_of_layers_that_do_not_fit_is_refused():
     apart = EncoderSettings(name="a", model="m", layers=(1, 2), join="separate").model_dump()
     joined = EncoderSettings(name="b", model="m", layers="all").model_dump()
     assert recipe("learned", apart, joined).model.layers == "learned"
-    with pytest.raises(InputError, match=r"model.layers: 'one' .* encoder a keeps its layers apart; .*concatenate"):
+    with pytest.raises(
+        InputError,
+        match=r"model.layers: 'one' .* encoder a keeps its layers apart; " r".*concatenate",
+    ):
         recipe("one", apart)
-    with pytest.raises(InputError, match=r"model.layers: 'mean' needs several layers of a token; .* join: separate"):
+    with pytest.raises(
+        InputError,
+        match=r"model.layers: 'mean' needs several layers of a token; .* join: " r"separate",
+    ):
         recipe("mean", joined)

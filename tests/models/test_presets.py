@@ -1,4 +1,6 @@
-"""Sizes: the paper's models have the parameters their names promise, and the documentation says how many."""
+"""Sizes: the paper's models have the parameters their names promise, and the documentation says how
+many.
+"""
 
 import re
 from pathlib import Path
@@ -37,7 +39,9 @@ def test_parameters_are_within_ten_percent_of_the_name(preset, billions):
 def test_the_documented_counts_are_the_models(preset):
     model = on_meta(preset)
     conditioner, transformer = model.conditioner, model.transformer
-    row = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| {preset} |"))
+    row = next(
+        line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| {preset} |")
+    )
     numbers = [float(text.replace(",", "")) for text in re.findall(r"[\d,]+\.\d+", row)]
     expected = [
         sum(count(branch.projection) + count(branch.condition) for branch in conditioner.branches),
@@ -69,10 +73,14 @@ def test_single_values_override_the_preset():
 @pytest.mark.parametrize("encoders", [2, 3])
 def test_flops_are_what_torch_counts(make_model, make_text, settings, encoders):
     model, text = make_model(encoders, **settings), make_text(lengths=(6,), count=encoders)
-    # the counter does not know the CPU's fused attention: the plain one is two matrix products it can see
+    # the counter does not know the CPU's fused attention: the plain one is two matrix products it
+    # can see
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.randn(1, 3, 8, 12), torch.rand(1), text)
     captions = {name: entry.states.shape[1] for name, entry in text.items()}
     prefixes = {name: len(entry.prefix) for name, entry in text.items()}
     once = sum(2 * prefixes[name] * width * 32 for name, width in model.config.encoders.items())
-    assert sum(forward_flops(model, (8, 12), captions, prefixes).values()) + once == counter.get_total_flops()
+    assert (
+        sum(forward_flops(model, (8, 12), captions, prefixes).values()) + once
+        == counter.get_total_flops()
+    )

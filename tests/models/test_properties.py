@@ -1,4 +1,6 @@
-"""What must hold for any weights: masks, batches, padding, symmetry, gradients, precision, clear refusals."""
+"""What must hold for any weights: masks, batches, padding, symmetry, gradients, precision, clear
+refusals.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -34,7 +36,9 @@ def run(model, text, x, t=None):
 
 
 def rows(text, order):
-    return {name: replace(e, states=e.states[order], mask=e.mask[order]) for name, e in text.items()}
+    return {
+        name: replace(e, states=e.states[order], mask=e.mask[order]) for name, e in text.items()
+    }
 
 
 def test_refiner_and_fusion_start_as_the_plain_projection(make_model, make_text):
@@ -53,7 +57,9 @@ def test_model_starts_by_predicting_zero(make_model, make_text):
 
 @pytest.mark.parametrize("settings", VARIANTS)
 @pytest.mark.parametrize("garbage", [1e4, torch.nan, torch.inf])
-def test_content_behind_a_mask_changes_no_output_and_no_gradient(make_model, make_text, settings, garbage):
+def test_content_behind_a_mask_changes_no_output_and_no_gradient(
+    make_model, make_text, settings, garbage
+):
     model, clean, x = make_model(**settings), make_text(lengths=(4, 1, 0)), latents()
     dirty = {
         name: replace(entry, states=torch.where(entry.mask[..., None], entry.states, garbage))
@@ -77,9 +83,16 @@ def test_every_valid_caption_token_and_the_prefix_matter(make_model, make_text, 
     last = text["first"].mask[0].sum() - 1
     states = text["first"].states.clone()
     states[0, last] += 1
-    assert (run(model, {**text, "first": replace(text["first"], states=states)}, x)[0] - before[0]).abs().max() > 1e-4
-    if settings.get("refiner", {}).get("depth") == 0 or settings.get("refiner", {}).get("mixing") is False:
-        return  # without a refiner that mixes, only fusion could see the prefix; asserted below for the mixing ones
+    assert (
+        run(model, {**text, "first": replace(text["first"], states=states)}, x)[0] - before[0]
+    ).abs().max() > 1e-4
+    if (
+        settings.get("refiner", {}).get("depth") == 0
+        or settings.get("refiner", {}).get("mixing") is False
+    ):
+        # without a refiner that mixes, only fusion could see the prefix; asserted below for the
+        # mixing ones
+        return
     prefix = text["first"].prefix + 1
     changed = run(model, {**text, "first": replace(text["first"], prefix=prefix)}, x)
     assert (changed - before).abs().max() > 1e-4
@@ -87,7 +100,12 @@ def test_every_valid_caption_token_and_the_prefix_matter(make_model, make_text, 
 
 @pytest.mark.parametrize("settings", VARIANTS)
 def test_permuting_a_batch_permutes_the_outputs(make_model, make_text, settings):
-    model, text, x, t = make_model(**settings), make_text(), latents(), torch.tensor([0.1, 0.5, 0.9])
+    model, text, x, t = (
+        make_model(**settings),
+        make_text(),
+        latents(),
+        torch.tensor([0.1, 0.5, 0.9]),
+    )
     order = torch.tensor([2, 0, 1])
     torch.testing.assert_close(
         run(model, rows(text, order), x[order], t[order]), run(model, text, x, t)[order], **ROUNDING
@@ -103,7 +121,8 @@ def test_padding_to_more_tokens_or_running_alone_changes_nothing(make_model, mak
     torch.testing.assert_close(run(model, padded, x, t), expected, rtol=1e-9, atol=1e-9)
     for i in range(3):
         alone = {
-            name: TextStates.collate([entry.states[i][entry.mask[i]]], entry.prefix) for name, entry in text.items()
+            name: TextStates.collate([entry.states[i][entry.mask[i]]], entry.prefix)
+            for name, entry in text.items()
         }
         torch.testing.assert_close(
             run(model, alone, x[i : i + 1], t[i : i + 1]), expected[i : i + 1], rtol=1e-9, atol=1e-9
@@ -111,8 +130,12 @@ def test_padding_to_more_tokens_or_running_alone_changes_nothing(make_model, mak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_caption_of_several_latents_is_refined_once_and_nothing_else_changes(make_model, make_text, checkpointing):
-    """Outputs and gradients are those of the repeated captions; each caption keeps the timestep of its latents."""
+def test_a_caption_of_several_latents_is_refined_once_and_nothing_else_changes(
+    make_model, make_text, checkpointing
+):
+    """Outputs and gradients are those of the repeated captions; each caption keeps the timestep of
+    its latents.
+    """
     model, text = make_model(dtype=torch.float64), make_text(dtype=torch.float64)
     if checkpointing:
         model.train().enable_gradient_checkpointing()
@@ -120,7 +143,9 @@ def test_a_caption_of_several_latents_is_refined_once_and_nothing_else_changes(m
     x, t = latents(5).double(), torch.tensor([0.1, 0.5, 0.9])[owner]
     refined = []
     for branch in model.conditioner.branches:
-        branch.register_forward_hook(lambda _module, _inputs, output: refined.append(len(output[0])))
+        branch.register_forward_hook(
+            lambda _module, _inputs, output: refined.append(len(output[0]))
+        )
     results = []
     for entry, of_latent in ((rows(text, owner), None), (text, owner)):
         model.zero_grad()
@@ -161,27 +186,42 @@ def test_latents_without_a_caption_of_their_own_are_refused(make_model, make_tex
 
 def test_one_llm_with_itself_twice_is_symmetric():
     model = LIDiT.from_settings(
-        ModelSettings(width=32, depth=1, heads=4, patch_size=2), {"left": 20, "right": 20, "third": 20}, 3
+        ModelSettings(width=32, depth=1, heads=4, patch_size=2),
+        {"left": 20, "right": 20, "third": 20},
+        3,
     )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     left, right, _ = model.conditioner.branches
     right.load_state_dict(left.state_dict())
-    model.conditioner.fusion.blocks[1].load_state_dict(model.conditioner.fusion.blocks[0].state_dict())
-    entries = [TextStates.collate([torch.randn(n, 20) for n in (3, 5)], torch.randn(4, 20)) for _ in range(3)]
+    model.conditioner.fusion.blocks[1].load_state_dict(
+        model.conditioner.fusion.blocks[0].state_dict()
+    )
+    entries = [
+        TextStates.collate([torch.randn(n, 20) for n in (3, 5)], torch.randn(4, 20))
+        for _ in range(3)
+    ]
     t = torch.tensor([0.3, 0.6])
-    same = model.conditioner({"left": entries[0], "right": entries[0], "third": entries[1]}, t).tokens
+    same = model.conditioner(
+        {"left": entries[0], "right": entries[0], "third": entries[1]}, t
+    ).tokens
     torch.testing.assert_close(same[:, :5], same[:, 5:10], **ROUNDING)
-    straight = model.conditioner({"left": entries[0], "right": entries[1], "third": entries[2]}, t).tokens
-    swapped = model.conditioner({"left": entries[1], "right": entries[0], "third": entries[2]}, t).tokens
+    straight = model.conditioner(
+        {"left": entries[0], "right": entries[1], "third": entries[2]}, t
+    ).tokens
+    swapped = model.conditioner(
+        {"left": entries[1], "right": entries[0], "third": entries[2]}, t
+    ).tokens
     torch.testing.assert_close(straight[:, :5], swapped[:, 5:10], **ROUNDING)
     torch.testing.assert_close(straight[:, 5:10], swapped[:, :5], **ROUNDING)
     assert (straight[:, :5] - straight[:, 5:10]).abs().max() > 0.1
 
 
 def test_a_branch_reads_only_the_others(make_model):
-    """Query from one's own tokens, keys and values from the other LLM's: without the others' content nothing mixes."""
+    """Query from one's own tokens, keys and values from the other LLM's: without the others'
+    content nothing mixes.
+    """
     model = make_model()
     fusion = model.conditioner.fusion
     states = [torch.randn(1, 3, 32), torch.randn(1, 4, 32)]
@@ -196,7 +236,9 @@ def test_a_branch_reads_only_the_others(make_model):
     assert (after[1] - before[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("settings", [*VARIANTS, {"refiner": {"gated": False}}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize(
+    "settings", [*VARIANTS, {"refiner": {"gated": False}}, {"activation_checkpointing": True}]
+)
 def test_gradients_reach_every_parameter_after_one_step_from_zero(make_model, make_text, settings):
     model, text, x = make_model(awake=False, **settings), make_text(), latents()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -205,7 +247,9 @@ def test_gradients_reach_every_parameter_after_one_step_from_zero(make_model, ma
         optimizer.zero_grad()
         (run(model, text, x) - target).square().mean().backward()
         optimizer.step()
-    unmoved_by_design = ("query_norm", "key_norm") if settings.get("refiner", {}).get("mixing") is False else ()
+    unmoved_by_design = (
+        ("query_norm", "key_norm") if settings.get("refiner", {}).get("mixing") is False else ()
+    )
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         if name.startswith("conditioner") and any(word in name for word in unmoved_by_design):
@@ -227,7 +271,9 @@ def test_activation_checkpointing_changes_no_gradient(make_model, make_text):
     }
     calls = Counter()
     for name in repeated:
-        checkpointed.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+        checkpointed.get_submodule(name).register_forward_pre_hook(
+            lambda *_, name=name: calls.update([name])
+        )
     for model in (plain, checkpointed):
         run(model, text, x).square().mean().backward()
     assert calls == dict.fromkeys(repeated, 2), "not every block ran again in the backward pass"
@@ -252,7 +298,9 @@ def test_any_size_divisible_by_the_patch_in_one_process(make_model, make_text):
 
 
 def test_a_token_knows_its_position(make_model, make_text):
-    """The same content in every patch still gives different outputs: the ResBlock's border reaches inwards."""
+    """The same content in every patch still gives different outputs: the ResBlock's border reaches
+    inwards.
+    """
     prediction = run(make_model(), make_text(), torch.ones(3, 3, 8, 8))
     corner, middle = prediction[:, :, :2, :2], prediction[:, :, 2:4, 2:4]
     assert (corner - middle).abs().max() > 1e-2
@@ -263,7 +311,8 @@ def test_one_token_and_empty_captions(make_model, make_text):
     assert torch.isfinite(run(model, make_text(lengths=(1, 1, 1)), x)).all()
     nothing = make_text(lengths=(0, 2, 0), count=1)
     alone = make_model(1)
-    # Attention over nothing is 0 on one device and NaN on another, so a row without tokens shows one token of zeros.
+    # Attention over nothing is 0 on one device and NaN on another, so a row without tokens shows
+    # one token of zeros.
     condition = alone.conditioner(nothing, torch.rand(3))
     assert condition.mask.sum(1).tolist() == [1, 2, 1]
     assert not condition.tokens[[0, 2]].any()
@@ -278,7 +327,8 @@ def test_a_batch_of_nothing_but_empty_captions(make_model):
     for count, tokens in ((1, 0), (2, 0), (2, 3)):
         model = make_model(count)
         widths = {
-            name: model.conditioner.branch(name).projection.linear.in_features for name in model.conditioner.names
+            name: model.conditioner.branch(name).projection.linear.in_features
+            for name in model.conditioner.names
         }
         prefixes = {name: torch.randn(tokens, width) for name, width in widths.items()}
         nothing = {name: [torch.zeros(0, width)] * 3 for name, width in widths.items()}
@@ -297,7 +347,8 @@ def test_bfloat16_stays_within_three_percent_of_float32(make_model, make_text):
     model, text, x = make_model(awake=False, width=96, depth=4), make_text(), latents()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))  # gates open as far as early training opens them
+            # gates open as far as early training opens them
+            parameter.add_(0.02 * torch.randn_like(parameter))
     exact = run(model, text, x)
     rounded = run(model.to(torch.bfloat16), text, x)
     assert rounded.dtype == torch.bfloat16
@@ -319,14 +370,17 @@ def test_standardisation_is_clamped_at_ten_and_constant_channels_are_centred(mak
     model = make_model(1)
     width = 20
     deviation = torch.ones(width)
-    deviation[3], deviation[4] = 0, 1e-7  # dividing by rounding noise would make noise ten deviations large
+    # dividing by rounding noise would make noise ten deviations large
+    deviation[3], deviation[4] = 0, 1e-7
     model.conditioner.set_statistics("first", torch.full((width,), 7.0), deviation)
     projection = model.conditioner.branches[0].projection
     states = torch.full((1, width), 7.0)
     states[0, 0], states[0, 1], states[0, 4] = 1e6, -1e6, 7.000001
     expected = torch.zeros(1, width)
     expected[0, 0], expected[0, 1] = 10, -10
-    torch.testing.assert_close(projection(states)[..., 0, :], projection.linear(expected), **ROUNDING)
+    torch.testing.assert_close(
+        projection(states)[..., 0, :], projection.linear(expected), **ROUNDING
+    )
 
 
 def test_wrong_states_are_refused_by_the_encoders_name(make_model, make_text):
@@ -353,7 +407,9 @@ def test_wrong_states_are_refused_by_the_encoders_name(make_model, make_text):
 
 def test_impossible_models_are_refused():
     with pytest.raises(InputError, match="'none' takes exactly one encoder"):
-        LIDiT.from_settings(ModelSettings.model_validate({"fusion": {"mode": "none"}}), {"a": 4, "b": 4}, 3)
+        LIDiT.from_settings(
+            ModelSettings.model_validate({"fusion": {"mode": "none"}}), {"a": 4, "b": 4}, 3
+        )
     with pytest.raises(InputError, match="at least one encoder"):
         LIDiT.from_settings(ModelSettings(), {}, 3)
     with pytest.raises(InputError, match="width 30 is not divisible by 4 heads"):
@@ -371,7 +427,9 @@ def test_the_prefix_is_projected_once_whatever_the_batch(make_model, make_text):
 
 @pytest.mark.parametrize("settings", [{}, {"refiner": {"causal": True}}, {"refiner": {"depth": 0}}])
 def test_compiles_into_one_graph(make_model, make_text, settings):
-    """fullgraph refuses any graph break; the eager backend keeps code generation out of the test."""
+    """fullgraph refuses any graph break; the eager backend keeps code generation out
+    of the test.
+    """
     model, text, x = make_model(**settings), make_text(), latents()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -388,8 +446,14 @@ def test_compiled_blocks_compute_the_same_whatever_the_length(make_model, make_t
     compile_blocks(model, backend="eager")
     for extra, right in expected.items():
         torch.testing.assert_close(run(model, lengthened(text, extra), x), right, **ROUNDING)
-    compiled = [part for part in model.modules() if getattr(part, "_compiled_call_impl", None) is not None]
-    assert {type(part).__name__ for part in compiled} >= {"LIDiTBlock", "PositionBlock", "RefinerBlock"}
+    compiled = [
+        part for part in model.modules() if getattr(part, "_compiled_call_impl", None) is not None
+    ]
+    assert {type(part).__name__ for part in compiled} >= {
+        "LIDiTBlock",
+        "PositionBlock",
+        "RefinerBlock",
+    }
 
 
 def lengthened(text, extra):

@@ -1,6 +1,8 @@
-"""The paper's equations written plainly, one sample at a time and without padding, against the batched modules.
+"""The paper's equations written plainly, one sample at a time and without padding, against the
+batched modules.
 
-Every function takes the weights by name and a [tokens, width] matrix; nothing of `lidit.models` is used in them.
+Every function takes the weights by name and a [tokens, width] matrix; nothing of `lidit.models` is
+used in them.
 """
 
 import math
@@ -14,7 +16,11 @@ Weights = dict[str, torch.Tensor]
 
 
 def part(weights: Weights, prefix: str) -> Weights:
-    return {name[len(prefix) + 1 :]: value for name, value in weights.items() if name.startswith(prefix + ".")}
+    return {
+        name[len(prefix) + 1 :]: value
+        for name, value in weights.items()
+        if name.startswith(prefix + ".")
+    }
 
 
 def linear(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -43,7 +49,12 @@ def rms_norm(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def attention(
-    w: Weights, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, allowed: torch.Tensor | None = None
+    w: Weights,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(RMSNorm(q) RMSNorm(k)^T / sqrt(E)) v, head by head."""
     size = q.shape[1] // heads
@@ -60,7 +71,9 @@ def attention(
     return linear(w, "output", torch.cat(outputs, dim=1))
 
 
-def self_attention(w: Weights, x: torch.Tensor, heads: int, allowed: torch.Tensor | None = None) -> torch.Tensor:
+def self_attention(
+    w: Weights, x: torch.Tensor, heads: int, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
     q, k, v = linear(w, "qkv", x).chunk(3, dim=1)
     return attention(w, q, k, v, heads, allowed)
 
@@ -75,7 +88,9 @@ def feed_forward(w: Weights, x: torch.Tensor) -> torch.Tensor:
 
 
 def embed_timestep(w: Weights, t: torch.Tensor) -> torch.Tensor:
-    sinusoids = get_timestep_embedding(t[None], 256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
+    sinusoids = get_timestep_embedding(
+        t[None], 256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000
+    )
     return linear(w, "contract", silu(linear(w, "expand", sinusoids[0].to(w["expand.weight"]))))
 
 
@@ -83,7 +98,9 @@ def modulation(w: Weights, condition: torch.Tensor, count: int) -> list[torch.Te
     return list(linear(w, "linear", silu(condition)).chunk(count))
 
 
-def refiner(w: Weights, x: torch.Tensor, condition: torch.Tensor, heads: int, kind: str) -> torch.Tensor:
+def refiner(
+    w: Weights, x: torch.Tensor, condition: torch.Tensor, heads: int, kind: str
+) -> torch.Tensor:
     """N blocks: x + g1 SelfAttention(LN(x)); x + g2 FFN(LN(x)); g = gates(SiLU(condition)) or 1."""
     length = len(x)
     allowed = {
@@ -97,12 +114,17 @@ def refiner(w: Weights, x: torch.Tensor, condition: torch.Tensor, heads: int, ki
         g1, g2 = (1, 1) if kind == "ungated" else modulation(part(block, "gates"), condition, 2)
         normal = layer_norm(block, "attention_norm", x)
         x = x + g1 * self_attention(part(block, "attention"), normal, heads, allowed)
-        x = x + g2 * feed_forward(part(block, "feed_forward"), layer_norm(block, "feed_forward_norm", x))
+        x = x + g2 * feed_forward(
+            part(block, "feed_forward"), layer_norm(block, "feed_forward_norm", x)
+        )
     return x
 
 
-def fuse(w: Weights, xs: list[torch.Tensor], conditions: list[torch.Tensor], heads: int) -> list[torch.Tensor]:
-    """Each branch: cross-attention to LN of all the others, then FFN; shift, scale and output scale for both.
+def fuse(
+    w: Weights, xs: list[torch.Tensor], conditions: list[torch.Tensor], heads: int
+) -> list[torch.Tensor]:
+    """Each branch: cross-attention to LN of all the others, then FFN; shift, scale and output scale
+    for both.
 
     Block k of branch i is number k x branches + i.
     """
@@ -112,8 +134,12 @@ def fuse(w: Weights, xs: list[torch.Tensor], conditions: list[torch.Tensor], hea
             block = part(w, f"blocks.{first + i}")
             b1, s1, g1, b2, s2, g2 = modulation(part(block, "modulation"), conditions[i], 6)
             others = torch.cat([standardise(other) for j, other in enumerate(xs) if j != i])
-            x = x + g1 * cross_attention(part(block, "attention"), standardise(x) * (1 + s1) + b1, others, heads)
-            outputs.append(x + g2 * feed_forward(part(block, "feed_forward"), standardise(x) * (1 + s2) + b2))
+            x = x + g1 * cross_attention(
+                part(block, "attention"), standardise(x) * (1 + s1) + b1, others, heads
+            )
+            outputs.append(
+                x + g2 * feed_forward(part(block, "feed_forward"), standardise(x) * (1 + s2) + b2)
+            )
         xs = outputs
     return xs
 
@@ -122,7 +148,9 @@ def condition_of(w: Weights, caption: torch.Tensor, t: torch.Tensor) -> torch.Te
     return embed_timestep(part(w, "timestep_embedder"), t) + linear(w, "text", caption.mean(0))
 
 
-def conditioner(w: Weights, text: dict, sample: int, t: torch.Tensor, heads: int, kind: str, fusion: bool) -> tuple:
+def conditioner(
+    w: Weights, text: dict, sample: int, t: torch.Tensor, heads: int, kind: str, fusion: bool
+) -> tuple:
     """One sample's tokens [S, D] and their mean [D]."""
     xs, conditions, prefixes = [], [], []
     for index, name in enumerate(sorted(text)):
@@ -133,7 +161,11 @@ def conditioner(w: Weights, text: dict, sample: int, t: torch.Tensor, heads: int
         caption = x[len(entry.prefix) :]
         adaptive = any(name.startswith("condition.") for name in branch)
         conditions.append(condition_of(part(branch, "condition"), caption, t) if adaptive else None)
-        xs.append(refiner(part(branch, "refiner"), x, conditions[-1], heads, kind) if kind != "none" else x)
+        xs.append(
+            refiner(part(branch, "refiner"), x, conditions[-1], heads, kind)
+            if kind != "none"
+            else x
+        )
         prefixes.append(len(entry.prefix))
     if fusion:
         xs = fuse(part(w, "fusion"), xs, conditions, heads)
@@ -158,29 +190,44 @@ def position_block(w: Weights, image: torch.Tensor) -> torch.Tensor:
         for row in range(3):
             for column in range(3):
                 window = padded[:, row : row + height, column : column + width]
-                result += torch.einsum("oc,chw->ohw", w[f"{name}.weight"][:, :, row, column], window)
+                result += torch.einsum(
+                    "oc,chw->ohw", w[f"{name}.weight"][:, :, row, column], window
+                )
         return result
 
     residual = convolve("convolution1", silu(group_norm("norm1", image)))
     return image + convolve("convolution2", silu(group_norm("norm2", residual)))
 
 
-def block(w: Weights, x: torch.Tensor, context: torch.Tensor, condition: torch.Tensor, heads: int) -> torch.Tensor:
+def block(
+    w: Weights, x: torch.Tensor, context: torch.Tensor, condition: torch.Tensor, heads: int
+) -> torch.Tensor:
     """x + g SA(LN(x)(1+s)+b); x + g CA(LN(x)(1+s)+b, text); x + g FFN(LN(x)(1+s)+b)."""
     b1, s1, g1, b2, s2, g2, b3, s3, g3 = modulation(part(w, "modulation"), condition, 9)
     x = x + g1 * self_attention(part(w, "self_attention"), standardise(x) * (1 + s1) + b1, heads)
-    x = x + g2 * cross_attention(part(w, "cross_attention"), standardise(x) * (1 + s2) + b2, context, heads)
+    x = x + g2 * cross_attention(
+        part(w, "cross_attention"), standardise(x) * (1 + s2) + b2, context, heads
+    )
     return x + g3 * feed_forward(part(w, "feed_forward"), standardise(x) * (1 + s3) + b3)
 
 
 def transformer(
-    w: Weights, latents: torch.Tensor, t: torch.Tensor, contexts: list, pooled: torch.Tensor, heads: int
+    w: Weights,
+    latents: torch.Tensor,
+    t: torch.Tensor,
+    contexts: list,
+    pooled: torch.Tensor,
+    heads: int,
 ) -> torch.Tensor:
     """Latents [C, H, W], patch size 2; a context for each of the two blocks."""
     channels, height, width = latents.shape
     rows, columns = height // 2, width // 2
     patches = torch.stack(
-        [latents[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for i in range(rows) for j in range(columns)]
+        [
+            latents[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten()
+            for i in range(rows)
+            for j in range(columns)
+        ]
     )
     x = linear(w, "patch_embedder", patches)  # [N, D]
     image = x.T.reshape(-1, rows, columns)
@@ -231,7 +278,9 @@ def test_refiner_depths_of_table_5(make_model, make_text, depth):
     text, timestep = make_text(count=1, dtype=torch.float64), torch.tensor([0.2, 0.3, 0.4])
     condition = model.conditioner(text, timestep)
     tokens, _ = conditioner(model.conditioner.state_dict(), text, 2, timestep[2], 4, "full", False)
-    torch.testing.assert_close(condition.tokens[2][condition.mask[2]], tokens, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(
+        condition.tokens[2][condition.mask[2]], tokens, rtol=TOLERANCE, atol=TOLERANCE
+    )
 
 
 def test_a_collaborative_refiner_of_two_blocks(make_model, make_text):
@@ -239,40 +288,61 @@ def test_a_collaborative_refiner_of_two_blocks(make_model, make_text):
     text, timestep = make_text(count=3, dtype=torch.float64), torch.tensor([0.2, 0.3, 0.4])
     condition = model.conditioner(text, timestep)
     tokens, _ = conditioner(model.conditioner.state_dict(), text, 1, timestep[1], 4, "full", True)
-    torch.testing.assert_close(condition.tokens[1][condition.mask[1]], tokens, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(
+        condition.tokens[1][condition.mask[1]], tokens, rtol=TOLERANCE, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (10, 6)])
 def test_whole_model_is_the_papers(make_model, make_text, size):
     model, text = make_model(dtype=torch.float64), make_text(dtype=torch.float64)
-    latents, timestep = torch.randn(3, 3, *size, dtype=torch.float64), torch.tensor([0.05, 0.6, 1.0])
+    latents, timestep = (
+        torch.randn(3, 3, *size, dtype=torch.float64),
+        torch.tensor([0.05, 0.6, 1.0]),
+    )
     prediction = model(latents, timestep, text)
     weights = model.state_dict()
     for sample in range(3):
-        tokens, pooled = conditioner(part(weights, "conditioner"), text, sample, timestep[sample], 4, "full", True)
+        tokens, pooled = conditioner(
+            part(weights, "conditioner"), text, sample, timestep[sample], 4, "full", True
+        )
         expected = transformer(
-            part(weights, "transformer"), latents[sample], timestep[sample], [tokens, tokens], pooled, heads=4
+            part(weights, "transformer"),
+            latents[sample],
+            timestep[sample],
+            [tokens, tokens],
+            pooled,
+            heads=4,
         )
         torch.testing.assert_close(prediction[sample], expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-# -- several layers of an LLM -----------------------------------------------------------------------------------------
+# -- several layers of an LLM ----------------------------------------------------------------------
 
 STORED = {"first": 4, "second": 3}  # of 20 and 12 channels: layers of 5 and 4
 
 
 def averages(branch: Weights, raw: torch.Tensor, layers: int) -> list[torch.Tensor]:
-    """Each layer standardised over its width; sum_l softmax(scores)_l layer_l for every row of scores, projected."""
+    """Each layer standardised over its width; sum_l softmax(scores)_l layer_l for every row of
+    scores, projected.
+    """
     normal = ((raw - branch["projection.mean"]) / branch["projection.deviation"]).clamp(-10, 10)
     size = raw.shape[1] // layers
     parts = [standardise(normal[:, size * i : size * (i + 1)]) for i in range(layers)]
     scores = branch.get("projection.mixture.scores", torch.zeros(1, layers, dtype=torch.float64))
     weights = [torch.exp(row) / torch.exp(row).sum() for row in scores]
-    return [linear(branch, "projection.linear", sum(w * x for w, x in zip(row, parts, strict=True))) for row in weights]
+    return [
+        linear(branch, "projection.linear", sum(w * x for w, x in zip(row, parts, strict=True)))
+        for row in weights
+    ]
 
 
-def layered_conditioner(w: Weights, text: dict, sample: int, t: torch.Tensor, stored: dict) -> list[torch.Tensor]:
-    """What each block reads, [S, D], the refiners' own average first: x_block + (refined(x_own) - x_own)."""
+def layered_conditioner(
+    w: Weights, text: dict, sample: int, t: torch.Tensor, stored: dict
+) -> list[torch.Tensor]:
+    """What each block reads, [S, D], the refiners' own average first: x_block + (refined(x_own) -
+    x_own).
+    """
     xs, conditions, prefixes, all_averages = [], [], [], []
     for index, name in enumerate(sorted(text)):
         branch, entry = part(w, f"branches.{index}"), text[name]
@@ -280,7 +350,9 @@ def layered_conditioner(w: Weights, text: dict, sample: int, t: torch.Tensor, st
         if stored.get(name, 1) > 1:
             found = averages(branch, raw, stored[name])
         else:
-            normal = ((raw - branch["projection.mean"]) / branch["projection.deviation"]).clamp(-10, 10)
+            normal = ((raw - branch["projection.mean"]) / branch["projection.deviation"]).clamp(
+                -10, 10
+            )
             found = [linear(branch, "projection.linear", normal)]
         conditions.append(condition_of(part(branch, "condition"), found[0][len(entry.prefix) :], t))
         xs.append(refiner(part(branch, "refiner"), found[0], conditions[-1], 4, "full"))
@@ -309,9 +381,15 @@ def test_several_layers_of_an_llm(make_model, make_text, layers, count):
     assert (condition.of_blocks is None) == (layers != "per_block")
     for sample in range(3):
         mask = condition.mask[sample]
-        shared, *own = layered_conditioner(model.conditioner.state_dict(), text, sample, timestep[sample], stored)
-        torch.testing.assert_close(condition.tokens[sample][mask], shared, rtol=TOLERANCE, atol=TOLERANCE)
-        torch.testing.assert_close(condition.pooled[sample], shared.mean(0), rtol=TOLERANCE, atol=TOLERANCE)
+        shared, *own = layered_conditioner(
+            model.conditioner.state_dict(), text, sample, timestep[sample], stored
+        )
+        torch.testing.assert_close(
+            condition.tokens[sample][mask], shared, rtol=TOLERANCE, atol=TOLERANCE
+        )
+        torch.testing.assert_close(
+            condition.pooled[sample], shared.mean(0), rtol=TOLERANCE, atol=TOLERANCE
+        )
         assert len(own) == (2 if layers == "per_block" else 0)
         for number, tokens in enumerate(own):
             found = condition.of_block(number)[sample][mask]
@@ -320,12 +398,22 @@ def test_several_layers_of_an_llm(make_model, make_text, layers, count):
 
 def test_each_block_of_the_whole_model_reads_its_own_layers(make_model, make_text):
     model = make_model(1, dtype=torch.float64, stored_layers={"first": 4}, layers="per_block")
-    text, latents = make_text(count=1, dtype=torch.float64), torch.randn(3, 3, 8, 4, dtype=torch.float64)
+    text, latents = (
+        make_text(count=1, dtype=torch.float64),
+        torch.randn(3, 3, 8, 4, dtype=torch.float64),
+    )
     timestep, weights = torch.tensor([0.05, 0.6, 1.0]), model.state_dict()
     prediction = model(latents, timestep, text)
     for sample in range(3):
-        shared, *own = layered_conditioner(part(weights, "conditioner"), text, sample, timestep[sample], {"first": 4})
+        shared, *own = layered_conditioner(
+            part(weights, "conditioner"), text, sample, timestep[sample], {"first": 4}
+        )
         expected = transformer(
-            part(weights, "transformer"), latents[sample], timestep[sample], own, shared.mean(0), heads=4
+            part(weights, "transformer"),
+            latents[sample],
+            timestep[sample],
+            own,
+            shared.mean(0),
+            heads=4,
         )
         torch.testing.assert_close(prediction[sample], expected, rtol=TOLERANCE, atol=TOLERANCE)

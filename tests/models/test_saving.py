@@ -29,7 +29,9 @@ def test_round_trip_is_bit_exact(make_model, make_text, tmp_path, shard):
 
 
 def test_weights_and_configuration_that_do_not_belong_together_are_refused(make_model, tmp_path):
-    """diffusers would fill what is missing with anything, the mean and deviation of an LLM's states included."""
+    """diffusers would fill what is missing with anything, the mean and deviation of an LLM's states
+    included.
+    """
     make_model().save_pretrained(tmp_path)
     weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
     whole, settings = load_file(weights), json.loads(config.read_text())
@@ -41,8 +43,13 @@ def test_weights_and_configuration_that_do_not_belong_together_are_refused(make_
     with pytest.raises(InputError, match=r"unexpected: transformer\.more"):
         LIDiT.load(tmp_path)
     save_file(whole, weights)
-    assert LIDiT.load(tmp_path, torch.bfloat16).transformer.final_linear.weight.dtype == torch.bfloat16
-    for change, message in (({"depth": 3}, "missing: "), ({"width": 64}, "cannot be loaded|mismatched")):
+    assert (
+        LIDiT.load(tmp_path, torch.bfloat16).transformer.final_linear.weight.dtype == torch.bfloat16
+    )
+    for change, message in (
+        ({"depth": 3}, "missing: "),
+        ({"width": 64}, "cannot be loaded|mismatched"),
+    ):
         config.write_text(json.dumps(settings | change))
         with pytest.raises(InputError, match=message):
             LIDiT.load(tmp_path)
@@ -55,7 +62,9 @@ def test_parts_round_trip_alone(make_model, make_text, tmp_path):
     conditioner = PromptConditioner.from_pretrained(tmp_path / "conditioner")
     transformer = LIDiTTransformer.from_pretrained(tmp_path / "transformer")
     text, x, t = make_text(), torch.randn(3, 3, 8, 8), torch.rand(3)
-    torch.testing.assert_close(transformer(x, t, conditioner(text, t)), model(x, t, text), rtol=0, atol=0)
+    torch.testing.assert_close(
+        transformer(x, t, conditioner(text, t)), model(x, t, text), rtol=0, atol=0
+    )
 
 
 def test_statistics_load_at_float32_into_a_bfloat16_model(make_model, tmp_path):
@@ -64,13 +73,17 @@ def test_statistics_load_at_float32_into_a_bfloat16_model(make_model, tmp_path):
     loaded = LIDiT.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     projection = loaded.conditioner.branches[0].projection
     assert projection.linear.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(projection.mean, model.conditioner.branches[0].projection.mean, rtol=0, atol=0)
+    torch.testing.assert_close(
+        projection.mean, model.conditioner.branches[0].projection.mean, rtol=0, atol=0
+    )
 
 
 def test_the_order_of_the_encoders_does_not_matter(tmp_path):
     """A configuration file sorts its keys; branches must not be swapped by that."""
     widths = {"zeta": 12, "alpha": 20}
-    settings = ModelSettings(width=32, depth=1, heads=4, patch_size=2, refiner=RefinerSettings(depth=1))
+    settings = ModelSettings(
+        width=32, depth=1, heads=4, patch_size=2, refiner=RefinerSettings(depth=1)
+    )
     model = LIDiT.from_settings(settings, widths, 3)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["encoders"] == widths

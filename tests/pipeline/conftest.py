@@ -17,10 +17,16 @@ def llms(tmp_path_factory):
     """Two random language models of other families, widths and storage dtypes."""
     root = tmp_path_factory.mktemp("llms")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LIDIT_CACHE", str(root / "cache"))  # remembers file digests of models that live for one test
+        # remembers file digests of models that live for one test
+        patch.setenv("LIDIT_CACHE", str(root / "cache"))
         yield [
-            EncoderSettings(name=name, model=str(tiny_llm(root / name, family, 4, width)), storage=storage)
-            for name, family, width, storage in (("llama", "llama", 32, "bfloat16"), ("qwen", "qwen2", 48, "int8"))
+            EncoderSettings(
+                name=name, model=str(tiny_llm(root / name, family, 4, width)), storage=storage
+            )
+            for name, family, width, storage in (
+                ("llama", "llama", 32, "bfloat16"),
+                ("qwen", "qwen2", 48, "int8"),
+            )
         ]
 
 
@@ -32,7 +38,13 @@ def trained_on(settings):
     mean, deviation = channel_statistics(states)
     fixed = settings.model_copy(update={"dtype": spec.dtype, "storage": spec.storage})
     return ModelEncoder(
-        fixed, spec.to_dict(), spec.fingerprint, encoder.prefix_states()[1], encoder.empty_states()[1], mean, deviation
+        fixed,
+        spec.to_dict(),
+        spec.fingerprint,
+        encoder.prefix_states()[1],
+        encoder.empty_states()[1],
+        mean,
+        deviation,
     )
 
 

@@ -1,4 +1,6 @@
-"""LoRA adapters of a pipeline: they load, scale, unload and merge, and what fits nothing is refused."""
+"""LoRA adapters of a pipeline: they load, scale, unload and merge, and what fits nothing is
+refused.
+"""
 
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from tests.helpers.random_pipeline import random_pipeline, random_states
 
 
 def drawn(pipe: LIDiTPipeline) -> torch.Tensor:
-    states = {name: entry.collate([random_states(3, 1)[name]]) for name, entry in pipe.encoders.items()}
+    states = {
+        name: entry.collate([random_states(3, 1)[name]]) for name, entry in pipe.encoders.items()
+    }
     return torch.as_tensor(np.asarray(pipe(states=states, seed=0, output_type="latent").images))
 
 
@@ -89,14 +93,20 @@ def test_what_is_no_adapter_of_this_network_is_refused(adapter: Path, tmp_path: 
     before = drawn(pipe)
     tensors = load_file(adapter / LORA_FILE)
     renamed = {f"model.other.{key.removeprefix('model.')}": value for key, value in tensors.items()}
-    wide = {key: torch.cat([value, value], dim=-1) if "lora_A" in key else value for key, value in tensors.items()}
+    wide = {
+        key: torch.cat([value, value], dim=-1) if "lora_A" in key else value
+        for key, value in tensors.items()
+    }
     for content in (renamed, {"weight": torch.zeros(1)}, {}, wide):
         with pytest.raises(InputError, match="no adapter"):
             pipe.load_lora_weights(content)
     save_file(renamed, tmp_path / "renamed.safetensors")
     with pytest.raises(InputError, match=r"renamed.safetensors: no adapter of this network"):
         pipe.load_lora_weights(tmp_path / "renamed.safetensors")
-    for name, message in (("absent.safetensors", "no such adapter"), ("pickle.bin", "can run code")):
+    for name, message in (
+        ("absent.safetensors", "no such adapter"),
+        ("pickle.bin", "can run code"),
+    ):
         with pytest.raises(InputError, match=message):
             pipe.load_lora_weights(tmp_path / name)
     (tmp_path / "torn.safetensors").write_bytes((adapter / LORA_FILE).read_bytes()[:50])

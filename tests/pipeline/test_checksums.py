@@ -1,4 +1,6 @@
-"""A model folder's files are those that were saved: one flipped bit anywhere is found before anything is drawn."""
+"""A model folder's files are those that were saved: one flipped bit anywhere is found before
+anything is drawn.
+"""
 
 import json
 import shutil
@@ -22,10 +24,16 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_saved_model_carries_its_checksums(tmp_path: Path) -> None:
-    assert check_model(RELEASED) is None, "folders of the first release have none and load all the same"
+    assert check_model(RELEASED) is None, (
+        "folders of the first release have none and load all the same"
+    )
     LIDiTPipeline.from_pretrained(RELEASED).save_pretrained(tmp_path / "saved")
     listed = json.loads((tmp_path / "saved" / CHECKSUMS).read_text())
-    assert {"model_index.json", "model/diffusion_pytorch_model.safetensors", "encoders/llama.json"} <= listed.keys()
+    assert {
+        "model_index.json",
+        "model/diffusion_pytorch_model.safetensors",
+        "encoders/llama.json",
+    } <= listed.keys()
     assert check_model(tmp_path / "saved") == len(listed) == 7
 
 
@@ -34,7 +42,9 @@ def test_a_flipped_bit_in_any_file_is_found(model: Path) -> None:
     for name in names:
         content = (model / name).read_bytes()
         place = len(content) - 3
-        (model / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        (model / name).write_bytes(
+            content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        )
         with pytest.raises(InputError, match=rf"{name}: damaged, .* copy the model folder again"):
             LIDiTPipeline.from_pretrained(model)
         (model / name).write_bytes(content)
@@ -56,7 +66,9 @@ def test_missing_and_foreign_files_are_found(model: Path) -> None:
 
 
 def test_the_check_can_be_left_out(model: Path) -> None:
-    (model / "encoders" / "llama.json").write_text((model / "encoders" / "llama.json").read_text() + "\n")
+    (model / "encoders" / "llama.json").write_text(
+        (model / "encoders" / "llama.json").read_text() + "\n"
+    )
     with pytest.raises(InputError, match="damaged"):
         LIDiTPipeline.from_pretrained(model)
     assert LIDiTPipeline.from_pretrained(model, check_files=False).config.height == 32
@@ -69,7 +81,8 @@ def test_a_torn_list_is_one_line(model: Path, content: str) -> None:
         check_model(model)
 
 
-# What a full disk, a torn copy or a hostile hand leaves in a JSON file: each is one line, and no name on the hub.
+# What a full disk, a torn copy or a hostile hand leaves in a JSON file: each is one line, and no
+# name on the hub.
 TORN = {
     "brackets": b"[" * 3000,
     "deep": b'{"a":' * 5000 + b"1" + b"}" * 5000,

@@ -28,7 +28,10 @@ def drawer():
 
 def states_of(pipeline, *lengths):
     rows = [random_states(length, length) for length in lengths]
-    return {name: entry.collate([row[name] for row in rows]) for name, entry in pipeline.encoders.items()}
+    return {
+        name: entry.collate([row[name] for row in rows])
+        for name, entry in pipeline.encoders.items()
+    }
 
 
 def drawn(pipeline, **options):
@@ -53,7 +56,10 @@ def test_sizes_may_be_given_by_place(reader):
 
 def test_each_form_shows_the_same_picture(drawer):
     states = states_of(drawer, 3, 5)
-    forms = {form: drawer(states=states, seed=0, output_type=form).images for form in ("pil", "np", "pt", "latent")}
+    forms = {
+        form: drawer(states=states, seed=0, output_type=form).images
+        for form in ("pil", "np", "pt", "latent")
+    }
     assert forms["np"].dtype == np.float32
     assert forms["np"].shape == (2, 16, 16, 3)
     np.testing.assert_array_equal(forms["np"].transpose(0, 3, 1, 2), forms["pt"].numpy())
@@ -69,7 +75,9 @@ def test_a_generator_draws_what_its_seed_draws(drawer):
     assert torch.equal(drawn(drawer, states=states, generator=apart), expected)
     one = drawn(drawer, states=states, generator=torch.Generator().manual_seed(1))
     assert torch.equal(one[0], expected[0])
-    assert (one[1] - expected[1]).abs().max() > 0.01, "the second image goes on where the first one ended"
+    assert (one[1] - expected[1]).abs().max() > 0.01, (
+        "the second image goes on where the first one ended"
+    )
     generator = torch.Generator().manual_seed(1)
     first, second = (drawn(drawer, states=states, generator=generator) for _ in range(2))
     assert (first - second).abs().max() > 0.01, "a generator moves on"
@@ -80,10 +88,13 @@ def test_latents_are_the_noise_to_start_from(kind):
     drawer = random_pipeline(kind)
     states = states_of(drawer, 3)
     noise = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(5))
-    assert torch.equal(drawn(drawer, states=states, latents=noise), drawn(drawer, states=states, seed=5))
+    assert torch.equal(
+        drawn(drawer, states=states, latents=noise), drawn(drawer, states=states, seed=5)
+    )
     large = torch.randn((1, 3, 24, 8), generator=torch.Generator().manual_seed(5))
     assert torch.equal(
-        drawn(drawer, states=states, latents=large), drawn(drawer, states=states, seed=5, height=24, width=8)
+        drawn(drawer, states=states, latents=large),
+        drawn(drawer, states=states, seed=5, height=24, width=8),
     )
 
 
@@ -91,7 +102,9 @@ def test_images_per_prompt_count_seeds_up(reader):
     found = drawn(reader, prompt=PROMPTS[:2], num_images_per_prompt=2, seed=[1, 7])
     written = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     assert torch.equal(found, drawn(reader, prompt=written, seed=[1, 2, 7, 8]))
-    assert torch.equal(found, drawn(reader, prompt=PROMPTS[:2], num_images_per_prompt=2, seed=[1, 2, 7, 8]))
+    assert torch.equal(
+        found, drawn(reader, prompt=PROMPTS[:2], num_images_per_prompt=2, seed=[1, 2, 7, 8])
+    )
     assert (found[0] - found[1]).abs().max() > 0.01
 
 
@@ -107,13 +120,23 @@ def test_a_negative_prompt_takes_the_empty_captions_place(reader):
     torch.testing.assert_close(pair[1], alone[0], rtol=1e-3, atol=1e-3)
     same = drawn(reader, prompt=PROMPTS[0], seed=1, negative_prompt=PROMPTS[0])
     unguided = drawn(reader, prompt=PROMPTS[0], seed=1, guidance_scale=1)
-    torch.testing.assert_close(same, unguided, rtol=1e-3, atol=1e-3, msg="guidance has nothing to lead away from")
+    torch.testing.assert_close(
+        same, unguided, rtol=1e-3, atol=1e-3, msg="guidance has nothing to lead away from"
+    )
 
 
 def test_states_come_by_diffusers_names(reader):
     embeds, negative = reader.encode_prompts(PROMPTS[:1]), reader.encode_prompts(PROMPTS[2:])
-    expected = drawn(reader, prompt=PROMPTS[0], negative_prompt=PROMPTS[2], num_images_per_prompt=2, seed=4)
-    found = drawn(reader, prompt_embeds=embeds, negative_prompt_embeds=negative, num_images_per_prompt=2, seed=4)
+    expected = drawn(
+        reader, prompt=PROMPTS[0], negative_prompt=PROMPTS[2], num_images_per_prompt=2, seed=4
+    )
+    found = drawn(
+        reader,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        num_images_per_prompt=2,
+        seed=4,
+    )
     assert torch.equal(found, expected)
 
 
@@ -137,7 +160,13 @@ def test_a_callback_sees_changes_and_ends_the_walk(drawer):
         pipe._interrupt = step == 1
         return {}
 
-    ended = drawn(drawer, states=states, seed=0, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=[])
+    ended = drawn(
+        drawer,
+        states=states,
+        seed=0,
+        callback_on_step_end=stop,
+        callback_on_step_end_tensor_inputs=[],
+    )
     assert drawer.interrupt
     assert torch.equal(ended, seen[1][3])
 
@@ -152,7 +181,9 @@ def test_a_callback_object_of_diffusers_is_taken(drawer):
         tensor_inputs = ["latents"]
 
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
-            return {"latents": callback_kwargs["latents"] / 2} if step_index == 3 else callback_kwargs
+            return (
+                {"latents": callback_kwargs["latents"] / 2} if step_index == 3 else callback_kwargs
+            )
 
     states = states_of(drawer, 3)
     halved = drawn(drawer, states=states, seed=0, callback_on_step_end=Halve(cutoff_step_ratio=1.0))
@@ -173,7 +204,10 @@ REFUSED = [
     ({"output_type": "jpg"}, "output_type: 'jpg' is none of pil, np, pt, latent"),
     ({"seed": 1, "generator": torch.Generator()}, "either seed or generator"),
     ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
-    ({"latents": torch.zeros(2, 3, 16, 24)}, r"latents of shape \(2, 3, 16, 24\): these images need \(1, 3, 16, 24\)"),
+    (
+        {"latents": torch.zeros(2, 3, 16, 24)},
+        r"latents of shape \(2, 3, 16, 24\): these images need \(1, 3, 16, " r"24\)",
+    ),
     ({"latents": torch.zeros(1, 3, 16, 24), "height": 32}, r"these images need \(1, 3, 32, 24\)"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt: 0"),
     ({"num_images_per_prompt": 3, "seed": [1, 2]}, "2 seeds for 1 prompts with 3 images each"),
@@ -183,11 +217,16 @@ REFUSED = [
     ({"sigmas": []}, "at least one step"),
     ({"sigmas": [0.5, 1.0]}, "noise levels must fall"),
     ({"sigmas": [1.5, 1.0]}, "noise levels must fall"),
-    ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]}, "noise: a callback can have"),
+    (
+        {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]},
+        "noise: a callback can have",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[next(iter(options)) for options, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("options", "message"), REFUSED, ids=[next(iter(options)) for options, _ in REFUSED]
+)
 def test_what_cannot_work_is_refused_before_an_llm_is_loaded(pipe, options, message):
     with pytest.raises(InputError, match=message):
         pipe(PROMPTS[0], **options)

@@ -34,7 +34,9 @@ def expected(pipe):
 def test_diffusers_loads_the_folder_as_a_pipeline_of_ones_own(saved, expected):
     """Only its own loader runs, not ours: LLMs and checks have to come with the first prompt."""
     # The code that diffusers wants to be trusted is the pipeline.py that `save` wrote a moment ago.
-    pipeline = DiffusionPipeline.from_pretrained(str(saved), custom_pipeline=str(saved), trust_remote_code=True)
+    pipeline = DiffusionPipeline.from_pretrained(
+        str(saved), custom_pipeline=str(saved), trust_remote_code=True
+    )
     assert type(pipeline) is LIDiTPipeline
     assert torch.equal(drawn(pipeline), expected)
     with pytest.raises(ValueError, match="contains custom code"):
@@ -47,7 +49,9 @@ def test_diffusers_finds_damage_and_missing_llms_at_the_first_prompt(saved, tmp_
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
 
     def load():  # trusts the folder's own pipeline.py, which this test's fixture wrote
-        return DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
+        return DiffusionPipeline.from_pretrained(
+            str(folder), custom_pipeline=str(folder), trust_remote_code=True
+        )
 
     with pytest.raises(InputError, match=r"qwen.safetensors: damaged"):
         drawn(load())
@@ -67,7 +71,9 @@ def test_torch_dtype_is_the_dtype(saved):
 
 def test_a_device_map_is_a_device(saved):
     assert LIDiTPipeline.from_pretrained(saved, device_map="meta").model.device.type == "meta"
-    with pytest.raises(InputError, match=r"device_map: 'balanced' is no device; .* enable_model_cpu_offload"):
+    with pytest.raises(
+        InputError, match=r"device_map: 'balanced' is no device; .* enable_model_cpu_offload"
+    ):
         LIDiTPipeline.from_pretrained(saved, device_map="balanced")
 
 
@@ -78,7 +84,9 @@ def test_a_variant_lies_beside_the_weights(saved, expected, tmp_path, shard):
     half.save_pretrained(folder, max_shard_size=shard, variant="bf16")
     assert torch.equal(drawn(LIDiTPipeline.from_pretrained(folder)), expected)
     again = LIDiTPipeline.from_pretrained(folder, variant="bf16")
-    assert torch.equal(again.transformer.final_linear.weight, half.transformer.final_linear.weight.float())
+    assert torch.equal(
+        again.transformer.final_linear.weight, half.transformer.final_linear.weight.float()
+    )
     with pytest.raises(InputError, match="fp16"):
         LIDiTPipeline.from_pretrained(folder, variant="fp16")
 
@@ -96,8 +104,11 @@ def test_a_folder_of_the_hub_is_found_without_asking_it(saved, expected, tmp_pat
     (cache / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")  # nobody answers there
-    assert torch.equal(drawn(LIDiTPipeline.from_pretrained("owner/model", local_files_only=True)), expected)
+    # nobody answers there
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+    assert torch.equal(
+        drawn(LIDiTPipeline.from_pretrained("owner/model", local_files_only=True)), expected
+    )
     with pytest.raises(InputError, match="nobody/model: cannot be fetched from the hub"):
         LIDiTPipeline.from_pretrained("nobody/model", local_files_only=True)
 
@@ -115,14 +126,17 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"url": f"{self.origin}/owner/model"})
         if "/preupload/" in self.path:
             named = [entry["path"] for entry in json.loads(body)["files"]]
-            files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in named]
+            files = [
+                {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in named
+            ]
             return self.answer({"files": files})
         if "/commit/" in self.path:
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self.answer({"success": True, "commitUrl": f"{self.origin}/owner/model/commit/{COMMIT}",
+            return self.answer({"success": True,
+                                "commitUrl": f"{self.origin}/owner/model/commit/{COMMIT}",
                                 "commitOid": COMMIT})  # fmt: skip
         return self.answer({})
 
@@ -152,7 +166,9 @@ def hub(monkeypatch):
     thread.start()
     Hub.files, Hub.created = {}, []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(
+        huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{server.server_port}"
+    )
     yield Hub
     server.shutdown()
     thread.join()
@@ -174,7 +190,9 @@ def test_the_cards_fields_are_the_hubs(pipe, saved):
     card = ModelCard.load(saved / "README.md")
     assert "pipeline_tag: text-to-image\n" in str(card.data) + "\n"
     assert card.data.license == "other"
-    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("single", 0.75)]
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [
+        ("single", 0.75)
+    ]
     entry = pipe.encoders["llama"]
     entry.settings = entry.settings.model_copy(update={"model": "owner/llama", "revision": COMMIT})
     facts = {"license": "apache-2.0", "datasets": ["owner/pictures"], "prompts": ['a "red" circle']}

@@ -19,7 +19,9 @@ from tests.helpers.prompts import PROMPTS
 
 
 def test_a_changed_sampler_is_used_from_then_on_and_not_saved(saved, pipe, tmp_path):
-    expected = pipe(PROMPTS[0], num_inference_steps=2, guidance_scale=1, seed=1, output_type="np").images
+    expected = pipe(
+        PROMPTS[0], num_inference_steps=2, guidance_scale=1, seed=1, output_type="np"
+    ).images
     pipe.change_sampler(SamplerChanges(steps=2, guidance_scale=1))
     np.testing.assert_array_equal(pipe(PROMPTS[0], seed=1, output_type="np").images, expected)
     pipe.save_pretrained(tmp_path)
@@ -32,11 +34,18 @@ def test_an_llm_found_elsewhere_is_taken_if_it_is_the_same(saved, llms, tmp_path
     moved = shutil.copytree(llms[0].model, tmp_path / "moved")
     pipe = LIDiTPipeline.from_pretrained(saved, encoders={"llama": str(moved)})
     assert pipe.encoders["llama"].encoder().spec.folder == str(moved)
-    assert LIDiTPipeline.from_pretrained(saved, encoders={"llama": moved}).encoders["llama"].encoder()
-    hub = LIDiTPipeline.from_pretrained(saved, encoders={"llama": f"someone/llama@{'a' * 40}"}).encoders["llama"]
+    assert (
+        LIDiTPipeline.from_pretrained(saved, encoders={"llama": moved}).encoders["llama"].encoder()
+    )
+    hub = LIDiTPipeline.from_pretrained(
+        saved, encoders={"llama": f"someone/llama@{'a' * 40}"}
+    ).encoders["llama"]
     assert (hub.settings.model, hub.settings.revision) == ("someone/llama", "a" * 40)
     other = LIDiTPipeline.from_pretrained(saved, encoders={"llama": llms[1].model})
-    with pytest.raises(InputError, match=r"encoder 'llama': .* is not what the model was trained with.*weights_sha256"):
+    with pytest.raises(
+        InputError,
+        match=r"encoder 'llama': .* is not what the model was trained " r"with.*weights_sha256",
+    ):
         other(PROMPTS[0])
 
 
@@ -73,7 +82,8 @@ def test_saved_again_it_is_the_same_pipeline(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "again")
     again = LIDiTPipeline.from_pretrained(tmp_path / "again")
     np.testing.assert_array_equal(
-        again(PROMPTS, seed=0, output_type="np").images, pipe(PROMPTS, seed=0, output_type="np").images
+        again(PROMPTS, seed=0, output_type="np").images,
+        pipe(PROMPTS, seed=0, output_type="np").images,
     )
 
 
@@ -94,11 +104,18 @@ def test_bfloat16_weights_keep_exact_statistics(saved, pipe):
     assert half.model.transformer.final_linear.weight.dtype == torch.bfloat16
     for name in ("llama", "qwen"):
         exact = pipe.model.conditioner.branch(name).projection.mean
-        torch.testing.assert_close(half.model.conditioner.branch(name).projection.mean, exact, rtol=0, atol=0)
-    difference = half(PROMPTS, seed=0, output_type="pt").images - pipe(PROMPTS, seed=0, output_type="pt").images
+        torch.testing.assert_close(
+            half.model.conditioner.branch(name).projection.mean, exact, rtol=0, atol=0
+        )
+    difference = (
+        half(PROMPTS, seed=0, output_type="pt").images
+        - pipe(PROMPTS, seed=0, output_type="pt").images
+    )
     assert difference.abs().mean() < 0.02
     back = half.model.double().float().conditioner.branch("llama").projection
-    assert back.mean.dtype == back.deviation.dtype == torch.float32, "double precision must not stay for ever"
+    assert back.mean.dtype == back.deviation.dtype == torch.float32, (
+        "double precision must not stay for ever"
+    )
 
 
 def test_an_autoencoder_travels_with_the_model(pipe, tmp_path):
@@ -107,7 +124,8 @@ def test_an_autoencoder_travels_with_the_model(pipe, tmp_path):
     vae = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=3, norm_num_groups=4, scaling_factor=0.7, layers_per_block=1, sample_size=16,
+        latent_channels=3, norm_num_groups=4, scaling_factor=0.7, layers_per_block=1,
+        sample_size=16,
     ).eval()  # fmt: skip
     vae.save_pretrained(tmp_path / "elsewhere")
     pipe.codec_settings = CodecSettings(name="small", model=str(tmp_path / "elsewhere"))
@@ -127,7 +145,8 @@ def test_an_autoencoder_travels_with_the_model(pipe, tmp_path):
 
 def refused(saved, tmp_path, change):
     copy = shutil.copytree(saved, tmp_path / "copy")
-    (copy / CHECKSUMS).unlink()  # as for a folder of the first release, or one that its owner changed
+    # as for a folder of the first release, or one that its owner changed
+    (copy / CHECKSUMS).unlink()
     change(copy)
     with pytest.raises(InputError) as found:
         LIDiTPipeline.from_pretrained(copy)
@@ -152,8 +171,14 @@ def test_what_is_missing_or_altered_is_named(saved, pipe, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"width": 64}))
 
     cases = [
-        (lambda folder: (folder / "encoders/qwen.json").unlink(), "encoder 'qwen', but qwen.json is missing"),
-        (lambda folder: (folder / "encoders/qwen.safetensors").write_bytes(b"cut"), "encoder 'qwen' cannot be read"),
+        (
+            lambda folder: (folder / "encoders/qwen.json").unlink(),
+            "encoder 'qwen', but qwen.json is missing",
+        ),
+        (
+            lambda folder: (folder / "encoders/qwen.safetensors").write_bytes(b"cut"),
+            "encoder 'qwen' cannot be read",
+        ),
         (edit_spec, "the fingerprint does not belong to the spec"),
         (edit_sampler, "model_index.json: sampler: stepz: unknown key; did you mean 'steps'"),
         (lambda folder: (folder / "model_index.json").unlink(), "not a model folder"),
@@ -166,7 +191,9 @@ def test_what_is_missing_or_altered_is_named(saved, pipe, tmp_path):
 
 
 def test_a_folder_with_only_a_pickle_is_refused(saved, tmp_path):
-    """A harmless one that torch would load: another could run code. Both ways to our weights are tried."""
+    """A harmless one that torch would load: another could run code. Both ways to our weights are
+    tried.
+    """
 
     def pickled(folder):
         weights = folder / "model" / "diffusion_pytorch_model.safetensors"
@@ -184,7 +211,8 @@ def test_an_autoencoder_decodes_in_slices_and_tiles(pipe, tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, norm_num_groups=4, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, norm_num_groups=4,
+        layers_per_block=1,
         sample_size=16,
     )  # fmt: skip
     vae.save_pretrained(tmp_path)
@@ -192,11 +220,15 @@ def test_an_autoencoder_decodes_in_slices_and_tiles(pipe, tmp_path):
     whole = pipe(PROMPTS, seed=0, output_type="pt").images
     assert isinstance(pipe.vae, AutoencoderKL)
     pipe.enable_vae_slicing()
-    torch.testing.assert_close(pipe(PROMPTS, seed=0, output_type="pt").images, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        pipe(PROMPTS, seed=0, output_type="pt").images, whole, rtol=1e-4, atol=1e-4
+    )
     assert pipe.vae.use_slicing
     pipe.enable_vae_tiling()
     tiled = pipe(PROMPTS[0], height=64, width=64, seed=0, output_type="pt").images
     pipe.disable_vae_tiling()
     pipe.disable_vae_slicing()
     assert not pipe.vae.use_slicing
-    assert (tiled - pipe(PROMPTS[0], height=64, width=64, seed=0, output_type="pt").images).abs().max() > 1e-4
+    assert (
+        tiled - pipe(PROMPTS[0], height=64, width=64, seed=0, output_type="pt").images
+    ).abs().max() > 1e-4

@@ -24,7 +24,9 @@ def test_prompt_to_image(pipe):
 
 
 def test_the_same_seed_gives_the_same_image_and_another_seed_another(pipe):
-    first, again, other = (pipe(PROMPTS[0], seed=seed, output_type="np").images for seed in (1, 1, 2))
+    first, again, other = (
+        pipe(PROMPTS[0], seed=seed, output_type="np").images for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.04
     unseeded = [pipe(PROMPTS[0], output_type="np").images for _ in range(2)]
@@ -42,19 +44,30 @@ def test_an_image_depends_on_its_prompt_and_seed_not_on_its_batch(pipe):
 
 
 def test_a_prompt_of_several_images_is_read_and_refined_once(pipe):
-    """With the empty caption, likewise once, for guidance; whatever their order, images are those drawn alone."""
+    """With the empty caption, likewise once, for guidance; whatever their order, images are those
+    drawn alone.
+    """
     order, refined = [1, 0, 1, 1], []
     branch = pipe.model.conditioner.branches[0]
-    hook = branch.register_forward_pre_hook(lambda _module, inputs: refined.append(len(inputs[0].states)))
-    together = pipe([PROMPTS[i] for i in order], seed=range(4), guidance_scale=3, output_type="pt").images
+    hook = branch.register_forward_pre_hook(
+        lambda _module, inputs: refined.append(len(inputs[0].states))
+    )
+    together = pipe(
+        [PROMPTS[i] for i in order], seed=range(4), guidance_scale=3, output_type="pt"
+    ).images
     hook.remove()
     assert set(refined) == {3}
     for place, index in enumerate(order):
         alone = pipe(PROMPTS[index], seed=place, guidance_scale=3, output_type="pt").images
         torch.testing.assert_close(together[place], alone[0], rtol=1e-3, atol=1e-3)
-    plain = pipe([PROMPTS[i] for i in order], seed=range(4), guidance_scale=1, output_type="pt").images
+    plain = pipe(
+        [PROMPTS[i] for i in order], seed=range(4), guidance_scale=1, output_type="pt"
+    ).images
     torch.testing.assert_close(
-        plain[3], pipe(PROMPTS[1], seed=3, guidance_scale=1, output_type="pt").images[0], rtol=1e-3, atol=1e-3
+        plain[3],
+        pipe(PROMPTS[1], seed=3, guidance_scale=1, output_type="pt").images[0],
+        rtol=1e-3,
+        atol=1e-3,
     )
     assert (together[0] - together[2]).abs().max() > 1e-3, "each image has its own noise"
 
@@ -66,18 +79,24 @@ def test_sampling_from_stored_states_needs_no_llm(pipe, llms):
     without = LIDiTPipeline.from_pretrained(pipe.config._name_or_path)
     for encoder in without.encoders.values():
         encoder.settings = encoder.settings.model_copy(update={"model": "nowhere"})
-    torch.testing.assert_close(without(states=states, seed=0, output_type="pt").images, expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        without(states=states, seed=0, output_type="pt").images, expected, rtol=0, atol=0
+    )
     assert all(encoder.loaded is None for encoder in without.encoders.values())
 
 
 def test_online_states_are_the_stored_ones(pipe, llms, tmp_path):
-    """Written to a table as a corpus does and read back, against what the pipeline computes for the same captions."""
+    """Written to a table as a corpus does and read back, against what the pipeline computes for the
+    same captions.
+    """
     from lidit.store.states import decode_table, text_table
 
     online = pipe.encode_prompts(PROMPTS)
     for settings in llms:
         entry = pipe.encoders[settings.name]
-        alone = [PromptEncoder.load(resolve_encoder(settings)).encode([prompt])[0] for prompt in PROMPTS]
+        alone = [
+            PromptEncoder.load(resolve_encoder(settings)).encode([prompt])[0] for prompt in PROMPTS
+        ]
         table = text_table(
             [caption.token_ids for caption in alone],
             [caption.states for caption in alone],
@@ -89,7 +108,8 @@ def test_online_states_are_the_stored_ones(pipe, llms, tmp_path):
             found = online[settings.name].states[row][online[settings.name].mask[row]]
             assert found.dtype == stored.dtype
             apart = (found.float() - stored.float()).abs() / entry.deviation
-            assert apart.max() < 0.1  # batching moves a value by rounding, and that may tip it over one storage step
+            # batching moves a value by rounding, and that may tip it over one storage step
+            assert apart.max() < 0.1
             assert (apart > 1e-4).float().mean() < 0.02
 
 
@@ -120,9 +140,13 @@ def test_a_prompt_is_read_in_the_form_in_which_captions_are_stored(pipe):
 def test_a_prompt_that_is_cut_is_told(pipe, caplog):
     limit = pipe.encoders["qwen"].spec["max_tokens"]
     pipe.encode_prompts([PROMPTS[0], "red " * 2 * limit])
-    assert f"encoder qwen: cut to their first {limit} tokens, more were not used in training" in caplog.text
+    assert (
+        f"encoder qwen: cut to their first {limit} tokens, more were not used in training"
+        in caplog.text
+    )
     assert "1 of 2 prompts" in caplog.text
-    assert "red" not in caplog.text.replace("trained", "")  # logs outlive requests: no word of a prompt is in them
+    # logs outlive requests: no word of a prompt is in them
+    assert "red" not in caplog.text.replace("trained", "")
 
 
 def test_states_of_another_instruction_are_refused(pipe):
@@ -137,7 +161,9 @@ def test_states_of_another_instruction_are_refused(pipe):
         atol=0.05,
     )
     for prefix in (qwen.prefix.flip(0), qwen.prefix[1:], qwen.prefix[:0]):
-        with pytest.raises(InputError, match="encoder 'qwen': these states follow another instruction"):
+        with pytest.raises(
+            InputError, match="encoder 'qwen': these states follow another instruction"
+        ):
             pipe(states={**states, "qwen": replace(qwen, prefix=prefix)}, seed=0)
 
 
@@ -158,7 +184,9 @@ def test_offloading_leaves_nothing_on_the_gpu(saved, pipe):
     pipe.unload_encoders()
     before = torch.cuda.memory_allocated()
     pipe.enable_model_cpu_offload()
-    torch.testing.assert_close(pipe(PROMPTS, seed=0, output_type="pt").images, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        pipe(PROMPTS, seed=0, output_type="pt").images, expected, rtol=1e-3, atol=1e-3
+    )
     assert {entry.loaded.trunk.device.type for entry in pipe.encoders.values()} == {"cpu"}
     assert torch.cuda.memory_allocated() - before < 1 << 20
 
@@ -184,7 +212,9 @@ def test_calls_that_cannot_work_are_refused(saved, pipe):
         pipe(PROMPTS[0], guidance_interval=(0.8, 0.2))
     with pytest.raises(InputError, match="0 x 24 pixels"):
         pipe(PROMPTS[0], height=0)
-    assert not any(entry.loaded for entry in pipe.encoders.values()), "an LLM was loaded for a call that cannot work"
+    assert not any(entry.loaded for entry in pipe.encoders.values()), (
+        "an LLM was loaded for a call that cannot work"
+    )
     with pytest.raises(InputError, match=r"states of \['qwen'\] are missing"):
         pipe(states={"llama": TextStates.collate([torch.randn(2, 32)], torch.randn(3, 32))})
     with pytest.raises(InputError, match="no encoder 'gemma'; it was trained with llama, qwen"):

@@ -22,7 +22,10 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 def drawn(pipeline, length=3, **options):
-    states = {name: pipeline.encoders[name].collate([row]) for name, row in random_states(length, length).items()}
+    states = {
+        name: pipeline.encoders[name].collate([row])
+        for name, row in random_states(length, length).items()
+    }
     return pipeline(states=states, **({"seed": 0} | options), output_type="latent").images
 
 
@@ -118,7 +121,11 @@ def test_a_swapped_scheduler_is_not_saved(pipe, tmp_path):
         ("clean", DPMSolverMultistepScheduler(), "use_flow_sigmas=True"),
         ("ddpm", FlowMatchEulerDiscreteScheduler(), "prediction_type epsilon"),
         ("ddpm", DDIMScheduler(prediction_type="v_prediction"), "prediction_type epsilon"),
-        ("ddpm", DDIMScheduler(beta_schedule="scaled_linear"), "its noise levels are not the model's"),
+        (
+            "ddpm",
+            DDIMScheduler(beta_schedule="scaled_linear"),
+            "its noise levels are not the model's",
+        ),
         ("ddpm", DDIMScheduler(num_train_timesteps=500), "its noise levels are not the model's"),
         ("clean", "euler", "scheduler str is no scheduler of diffusers"),
         ("clean", AutoencoderKL, "is no scheduler of diffusers"),
@@ -144,7 +151,9 @@ def test_steps_can_be_chosen_one_by_one():
 
 def test_a_scheduler_that_chooses_its_steps_itself_says_so():
     pipeline = random_pipeline("ddpm")
-    with pytest.raises(InputError, match="scheduler DDIMScheduler takes no timesteps; choose another scheduler"):
+    with pytest.raises(
+        InputError, match="scheduler DDIMScheduler takes no timesteps; choose another scheduler"
+    ):
         drawn(pipeline, timesteps=[999, 500])
     pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     drawn(pipeline, timesteps=[999, 500, 1])

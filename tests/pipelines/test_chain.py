@@ -1,4 +1,6 @@
-"""Encoders side by side, without a cluster: what runs together, what waits, what a failure leaves alone."""
+"""Encoders side by side, without a cluster: what runs together, what waits, what a failure leaves
+alone.
+"""
 
 import threading
 import time
@@ -20,13 +22,20 @@ def test_what_fits_runs_together_and_what_does_not_waits() -> None:
     def large() -> str:
         if not alone.acquire(blocking=False):
             overlaps.append("large")
-        time.sleep(0.05)  # hold the lock: another one that were started beside this one must meet it taken
+        # hold the lock: another one that were started beside this one must meet it taken
+        time.sleep(0.05)
         alone.release()
         return "large"
 
     results: list[str] = []
     calls = {"a": small, "b": small, "c": large, "d": large, "too large": lambda: "huge"}
-    demands = {"a": {"CPU": 2}, "b": {"CPU": 2, "GPU": 0}, "c": {"CPU": 3}, "d": {"CPU": 3}, "too large": {"CPU": 99}}
+    demands = {
+        "a": {"CPU": 2},
+        "b": {"CPU": 2, "GPU": 0},
+        "c": {"CPU": 3},
+        "d": {"CPU": 3},
+        "too large": {"CPU": 99},
+    }
     side_by_side(calls, demands, {"CPU": 4}, results.append)
     assert sorted(results) == ["huge", "large", "large", "small", "small"]
     assert not overlaps
@@ -41,12 +50,15 @@ def test_a_failure_leaves_the_others_alone() -> None:
 
     def good() -> str:
         assert failed.wait(20)
-        time.sleep(0.2)  # end after the failure has been told: that thread is the scheduler's own and gives no event
+        # end after the failure has been told: that thread is the scheduler's own and gives no event
+        time.sleep(0.2)
         return "good"
 
     results: list[str] = []
     with pytest.raises(JobError, match="disk is full"):
-        side_by_side({"bad": bad, "good": good, "late": good}, {n: {"CPU": 1} for n in ("bad", "good", "late")},
+        side_by_side({"bad": bad, "good": good, "late": good}, {n: {"CPU": 1} for n in ("bad",
+                                                                                        "good",
+                                                                                        "late")},
                      {"CPU": 2}, results.append)  # fmt: skip
     assert results == ["good", "good"]
     with pytest.raises(InputError):

@@ -41,10 +41,14 @@ def recipe_of(small_world: SmallWorld, **changes: object) -> Recipe:
     return small_world.recipe(Path("nowhere"), **changes)  # type: ignore[arg-type]
 
 
-def real_inputs(batch: int, tokens: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, TextStates]]:
+def real_inputs(
+    batch: int, tokens: int, prefix: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, TextStates]]:
     text = {
         name: TextStates(
-            torch.randn(batch, tokens, width), torch.ones(batch, tokens, dtype=torch.bool), torch.randn(prefix, width)
+            torch.randn(batch, tokens, width),
+            torch.ones(batch, tokens, dtype=torch.bool),
+            torch.randn(prefix, width),
         )
         for name, width in WIDTHS.items()
     }
@@ -69,7 +73,8 @@ def test_flops_are_what_torch_counts_of_a_training_step(small_world: SmallWorld)
     batch, tokens, prefix = 6, 20, 9
     recipe = recipe_of(small_world, model={"width": 64, "depth": 3})
     model = LIDiT.from_settings(recipe.model, WIDTHS, 3)
-    # The counter does not know the CPU's fused attention: the plain one is two matrix products it can see.
+    # The counter does not know the CPU's fused attention: the plain one is two matrix products it
+    # can see.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*real_inputs(batch, tokens, prefix)).square().mean().backward()
     assert step_flops(model, facts_of(small_world, tokens, prefix), batch) == pytest.approx(
@@ -78,15 +83,21 @@ def test_flops_are_what_torch_counts_of_a_training_step(small_world: SmallWorld)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_a_forward_pass_keeps(small_world: SmallWorld, checkpointing: bool) -> None:
+def test_activations_are_what_a_forward_pass_keeps(
+    small_world: SmallWorld, checkpointing: bool
+) -> None:
     batch, tokens, prefix = 6, 20, 9
-    recipe = recipe_of(small_world, model={"width": 64, "depth": 3, "activation_checkpointing": checkpointing})
+    recipe = recipe_of(
+        small_world, model={"width": 64, "depth": 3, "activation_checkpointing": checkpointing}
+    )
     model = LIDiT.from_settings(recipe.model, WIDTHS, 3).train()
     kept = saved_bytes(model, *real_inputs(batch, tokens, prefix))
     expected = activation_bytes(recipe, facts_of(small_world, tokens, prefix), batch)
     if checkpointing:  # and, while a block is computed again, what that block keeps
         plain = recipe_of(small_world, model={"width": 64, "depth": 3})
-        whole = saved_bytes(LIDiT.from_settings(plain.model, WIDTHS, 3).train(), *real_inputs(batch, tokens, prefix))
+        whole = saved_bytes(
+            LIDiT.from_settings(plain.model, WIDTHS, 3).train(), *real_inputs(batch, tokens, prefix)
+        )
         assert kept < whole
         kept += whole // 3
     assert expected == pytest.approx(kept, rel=0.15)
@@ -96,17 +107,25 @@ def test_activations_are_what_a_forward_pass_keeps(small_world: SmallWorld, chec
 def test_text_bytes_are_those_of_written_files(tmp_path: Path, storage: str) -> None:
     width, lengths = 96, [1 + (7 * i) % 40 for i in range(400)]
     states = [torch.randn(length, width) for length in lengths]
-    table = text_table([[0] * n for n in lengths], states, storage, None, *channel_statistics(states))
+    table = text_table(
+        [[0] * n for n in lengths], states, storage, None, *channel_statistics(states)
+    )
     with (tmp_path / "unit").open("wb") as file:
         arrow_writer([table])(file)
     expected = text_bytes(len(lengths), sum(lengths) / len(lengths), width, storage)
     assert expected == pytest.approx((tmp_path / "unit").stat().st_size, rel=0.02)
 
 
-@pytest.mark.parametrize(("storage", "posterior"), [("float32", True), ("bfloat16", False), ("uint8", False)])
-def test_latent_bytes_are_those_of_written_files(tmp_path: Path, storage: str, posterior: bool) -> None:
+@pytest.mark.parametrize(
+    ("storage", "posterior"), [("float32", True), ("bfloat16", False), ("uint8", False)]
+)
+def test_latent_bytes_are_those_of_written_files(
+    tmp_path: Path, storage: str, posterior: bool
+) -> None:
     latents = [torch.rand(4, 8, 8) for _ in range(1500)]
-    table = latents_table(latents, [Crop(0, 0, 64, 64)] * 1500, storage, latents if posterior else None)
+    table = latents_table(
+        latents, [Crop(0, 0, 64, 64)] * 1500, storage, latents if posterior else None
+    )
     with (tmp_path / "unit").open("wb") as file:
         arrow_writer([table])(file)
     assert latent_bytes(1500, (4, 8, 8), storage, posterior) == pytest.approx(
@@ -115,7 +134,9 @@ def test_latent_bytes_are_those_of_written_files(tmp_path: Path, storage: str, p
 
 
 def test_embedding_flops_are_those_of_the_encoder(tmp_path: Path) -> None:
-    settings = EncoderSettings(name="llama", model=str(tiny_llm(tmp_path / "llama", "llama", width=256)))
+    settings = EncoderSettings(
+        name="llama", model=str(tiny_llm(tmp_path / "llama", "llama", width=256))
+    )
     encoder = PromptEncoder.load(resolve_encoder(settings))
     captions = ["a red circle on the left of a blue square"] * 8
     prefix = len(encoder.prefix_states()[0])
@@ -123,7 +144,9 @@ def test_embedding_flops_are_those_of_the_encoder(tmp_path: Path) -> None:
         tokens = sum(len(caption.token_ids) for caption in encoder.encode(captions))
     shape = encoder_shape(settings, Recipe(name="x", corpus="x", encoders=(settings,)))
     assert shape.width == 256
-    expected = embedding_flops(PlannedEncoder(shape, encoder.spec.blocks, shape.width), tokens, prefix, tokens / 8)
+    expected = embedding_flops(
+        PlannedEncoder(shape, encoder.spec.blocks, shape.width), tokens, prefix, tokens / 8
+    )
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
@@ -131,13 +154,19 @@ def test_embedding_flops_are_those_of_the_encoder(tmp_path: Path) -> None:
 def test_flops_and_activations_of_a_model_that_reads_several_layers(layers: str) -> None:
     batch, tokens, prefix, shape = 6, 20, 9, {"width": 256, "blocks": 6, "block_parameters": 1000}
     recipe = Recipe.model_validate(
-        {"name": "x", "corpus": "nowhere", "encoders": [{"name": "llm", "model": "nowhere", "layers": [2, 4, 6],
-         "join": "separate"}], "plan": {"samples": 8, "encoders": {"llm": shape}, "caption_tokens": tokens,
+        {"name": "x", "corpus": "nowhere", "encoders": [{"name": "llm", "model": "nowhere",
+                                                         "layers": [2, 4, 6],
+         "join": "separate"}], "plan": {"samples": 8, "encoders": {"llm": shape},
+                                        "caption_tokens": tokens,
          "prefix_tokens": prefix}, "ingest": {"resolution": 32},
          "model": {"width": 64, "depth": 3, "patch_size": 8, "layers": layers}}
     )  # fmt: skip
     facts = gather_facts(recipe)
-    assert (facts.encoders["llm"].width, facts.encoders["llm"].layers, facts.encoders["llm"].blocks) == (768, 3, 6)
+    assert (
+        facts.encoders["llm"].width,
+        facts.encoders["llm"].layers,
+        facts.encoders["llm"].blocks,
+    ) == (768, 3, 6)
     model = LIDiT.from_settings(recipe.model, {"llm": 768}, 3, {"llm": 3}).train()
     mask = torch.ones(batch, tokens, dtype=torch.bool)
     text = {"llm": TextStates(torch.randn(batch, tokens, 768), mask, torch.randn(prefix, 768))}
@@ -145,7 +174,9 @@ def test_flops_and_activations_of_a_model_that_reads_several_layers(layers: str)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*inputs).square().mean().backward()
     assert step_flops(model, facts, batch) == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert activation_bytes(recipe, facts, batch) == pytest.approx(saved_bytes(model, *inputs), rel=0.15)
+    assert activation_bytes(recipe, facts, batch) == pytest.approx(
+        saved_bytes(model, *inputs), rel=0.15
+    )
 
 
 def test_a_plan_of_several_layers_padding_and_pooled_vectors() -> None:
@@ -180,7 +211,9 @@ def test_a_corpus_that_is_there_is_measured(small_world: SmallWorld) -> None:
     assert (facts.samples, facts.latent) == (97, (3, 32, 32))
     for name, storage in (("llama", "bfloat16"), ("qwen2", "int8")):
         family = corpus.text_family(name)
-        assert facts.captions * facts.caption_tokens[name] == pytest.approx(family.manifest["tokens"], rel=1e-6)
+        assert facts.captions * facts.caption_tokens[name] == pytest.approx(
+            family.manifest["tokens"], rel=1e-6
+        )
         assert facts.prefix_tokens[name] == len(family.shared().prefix)
         assert facts.encoders[name].width == family.width
         # files of twenty rows are half headers
@@ -188,15 +221,20 @@ def test_a_corpus_that_is_there_is_measured(small_world: SmallWorld) -> None:
     assert plan.epochs == pytest.approx(8 * 12 / 97)
 
 
-@pytest.mark.parametrize(("name", "billions", "steps"), [("lidit-1b", 1, 500_000), ("lidit-10b", 10, 1_000_000)])
-def test_the_papers_runs(name: str, billions: int, steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "billions", "steps"), [("lidit-1b", 1, 500_000), ("lidit-10b", 10, 1_000_000)]
+)
+def test_the_papers_runs(
+    name: str, billions: int, steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lidit("plan", name, "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["parameters"] == pytest.approx(billions * 1e9, rel=0.1)
     assert plan["steps"] == steps
     recipe = load_recipe(name)
     images, tokens = recipe.train.batch_size * steps, (recipe.plan.latent[1] // 2) ** 2  # type: ignore[index]
-    # 6 FLOPs per token and parameter that sees every image token: 14 of a block's 25 D^2; attention left out
+    # 6 FLOPs per token and parameter that sees every image token: 14 of a block's 25 D^2; attention
+    # left out
     assert plan["train_gpu_hours"] == pytest.approx(
         6 * 14 / 25 * plan["parameters"] * tokens * images / (989e12 * 0.4 * 3600), rel=0.2
     )
@@ -214,7 +252,10 @@ def test_unknown_sizes_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixtu
     write("name: r\ncorpus: nowhere\nencoders: [{name: big, model: models/big}]\n")
     assert lidit("plan", tmp_path / "r.yaml") == 2
     told = capsys.readouterr().err
-    assert f"error: {tmp_path}/r.yaml: the corpus nowhere does not exist yet; give plan.samples=NUMBER" in told
+    assert (
+        f"error: {tmp_path}/r.yaml: the corpus nowhere does not exist yet; give "
+        "plan.samples=NUMBER" in told
+    )
     assert lidit("plan", tmp_path / "r.yaml", "plan.samples=1000") == 2
     assert f"error: {tmp_path}/r.yaml: plan.encoders.big" in capsys.readouterr().err
 
@@ -231,13 +272,14 @@ def test_a_corpus_that_cannot_be_looked_at_is_not_called_absent(
         raise StorageError("s3://bucket/corpus: no credentials")
 
     monkeypatch.setattr(Folder, "exists", refused)
-    assert lidit("plan", "lidit-1b", "corpus=s3://bucket/corpus", "--json") == 0  # its samples are assumed
+    # its samples are assumed
+    assert lidit("plan", "lidit-1b", "corpus=s3://bucket/corpus", "--json") == 0
     capsys.readouterr()
     assert lidit("plan", "lidit-1b", "corpus=s3://bucket/corpus", "plan.samples=null") == 2
     assert "error: s3://bucket/corpus: no credentials" in capsys.readouterr().err
 
 
-# -- store, code or roll ----------------------------------------------------------------------------------------------
+# -- store, code or roll ---------------------------------------------------------------------------
 
 PAPERS_LLMS = {
     "llama3": {"width": 4096, "blocks": 32, "block_parameters": 218_112_000},
@@ -252,22 +294,29 @@ def papers_recipe(name: str, pixels: int, samples: int, steps: int, **plan: obje
         {
             "name": "paper",
             "corpus": "nowhere",
-            "encoders": [{"name": encoder, "model": f"models/{encoder}", "storage": "int8"} for encoder in PAPERS_LLMS],
+            "encoders": [{"name": encoder, "model": f"models/{encoder}",
+                          "storage": "int8"} for encoder in PAPERS_LLMS],
             "codec": {"name": "sdxl", "model": "models/sdxl", "posterior": "mean"},
             "model": {"preset": name},
             "train": {"batch_size": 4096, "steps": steps},
-            "plan": {"samples": samples, "caption_tokens": 100, "prefix_tokens": 40, "latent": [4, side, side],
+            "plan": {"samples": samples, "caption_tokens": 100, "prefix_tokens": 40,
+                     "latent": [4, side, side],
                      "encoders": PAPERS_LLMS, **plan},
         }
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("preset", "pixels", "encoders"), [("1B", 256, 2.4), ("1B", 512, 0.63), ("10B", 256, 0.25), ("10B", 512, 0.07)]
+    ("preset", "pixels", "encoders"),
+    [("1B", 256, 2.4), ("1B", 512, 0.63), ("10B", 256, 0.25), ("10B", 512, 0.07)],
 )
-def test_how_many_encoders_the_papers_models_need(preset: str, pixels: int, encoders: float) -> None:
+def test_how_many_encoders_the_papers_models_need(
+    preset: str, pixels: int, encoders: float
+) -> None:
     recipe = papers_recipe(preset, pixels, 10**9, 250_000)
-    assert make_plan(recipe, gather_facts(recipe)).states.encoders_per_trainer == pytest.approx(encoders, rel=0.12)
+    assert make_plan(recipe, gather_facts(recipe)).states.encoders_per_trainer == pytest.approx(
+        encoders, rel=0.12
+    )
 
 
 def test_what_is_cheapest_follows_from_passes_and_sizes() -> None:

@@ -11,7 +11,8 @@ MODEL = {"width": 128, "depth": 3, "heads": 4, "refiner": {"depth": 2}}
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
     jobs = [
-        {"name": f"{precision}-{n}", "engine": {"zero_stage": n, "precision": precision}, "model": MODEL, "steps": 2,
+        {"name": f"{precision}-{n}", "engine": {"zero_stage": n, "precision": precision},
+         "model": MODEL, "steps": 2,
          "measure": True}
         for n in range(4) for precision in ("float32", "bfloat16")
     ]  # fmt: skip

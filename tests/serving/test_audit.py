@@ -1,4 +1,6 @@
-"""The audit log: each line holds to the one before it, a fault is found where it is, nothing goes on unlogged."""
+"""The audit log: each line holds to the one before it, a fault is found where it is, nothing goes
+on unlogged.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ import pytest
 from pydantic import ValidationError
 
 from lidit.errors import InputError
-from lidit.serving.audit import START, AuditLog, AuditUnavailable, ChainBroken, Entry, check_chain, load_key
+from lidit.serving.audit import (
+    START,
+    AuditLog,
+    AuditUnavailable,
+    ChainBroken,
+    Entry,
+    check_chain,
+    load_key,
+)
 
 KEY = bytes(range(32))
 PROMPT = "a naked emperor on a horse"
@@ -22,7 +32,9 @@ PROMPT = "a naked emperor on a horse"
 def written(path: Path, count: int = 5) -> list[str]:
     """The hashes of a log's lines."""
     log = AuditLog(path, KEY)
-    hashes = [log.append(Entry(event="accepted", request=f"request-{number}")) for number in range(count)]
+    hashes = [
+        log.append(Entry(event="accepted", request=f"request-{number}")) for number in range(count)
+    ]
     log.close()
     return hashes
 
@@ -58,7 +70,10 @@ FAULTS: dict[str, tuple[Callable[[list[bytes]], list[bytes]], int]] = {
     "doubled": (lambda lines: [*lines[:3], *lines[2:]], 4),
     "exchanged": (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], 3),
     "spaced": (lambda lines: [*lines[:2], lines[2].replace(b":", b": ", 1), *lines[3:]], 3),
-    "a key more": (lambda lines: [*lines[:2], lines[2].replace(b"{", b'{"note":1,', 1), *lines[3:]], 3),
+    "a key more": (
+        lambda lines: [*lines[:2], lines[2].replace(b"{", b'{"note":1,', 1), *lines[3:]],
+        3,
+    ),
     "no JSON": (lambda lines: [*lines[:2], b"note\n", *lines[2:]], 3),
     "a list": (lambda lines: [*lines[:2], b"[]\n", *lines[2:]], 3),
     "an empty line": (lambda lines: [*lines[:2], b"\n", *lines[2:]], 3),
@@ -155,7 +170,9 @@ def test_a_log_that_others_touch_stops(tmp_path: Path, disturb: Callable[[Path],
 def test_threads_share_a_log(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl", KEY)
     with ThreadPoolExecutor(8) as pool:
-        hashes = list(pool.map(lambda number: log.append(Entry(event="accepted", seed=number)), range(100)))
+        hashes = list(
+            pool.map(lambda number: log.append(Entry(event="accepted", seed=number)), range(100))
+        )
     chain = check_chain(log.path)
     assert chain.lines == 100 == len(set(hashes))
     assert chain.head in hashes
@@ -181,7 +198,9 @@ def test_a_prompt_stands_in_no_line(tmp_path: Path) -> None:
 
 
 def test_digests_are_the_same_for_the_same_words_and_key_alone(tmp_path: Path) -> None:
-    logs = [AuditLog(tmp_path / name, key) for name, key in (("a", KEY), ("b", KEY), ("c", bytes(32)))]
+    logs = [
+        AuditLog(tmp_path / name, key) for name, key in (("a", KEY), ("b", KEY), ("c", bytes(32)))
+    ]
     first, second, third = (log.digest(PROMPT) for log in logs)
     assert first == second != third
     assert first != logs[0].digest(PROMPT + " ")

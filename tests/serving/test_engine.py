@@ -30,7 +30,9 @@ def engine(pipeline: LIDiTPipeline) -> Iterator[Engine]:
 
 
 def gate(steps: int = 3) -> tuple[Request, Event, Event]:
-    """A request that holds the engine at its first preview: the events say that it is there, and let it go on."""
+    """A request that holds the engine at its first preview: the events say that it is there, and
+    let it go on.
+    """
     there, go = Event(), Event()
 
     def wait(place: int, step: int, latents: torch.Tensor) -> None:
@@ -40,19 +42,29 @@ def gate(steps: int = 3) -> tuple[Request, Event, Event]:
     return Request(STATES, [0], SamplerChanges(steps=steps), previews=1, on_preview=wait), there, go
 
 
-def test_callers_in_many_threads_get_the_pipelines_pictures(engine: Engine, pipeline: LIDiTPipeline) -> None:
+def test_callers_in_many_threads_get_the_pipelines_pictures(
+    engine: Engine, pipeline: LIDiTPipeline
+) -> None:
     def draw(number: int) -> torch.Tensor:
-        request = Request(random_states(number, number), [number, number + 1], SamplerChanges(steps=1 + number % 4))
+        request = Request(
+            random_states(number, number),
+            [number, number + 1],
+            SamplerChanges(steps=1 + number % 4),
+        )
         return engine.submit(request).result(60)
 
     with ThreadPoolExecutor(8) as callers:
         drawn = list(callers.map(draw, range(16)))
     for number, latents in enumerate(drawn):
         states = {
-            name: pipeline.encoders[name].collate([entry] * 2) for name, entry in random_states(number, number).items()
+            name: pipeline.encoders[name].collate([entry] * 2)
+            for name, entry in random_states(number, number).items()
         }
         expected = pipeline(
-            states=states, seed=[number, number + 1], num_inference_steps=1 + number % 4, output_type="latent"
+            states=states,
+            seed=[number, number + 1],
+            num_inference_steps=1 + number % 4,
+            output_type="latent",
         ).images
         torch.testing.assert_close(latents, expected, rtol=0, atol=1e-3)
     assert engine.counts.finished == 16
@@ -60,7 +72,9 @@ def test_callers_in_many_threads_get_the_pipelines_pictures(engine: Engine, pipe
 
 
 def test_nothing_is_computed_for_a_cancelled_request(engine: Engine) -> None:
-    """Cancelled by its own preview after step 2 of 9; and, while another holds the engine, before its first step."""
+    """Cancelled by its own preview after step 2 of 9; and, while another holds the engine, before
+    its first step.
+    """
     futures: list[Future[torch.Tensor]] = []
     known = Event()
 
@@ -129,7 +143,9 @@ def test_a_step_that_fails_ends_the_images_in_it_alone(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no profile"), ValueError("bad size")])
-def test_a_size_without_a_cap_fails_and_the_engine_goes_on(pipeline: LIDiTPipeline, error: Exception) -> None:
+def test_a_size_without_a_cap_fails_and_the_engine_goes_on(
+    pipeline: LIDiTPipeline, error: Exception
+) -> None:
     def cap_of(size: tuple[int, int]) -> int:
         if size == (32, 32):
             raise error
@@ -166,10 +182,13 @@ def test_closing_cancels_or_drains_and_refuses_what_comes_after(pipeline: LIDiTP
 
 
 def test_units_are_the_pixels_and_steps_that_are_left(engine: Engine) -> None:
-    held, there, go = gate(steps=4)  # guided: two rows of 16 x 16 pixels; held after the second step
+    # guided: two rows of 16 x 16 pixels; held after the second step
+    held, there, go = gate(steps=4)
     first = engine.submit(held)
     assert there.wait(60)
-    second = engine.submit(Request(STATES, [0, 1], SamplerChanges(steps=5, guidance_scale=1), 32, 16))
+    second = engine.submit(
+        Request(STATES, [0, 1], SamplerChanges(steps=5, guidance_scale=1), 32, 16)
+    )
     assert engine.units == 2 * 3 * 256 + 5 * 2 * 512  # of the first as of the turn before
     go.set()
     first.result(60)
@@ -182,21 +201,34 @@ def test_units_are_the_pixels_and_steps_that_are_left(engine: Engine) -> None:
         ({"seeds": []}, "at least one seed"),
         ({"seeds": [2**64]}, r"\(64 bits\)"),
         ({"height": 18}, "must be multiples of 4"),
-        ({"sampler": SamplerChanges(scheduler="ddim")}, "'ddim' cannot sample the objective 'clean'"),
+        (
+            {"sampler": SamplerChanges(scheduler="ddim")},
+            "'ddim' cannot sample the objective 'clean'",
+        ),
         ({"previews": -1}, "-1 previews"),
         ({"states": {"first": STATES["first"]}}, r"states of \['second'\] are missing"),
-        ({"states": {**STATES, "first": torch.randn(3, 9)}}, "states are 9 wide, the model expects 12"),
-        ({"states": {**STATES, "first": torch.randn(1, 3, 12)}}, r"\[tokens, width\], got \[1, 3, 12\]"),
+        (
+            {"states": {**STATES, "first": torch.randn(3, 9)}},
+            "states are 9 wide, the model expects 12",
+        ),
+        (
+            {"states": {**STATES, "first": torch.randn(1, 3, 12)}},
+            r"\[tokens, width\], got \[1, 3, " r"12\]",
+        ),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_at_once(engine: Engine, changes: dict, message: str) -> None:
+def test_what_cannot_be_drawn_is_refused_at_once(
+    engine: Engine, changes: dict, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         engine.submit(Request(**{"states": STATES, "seeds": [0], **changes}))
     assert engine.counts.passes == 0
 
 
 def test_a_request_alone_takes_the_pipelines_passes(pipeline: LIDiTPipeline) -> None:
-    """One a step, of two rows where it guides; the row caps are measured here, which counts as no work."""
+    """One a step, of two rows where it guides; the row caps are measured here, which counts as no
+    work.
+    """
     with Engine(pipeline, sizes=[(16, 16)]) as engine:
         engine.submit(Request(STATES, [0], SamplerChanges(steps=3))).result(60)
     assert (engine.counts.passes, engine.counts.steps, engine.counts.rows) == (3, 3, 6)

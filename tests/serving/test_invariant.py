@@ -27,7 +27,8 @@ SCHEDULERS = {
 }
 SIZES = ((16, 16), (16, 16), (16, 24))
 CAP = 8
-FIXED = Padding(rows=CAP, tokens=16)  # every pass and every caption of these tests then has one shape
+# every pass and every caption of these tests then has one shape
+FIXED = Padding(rows=CAP, tokens=16)
 QUICK = 30
 PASSES: list[list[tuple[float, float, bool]]] = []
 
@@ -109,7 +110,9 @@ def drawn(schedule: Schedule) -> list[Future[torch.Tensor]]:
 def alone(kind: str, request: Request) -> torch.Tensor:
     """What the plain pipeline draws: latents [n, C, H, W]."""
     pipeline, sampler = pipeline_of(kind), request.sampler
-    states = {name: pipeline.encoders[name].collate([entry]) for name, entry in request.states.items()}
+    states = {
+        name: pipeline.encoders[name].collate([entry]) for name, entry in request.states.items()
+    }
     images = [
         pipeline(
             states=states,
@@ -137,7 +140,10 @@ def check(seed: int) -> None:
             continue
         expected = alone(schedule.kind, arrival.request)
         torch.testing.assert_close(future.result(), expected, rtol=0, atol=1e-3)
-        pixels = unit_to_bytes(codec.decode(future.result())).int() - unit_to_bytes(codec.decode(expected)).int()
+        pixels = (
+            unit_to_bytes(codec.decode(future.result())).int()
+            - unit_to_bytes(codec.decode(expected)).int()
+        )
         assert pixels.abs().max() <= 1
 
 
@@ -163,7 +169,9 @@ def test_the_bytes_are_the_same_where_passes_have_one_shape(seed: int) -> None:
 
 
 def test_schedules_mix_what_they_should() -> None:
-    """The tests above prove something only if rows of unlike requests meet, and some are cancelled."""
+    """The tests above prove something only if rows of unlike requests meet, and some
+    are cancelled.
+    """
     PASSES.clear()
     schedules = [random_schedule(seed) for seed in range(QUICK)]
     cancelled = sum(future.cancelled() for schedule in schedules for future in drawn(schedule))

@@ -1,4 +1,6 @@
-"""Keys: shown once, stored as a hash, refused the moment they are revoked; quotas that no race can pass."""
+"""Keys: shown once, stored as a hash, refused the moment they are revoked; quotas that no race can
+pass.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from lidit.errors import InputError
-from lidit.serving.keys import DAY, PREFIX, WRITTEN, KeyDenied, KeyStore, KeysUnavailable, QuotaExceeded
+from lidit.serving.keys import (
+    DAY,
+    PREFIX,
+    WRITTEN,
+    KeyDenied,
+    KeyStore,
+    KeysUnavailable,
+    QuotaExceeded,
+)
 
 NOON = 20_000 * DAY + DAY / 2
 
@@ -62,7 +72,9 @@ def test_only_a_hash_is_stored_and_only_the_owner_reads_it(store: KeyStore) -> N
         assert text.encode() not in content
         assert text.rsplit("_", 1)[1].encode() not in content
     with sqlite3.connect(store.path) as database:
-        assert database.execute("SELECT digest FROM keys").fetchone() == (hashlib.sha256(text.encode()).hexdigest(),)
+        assert database.execute("SELECT digest FROM keys").fetchone() == (
+            hashlib.sha256(text.encode()).hexdigest(),
+        )
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
     assert text not in repr(store.list())
 
@@ -153,7 +165,8 @@ def test_no_race_takes_more_than_the_quota(store: KeyStore) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"name": ""}, {"name": "a\nb"}, {"name": "a" * 101}, {"scopes": []}, {"scopes": ["root"]}, {"quota": 0},
+    [{"name": ""}, {"name": "a\nb"}, {"name": "a" * 101}, {"scopes": []}, {"scopes": ["root"]},
+     {"quota": 0},
      {"period": 0}, {"expires": NOON - 1}],
 )  # fmt: skip
 def test_a_key_that_makes_no_sense_is_refused(store: KeyStore, wrong: dict[str, object]) -> None:
@@ -177,7 +190,9 @@ def test_a_store_that_cannot_be_used_lets_nobody_in(store: KeyStore, tmp_path: P
     assert not store.path.exists()
 
 
-def test_a_store_that_is_locked_for_good_lets_nobody_in(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_locked_for_good_lets_nobody_in(
+    store: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lidit.serving.keys.WAIT", 0.05)
     text, _ = store.add("alice")
     with sqlite3.connect(store.path) as database:

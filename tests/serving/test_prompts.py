@@ -36,21 +36,27 @@ class Reads:
 
 
 def test_threads_never_get_each_others_states(encoders: dict[str, ModelEncoder]) -> None:
-    """Two prompts in one LLM at once would take each other's states: somebody's picture of another's words."""
+    """Two prompts in one LLM at once would take each other's states: somebody's picture of
+    another's words.
+    """
     prompts = [f"number {number} of {number % 7} cubes" for number in range(48)]
     alone = {prompt: encoders["second"].encode([prompt])[0] for prompt in prompts}
     cache, interval = PromptCache(), sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(8) as threads:
-            found = list(threads.map(lambda prompt: cache.states(encoders["second"], [prompt])[0], prompts))
+            found = list(
+                threads.map(lambda prompt: cache.states(encoders["second"], [prompt])[0], prompts)
+            )
     finally:
         sys.setswitchinterval(interval)
     for prompt, states in zip(prompts, found, strict=True):
         torch.testing.assert_close(states, alone[prompt])
 
 
-def test_a_prompt_is_read_once(encoders: dict[str, ModelEncoder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_read_once(
+    encoders: dict[str, ModelEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache, encoder = PromptCache(), encoders["second"]
     reads = Reads(encoder, monkeypatch)
     first = cache.states(encoder, ["a cat", "a dog", "a cat"])
@@ -92,13 +98,19 @@ def test_the_least_recently_used_states_go_first(
     reads = Reads(encoder, monkeypatch)
     for prompt in ("cat", "cat", "dog", "cat", "sun", "cat", "dog"):
         cache.states(encoder, [prompt])
-    lengths = {prompt: len(states) for prompt in ("cat", "dog", "sun") for states in encoder.encode([prompt])}
+    lengths = {
+        prompt: len(states)
+        for prompt in ("cat", "dog", "sun")
+        for states in encoder.encode([prompt])
+    }
     assert len(set(lengths.values())) == 1, "the test needs prompts of one length"
     assert reads.calls[:4] == [["cat"], ["dog"], ["sun"], ["dog"]]
     assert cache.size == 2 * one
 
 
-def test_states_larger_than_the_limit_are_given_and_not_kept(encoders: dict[str, ModelEncoder]) -> None:
+def test_states_larger_than_the_limit_are_given_and_not_kept(
+    encoders: dict[str, ModelEncoder],
+) -> None:
     cache = PromptCache(limit=10)
     (states,) = cache.states(encoders["second"], ["a cat"])
     assert states.nbytes > 10

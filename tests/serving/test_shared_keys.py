@@ -1,4 +1,6 @@
-"""Keys in a real Redis keep the rules of the file of keys: see test_keys.py for why each of them stands."""
+"""Keys in a real Redis keep the rules of the file of keys: see test_keys.py for why each of them
+stands.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,17 @@ NOON = 20_000 * DAY + DAY / 2
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Redis of this module's own behind a socket in a folder."""
     socket = tmp_path_factory.mktemp("redis") / "redis.sock"
-    words = [REDIS_SERVER_PATH, "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(socket.parent)]
+    words = [
+        REDIS_SERVER_PATH,
+        "--port",
+        "0",
+        "--unixsocket",
+        str(socket),
+        "--save",
+        "",
+        "--dir",
+        str(socket.parent),
+    ]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as server:
         place = f"unix://{socket}"
         client = redis.Redis.from_url(place)
@@ -71,13 +83,18 @@ def test_a_key_is_known_by_its_text_which_is_not_there(store: RedisKeyStore, add
     raw = redis.Redis.from_url(address).hget(ROWS, key.id)
     assert text.rsplit("_", 1)[1].encode() not in raw
     assert denied(lambda: store.check(text, "generate")) == "scope"
-    assert denied(lambda: store.check(text[:-1] + ("0" if text[-1] != "0" else "1"), "verify")) == "unknown"
+    assert (
+        denied(lambda: store.check(text[:-1] + ("0" if text[-1] != "0" else "1"), "verify"))
+        == "unknown"
+    )
     assert denied(lambda: store.check("", "verify")) == "unknown"
     with pytest.raises(InputError):
         store.add("alice", quota=0)
 
 
-def test_a_key_ends_by_time_and_by_revocation(store: RedisKeyStore, address: str, clock: Clock) -> None:
+def test_a_key_ends_by_time_and_by_revocation(
+    store: RedisKeyStore, address: str, clock: Clock
+) -> None:
     text, _ = store.add("alice", expires=NOON + 10)
     other = open_keys(address)
     revoked, kept = store.add("bob", quota=10), store.add("carol")
@@ -91,7 +108,9 @@ def test_a_key_ends_by_time_and_by_revocation(store: RedisKeyStore, address: str
         store.revoke("0123456789")
 
 
-def test_a_quota_is_of_a_period_and_refunds_return_to_theirs(store: RedisKeyStore, clock: Clock) -> None:
+def test_a_quota_is_of_a_period_and_refunds_return_to_theirs(
+    store: RedisKeyStore, clock: Clock
+) -> None:
     _, key = store.add("alice", quota=100)
     assert store.charge(key.id, 60) == 40
     with pytest.raises(QuotaExceeded) as exceeded:
@@ -126,7 +145,9 @@ def test_no_race_takes_more_than_the_quota(store: RedisKeyStore, address: str) -
     assert store.used(key) == 25
 
 
-def test_a_server_that_cannot_be_used_lets_nobody_in(store: RedisKeyStore, address: str, tmp_path: Path) -> None:
+def test_a_server_that_cannot_be_used_lets_nobody_in(
+    store: RedisKeyStore, address: str, tmp_path: Path
+) -> None:
     text, key = store.add("alice")
     with pytest.raises(KeysUnavailable):
         RedisKeyStore(f"unix://{tmp_path}/none.sock")

@@ -12,14 +12,18 @@ from lidit.serving.turns import DeficitRoundRobin
 from tests.helpers.random_pipeline import random_pipeline
 
 
-@pytest.mark.parametrize("costs", [{"small": 1, "large": 16}, {"a": 3, "b": 7, "c": 11}, {"only": 5}])
+@pytest.mark.parametrize(
+    "costs", [{"small": 1, "large": 16}, {"a": 3, "b": 7, "c": 11}, {"only": 5}]
+)
 def test_queues_with_work_get_the_same_share(costs: dict[str, int]) -> None:
     turns: DeficitRoundRobin[str] = DeficitRoundRobin()
     spent: Counter[str] = Counter()
     for _ in range(1000):
         chosen = turns.choose(costs)
         spent[chosen] += costs[chosen]
-        assert max(spent[key] for key in costs) - min(spent[key] for key in costs) <= 3 * max(costs.values())
+        assert max(spent[key] for key in costs) - min(spent[key] for key in costs) <= 3 * max(
+            costs.values()
+        )
     assert set(spent) == set(costs)
 
 
@@ -41,16 +45,25 @@ def test_the_cap_ends_where_rows_stop_paying_or_memory_ends(memory: int, cap: in
 
 @pytest.mark.parametrize(
     ("seconds", "pays"),
-    [((1.0, 2.0), True), ((1.0, 2.2, 2.6), True), ((1.0, 2.0, 4.0), False), ((1.0, 2.2, 8.0, 9.0), False)],
+    [
+        ((1.0, 2.0), True),
+        ((1.0, 2.2, 2.6), True),
+        ((1.0, 2.0, 4.0), False),
+        ((1.0, 2.2, 8.0, 9.0), False),
+    ],
 )
-def test_measuring_ends_after_two_passes_that_gain_nothing(seconds: tuple[float, ...], pays: bool) -> None:
+def test_measuring_ends_after_two_passes_that_gain_nothing(
+    seconds: tuple[float, ...], pays: bool
+) -> None:
     assert still_pays([Pass(2**power, taken, 0) for power, taken in enumerate(seconds)]) == pays
 
 
 def test_the_cap_of_a_size_is_measured_once() -> None:
     stepper = stepper_of(random_pipeline("clean"))
     passes = []
-    stepper.model.transformer.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape))
+    stepper.model.transformer.register_forward_pre_hook(
+        lambda _, inputs: passes.append(inputs[0].shape)
+    )
     capacity = Capacity(stepper)
     cap = capacity((16, 16))
     rows = {shape[0] for shape in passes}

@@ -45,9 +45,12 @@ OFFSETS = [0, 7, 15, 18, 23]
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    "wrong", [[0, 7, 15, 18, 2**30], [0, -70000, 15, 18, 23], [0, 15, 7, 18, 23], [0, 7, 15, 18, 40]]
+    "wrong",
+    [[0, 7, 15, 18, 2**30], [0, -70000, 15, 18, 23], [0, 15, 7, 18, 23], [0, 7, 15, 18, 40]],
 )
-def test_offsets_out_of_their_buffer_are_one_refusal(tmp_path: Path, wrong: list[int], stream: bool) -> None:
+def test_offsets_out_of_their_buffer_are_one_refusal(
+    tmp_path: Path, wrong: list[int], stream: bool
+) -> None:
     samples, refused = read(with_offsets(tmp_path / "x.arrow", OFFSETS, wrong, stream))
     assert not samples
     assert [(r.what, r.reason.partition(":")[0]) for r in refused] == [("file", "broken table")]
@@ -55,7 +58,10 @@ def test_offsets_out_of_their_buffer_are_one_refusal(tmp_path: Path, wrong: list
 
 
 def test_one_text_that_is_no_utf8_costs_its_row_alone(tmp_path: Path) -> None:
-    path = ipc(tmp_path / "x.arrow", pa.table({"caption": TEXTS, "nested": [{"name": text} for text in TEXTS]}))
+    path = ipc(
+        tmp_path / "x.arrow",
+        pa.table({"caption": TEXTS, "nested": [{"name": text} for text in TEXTS]}),
+    )
     path.write_bytes(path.read_bytes().replace(b"blue sky", b"blue \xff\xff\xff"))
     samples, refused = read(path)
     assert [s.captions[0][0] for s in samples] == ["red fox", "sea", "grass"]
@@ -71,7 +77,9 @@ def test_sources_beside_a_hostile_one_are_ingested(tmp_path: Path) -> None:
     assert (made.samples, made.reasons) == (4, {"broken table": 1})
 
 
-def test_a_source_that_ends_its_reader_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_ends_its_reader_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reading process runs with a module beside our own that lets the file's first bytes end
     it."""
     data = tmp_path / "data"
@@ -92,26 +100,33 @@ def test_a_source_that_ends_its_reader_is_refused(tmp_path: Path, monkeypatch: p
     assert (made.samples, made.reasons) == (4, {"reader died": 1})
     corpus = Corpus.open(tmp_path / "c")
     (quarantine,) = corpus.quarantine()
-    assert quarantine["reason"].to_pylist() == ["reader died: SIGSEGV while reading kills.arrow; write this file anew"]
+    assert quarantine["reason"].to_pylist() == [
+        "reader died: SIGSEGV while reading kills.arrow; write this file anew"
+    ]
     assert [problem for _, problem in compare_sources(corpus)] == [None, None]
 
 
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> str:
     (tmp_path / "called.py").write_text(
-        f"import os, signal\nfrom lidit.errors import InputError\nfrom lidit.sources.apart import serve\n"
+        "import os, signal\nfrom lidit.errors import InputError\nfrom lidit.sources.apart "
+        "import serve\n"
         f"def main():\n    serve(work)\ndef work(arguments):\n    {body}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     return "called"
 
 
-def test_a_call_gives_its_arguments_and_its_errors_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_gives_its_arguments_and_its_errors_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = module(tmp_path, monkeypatch, "raise InputError(f\"not {arguments['what']}\")")
     with pytest.raises(InputError, match=r"^not ü$"):
         call_apart(name, {"what": "ü"}, "x")
 
 
-def test_a_signal_of_the_bytes_is_told_from_one_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_of_the_bytes_is_told_from_one_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = module(tmp_path, monkeypatch, "os.kill(os.getpid(), arguments['signal'])")
     with pytest.raises(ReaderDiedError, match="SIGBUS"):
         call_apart(name, {"signal": signal.SIGBUS}, "x.arrow")
@@ -125,9 +140,14 @@ def test_a_reader_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> Non
         "import threading\nfrom lidit.sources.apart import serve\n"
         "def main():\n    serve(lambda arguments: threading.Event().wait())\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
+    }
     code = "import called; called.main()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment) as reader:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment
+    ) as reader:
         assert reader.stdin is not None
         reader.stdin.write(json.dumps({}).encode() + b"\n")
         reader.stdin.close()

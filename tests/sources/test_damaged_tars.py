@@ -1,4 +1,6 @@
-"""What a damaged, doubled or hostile tar loses is said in a refusal; none of them hangs or brings a reader down."""
+"""What a damaged, doubled or hostile tar loses is said in a refusal; none of them hangs or brings a
+reader down.
+"""
 
 import gzip
 import tarfile
@@ -13,7 +15,11 @@ from tests.helpers.source_reading import read
 
 
 def members(first: int, count: int) -> list[Member]:
-    return [m for i in range(first, first + count) for m in sample(f"s{i:03d}", f"caption {i}", seed=i % 7)]
+    return [
+        m
+        for i in range(first, first + count)
+        for m in sample(f"s{i:03d}", f"caption {i}", seed=i % 7)
+    ]
 
 
 def zeroed_stretch(path: Path) -> bytes:
@@ -29,7 +35,9 @@ def zeroed_half(path: Path) -> bytes:
 
 
 def two_archives(path: Path) -> bytes:
-    return write_tar(path, members(0, 20)).read_bytes() + write_tar(path, members(20, 30)).read_bytes()
+    return (
+        write_tar(path, members(0, 20)).read_bytes() + write_tar(path, members(20, 30)).read_bytes()
+    )
 
 
 @pytest.mark.parametrize("damaged", [zeroed_stretch, zeroed_half, two_archives])
@@ -56,7 +64,9 @@ def test_padding_of_any_usual_record_is_no_loss(tmp_path: Path, blocking: int, s
     content = write_tar(tmp_path / "made", members(0, 3)).read_bytes().rstrip(b"\0")
     content += bytes(-len(content) % 512 + 1024)
     content += bytes(-len(content) % blocking) if blocking else b""
-    (tmp_path / f"x{suffix}").write_bytes(gzip.compress(content) if suffix == ".tar.gz" else content)
+    (tmp_path / f"x{suffix}").write_bytes(
+        gzip.compress(content) if suffix == ".tar.gz" else content
+    )
     samples, refused = read(tmp_path / f"x{suffix}")
     assert len(samples) == 3
     assert not refused
@@ -71,7 +81,9 @@ def test_one_archive_in_several_gzip_members_is_read_whole(tmp_path: Path) -> No
     assert not refused
 
 
-def test_zeros_without_end_are_not_read_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeros_without_end_are_not_read_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = write_tar(tmp_path / "made", members(0, 2)).read_bytes()
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(whole + bytes(64 << 20), 1))
     seen = 0
@@ -131,7 +143,15 @@ def sparse_without_end() -> bytes:
         huge_member(),
         sparse_without_end(),
     ],
-    ids=["sparse map", "sparse 1.0", "real size", "pax size", "long names", "huge member", "sparse headers"],
+    ids=[
+        "sparse map",
+        "sparse 1.0",
+        "real size",
+        "pax size",
+        "long names",
+        "huge member",
+        "sparse headers",
+    ],
 )
 def test_hostile_headers_are_one_refusal(tmp_path: Path, hostile: bytes) -> None:
     path = write_tar(tmp_path / "x.tar", sample("a"))

@@ -37,7 +37,9 @@ def made(source: Path, tmp_path: Path, **changes: object) -> tuple[IngestSummary
 
 
 def keys(corpus: Corpus) -> list[str]:
-    return [key for unit in range(corpus.num_units) for key in corpus.samples(unit)["key"].to_pylist()]
+    return [
+        key for unit in range(corpus.num_units) for key in corpus.samples(unit)["key"].to_pylist()
+    ]
 
 
 # -- links, hidden folders, unknown suffixes -------------------------------------------------------
@@ -92,7 +94,12 @@ def test_rare_suffixes_of_images_and_captions(tmp_path: Path) -> None:
     assert [text for unit in range(3) for text in corpus.captions(unit)["text"].to_pylist()] == [
         "a 0", "b 0", "of the record"
     ]  # fmt: skip
-    assert summary.ignored == {".avif": 1, ".heic": 2, ".txt beside the images": 2, ".txt without an image": 1}
+    assert summary.ignored == {
+        ".avif": 1,
+        ".heic": 2,
+        ".txt beside the images": 2,
+        ".txt without an image": 1,
+    }
 
 
 def test_a_link_out_of_the_folder_is_refused_for_texts_and_tables(tmp_path: Path) -> None:
@@ -104,12 +111,17 @@ def test_a_link_out_of_the_folder_is_refused_for_texts_and_tables(tmp_path: Path
     (data / "b.jsonl").symlink_to(secret)
     (data / "inside.jsonl").symlink_to("a.jsonl")
     summary, corpus = made(data, tmp_path, unique_keys="file")
-    texts = [text for unit in range(corpus.num_units) for text in corpus.captions(unit)["text"].to_pylist()]
+    texts = [
+        text
+        for unit in range(corpus.num_units)
+        for text in corpus.captions(unit)["text"].to_pylist()
+    ]
     assert texts == ["mine", "mine"]
     assert summary.reasons == {"unsafe name": 1}
     assert "link out of its folder" in next(iter(corpus.quarantine()))["reason"][0].as_py()
     assert [problem for _, problem in compare_sources(corpus)] == [None, None, None]
-    assert expand([str(data / "b.jsonl")]).files[0].problem is None  # named by a person, it is meant
+    # named by a person, it is meant
+    assert expand([str(data / "b.jsonl")]).files[0].problem is None
 
 
 @pytest.mark.timeout(60)
@@ -141,7 +153,10 @@ def test_pipes_beside_images_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p2.png")
     samples, refused = read(tmp_path)
     assert [s.key for s in samples] == ["p0"]
-    assert [r.reason for r in refused] == ["not a file: 'p1.txt' is a pipe", "not a file: 'p2.png' is a pipe"]
+    assert [r.reason for r in refused] == [
+        "not a file: 'p1.txt' is a pipe",
+        "not a file: 'p2.png' is a pipe",
+    ]
 
 
 # -- which kind is read ----------------------------------------------------------------------------
@@ -157,7 +172,9 @@ def img2dataset(folder: Path) -> None:
             if fetched:
                 (folder / shard / f"{key}.jpg").write_bytes(encoded(picture(seed=i), "JPEG"))
                 (folder / shard / f"{key}.txt").write_text(f"caption {key}")
-                (folder / shard / f"{key}.json").write_text(json.dumps({"key": key, "caption": f"caption {key}"}))
+                (folder / shard / f"{key}.json").write_text(
+                    json.dumps({"key": key, "caption": f"caption {key}"})
+                )
             status = "success" if fetched else "failed_to_download"
             error = None if fetched else "HTTP Error 404"
             rows.append(
@@ -204,7 +221,9 @@ def test_images_beside_tars_and_tables_of_bytes_are_counted(tmp_path: Path) -> N
         if kind == "tars":
             write_tar(data / "a.tar", sample("a"))
         else:
-            pq.write_table(pa.table({"image": [encoded(picture())], "text": ["a"]}), data / "a.parquet")
+            pq.write_table(
+                pa.table({"image": [encoded(picture())], "text": ["a"]}), data / "a.parquet"
+            )
         summary, _ = made(data, tmp_path / f"of-{kind}")
         suffix = ".tar" if kind == "tars" else ".parquet"
         assert (summary.samples, summary.images) == (1, 1)

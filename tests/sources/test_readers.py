@@ -1,4 +1,6 @@
-"""Each kind of source gives every sample or a refusal that says why; hostile input is refused, never fatal."""
+"""Each kind of source gives every sample or a refusal that says why; hostile input is refused,
+never fatal.
+"""
 
 import gzip
 import io
@@ -26,14 +28,19 @@ from tests.helpers.source_reading import read
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_tar_gives_images_captions_with_origins_and_metadata(tmp_path: Path, suffix: str) -> None:
     meta = {"captions": [{"text": "one", "origin": "synthetic"}, "two"], "caption": "three", "n": 1}
-    members = [*sample("dir/a", "txt caption", meta), ("b.webp", encoded(picture(), "WEBP")), ("b.txt", b"b")]
+    members = [
+        *sample("dir/a", "txt caption", meta),
+        ("b.webp", encoded(picture(), "WEBP")),
+        ("b.txt", b"b"),
+    ]
     path = write_tar(tmp_path / f"x{suffix}", members, "w:gz" if suffix.endswith("gz") else "w")
     samples, refused = read(path)
     assert not refused
     assert [s.key for s in samples] == ["dir/a", "b"]
     first = samples[0]
     assert first.captions == (
-        ("txt caption", "original"), ("three", "original"), ("one", "synthetic"), ("two", "original")
+        ("txt caption", "original"), ("three", "original"), ("one", "synthetic"), ("two",
+                                                                                   "original")
     )  # fmt: skip
     assert first.meta == meta
     assert first.image == encoded(picture())
@@ -80,7 +87,9 @@ def test_cut_tar_keeps_what_is_whole_and_says_what_is_lost(tmp_path: Path, where
     samples, refused = read(path)
     assert [s.key for s in samples] == ["s0", "s1"]
     assert refused[-1].what == "file"
-    place = {"data": "inside member s2.png", "text": "after member s2.png"}.get(where, f"s1.txt at byte {last}")
+    place = {"data": "inside member s2.png", "text": "after member s2.png"}.get(
+        where, f"s1.txt at byte {last}"
+    )
     assert place in refused[-1].reason
     if where in ("data", "text"):
         assert [r.key for r in refused if r.what == "sample"] == ["s2"]
@@ -107,7 +116,9 @@ def test_bytes_that_are_no_tar_are_one_refusal(tmp_path: Path, content: bytes) -
 
 
 def test_cut_gzip_is_refused_not_fatal(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar.gz", [m for i in range(20) for m in sample(f"s{i}", seed=i)], "w:gz")
+    path = write_tar(
+        tmp_path / "x.tar.gz", [m for i in range(20) for m in sample(f"s{i}", seed=i)], "w:gz"
+    )
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     samples, refused = read(path)
     assert refused[-1].what == "file"
@@ -155,7 +166,9 @@ def test_hostile_tar_members_are_refused_and_their_neighbours_kept(
 
 def test_name_that_is_not_utf8_is_kept_readable(tmp_path: Path) -> None:
     members = sample("na\udcffme")
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as archive:
+    with tarfile.open(
+        tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape"
+    ) as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -193,7 +206,11 @@ def test_tables_with_bytes_paths_or_captions_only(tmp_path: Path, kind: str, suf
         "path": [f"im/{i}.png" for i in range(3)],
         "none": None,
     }[kind]
-    columns = {"key": ["a", "b", "c"], "caption": ["A", "B", None], "recaption": [None, "synthetic B", "C"]}
+    columns = {
+        "key": ["a", "b", "c"],
+        "caption": ["A", "B", None],
+        "recaption": [None, "synthetic B", "C"],
+    }
     table = pa.table(columns | ({"image": column} if column else {}))
     path = tmp_path / f"t{suffix}"
     if suffix == ".parquet":
@@ -235,7 +252,9 @@ def test_jsonl_with_images_in_a_folder(tmp_path: Path) -> None:
     ]
     lines = [json.dumps(row).encode() for row in rows]
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\n".join([lines[0], b"{broken", b"", b'"text"', b'{"text": "\xff"}', *lines[1:]]) + b"\n")
+    path.write_bytes(
+        b"\n".join([lines[0], b"{broken", b"", b'"text"', b'{"text": "\xff"}', *lines[1:]]) + b"\n"
+    )
     samples, refused = read(path)
     assert [(s.key, s.captions) for s in samples] == [("7", (("a", "original"),))]
     assert samples[0].reference is not None
@@ -265,7 +284,9 @@ def test_csv_rows_and_invalid_bytes(tmp_path: Path) -> None:
 def test_csv_of_other_spreadsheets(delimiter: str, tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     rows = [("file_name", "caption"), ("a.png", "zwei, drei"), ("b.png", "vier")]
-    path.write_text("\ufeff" + "".join(delimiter.join(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "\ufeff" + "".join(delimiter.join(row) + "\n" for row in rows), encoding="utf-8"
+    )
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(encoded(picture()))
     samples, refused = read(path)
@@ -289,7 +310,9 @@ def test_utf_16_is_told(kind: str, tmp_path: Path) -> None:
     samples, refused = read(path)
     assert not samples
     remedy = "save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8"
-    assert [(r.reason, r.what) for r in refused] == [(f"not in UTF-8: d.{kind} is UTF-16; {remedy}", "file")]
+    assert [(r.reason, r.what) for r in refused] == [
+        (f"not in UTF-8: d.{kind} is UTF-16; {remedy}", "file")
+    ]
 
 
 def test_a_header_that_cannot_be_read_is_one_refusal(tmp_path: Path) -> None:
@@ -321,7 +344,12 @@ def test_image_folders_with_captions_or_classes(tmp_path: Path) -> None:
     (tmp_path / "n01443537" / "evil.png").symlink_to("/etc/passwd")
     samples, refused = read(tmp_path)
     assert [s.label for s in samples] == ["n01440764"] * 2 + ["n01443537"] * 2
-    assert [s.captions for s in samples] == [(("a tench", "original"),), (("from json", "original"),), (), ()]
+    assert [s.captions for s in samples] == [
+        (("a tench", "original"),),
+        (("from json", "original"),),
+        (),
+        (),
+    ]
     assert ["link out of its folder" in r.reason for r in refused] == [True]
 
 
@@ -348,7 +376,8 @@ def test_what_a_person_types_becomes_an_ordered_list(tmp_path: Path) -> None:
 
 
 def test_a_url_without_its_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # importing it fails as where it is not installed
+    # importing it fails as where it is not installed
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(_registry, "s3", raising=False)  # another test may have imported it
     for source in ("s3://bucket/x.tar", "nosuch://bucket/x.tar"):
         message = f"{source}: cannot be opened .*; install the fsspec package"

@@ -22,7 +22,10 @@ class _Corpus:
         self.folder = path.parent
         self.sources = pa.table({"file": [path.name], "bytes": [len(content)], "sha256": [digest]})
         self.rows = [
-            {"key": member, "image": {"file": path.name, "member": member, "offset": None, "size": None}}
+            {
+                "key": member,
+                "image": {"file": path.name, "member": member, "offset": None, "size": None},
+            }
             for member in members
         ]
 

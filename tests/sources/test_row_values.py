@@ -76,7 +76,9 @@ def test_rows_of_one_key_and_image_are_captions_of_one_sample(tmp_path: Path, ki
     for caption in range(3):  # not side by side, as in COCO
         for i in range(2):
             (data / f"{i}.png").write_bytes(IMAGES[i])
-            rows.append({"image_id": 50 + i, "file_name": f"{i}.png", "caption": f"{caption} of {i}"})
+            rows.append(
+                {"image_id": 50 + i, "file_name": f"{i}.png", "caption": f"{caption} of {i}"}
+            )
     rows.append({"image_id": 51, "file_name": "0.png", "caption": "of another image"})
     rows.append({"image_id": 50, "file_name": "0.png", "caption": "0 of 0"})
     if kind == "csv":
@@ -91,7 +93,10 @@ def test_rows_of_one_key_and_image_are_captions_of_one_sample(tmp_path: Path, ki
     assert (summary.samples, summary.images, summary.joined) == (2, 2, 5)
     assert summary.reasons == {"duplicate key": 1}
     texts = corpus.captions(0)["text"].to_pylist()
-    captions = [[texts[entry["index"]] for entry in row] for row in corpus.samples(0)["captions"].to_pylist()]
+    captions = [
+        [texts[entry["index"]] for entry in row]
+        for row in corpus.samples(0)["captions"].to_pylist()
+    ]
     assert captions == [["0 of 0", "1 of 0", "2 of 0"], ["0 of 1", "1 of 1", "2 of 1"]]
     assert list(unit_images(corpus, 0)) == IMAGES[:2]
     assert corpus.sources["samples"].to_pylist() == [2]
@@ -108,7 +113,12 @@ def test_bytes_never_reach_the_metadata_at_any_depth(tmp_path: Path) -> None:
         tmp_path / "x.parquet",
         image=[{"bytes": IMAGES[0], "path": "a.png"}],
         mask=[{"bytes": IMAGES[1] * 20, "path": "m.png"}],
-        layers=[[{"name": "sky", "picture": {"bytes": IMAGES[2] * 20}}, {"name": "sea", "picture": {"bytes": None}}]],
+        layers=[
+            [
+                {"name": "sky", "picture": {"bytes": IMAGES[2] * 20}},
+                {"name": "sea", "picture": {"bytes": None}},
+            ]
+        ],
         raw=[[IMAGES[3], IMAGES[3]]],
         caption=["a caption"],
     )
@@ -127,8 +137,10 @@ def test_a_list_with_one_image_is_read_where_a_setting_names_it(tmp_path: Path) 
     summary, _ = made(table, tmp_path)
     assert (summary.samples, summary.images) == (3, 0)
     assert summary.told == (
-        "columns found: caption (word, a caption), images (list<element: struct<bytes: binary, path: string>>)",
-        "captions only, without images: no column is called image, jpg, png, image_path, file_name, path; set "
+        "columns found: caption (word, a caption), images (list<element: struct<bytes: binary, "
+        "path: string>>)",
+        "captions only, without images: no column is called image, jpg, png, image_path, "
+        "file_name, path; set "
         "captions_only=true where that is meant",
         "--set 'image_fields=[images]' takes images from images",
     )
@@ -145,7 +157,10 @@ def test_images_named_by_another_column_are_told(tmp_path: Path, name: str) -> N
     (tmp_path / "x.csv").write_text(f"{name},caption,score\nim/0.webp,two words,4\n")
     summary, _ = made(tmp_path / "x.csv", tmp_path)
     assert summary.images == 0
-    assert summary.told[0] == f"columns found: caption (text, a caption), {name} (image path), score (number)"
+    assert (
+        summary.told[0] == f"columns found: caption (text, a caption), {name} (image path), score "
+        "(number)"
+    )
     assert summary.told[-1] == f"--set 'image_fields=[{name}]' takes images from {name}"
     summary, _ = made(tmp_path / "x.csv", tmp_path, image_fields=(name,))
     assert (summary.samples, summary.images) == (1, 1)

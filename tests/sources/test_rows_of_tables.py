@@ -31,11 +31,18 @@ GOOD = {"image": "a.png", "caption": "good"}
 
 def test_captions_with_unquoted_commas_are_refused_not_cut(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_text("id,caption\n1,a red circle, left of a square, on grey\n2,whole\n3,trailing,,\n4,one, more\n")
+    path.write_text(
+        "id,caption\n1,a red circle, left of a square, on "
+        "grey\n2,whole\n3,trailing,,\n4,one, more\n"
+    )
     samples, refused = read(path)
     assert [s.captions[0][0] for s in samples] == ["whole", "trailing"]
     assert [r.key for r in refused] == ["x.csv:2", "x.csv:5"]
-    assert refused[0].reason == "invalid CSV: line 2 has 2 more cells than the header; quote captions that hold commas"
+    assert (
+        refused[0].reason
+        == "invalid CSV: line 2 has 2 more cells than the header; quote captions that hold "
+        "commas"
+    )
     assert "1 more cell than" in refused[1].reason
 
 
@@ -44,16 +51,27 @@ def test_images_that_begin_after_the_first_row_are_refused_not_lost(tmp_path: Pa
     samples, refused = read(path)
     assert [s.captions[0][0] for s in samples] == ["no image", "nor here"]
     assert len(refused) == 1
-    assert "unexpected image: field 'image' has one, the file's first row has none (line 2)" in refused[0].reason
+    assert (
+        "unexpected image: field 'image' has one, the file's first row has none (line 2)"
+        in refused[0].reason
+    )
     assert len(read(path, captions_only=True)[0]) == 3
 
 
 @pytest.mark.parametrize(
-    "image", [base64.b64encode(encoded(picture()) * 100).decode(), "n" * 300 + ".png", "loop.png", "lone\ud800.png"]
+    "image",
+    [
+        base64.b64encode(encoded(picture()) * 100).decode(),
+        "n" * 300 + ".png",
+        "loop.png",
+        "lone\ud800.png",
+    ],
 )
 def test_a_bad_image_path_is_refused_and_shown_in_part(tmp_path: Path, image: str) -> None:
     (tmp_path / "loop.png").symlink_to("loop.png")
-    samples, refused = read(jsonl(tmp_path, GOOD, {"image": image, "caption": "bad"}, GOOD | {"id": 3}))
+    samples, refused = read(
+        jsonl(tmp_path, GOOD, {"image": image, "caption": "bad"}, GOOD | {"id": 3})
+    )
     assert len(samples) == 2
     assert len(refused) == 1
     assert len(refused[0].reason) < 200
@@ -89,7 +107,8 @@ def test_links_that_lead_nowhere_in_an_image_folder_are_refused(tmp_path: Path) 
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").symlink_to("b.txt")
     (tmp_path / "c.png").symlink_to("c.png")
-    (tmp_path / f"{'n' * 251}.png").write_bytes(encoded(picture()))  # with .json the name is too long for a file
+    # with .json the name is too long for a file
+    (tmp_path / f"{'n' * 251}.png").write_bytes(encoded(picture()))
     samples, refused = read(tmp_path)
     assert [s.key for s in samples] == ["a", "n" * 251]
     assert sorted(r.key for r in refused) == ["b", "c"]
@@ -108,7 +127,9 @@ BOM = b"\xef\xbb\xbf"
         ("x.jsonl", b'{"caption": "red"}\n'),
     ],
 )
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_byte_order_mark_is_no_part_of_the_first_row(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     (tmp_path / name).write_bytes(BOM + content)
     samples, refused = read(tmp_path / name)
     assert not refused
@@ -134,7 +155,10 @@ def test_one_value_that_python_cannot_hold_is_one_refused_row(tmp_path: Path) ->
 
 def table(rows: int) -> pa.Table:
     return pa.table(
-        {"image": [b"image %d" % row * 50 for row in range(rows)], "caption": [str(r) for r in range(rows)]}
+        {
+            "image": [b"image %d" % row * 50 for row in range(rows)],
+            "caption": [str(r) for r in range(rows)],
+        }
     )
 
 
@@ -148,7 +172,10 @@ def test_a_large_arrow_batch_is_taken_in_parts(tmp_path: Path, stream: bool) -> 
     assert max(batch.num_rows for _, batch in found) == tables._BATCH_ROWS
     assert [first for first, _ in found] == [0, 256, 512, 768]
     assert len(read(path)[0]) == 1000
-    assert list(image_bytes(str(path), "image", {2, 700})) == [(2, b"image 2" * 50), (700, b"image 700" * 50)]
+    assert list(image_bytes(str(path), "image", {2, 700})) == [
+        (2, b"image 2" * 50),
+        (700, b"image 700" * 50),
+    ]
 
 
 def test_only_the_row_groups_with_wanted_rows_are_read(tmp_path: Path) -> None:
@@ -162,5 +189,7 @@ def test_only_the_row_groups_with_wanted_rows_are_read(tmp_path: Path) -> None:
         content[place : place + 40] = b"\xff" * 40
     path.write_bytes(content)
     rows = {350, 399, 512}
-    assert dict(image_bytes(str(path), "image", rows)) == {row: b"image %d" % row * 50 for row in rows}
+    assert dict(image_bytes(str(path), "image", rows)) == {
+        row: b"image %d" % row * 50 for row in rows
+    }
     assert "broken table" in read(path)[1][-1].reason

@@ -1,4 +1,6 @@
-"""What a source file comes to in an ingest: names of any bytes, refusals in any number, readers that fail."""
+"""What a source file comes to in an ingest: names of any bytes, refusals in any number, readers
+that fail.
+"""
 
 import json
 import os
@@ -60,7 +62,11 @@ def test_rows_and_pictures_whose_names_are_no_utf8(tmp_path: Path) -> None:
     _, samples, refused = stage(tmp_path / "csv" / "x.csv", **SMALL)
     assert [s["key"] for s in samples] == ["b"]
     assert [r["key"] for r in refused] == ["caf\\udce9", "caf\\udce9", "c"]
-    assert [r["reason"].partition(":")[0] for r in refused] == ["no image", "invalid UTF-8", "invalid UTF-8"]
+    assert [r["reason"].partition(":")[0] for r in refused] == [
+        "no image",
+        "invalid UTF-8",
+        "invalid UTF-8",
+    ]
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in ("a", CAFE, f"b{CAFE}"):
@@ -69,7 +75,10 @@ def test_rows_and_pictures_whose_names_are_no_utf8(tmp_path: Path) -> None:
     (pictures / f"{CAFE}.json").write_text("{bad")
     _, samples, refused = stage(pictures, **SMALL)
     assert [s["key"] for s in samples] == ["a"]
-    assert [(r["key"], r["file"]) for r in refused] == [("bcaf\\udce9", ""), ("caf\\udce9", "caf\\udce9.png")]
+    assert [(r["key"], r["file"]) for r in refused] == [
+        ("bcaf\\udce9", ""),
+        ("caf\\udce9", "caf\\udce9.png"),
+    ]
 
 
 def test_a_source_whose_name_is_no_utf8_is_named(tmp_path: Path) -> None:
@@ -86,25 +95,40 @@ def test_a_brace_without_its_other_one_is_named() -> None:
 def test_ignored_members_are_a_short_list_whatever_their_names(tmp_path: Path) -> None:
     dotted = [(f"img.{i:04d}.{suffix}", b"x") for i in range(100) for suffix in ("png", "txt")]
     hashes = [(f"b.h{i}", b"x") for i in range(100)]
-    (record,), _, _ = stage(write_tar(tmp_path / "x.tar", [*sample("a"), *dotted, ("LICENSE", b"x"), *hashes]), **SMALL)
-    dotted_kinds = [record.ignored[f".{suffix} behind a second dot in its name"] for suffix in ("png", "txt")]
+    (record,), _, _ = stage(
+        write_tar(tmp_path / "x.tar", [*sample("a"), *dotted, ("LICENSE", b"x"), *hashes]), **SMALL
+    )
+    dotted_kinds = [
+        record.ignored[f".{suffix} behind a second dot in its name"] for suffix in ("png", "txt")
+    ]
     assert (*dotted_kinds, record.ignored["no suffix"]) == (100, 100, 1)
     assert len(record.ignored) == IGNORED_KINDS + 1
     assert record.ignored[OTHER_KINDS] == 100 - (IGNORED_KINDS - 3)
 
 
 def test_a_score_beyond_every_number_is_no_score(tmp_path: Path) -> None:
-    members = [("a.png", encoded(picture())), ("a.txt", b"x"), ("a.json", b'{"aesthetic": 1' + b"0" * 400 + b"}")]
+    members = [
+        ("a.png", encoded(picture())),
+        ("a.txt", b"x"),
+        ("a.json", b'{"aesthetic": 1' + b"0" * 400 + b"}"),
+    ]
     _, _, refused = stage(write_tar(tmp_path / "x.tar", members), min_aesthetic=4.7, **SMALL)
     assert ["no aesthetic score" in r["reason"] for r in refused] == [True]
 
 
 def test_refusals_are_written_in_tables_of_bounded_size(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    rows = [{"captions": ["good", "x" * 5000]} if row % 2 else {"id": "nothing"} for row in range(10_000)]
+    rows = [
+        {"captions": ["good", "x" * 5000]} if row % 2 else {"id": "nothing"}
+        for row in range(10_000)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (record,), samples, refused = stage(path, max_caption_chars=100)
-    assert (record.samples, record.refused, record.refused_captions) == (5000, {"no caption": 5000}, 5000)
+    assert (record.samples, record.refused, record.refused_captions) == (
+        5000,
+        {"no caption": 5000},
+        5000,
+    )
     assert [r["what"] for r in refused] == ["sample", "caption"] * 5000
     assert len(samples) == 5000
     with pa.ipc.open_file(str(tmp_path / "staged-x.jsonl" / "000000-refused.arrow")) as reader:
@@ -112,7 +136,9 @@ def test_refusals_are_written_in_tables_of_bounded_size(tmp_path: Path) -> None:
     assert sizes == [4096, 4096, 1808]
 
 
-def test_an_error_nobody_thought_of_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_nobody_thought_of_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("deep inside")
 
@@ -121,7 +147,9 @@ def test_an_error_nobody_thought_of_names_the_file(tmp_path: Path, monkeypatch: 
     folder = Folder.at(tmp_path / "staged")
     folder.create()
     monkeypatch.setattr(staging, "read_source", broken)
-    with pytest.raises(JobError, match=r"x\.tar: cannot be read \(ZeroDivisionError: deep inside\)") as caught:
+    with pytest.raises(
+        JobError, match=r"x\.tar: cannot be read \(ZeroDivisionError: deep " r"inside\)"
+    ) as caught:
         stage_source(folder, files[0], 0, IngestSettings())
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert list((tmp_path / "staged").iterdir()) == []

@@ -23,29 +23,50 @@ def test_members_that_systems_add_do_not_end_a_sample(tmp_path: Path) -> None:
     members: list[Member] = []
     for i in range(3):
         image, text = sample(f"./s{i}", f"caption {i}", seed=i)
-        noise = [(f"./._s{i}.png", b"\0\5\x16\7"), (f"__MACOSX/._s{i}.txt", b"\0\5\x16\7"), ("./.DS_Store", b"x")]
+        noise = [
+            (f"./._s{i}.png", b"\0\5\x16\7"),
+            (f"__MACOSX/._s{i}.txt", b"\0\5\x16\7"),
+            ("./.DS_Store", b"x"),
+        ]
         members += [noise[0], image, noise[1], noise[2], ("LICENSE", b"free"), text]
     (record,), samples, refused = stage(write_tar(tmp_path / "x.tar", members), **SMALL)
-    assert [(s["key"], s["captions"][0]["text"]) for s in samples] == [(f"./s{i}", f"caption {i}") for i in range(3)]
+    assert [(s["key"], s["captions"][0]["text"]) for s in samples] == [
+        (f"./s{i}", f"caption {i}") for i in range(3)
+    ]
     assert not refused
-    assert record.ignored == {"hidden ._*": 3, "hidden .DS_Store": 3, "no suffix": 3, "system __MACOSX/": 3}
+    assert record.ignored == {
+        "hidden ._*": 3,
+        "hidden .DS_Store": 3,
+        "no suffix": 3,
+        "system __MACOSX/": 3,
+    }
 
 
 def test_members_of_one_key_that_stand_apart_are_named(tmp_path: Path) -> None:
     pairs = [sample(f"s{i}", f"caption {i}", seed=i) for i in range(3)]
     apart: list[Member] = [image for image, _ in pairs] + [text for _, text in pairs]
-    members = [*sample("whole"), *apart, ("whole.json", b"{}"), ("lonely.png", encoded(picture())), ("blind.txt", b"x")]
+    members = [
+        *sample("whole"),
+        *apart,
+        ("whole.json", b"{}"),
+        ("lonely.png", encoded(picture())),
+        ("blind.txt", b"x"),
+    ]
     _, samples, refused = stage(write_tar(tmp_path / "x.tar", members), **SMALL)
     assert [s["key"] for s in samples] == ["whole"]
     reasons = {r["key"]: r["reason"] for r in refused}
     assert set(reasons) == {"s0", "s1", "s2", "whole", "lonely", "blind"}
     for key in ("s0", "s1", "s2", "whole"):
         assert reasons[key].startswith("not adjacent, use tar --sort=name: ")
-    assert reasons["lonely"] == "no caption: no text member, caption field or class label; found .png"
+    assert (
+        reasons["lonely"] == "no caption: no text member, caption field or class label; found .png"
+    )
     assert reasons["blind"] == "no image: no member or field holds one; found .txt"
 
 
-def test_images_apart_from_their_texts_are_no_loss_where_only_captions_are_wanted(tmp_path: Path) -> None:
+def test_images_apart_from_their_texts_are_no_loss_where_only_captions_are_wanted(
+    tmp_path: Path,
+) -> None:
     pairs = [sample(f"s{i}", f"caption {i}") for i in range(2)]
     path = write_tar(tmp_path / "x.tar", [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]])
     samples, refused = read(path, captions_only=True)
@@ -61,7 +82,9 @@ def test_a_second_dot_is_named(tmp_path: Path) -> None:
     dot = "behind a second dot in its name"
     assert record.ignored == {f".png {dot}": 1, f".jpg {dot}": 3, f".txt {dot}": 3}
     write_tar(tmp_path / "y.tar", dotted)
-    with pytest.raises(InputError, match=r"not one usable sample \(left out 3 x \.jpg behind a second dot"):
+    with pytest.raises(
+        InputError, match=r"not one usable sample \(left out 3 x \.jpg behind a second dot"
+    ):
         ingest([str(tmp_path / "y.tar")], str(tmp_path / "c"), IngestSettings(**SMALL))
 
 
@@ -83,7 +106,11 @@ def test_what_was_there_instead_of_an_image_or_a_caption(tmp_path: Path) -> None
 
 
 def test_captions_of_another_suffix(tmp_path: Path) -> None:
-    members = [("a.jfif", encoded(picture(), "JPEG")), ("a.caption", b"second"), ("a.TXT", b"first")]
+    members = [
+        ("a.jfif", encoded(picture(), "JPEG")),
+        ("a.caption", b"second"),
+        ("a.TXT", b"first"),
+    ]
     samples, refused = read(write_tar(tmp_path / "x.tar", members))
     assert not refused
     assert [text for text, _ in samples[0].captions] == ["first", "second"]
@@ -98,7 +125,9 @@ def test_whether_a_tar_is_gzipped_is_seen_by_its_bytes(tmp_path: Path, name: str
     assert list(unit_images(corpus, 0)) == [encoded(picture(seed=i)) for i in range(3)]
 
 
-@pytest.mark.parametrize(("magic", "kind"), [(b"\xfd7zXZ\0", "xz"), (b"BZh91AY", "bzip2"), (b"PK\3\4", "zip")])
+@pytest.mark.parametrize(
+    ("magic", "kind"), [(b"\xfd7zXZ\0", "xz"), (b"BZh91AY", "bzip2"), (b"PK\3\4", "zip")]
+)
 def test_other_packers_are_named(tmp_path: Path, magic: bytes, kind: str) -> None:
     (tmp_path / "x.tar").write_bytes(magic + bytes(600))
     (refusal,) = read(tmp_path / "x.tar")[1]
@@ -126,13 +155,20 @@ def test_a_name_in_a_refusal_is_no_kind_of_its_own(tmp_path: Path) -> None:
 
 def test_what_a_terminal_obeys_is_written_out(tmp_path: Path) -> None:
     name = "a\x1b[31m\u202e"
-    members = [(f"{name}.png", b"x"), (f"{name}.jpg", b"x"), ("b.\x1b]0;title\x07", b"x"), *sample("c")]
+    members = [
+        (f"{name}.png", b"x"),
+        (f"{name}.jpg", b"x"),
+        ("b.\x1b]0;title\x07", b"x"),
+        *sample("c"),
+    ]
     (record,), _, refused = stage(write_tar(tmp_path / "x.tar", members), **SMALL)
     assert record.ignored == {r".\x1b]0;title\x07": 1}
     assert [r["reason"] for r in refused] == [r"two images: .jpg beside a\x1b[31m\u202e.png"]
 
 
-def test_a_long_tar_of_halves_is_told_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_tar_of_halves_is_told_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lidit.sources.webdataset_tar._MAX_HELD", 5)
     images = [(f"s{i:03d}.png", b"x") for i in range(20)]
     content = io.BytesIO()

@@ -1,4 +1,6 @@
-"""The code of states: integers come back exactly and everywhere, and the error is the one that was asked for."""
+"""The code of states: integers come back exactly and everywhere, and the error is the one that was
+asked for.
+"""
 
 from itertools import pairwise
 
@@ -19,11 +21,17 @@ Values = NDArray[np.int16]
 
 
 def model_of(width: int, seed: int) -> rans.Model:
-    """Components of very different spread, from one that is hardly ever off zero to one of hundreds of values."""
+    """Components of very different spread, from one that is hardly ever off zero to one of hundreds
+    of values.
+    """
     random = np.random.default_rng(seed)
     spread = np.geomspace(0.05, 60, width)
     drawn = np.abs(np.rint(random.standard_normal((400, width)) * spread)).astype(int)
-    return entropy_model(np.stack([np.bincount(column, minlength=drawn.max() + 1) for column in drawn.T]).astype(float))
+    return entropy_model(
+        np.stack([np.bincount(column, minlength=drawn.max() + 1) for column in drawn.T]).astype(
+            float
+        )
+    )
 
 
 def drawn(tokens: list[int], width: int, seed: int) -> tuple[Values, NDArray[np.uint8]]:
@@ -32,7 +40,9 @@ def drawn(tokens: list[int], width: int, seed: int) -> tuple[Values, NDArray[np.
     values = np.rint(random.standard_t(1, (sum(tokens), width)) * np.geomspace(0.05, 60, width))
     values[random.random(values.shape) < 0.01] = 32767
     values[random.random(values.shape) < 0.01] = -32768
-    return values.clip(-32768, 32767).astype(np.int16), random.integers(0, 256, sum(tokens)).astype(np.uint8)
+    return values.clip(-32768, 32767).astype(np.int16), random.integers(0, 256, sum(tokens)).astype(
+        np.uint8
+    )
 
 
 def joined(rows: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -45,7 +55,9 @@ def joined(rows: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     width=st.integers(1, 40),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_integers_come_back_and_compiled_code_writes_the_same_bytes(tokens: list[int], width: int, seed: int) -> None:
+def test_integers_come_back_and_compiled_code_writes_the_same_bytes(
+    tokens: list[int], width: int, seed: int
+) -> None:
     model, (values, scale) = model_of(width, seed), drawn(tokens, width, seed)
     counts = np.asarray(tokens, np.int64)
     ends = np.cumsum([0, *tokens])
@@ -114,12 +126,16 @@ def test_tables_that_cannot_be_decoded_with_are_refused() -> None:
 
 def correlated(captions: int, seed: int, width: int = 48) -> list[torch.Tensor]:
     """Standardised states of captions whose tokens lie near a few directions and differ in size."""
-    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(7)) * torch.logspace(0, -1.5, width)
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(7)) * torch.logspace(
+        0, -1.5, width
+    )
     mixing /= (mixing.square().sum(1, keepdim=True)).sqrt()
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 30, (captions,), generator=generator).tolist()
     return [
-        torch.randn(n, width, generator=generator) @ mixing.T * torch.rand(n, 1, generator=generator).add(0.6)
+        torch.randn(n, width, generator=generator)
+        @ mixing.T
+        * torch.rand(n, 1, generator=generator).add(0.6)
         for n in lengths
     ]
 
@@ -141,14 +157,22 @@ def test_other_data_costs_rate_and_no_error() -> None:
     code = fit_code(correlated(300, 0), 0.1)
     assert code.model is not None
     rates, errors = [], []
-    for z in (torch.cat(correlated(100, 1)), torch.randn(1500, 48, generator=torch.Generator().manual_seed(2))):
+    for z in (
+        torch.cat(correlated(100, 1)),
+        torch.randn(1500, 48, generator=torch.Generator().manual_seed(2)),
+    ):
         values, scale = quantise(z, code)
-        (row,) = compiled.encode_rows(values.numpy(), scale.numpy(), np.asarray([len(z)]), code.model)
+        (row,) = compiled.encode_rows(
+            values.numpy(), scale.numpy(), np.asarray([len(z)]), code.model
+        )
         rates.append(8 * len(row) / z.numel())
         errors.append((restore(values, scale, code) - z).square().mean().sqrt().item())
     assert rates[1] > rates[0] + 0.5
     # What one step can lose at most; components that never leave zero lose less.
-    assert max(errors) < 1.02 * code.step * 2 ** ((transform.LARGEST - transform.MIDDLE) / 16) / 12**0.5
+    assert (
+        max(errors)
+        < 1.02 * code.step * 2 ** ((transform.LARGEST - transform.MIDDLE) / 16) / 12**0.5
+    )
 
 
 def test_states_beside_coded_ones_lose_nothing_but_rounding() -> None:
@@ -164,7 +188,10 @@ def test_a_code_needs_two_captions() -> None:
 
 
 def test_the_store_clamps_where_the_model_does() -> None:
-    assert (transform.LIMIT, transform.CONSTANT) == (conditioner.STANDARDISED_LIMIT, conditioner.CONSTANT)
+    assert (transform.LIMIT, transform.CONSTANT) == (
+        conditioner.STANDARDISED_LIMIT,
+        conditioner.CONSTANT,
+    )
 
 
 def test_a_token_of_any_size_is_coded() -> None:

@@ -17,7 +17,8 @@ ROWS = [torch.randn(length, LAYERS * WIDTH) for length in (3, 1, 2)]
 
 def family(spec: dict[str, Any] | None = None, **condition: Any) -> Any:
     layout = {
-        "pipeline": "FluxPipeline", "states": "prompt_embeds", "mask": "mask", "pooled": None, "mask_dtype": "int64",
+        "pipeline": "FluxPipeline", "states": "prompt_embeds", "mask": "mask", "pooled": None,
+        "mask_dtype": "int64",
         "mask_if_full": True, "instruction": 0, "layout": "batch", "side": "right", "bundles": 1,
     }  # fmt: skip
     shared = SharedStates(PREFIX, ROWS[1], PREFIX[0], PREFIX[0], (5, 6), (7,), "sha")

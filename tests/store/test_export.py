@@ -1,4 +1,6 @@
-"""Export and summary: what other loaders read is what the corpus holds; counts are those of the files."""
+"""Export and summary: what other loaders read is what the corpus holds; counts are those of the
+files.
+"""
 
 import fcntl
 import io
@@ -34,7 +36,9 @@ def images(corpus: Corpus, unit: int) -> list[bytes]:
     return [f"{unit}/{row}".encode() for row in range(len(UNITS[unit]))]
 
 
-def test_webdataset_export_holds_keys_captions_states_and_images(corpus: Path, tmp_path: Path) -> None:
+def test_webdataset_export_holds_keys_captions_states_and_images(
+    corpus: Path, tmp_path: Path
+) -> None:
     names = export_corpus(str(corpus), str(tmp_path / "out"), "webdataset", ["fake"], images)
     assert names == ["00000.tar", "00001.tar"]
     seen = []
@@ -74,7 +78,9 @@ def test_parquet_export_is_one_row_per_sample_and_caption(corpus: Path, tmp_path
     assert table["image"].to_pylist()[-1] == b"1/2"
 
 
-def test_export_goes_on_where_it_was_and_refuses_damaged_units(corpus: Path, tmp_path: Path) -> None:
+def test_export_goes_on_where_it_was_and_refuses_damaged_units(
+    corpus: Path, tmp_path: Path
+) -> None:
     export_corpus(str(corpus), str(tmp_path / "out"), "parquet", ["fake"])
     first = tmp_path / "out" / "00000.parquet"
     stamp = first.stat().st_mtime_ns
@@ -89,7 +95,9 @@ def test_export_goes_on_where_it_was_and_refuses_damaged_units(corpus: Path, tmp
         export_corpus(str(corpus), str(tmp_path / "out"), "zip")
 
 
-def test_what_a_killed_export_left_is_removed_and_what_a_living_one_writes_stays(corpus: Path, tmp_path: Path) -> None:
+def test_what_a_killed_export_left_is_removed_and_what_a_living_one_writes_stays(
+    corpus: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     export_corpus(str(corpus), str(out), "parquet")
     (out / "00001.parquet").unlink()
@@ -97,17 +105,29 @@ def test_what_a_killed_export_left_is_removed_and_what_a_living_one_writes_stays
     with (out / ".tmp-living").open("wb") as living:
         fcntl.flock(living, fcntl.LOCK_EX)
         export_corpus(str(corpus), str(out), "parquet")
-    assert {path.name for path in out.iterdir()} == {"00000.parquet", "00001.parquet", ".tmp-living"}
+    assert {path.name for path in out.iterdir()} == {
+        "00000.parquet",
+        "00001.parquet",
+        ".tmp-living",
+    }
 
 
 def test_a_second_export_into_one_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
-    with owned(tmp_path / "out", "filled"), pytest.raises(InputError, match="out: is being filled by process"):
+    with (
+        owned(tmp_path / "out", "filled"),
+        pytest.raises(InputError, match="out: is being filled by process"),
+    ):
         export_corpus(str(corpus), str(tmp_path / "out"), "parquet")
-    assert export_corpus(str(corpus), str(tmp_path / "out"), "parquet") == ["00000.parquet", "00001.parquet"]
+    assert export_corpus(str(corpus), str(tmp_path / "out"), "parquet") == [
+        "00000.parquet",
+        "00001.parquet",
+    ]
 
 
 def test_a_folder_belongs_to_one_export(corpus: Path, tmp_path: Path) -> None:
-    """Files of the same names from another export would pass for its own: without states, or of another corpus."""
+    """Files of the same names from another export would pass for its own: without states, or of
+    another corpus.
+    """
     out = tmp_path / "out"
     export_corpus(str(corpus), str(out), "parquet")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -120,11 +140,14 @@ def test_a_folder_belongs_to_one_export(corpus: Path, tmp_path: Path) -> None:
         (r"format: \"parquet\" -> \"webdataset\"", (str(corpus), str(out), "webdataset")),
         (r"images: false -> true", (str(corpus), str(out), "parquet", [], images)),
     ):
-        with pytest.raises(InputError, match=f"out: holds another export .*{message}.*give a new folder"):
+        with pytest.raises(
+            InputError, match=f"out: holds another export .*{message}.*give a new folder"
+        ):
             export_corpus(*arguments)  # type: ignore[arg-type]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     export_corpus(str(corpus), str(tmp_path / "states"), "parquet", [first])
-    with pytest.raises(InputError, match=r"families\.fake"):  # the name is the same, the states are others
+    # the name is the same, the states are others
+    with pytest.raises(InputError, match=r"families\.fake"):
         export_corpus(str(corpus), str(tmp_path / "states"), "parquet", [second])
     with pytest.raises(InputError, match="two have one name"):
         export_corpus(str(corpus), str(tmp_path / "both"), "parquet", [first, second])
@@ -142,7 +165,8 @@ def test_a_folder_of_something_else_is_refused(corpus: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"00000\.parquet: is a file"):
         export_corpus(str(corpus), str(tmp_path / "used" / "00000.parquet"), "parquet")
     (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / ".tmp-0123").touch()  # what a kill while the first file was written leaves
+    # what a kill while the first file was written leaves
+    (tmp_path / "killed" / ".tmp-0123").touch()
     export_corpus(str(corpus), str(tmp_path / "killed"), "parquet")
     (tmp_path / "killed" / "_export.json").write_text("{}")
     with pytest.raises(InputError, match=r"_export\.json: damaged"):
@@ -158,7 +182,12 @@ def test_summary_counts_what_is_there(corpus: Path) -> None:
     assert summary.distinct_captions == len(set(WORDS) | {"one", "two"})
     complete, half = sorted(summary.families, key=lambda f: not f.complete)
     tokens = sum(len(c) for unit in UNITS for c in set(unit))
-    assert (complete.units, complete.rows, complete.tokens, complete.storage) == (2, 8, tokens, "bfloat16")
+    assert (complete.units, complete.rows, complete.tokens, complete.storage) == (
+        2,
+        8,
+        tokens,
+        "bfloat16",
+    )
     assert 0 < complete.storage_error < 1
     assert (half.complete, half.units, half.rows, half.tokens) == (False, 1, 2, 6)
     assert summarise(Corpus.open(corpus), count_limit=1).distinct_captions is None
@@ -168,7 +197,12 @@ def test_plots_show_lengths_and_norms(corpus: Path, tmp_path: Path) -> None:
     family = Corpus.open(corpus).text_family("fake")
     assert sorted(token_lengths(family)) == sorted(len(c) for unit in UNITS for c in set(unit))
     raw, _ = norms_by_position(family)
-    firsts = [family_job.states_of(c)[1].bfloat16().float()[0].norm() for u in UNITS for c in dict.fromkeys(u) if c]
+    firsts = [
+        family_job.states_of(c)[1].bfloat16().float()[0].norm()
+        for u in UNITS
+        for c in dict.fromkeys(u)
+        if c
+    ]
     assert raw[0] == pytest.approx(torch.stack(firsts).mean().item(), rel=1e-5)
     paths = plot_corpus(Corpus.open(corpus), tmp_path / "plots")
     assert len(paths) == 2
@@ -183,13 +217,17 @@ def conditioned(corpus: Path, **condition: object) -> None:
     writer = FamilyWriter(str(corpus), "text", "fake", family.spec)
     writer.folder.remove("MANIFEST.json")
     layout = {
-        "pipeline": "FluxPipeline", "states": "prompt_embeds", "mask": "prompt_embeds_mask", "pooled": None,
-        "mask_dtype": "int64", "mask_if_full": True, "instruction": 0, "layout": "batch", "side": "right", "bundles": 1,
+        "pipeline": "FluxPipeline", "states": "prompt_embeds", "mask": "prompt_embeds_mask",
+        "pooled": None,
+        "mask_dtype": "int64", "mask_if_full": True, "instruction": 0, "layout": "batch",
+        "side": "right", "bundles": 1,
     }  # fmt: skip
     writer.finish({"encoder": {"condition": {**layout, **condition}}})
 
 
-def test_diffusers_export_holds_the_calls_arguments_and_an_index(corpus: Path, tmp_path: Path) -> None:
+def test_diffusers_export_holds_the_calls_arguments_and_an_index(
+    corpus: Path, tmp_path: Path
+) -> None:
     conditioned(corpus, instruction="all")
     names = export_corpus(str(corpus), str(tmp_path / "out"), "diffusers", ["fake"])
     assert names == ["00000.safetensors", "00001.safetensors"]

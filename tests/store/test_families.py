@@ -1,4 +1,6 @@
-"""The publish protocol: a family is whole or visibly unfinished, whatever dies and however many write."""
+"""The publish protocol: a family is whole or visibly unfinished, whatever dies and however many
+write.
+"""
 
 import hashlib
 import json
@@ -30,7 +32,9 @@ def _job(corpus: str, storage: str, crash: str | None, report: object) -> None:
     report.put(family_job.run(corpus, storage))  # type: ignore[attr-defined]
 
 
-def start(corpus: Path, storage: str = "int8", crash: str | None = None) -> tuple[int | None, list[int]]:
+def start(
+    corpus: Path, storage: str = "int8", crash: str | None = None
+) -> tuple[int | None, list[int]]:
     """Run the job in a process of its own: its exit code, and the units it computed."""
     context = multiprocessing.get_context("fork")
     report = context.Queue()
@@ -42,7 +46,11 @@ def start(corpus: Path, storage: str = "int8", crash: str | None = None) -> tupl
 
 def contents(folder: Path) -> dict[str, str]:
     """Names and hashes of everything but the JSON files, whose seconds differ."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".json" and not p.name.startswith("MANIFEST-")]
+    files = [
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix != ".json" and not p.name.startswith("MANIFEST-")
+    ]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -70,7 +78,10 @@ def test_reader_returns_what_was_published(corpus: Path, storage: str) -> None:
             elif storage == "bfloat16":
                 assert torch.equal(state, original.bfloat16())
             elif len(state):
-                assert difference.square().mean().sqrt() < {"int8": 0.02, "int4": 0.2, "coded": 0.2}[storage]
+                assert (
+                    difference.square().mean().sqrt()
+                    < {"int8": 0.02, "int4": 0.2, "coded": 0.2}[storage]
+                )
     rows = [3, 0, 3]
     # Alone or with others: a product's last bits may depend on how many rows it has.
     for a, b in zip(family.read(0, rows), [family.read(0)[r] for r in rows]):
@@ -128,7 +139,10 @@ def test_pieces_of_a_unit_become_batches_and_read_the_same(corpus: Path) -> None
             pieces.publish(0, iter(tables))
         else:
             data = [family_job.states_of(c) for c in captions]
-            pieces.publish(unit, text_table([i for i, _ in data], [s for _, s in data], "float32", family_job.WIDTH))
+            pieces.publish(
+                unit,
+                text_table([i for i, _ in data], [s for _, s in data], "float32", family_job.WIDTH),
+            )
     pieces.finish()
     family = Corpus.open(corpus).text_family("pieces")
     for row, (ids, states) in enumerate(rows):
@@ -192,7 +206,11 @@ def test_units_made_with_shared_states_that_were_replaced_are_computed_again(cor
     early = family_job.open_writer(str(corpus), "float32")
     made_with = early.write_shared(family_job.shared()).sha256
     one, width = torch.randn(1, family_job.WIDTH), family_job.WIDTH
-    publish_table(early.folder, "shared.arrow", shared_table([1], one, [2], one, torch.zeros(width), torch.ones(width)))
+    publish_table(
+        early.folder,
+        "shared.arrow",
+        shared_table([1], one, [2], one, torch.zeros(width), torch.ones(width)),
+    )
     rows = [family_job.states_of(c) for c in WORDS]
     record = early.publish(0, text_table([i for i, _ in rows], [s for _, s in rows], "float32"))
     assert record.shared == made_with
@@ -205,15 +223,22 @@ def _race(corpus: str, seed: int, barrier: object) -> None:
     writer = family_job.open_writer(corpus, "float32")
     mean, deviation = torch.randn(family_job.WIDTH), torch.rand(family_job.WIDTH) + 1
     barrier.wait()  # type: ignore[attr-defined]
-    writer.write_shared(shared_table([1], torch.randn(1, 24), [2], torch.randn(1, 24), mean, deviation))
+    writer.write_shared(
+        shared_table([1], torch.randn(1, 24), [2], torch.randn(1, 24), mean, deviation)
+    )
     for unit in writer.pending():
         captions = writer.corpus.captions(unit)["text"].to_pylist()
-        states = [torch.randn(len(c), family_job.WIDTH) for c in captions]  # two GPUs whose bits differ
-        writer.publish(unit, text_table([[0] * len(c) for c in captions], states, "float32", family_job.WIDTH))
+        # two GPUs whose bits differ
+        states = [torch.randn(len(c), family_job.WIDTH) for c in captions]
+        writer.publish(
+            unit, text_table([[0] * len(c) for c in captions], states, "float32", family_job.WIDTH)
+        )
     writer.finish()
 
 
-def test_racing_writers_and_cleaners_never_leave_a_record_that_contradicts_its_data(corpus: Path) -> None:
+def test_racing_writers_and_cleaners_never_leave_a_record_that_contradicts_its_data(
+    corpus: Path,
+) -> None:
     context = multiprocessing.get_context("fork")
     for attempt in range(3):
         target = str(corpus) + str(attempt)
@@ -241,7 +266,9 @@ def test_cleaning_spares_a_live_writer_and_removes_a_dead_ones_files(corpus: Pat
     orphan.write_bytes(b"left by a dead writer")
     stale = writer.folder.path / f"{TEMPORARY_PREFIX}dead"
     stale.write_bytes(b"half")
-    with published(writer.folder, lambda s: f"00000-{s[:12]}.arrow", lambda sink: sink.write(b"alive")) as file:
+    with published(
+        writer.folder, lambda s: f"00000-{s[:12]}.arrow", lambda sink: sink.write(b"alive")
+    ) as file:
         family_job.open_writer(str(corpus), "float32").pending()
         assert (writer.folder.path / file.name).exists()
     assert not orphan.exists()
@@ -288,11 +315,15 @@ def _fill_disk(corpus: str, limit: int) -> None:
         sys.exit(1)
 
 
-def test_full_disk_is_one_clear_error_and_loses_nothing(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_is_one_clear_error_and_loses_nothing(
+    corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     writer = family_job.open_writer(str(corpus), "float32")
     writer.write_shared(family_job.shared())
     family_job.publish(writer, 1)
-    process = multiprocessing.get_context("fork").Process(target=_fill_disk, args=(str(corpus), 4000))
+    process = multiprocessing.get_context("fork").Process(
+        target=_fill_disk, args=(str(corpus), 4000)
+    )
     process.start()
     process.join()
     assert process.exitcode == 1
@@ -358,7 +389,11 @@ def test_captions_are_distinct_within_a_unit_by_normal_form(tmp_path: Path) -> N
     captions = corpus.captions(0)
     assert captions["text"].to_pylist() == ["caf\u00e9", "tea"]
     assert captions["sha256"][0].as_py() == hashlib.sha256("caf\u00e9".encode()).digest()
-    assert [[c["index"] for c in row] for row in corpus.samples(0)["captions"].to_pylist()] == [[0], [0], [1]]
+    assert [[c["index"] for c in row] for row in corpus.samples(0)["captions"].to_pylist()] == [
+        [0],
+        [0],
+        [1],
+    ]
 
 
 def test_memory_file_system_corpus_behaves_like_a_local_one(tmp_path: Path) -> None:
@@ -368,7 +403,10 @@ def test_memory_file_system_corpus_behaves_like_a_local_one(tmp_path: Path) -> N
     assert family_job.run(url, "int8") == []
     make_corpus(tmp_path / "local", UNITS)
     family_job.run(str(tmp_path / "local"), "int8")
-    remote, local = Corpus.open(url).text_family("fake"), Corpus.open(tmp_path / "local").text_family("fake")
+    remote, local = (
+        Corpus.open(url).text_family("fake"),
+        Corpus.open(tmp_path / "local").text_family("fake"),
+    )
     assert remote.digest == local.digest
     for unit in range(len(UNITS)):
         remote.verify_unit(unit)

@@ -1,4 +1,6 @@
-"""Latents columns: exact for float32 and 8-bit pixels, bfloat16 to rounding, never anything that is not finite."""
+"""Latents columns: exact for float32 and 8-bit pixels, bfloat16 to rounding, never anything that is
+not finite.
+"""
 
 import io
 
@@ -18,7 +20,9 @@ def stored(table: object) -> LatentFile:
 
 
 SHAPES = [(3, 4, 6), (3, 8, 2), (3, 1, 1)]
-LATENTS = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(SHAPES)]
+LATENTS = [
+    torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(SHAPES)
+]
 CROPS = [Crop(i, 2, 30, 40) for i in range(3)]
 
 
@@ -37,7 +41,9 @@ def test_round_trip_with_posterior(storage: str, tolerance: float) -> None:
     drawn = file.latents([2, 0], [7, 8])
     for value, row, seed in zip(drawn, [2, 0], [7, 8]):
         noise = torch.randn(SHAPES[row], generator=torch.Generator().manual_seed(seed))
-        assert torch.allclose(value, LATENTS[row] + deviations[row] * noise, atol=4 * tolerance + 1e-6)
+        assert torch.allclose(
+            value, LATENTS[row] + deviations[row] * noise, atol=4 * tolerance + 1e-6
+        )
 
 
 def test_eight_bit_pixels_are_exact() -> None:

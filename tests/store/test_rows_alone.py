@@ -1,4 +1,6 @@
-"""Rows of a unit are read and checked alone: from a URL by ranges, and no reader reads what it does not use."""
+"""Rows of a unit are read and checked alone: from a URL by ranges, and no reader reads what it does
+not use.
+"""
 
 import random
 import uuid
@@ -18,7 +20,9 @@ from tests.helpers.corpus_factory import make_corpus
 
 STORAGES = ["float32", "bfloat16", "int8", "int4", "coded"]
 SOME = random.Random(3)
-UNITS = [[f"{unit} {row} {'token ' * SOME.randint(2, 30)}" for row in range(24)] for unit in range(3)]
+UNITS = [
+    [f"{unit} {row} {'token ' * SOME.randint(2, 30)}" for row in range(24)] for unit in range(3)
+]
 UNITS[1][5] = ""  # a caption without a token
 
 
@@ -29,7 +33,9 @@ class CountingFileSystem(MemoryFileSystem):
     read: Counter[str] = Counter()
     requests: Counter[str] = Counter()
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: object) -> bytes:
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **options: object
+    ) -> bytes:
         content: bytes = super().cat_file(path, start=start, end=end, **options)
         name = path.rsplit("/", 1)[-1]
         self.read[name] += len(content)
@@ -77,13 +83,15 @@ def test_readers_of_one_window_read_its_bytes_once_in_sum(
     random.Random(0).shuffle(rows)
     family, readers, found = opened(url), 4, {}
     for reader in range(readers):
-        monkeypatch.setenv("LIDIT_STORE_CACHE", str(cache / str(reader)))  # nodes with disks of their own
+        # nodes with disks of their own
+        monkeypatch.setenv("LIDIT_STORE_CACHE", str(cache / str(reader)))
         mine = opened(url)
         share = rows[reader::readers]
         mine.fetch({unit: [row for of, row in share if of == unit] for unit in range(len(UNITS))})
         for unit, row in share:
             (found[unit, row],) = mine.read(unit, [row], check=True)
-    allowed = 1.05 if storage in ("float32", "bfloat16") else 1.3  # 24 channels: a row index is large beside so few
+    # 24 channels: a row index is large beside so few
+    allowed = 1.05 if storage in ("float32", "bfloat16") else 1.3
     assert bytes_read(family) <= allowed * sum(family.records["bytes"].to_pylist())
     # The same numbers as of whole files.
     for unit in range(len(UNITS)):
@@ -109,7 +117,8 @@ def test_a_row_that_was_read_once_is_local_until_the_copy_goes(storage: str, cac
     for place in range(len(damaged)):
         damaged[place] ^= 1
     copy.write_bytes(damaged)
-    assert all(torch.equal(a, b) for a, b in zip(first, opened(url).read(0, [3, 4])))  # fetched again
+    # fetched again
+    assert all(torch.equal(a, b) for a, b in zip(first, opened(url).read(0, [3, 4])))
     copy.unlink()
     assert torch.equal(first[0], again.read(0, [3])[0])
 
@@ -131,7 +140,9 @@ def test_neighbouring_rows_are_one_request(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_flipped_bit_in_a_row_is_named_and_other_rows_are_read(storage: str, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_row_is_named_and_other_rows_are_read(
+    storage: str, tmp_path: Path
+) -> None:
     make_corpus(tmp_path, UNITS)
     family_job.run(str(tmp_path), storage)
     family = opened(str(tmp_path))
@@ -183,11 +194,14 @@ def test_files_without_row_checksums_are_compared_as_a_whole() -> None:
     assert 0 in family._verified
 
 
-def test_the_cache_keeps_its_limit_with_parts_of_files(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_keeps_its_limit_with_parts_of_files(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = published("float32")
     monkeypatch.setenv("LIDIT_STORE_CACHE_GIGABYTES", str(250_000 / 1e9))
     family = opened(url)
     for unit in range(len(UNITS)):
         family.read(unit, list(range(0, 24, 2)))
-    assert sum(copy.stat().st_size for copy in cache.iterdir()) < 300_000  # of three copies of 232 KB
+    # of three copies of 232 KB
+    assert sum(copy.stat().st_size for copy in cache.iterdir()) < 300_000
     assert torch.equal(family.read(0, [2])[0], family.read(0)[2])

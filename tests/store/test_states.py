@@ -84,12 +84,16 @@ def test_columns_are_those_of_the_format() -> None:
     assert [len(row) for row in table["states"].to_pylist()] == [12, 8]
     assert [len(row) for row in table["scale"].to_pylist()] == [3, 2]
     assert table["token_ids"].to_pylist() == [[7, 8, 9], [1, 2]]
-    assert text_table([[1]], [torch.zeros(1, 4)], "bfloat16").schema.field("states").type == pa.large_list(pa.uint16())
+    assert text_table([[1]], [torch.zeros(1, 4)], "bfloat16").schema.field(
+        "states"
+    ).type == pa.large_list(pa.uint16())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_values_that_are_not_finite_are_refused_and_the_row_named(value: float, storage: str) -> None:
+def test_values_that_are_not_finite_are_refused_and_the_row_named(
+    value: float, storage: str
+) -> None:
     states = random_states([2, 3], 4)
     states[1][2, 1] = value
     with pytest.raises(JobError, match="row 1"):
@@ -119,7 +123,9 @@ def test_channel_statistics_are_those_of_numpy() -> None:
 def test_shared_states_keep_compute_dtype_and_statistics_precision() -> None:
     prefix, empty = (s.bfloat16() for s in random_states([5, 1], 8))
     mean, deviation = torch.randn(8) * 1000, torch.rand(8) + 0.5
-    back = read_shared(shared_table([1, 2, 3, 4, 5], prefix, [9], empty, mean, deviation), "abc", "here")
+    back = read_shared(
+        shared_table([1, 2, 3, 4, 5], prefix, [9], empty, mean, deviation), "abc", "here"
+    )
     assert back.prefix.dtype == torch.bfloat16
     assert torch.equal(back.prefix, prefix)
     assert torch.equal(back.empty, empty)

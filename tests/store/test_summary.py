@@ -15,7 +15,9 @@ UNITS = [("64x64", "32x96", "64x64"), ("96x32", "64x64"), ()]
 def corpus_of(path: Path, units: list[tuple[str | None, ...]]) -> Corpus:
     folder, rows = Folder.at(path), []
     for unit, buckets in enumerate(units):
-        samples = [Sample(f"{unit}-{i}", ((f"c{i}", "original"),), bucket=b) for i, b in enumerate(buckets)]
+        samples = [
+            Sample(f"{unit}-{i}", ((f"c{i}", "original"),), bucket=b) for i, b in enumerate(buckets)
+        ]
         rows.append(publish_unit(folder, unit, 5, f"{unit}.tar", *unit_tables(samples)))
     sources = pa.table({"file": [f"{unit}.tar" for unit in range(len(units))]})
     return publish_corpus(folder, rows, 5, "/nowhere", sources, {}, {"refused": 0})

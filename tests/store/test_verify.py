@@ -1,4 +1,6 @@
-"""Every bit of a corpus is watched: a flip or a cut anywhere is found, named, and repaired by computing just that."""
+"""Every bit of a corpus is watched: a flip or a cut anywhere is found, named, and repaired by
+computing just that.
+"""
 
 import shutil
 import tracemalloc
@@ -53,7 +55,9 @@ def test_a_flipped_bit_or_a_cut_in_any_file_is_found_and_named(corpus: Path) -> 
     for path in all_files(corpus):
         original = path.read_bytes()
         for place in (0, len(original) // 3, len(original) // 2, len(original) - 1):
-            path.write_bytes(original[:place] + bytes([original[place] ^ 4]) + original[place + 1 :])
+            path.write_bytes(
+                original[:place] + bytes([original[place] ^ 4]) + original[place + 1 :]
+            )
             _must_name(corpus, path)
         path.write_bytes(original[: len(original) // 2])
         _must_name(corpus, path)
@@ -79,7 +83,9 @@ def _must_name(corpus: Path, path: Path) -> None:
     assert all(problem.remedy for problem in problems)
 
 
-def test_repair_takes_only_what_is_bad_and_the_rest_is_not_computed_again(corpus: Path, tmp_path: Path) -> None:
+def test_repair_takes_only_what_is_bad_and_the_rest_is_not_computed_again(
+    corpus: Path, tmp_path: Path
+) -> None:
     pristine = build(tmp_path / "pristine")
     (corpus / "captions" / "keep").write_text("")
     family = next((corpus / "text").iterdir())
@@ -135,11 +141,16 @@ def test_deep_finds_values_no_checksum_can_see(corpus: Path) -> None:
     for unit, captions in enumerate(UNITS):
         states = [torch.ones(len(c), family_job.WIDTH) for c in dict.fromkeys(captions)]
         table = text_table([[0] * len(s) for s in states], states, "float32", family_job.WIDTH)
-        if unit == 1:  # what a writer with a bug, or with memory that flips bits, could have published
+        # what a writer with a bug, or with memory that flips bits, could have published
+        if unit == 1:
             poisoned = torch.cat(states).reshape(-1)
             poisoned[5] = float("nan")
-            column = pa.LargeListArray.from_arrays(table["states"].chunk(0).offsets, pa.array(poisoned.numpy()))
-            table = pa.table([table["tokens"], table["crc32c"], column, table["token_ids"]], schema=table.schema)
+            column = pa.LargeListArray.from_arrays(
+                table["states"].chunk(0).offsets, pa.array(poisoned.numpy())
+            )
+            table = pa.table(
+                [table["tokens"], table["crc32c"], column, table["token_ids"]], schema=table.schema
+            )
         writer.publish(unit, table)
     writer.finish()
     assert verify_corpus(str(corpus)).sound
@@ -203,7 +214,9 @@ def test_a_changed_caption_never_gets_states(corpus: Path) -> None:
     content = path.read_bytes()
     assert content.count(b"one") == 1
     path.write_bytes(content.replace(b"one", b"our"))
-    with pytest.raises(InputError, match=r"captions/00001.arrow: damaged .*; ingest the same sources"):
+    with pytest.raises(
+        InputError, match=r"captions/00001.arrow: damaged .*; ingest the same " r"sources"
+    ):
         Corpus.open(corpus).captions(1)
     whole = Corpus.open(corpus)
     assert whole.captions(0)["text"].to_pylist() == list(WORDS)
@@ -212,7 +225,9 @@ def test_a_changed_caption_never_gets_states(corpus: Path) -> None:
 
 
 def test_a_unit_names_the_captions_it_was_made_from(corpus: Path) -> None:
-    """States of other captions, moved over with records that are whole, are found and computed again."""
+    """States of other captions, moved over with records that are whole, are found and computed
+    again.
+    """
     other = corpus.parent / "other"
     make_corpus(other, [WORDS, ("six", "two")])
     family_job.run(str(other), "int8")
@@ -266,4 +281,6 @@ def test_a_family_of_another_corpus_is_found(corpus: Path) -> None:
 def test_the_record_of_another_unit_is_found(corpus: Path) -> None:
     family = next((corpus / "text").iterdir())
     (family / "00001.json").write_bytes((family / "00000.json").read_bytes())
-    assert "00001.json: is the commit record of unit 0" in str(verify_corpus(str(corpus)).problems[0])
+    assert "00001.json: is the commit record of unit 0" in str(
+        verify_corpus(str(corpus)).problems[0]
+    )

@@ -1,4 +1,6 @@
-"""What an encoder cannot do is told in one line, with exit code 2, before Ray starts or a model is loaded."""
+"""What an encoder cannot do is told in one line, with exit code 2, before Ray starts or a model is
+loaded.
+"""
 
 import json
 import re
@@ -17,11 +19,15 @@ from tests.helpers.corpus_factory import make_corpus
 
 CHAT = {"chat_template": True, "instruction": ""}
 NO_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not "
+    "supported') }}"
     "{% endif %}{{ m['content'] }}{% endfor %}"
 )
 TODAY = "{{ strftime_now('%d %B %Y') }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
-THINKS = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if enable_thinking %}<think>{% endif %}"
+THINKS = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if enable_thinking %}<think>{% "
+    "endif %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +36,17 @@ THINKS = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if enable_thin
         ({"layers": [2, 9]}, None, "layer 9: .* has 6 blocks"),
         ({"layer": -7}, None, "layer -7: .* has 6 blocks"),
         ({"suffix": "kept"}, None, "set template, or chat_template: true"),
-        ({**CHAT, "system_prompt": "Be exact."}, NO_SYSTEM, "System role not supported.*leave system_prompt empty"),
+        (
+            {**CHAT, "system_prompt": "Be exact."},
+            NO_SYSTEM,
+            "System role not supported.*leave system_prompt empty",
+        ),
         (CHAT, TODAY, "prints today's date.*set template_date: YYYY-MM-DD"),
-        ({**CHAT, "suffix": "kept", "generation_prompt": True}, THINKS, "set thinking: true or false"),
+        (
+            {**CHAT, "suffix": "kept", "generation_prompt": True},
+            THINKS,
+            "set thinking: true or false",
+        ),
         (CHAT, "nothing of it", "drops the user's text"),
         ({"template": "{}", "padding": {}}, None, "no pad token"),
         ({"template": "see {}", "empty": "bos"}, None, "no beginning-of-text token"),
@@ -54,7 +68,9 @@ def test_one_line_before_a_model_is_loaded(
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     (folder / "model.safetensors").write_bytes(b"no weights: whoever loads them says so")
-    (tmp_path / "encoder.yaml").write_text(yaml.safe_dump({"name": "bad", "model": str(folder), **changes}))
+    (tmp_path / "encoder.yaml").write_text(
+        yaml.safe_dump({"name": "bad", "model": str(folder), **changes})
+    )
     make_corpus(tmp_path / "corpus", [["a cat"]])
     capsys.readouterr()
     assert lidit("embed", tmp_path / "corpus", "--encoder", tmp_path / "encoder.yaml") == 2
@@ -67,11 +83,18 @@ def test_one_line_before_a_model_is_loaded(
 
 @pytest.mark.parametrize("changes", [{}, {"chat_template": True}])
 def test_captions_that_melt_into_an_instruction_are_counted(
-    changes: dict[str, Any], tmp_path: Path, model_of: Callable[[str], Path], settings: Callable[..., Any]
+    changes: dict[str, Any],
+    tmp_path: Path,
+    model_of: Callable[[str], Path],
+    settings: Callable[..., Any],
 ) -> None:
-    """A tokenizer that puts a space before every text does so before a caption, and not behind an instruction."""
+    """A tokenizer that puts a space before every text does so before a caption, and not behind an
+    instruction.
+    """
     captions = ["a red circle", "x", "", "<|im_end|> is a control word"]
-    rows = PromptTokenizer(resolve_encoder(settings(model_of("llama"), **changes), "cpu")).tokenize(captions)
+    rows = PromptTokenizer(resolve_encoder(settings(model_of("llama"), **changes), "cpu")).tokenize(
+        captions
+    )
     assert [row.merged for row in rows] == [False] * 4
     folder = Path(shutil.copytree(model_of("llama"), tmp_path / "model"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

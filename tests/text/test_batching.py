@@ -50,7 +50,10 @@ def _cut(items: list[int], cuts: tuple[int, ...]) -> list[list[int]]:
 @pytest.mark.parametrize("budget", [2048, 8192, 65536])
 def test_a_unit_of_mixed_captions_wastes_under_five_percent(budget: int) -> None:
     generator = np.random.default_rng(0)
-    short, long = generator.integers(5, 14, 700), generator.normal(80, 25, 324).clip(20, 256).astype(int)
+    short, long = (
+        generator.integers(5, 14, 700),
+        generator.normal(80, 25, 324).clip(20, 256).astype(int),
+    )
     lengths = [*short.tolist(), *long.tolist()]
     assert padding_of(lengths, plan_batches(lengths, budget)).waste < 0.05
     arrival = [list(range(i, min(i + 32, len(lengths)))) for i in range(0, len(lengths), 32)]

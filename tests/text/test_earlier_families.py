@@ -1,4 +1,6 @@
-"""Families that earlier code wrote keep their fingerprints, and the same settings give the same states."""
+"""Families that earlier code wrote keep their fingerprints, and the same settings give the same
+states.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -73,12 +75,21 @@ def test_embedding_goes_on_where_earlier_code_stopped(name: str, corpus: Corpus)
     writer = FamilyWriter.open_or_create(corpus.folder.location, "text", name, spec.to_dict())
     assert writer.directory == corpus.text_family(name).folder.location.rsplit("/", 1)[-1]
     assert writer.complete()
-    assert ensure_shared(PromptEncoder.load(spec, "cpu"), writer).sha256 == corpus.text_family(name).shared().sha256
+    assert (
+        ensure_shared(PromptEncoder.load(spec, "cpu"), writer).sha256
+        == corpus.text_family(name).shared().sha256
+    )
 
 
-def test_a_family_behind_another_instruction_is_not_continued(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a change of what renders chat templates: files and fingerprint are the same, the instruction is not."""
-    spec = resolve_encoder(EncoderSettings.model_validate({"name": "chat", **SETTINGS["chat"]}), "cpu")
+def test_a_family_behind_another_instruction_is_not_continued(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a change of what renders chat templates: files and fingerprint are the same, the
+    instruction is not.
+    """
+    spec = resolve_encoder(
+        EncoderSettings.model_validate({"name": "chat", **SETTINGS["chat"]}), "cpu"
+    )
     encoder = PromptEncoder.load(spec, "cpu")
     ids = encoder.tokenizer.prefix_ids
     writer = FamilyWriter.open_or_create(corpus.folder.location, "text", "chat", spec.to_dict())

@@ -1,4 +1,6 @@
-"""A text family made without a cluster: every encoder kind, in pieces, with one calibration sample for all encoders."""
+"""A text family made without a cluster: every encoder kind, in pieces, with one calibration sample
+for all encoders.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +19,18 @@ Make = Callable[..., EncoderSettings]
 UNITS = [WORDS, (), ("one", "two and three " * 9)]
 
 
-def embed(corpus: Corpus, encoder: PromptEncoder, extra: dict[str, Any] | None = None) -> FamilyWriter:
+def embed(
+    corpus: Corpus, encoder: PromptEncoder, extra: dict[str, Any] | None = None
+) -> FamilyWriter:
     spec = encoder.spec
     writer = FamilyWriter.open_or_create(corpus.folder.location, "text", spec.name, spec.to_dict())
     shared = ensure_shared(encoder, writer)
     for unit in writer.pending():
         tokens = encoder.tokenizer.tokenize(corpus.captions(unit)["text"].to_pylist())
         statistics = UnitStatistics()
-        writer.publish(unit, encoded_tables(encoder, shared, tokens, statistics), statistics=statistics)
+        writer.publish(
+            unit, encoded_tables(encoder, shared, tokens, statistics), statistics=statistics
+        )
     writer.finish(extra)
     return writer
 
@@ -40,7 +46,11 @@ def embed(corpus: Corpus, encoder: PromptEncoder, extra: dict[str, Any] | None =
     ],
 )
 def test_what_is_stored_is_what_was_computed(
-    name: str, changes: dict[str, object], tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+    name: str,
+    changes: dict[str, object],
+    tmp_path: Path,
+    model_of: Callable[[str], Path],
+    settings: Make,
 ) -> None:
     corpus = make_corpus(tmp_path, UNITS)
     wanted = settings(model_of(name), **({"storage": "float32"} | changes))
@@ -61,13 +71,19 @@ def test_what_is_stored_is_what_was_computed(
 def test_a_large_unit_is_written_in_pieces_with_the_same_values(
     tmp_path: Path, model_of: Callable[[str], Path], settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = PromptEncoder.load(resolve_encoder(settings(model_of("llama"), storage="float32"), "cpu"), "cpu")
+    encoder = PromptEncoder.load(
+        resolve_encoder(settings(model_of("llama"), storage="float32"), "cpu"), "cpu"
+    )
     whole = embed(make_corpus(tmp_path / "whole", UNITS), encoder)
     monkeypatch.setattr(embedding, "PIECE_BYTES", 20 * encoder.spec.width * 4)  # 20 tokens
     pieces = embed(make_corpus(tmp_path / "pieces", UNITS), encoder)
     one, other = (Corpus.open(tmp_path / name).text_family("tiny") for name in ("whole", "pieces"))
     file = pieces.folder.read_table(pieces.committed(0).file)
-    assert file["states"].num_chunks > whole.folder.read_table(whole.committed(0).file)["states"].num_chunks == 1
+    assert (
+        file["states"].num_chunks
+        > whole.folder.read_table(whole.committed(0).file)["states"].num_chunks
+        == 1
+    )
     for unit in range(len(UNITS)):
         for a, b in zip(one.read(unit), other.read(unit), strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,6 @@
-"""The states are those of the untouched model: same ids, same block, whatever the batch, padding and neighbours."""
+"""The states are those of the untouched model: same ids, same block, whatever the batch, padding
+and neighbours.
+"""
 
 import functools
 import gc
@@ -14,7 +16,14 @@ from transformers import AutoModel
 from lidit.config import EncoderSettings
 from lidit.errors import InputError
 from lidit.text import PromptEncoder, resolve_encoder
-from tests.helpers.tiny_models import CAUSAL_FAMILIES, ENCODER_FAMILIES, LAYERS, VISION_FAMILIES, WINDOW, break_weights
+from tests.helpers.tiny_models import (
+    CAUSAL_FAMILIES,
+    ENCODER_FAMILIES,
+    LAYERS,
+    VISION_FAMILIES,
+    WINDOW,
+    break_weights,
+)
 
 CAPTIONS = [
     "a red circle",
@@ -24,7 +33,8 @@ CAPTIONS = [
     "x",
     "naïve café, ein großer Würfel <|im_end|> on a green field",
 ]
-LONG_PREFIX = "Describe the image by detailing the color, shape, size"  # more tokens than the window
+# more tokens than the window
+LONG_PREFIX = "Describe the image by detailing the color, shape, size"
 SHORT_PREFIX = "photo:"
 
 Make = Callable[..., EncoderSettings]
@@ -38,7 +48,9 @@ def whole_model(folder: str) -> torch.nn.Module:
 def full_states(
     folder: str, context: tuple[int, ...], ids: tuple[int, ...], layer: int, part: str = ""
 ) -> torch.Tensor:
-    """[T, W]: the caption's rows of `hidden_states[layer]` of the whole model, run on this one sequence alone."""
+    """[T, W]: the caption's rows of `hidden_states[layer]` of the whole model, run on this one
+    sequence alone.
+    """
     model = getattr(whole_model(folder), part) if part else whole_model(folder)
     with torch.no_grad():
         output = model(input_ids=torch.tensor([[*context, *ids]]), output_hidden_states=True)
@@ -79,7 +91,11 @@ def test_every_layer_counts_as_in_transformers(
     encoder = PromptEncoder.load(spec, "cpu")
     found = encoder.encode(CAPTIONS[:1])[0]
     assert (
-        relative(found.states, full_states(spec.folder, encoder.tokenizer.context_ids, found.token_ids, layer)) < 1e-5
+        relative(
+            found.states,
+            full_states(spec.folder, encoder.tokenizer.context_ids, found.token_ids, layer),
+        )
+        < 1e-5
     )
 
 
@@ -88,11 +104,16 @@ def test_every_layer_counts_as_in_transformers(
 def test_encoders_states_are_stored_whole(
     family: str, layer: int, model_of: Callable[[str], Path], settings: Make
 ) -> None:
-    spec = resolve_encoder(settings(model_of(family), kind="encoder", layer=layer, max_tokens=40), "cpu")
+    spec = resolve_encoder(
+        settings(model_of(family), kind="encoder", layer=layer, max_tokens=40), "cpu"
+    )
     encoder = PromptEncoder.load(spec, "cpu")
     part = {"clip": "text_model", "t5": "encoder"}.get(family, "")
     for found in encoder.encode(CAPTIONS):
-        assert relative(found.states, full_states(spec.folder, (), found.token_ids, layer, part)) < 1e-5
+        assert (
+            relative(found.states, full_states(spec.folder, (), found.token_ids, layer, part))
+            < 1e-5
+        )
     assert encoder.prefix_states()[1].shape == (0, spec.width)
 
 
@@ -103,7 +124,9 @@ def test_without_the_causal_mask_early_tokens_see_later_ones(
     folder = model_of(family)
 
     def first_token(kind: str) -> list[torch.Tensor]:
-        encoder = PromptEncoder.load(resolve_encoder(settings(folder, kind=kind, instruction=""), "cpu"), "cpu")
+        encoder = PromptEncoder.load(
+            resolve_encoder(settings(folder, kind=kind, instruction=""), "cpu"), "cpu"
+        )
         found = encoder.encode(["a red circle", "a red square", "x"])  # padded
         alone = [encoder.encode([caption])[0] for caption in ("a red circle", "a red square", "x")]
         for together, single in zip(found, alone):
@@ -115,16 +138,23 @@ def test_without_the_causal_mask_early_tokens_see_later_ones(
     assert relative(one, other) > 1e-2
 
 
-def test_unmasked_states_equal_a_model_built_without_the_mask(model_of: Callable[[str], Path], settings: Make) -> None:
-    spec = resolve_encoder(settings(model_of("llama"), kind="unmasked", instruction=SHORT_PREFIX), "cpu")
+def test_unmasked_states_equal_a_model_built_without_the_mask(
+    model_of: Callable[[str], Path], settings: Make
+) -> None:
+    spec = resolve_encoder(
+        settings(model_of("llama"), kind="unmasked", instruction=SHORT_PREFIX), "cpu"
+    )
     encoder = PromptEncoder.load(spec, "cpu")
     model = AutoModel.from_pretrained(spec.folder, dtype=torch.float32).eval()
     context = encoder.tokenizer.context_ids
     for found in encoder.encode(CAPTIONS[:3]):
         ids = torch.tensor([[*context, *found.token_ids]])
-        everything = torch.zeros(1, 1, ids.shape[1], ids.shape[1])  # an additive mask that masks nothing
+        # an additive mask that masks nothing
+        everything = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
         with torch.no_grad():
-            states = model(ids, attention_mask=everything, output_hidden_states=True).hidden_states[-3]
+            states = model(ids, attention_mask=everything, output_hidden_states=True).hidden_states[
+                -3
+            ]
         assert relative(found.states, states[0, len(context) :]) < 1e-5
 
 
@@ -132,10 +162,14 @@ def test_unmasked_states_equal_a_model_built_without_the_mask(model_of: Callable
 def test_states_do_not_depend_on_neighbours_or_budget(
     kind: str, model_of: Callable[[str], Path], settings: Make
 ) -> None:
-    encoder = PromptEncoder.load(resolve_encoder(settings(model_of("gemma3"), kind=kind), "cpu"), "cpu")
+    encoder = PromptEncoder.load(
+        resolve_encoder(settings(model_of("gemma3"), kind=kind), "cpu"), "cpu"
+    )
     reference = encoder.encode(CAPTIONS)
     for captions, budget in [(CAPTIONS[::-1], 10_000), (CAPTIONS * 3, 64), (CAPTIONS, 1)]:
-        found = {c: s.states for c, s in zip(captions, encoder.encode(captions, token_budget=budget))}
+        found = {
+            c: s.states for c, s in zip(captions, encoder.encode(captions, token_budget=budget))
+        }
         for caption, expected in zip(CAPTIONS, reference):
             assert relative(found[caption], expected.states) < 1e-5
 
@@ -148,7 +182,9 @@ def test_an_instruction_changes_the_states(model_of: Callable[[str], Path], sett
     assert relative(states("Describe the shape:"), states("Describe the color:")) > 1e-2
 
 
-def test_blocks_behind_the_layer_and_the_head_are_not_loaded(model_of: Callable[[str], Path], settings: Make) -> None:
+def test_blocks_behind_the_layer_and_the_head_are_not_loaded(
+    model_of: Callable[[str], Path], settings: Make
+) -> None:
     full = AutoModel.from_pretrained(model_of("llama"))
     per_block = sum(p.numel() for p in full.layers[0].parameters())
     whole = sum(p.numel() for p in full.parameters())
@@ -177,7 +213,9 @@ def test_no_caption_no_work(model_of: Callable[[str], Path], settings: Make) -> 
     assert len(ids) >= 1
 
 
-def test_bfloat16_states_are_close_to_float32(model_of: Callable[[str], Path], settings: Make) -> None:
+def test_bfloat16_states_are_close_to_float32(
+    model_of: Callable[[str], Path], settings: Make
+) -> None:
     def states(dtype: str) -> torch.Tensor:
         spec = resolve_encoder(settings(model_of("llama"), dtype=dtype), "cpu")
         return PromptEncoder.load(spec, "cpu").encode(CAPTIONS[2:3])[0].states
@@ -187,7 +225,9 @@ def test_bfloat16_states_are_close_to_float32(model_of: Callable[[str], Path], s
     assert 0 < relative(low.float(), states("float32")) < 0.05
 
 
-@pytest.mark.parametrize(("family", "kind"), [("bert", "causal"), ("t5", "causal"), ("t5", "unmasked")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bert", "causal"), ("t5", "causal"), ("t5", "unmasked")]
+)
 def test_a_model_of_another_kind_is_refused(
     family: str, kind: str, model_of: Callable[[str], Path], settings: Make
 ) -> None:
@@ -203,7 +243,9 @@ def test_a_model_that_keeps_its_causal_mask_is_refused(
 
     from lidit.text.trunk import Trunk
 
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: torch.ones(3, 3).tril().bool()[None, None])
+    monkeypatch.setattr(
+        modeling_llama, "create_causal_mask", lambda **_: torch.ones(3, 3).tril().bool()[None, None]
+    )
     with pytest.raises(InputError, match="keeps its causal mask"):
         Trunk.load(resolve_encoder(settings(model_of("llama"), kind="unmasked"), "cpu"), "cpu")
 
@@ -217,8 +259,12 @@ def live_bytes() -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_batch_leaves_nothing_behind(model_of: Callable[[str], Path], settings: Make, family: str) -> None:
-    """Not even for the garbage collector: keys and values of a few batches would fill a GPU before it comes."""
+def test_a_batch_leaves_nothing_behind(
+    model_of: Callable[[str], Path], settings: Make, family: str
+) -> None:
+    """Not even for the garbage collector: keys and values of a few batches would fill a GPU before
+    it comes.
+    """
     encoder = PromptEncoder.load(resolve_encoder(settings(model_of(family)), "cpu"), "cpu")
     ids = [[5 + i % 40 for i in range(60)]] * 64
     batch = lambda: sum(flat.numel() for _, flat in encoder.encode_tokens(ids, 4096))  # noqa: E731
@@ -231,12 +277,18 @@ def test_a_batch_leaves_nothing_behind(model_of: Callable[[str], Path], settings
         left = live_bytes() - before
     finally:
         gc.enable()
-    assert left < values * 4 / 20, f"{left:,} bytes are left of a batch whose states take {values * 4:,}"
+    assert left < values * 4 / 20, (
+        f"{left:,} bytes are left of a batch whose states take {values * 4:,}"
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_moved_llm_leaves_nothing_behind(model_of: Callable[[str], Path], settings: Make, family: str) -> None:
-    """The context's keys and values go with the weights. "meta" is the one other device every machine has."""
+def test_a_moved_llm_leaves_nothing_behind(
+    model_of: Callable[[str], Path], settings: Make, family: str
+) -> None:
+    """The context's keys and values go with the weights. "meta" is the one other device every
+    machine has.
+    """
     encoder = PromptEncoder.load(resolve_encoder(settings(model_of(family))))
     trunk = encoder.trunk
     encoder.to("meta")

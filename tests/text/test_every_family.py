@@ -1,4 +1,5 @@
-"""Every text model that transformers registers: its states are those of the untouched model, or it is refused.
+"""Every text model that transformers registers: its states are those of the untouched model, or it
+is refused.
 
 `python -m tests.text.test_every_family` writes the table in docs/encoders.md anew.
 """
@@ -26,43 +27,65 @@ HEADING = "## Families that were tried\n"
 HEAD = "| tiny random model | families |"
 MOST_PARAMETERS = 20_000_000
 BLOCKS = 4
-CAPTIONS = ["a red circle", "x", "two yellow triangles left of a large white star, photographed in the evening light"]
+CAPTIONS = [
+    "a red circle",
+    "x",
+    "two yellow triangles left of a large white star, photographed in the evening light",
+]
 SIZES = {
-    "vocab_size": 400, "hidden_size": 32, "d_model": 32, "n_embd": 32, "intermediate_size": 64, "d_ff": 64,
-    "d_inner": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_hidden_layers": BLOCKS,
-    "num_layers": BLOCKS, "n_layer": BLOCKS, "n_layers": BLOCKS, "encoder_layers": BLOCKS, "decoder_layers": 2,
+    "vocab_size": 400, "hidden_size": 32, "d_model": 32, "n_embd": 32, "intermediate_size": 64,
+    "d_ff": 64,
+    "d_inner": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "num_hidden_layers": BLOCKS,
+    "num_layers": BLOCKS, "n_layer": BLOCKS, "n_layers": BLOCKS, "encoder_layers": BLOCKS,
+    "decoder_layers": 2,
     "num_decoder_layers": 2, "num_attention_heads": 4, "num_heads": 4, "n_head": 4, "n_heads": 4,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "d_kv":
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "d_kv":
     8, "moe_intermediate_size": 32, "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4,
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "sliding_window": 16,
-    "rotary_dim": 8, "max_position_embeddings": 512, "n_positions": 512, "embedding_size": 32, "emb_dim": 32,
+    "rotary_dim": 8, "max_position_embeddings": 512, "n_positions": 512, "embedding_size": 32,
+    "emb_dim": 32,
     "type_vocab_size": 2,
-    "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3, "query_pre_attn_scalar":
+    "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
+    "query_pre_attn_scalar":
     8,
 }  # fmt: skip
-# Families whose parts must fit together in a way of their own: sizes that are changed, or left out (None).
+# Families whose parts must fit together in a way of their own: sizes that are changed, or left out
+# (None).
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"num_key_value_heads": 4},  # latent attention repeats no head
     dict.fromkeys(("head_dim", "sliding_window", "n_heads", "num_heads")),
-    dict.fromkeys(("num_hidden_layers", "num_local_experts")),  # where they are another name of the same
+    # where they are another name of the same
+    dict.fromkeys(("num_hidden_layers", "num_local_experts")),
     {"num_key_value_heads": 4, **dict.fromkeys(
-        ("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "d_inner"))},
+        ("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+         "v_head_dim", "d_inner"))},
     dict.fromkeys(set(SIZES) - {
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads",
         "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id"}),
 )  # fmt: skip
 
 
 def mrope(*sections: int, **more: float) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}}
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": list(sections),
+            **more,
+        }
+    }
 
 
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "hunyuan_vl_text"), mrope(1, 1, 2)),
     **dict.fromkeys(
-        ("glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text"), mrope(1, 1, 2, partial_rotary_factor=1.0)
+        ("glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text"),
+        mrope(1, 1, 2, partial_rotary_factor=1.0),
     ),
     "gpt_neo": {"attention_types": [[["global", "local"], BLOCKS // 2]]},
     "xmod": {"default_language": "en_XX"},
@@ -70,7 +93,9 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def text_families() -> list[str]:
-    """Model types of one config that AutoModel builds, and whose config says that they read text."""
+    """Model types of one config that AutoModel builds, and whose config says that
+    they read text.
+    """
     found = []
     for name in CONFIG_MAPPING:
         try:
@@ -81,14 +106,17 @@ def text_families() -> list[str]:
         if kind not in MODEL_MAPPING or getattr(kind, "sub_configs", None):
             continue
         if all(
-            isinstance(getattr(config, key, None), int) for key in ("vocab_size", "hidden_size", "num_hidden_layers")
+            isinstance(getattr(config, key, None), int)
+            for key in ("vocab_size", "hidden_size", "num_hidden_layers")
         ):
             found.append(name)
     return found
 
 
 def tiny(name: str, folder: Path) -> Any:
-    """Write a random model of a family, and return its text model; why not, where it does not run by itself."""
+    """Write a random model of a family, and return its text model; why not, where it does not run
+    by itself.
+    """
     kind = CONFIG_MAPPING[name]
     names = {*kind().to_dict(), *kind.attribute_map}
     for changes in CHANGES:
@@ -142,14 +170,18 @@ def verdict(name: str) -> str:
                 raise AssertionError(f"{name}: {kind}: states differ by {worst:.2g}")
             mine = [line for line in refusals if line.startswith(kind)]
             if len(mine) < 2:
-                return f"equal as {kind}" + (f" (layer {mine[0].removeprefix(kind + ', ')})" if mine else "")
+                return f"equal as {kind}" + (
+                    f" (layer {mine[0].removeprefix(kind + ', ')})" if mine else ""
+                )
         return "refused: " + refusals[-1].partition(": ")[2]
     finally:
         shutil.rmtree(folder)
 
 
 def error_of(folder: Path, reference: Any, kind: str, layer: int) -> float:
-    settings = EncoderSettings(name="tiny", model=str(folder), kind=kind, layer=layer, max_tokens=60)  # type: ignore[arg-type]
+    settings = EncoderSettings(
+        name="tiny", model=str(folder), kind=kind, layer=layer, max_tokens=60
+    )  # type: ignore[arg-type]
     encoder = PromptEncoder.load(resolve_encoder(settings, "cpu"), "cpu")
     context = encoder.tokenizer.context_ids
     given: list[Any] = []
@@ -160,7 +192,9 @@ def error_of(folder: Path, reference: Any, kind: str, layer: int) -> float:
     worst = 0.0
     for found in encoder.encode(CAPTIONS):
         with torch.no_grad():
-            output = reference(input_ids=torch.tensor([[*context, *found.token_ids]]), output_hidden_states=True)
+            output = reference(
+                input_ids=torch.tensor([[*context, *found.token_ids]]), output_hidden_states=True
+            )
         if layer == -1:
             states = output.last_hidden_state
         else:  # some keep a list of blocks that they do not call one by one
@@ -193,7 +227,11 @@ def table() -> str:
 def told() -> list[tuple[str, str]]:
     """Family and verdict of every row of the page's table."""
     _, _, rows = PAGE.read_text(encoding="utf-8").partition(HEAD)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows.splitlines() if "---" not in line]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in rows.splitlines()
+        if "---" not in line
+    ]
     return [(name, cell[0]) for cell in cells if len(cell) == 2 for name in cell[1].split(", ")]
 
 

@@ -1,4 +1,6 @@
-"""Systems that are left out: asked for by name each is refused in one line, and its reason holds."""
+"""Systems that are left out: asked for by name each is refused in one line, and its
+reason holds.
+"""
 
 import inspect
 from pathlib import Path
@@ -20,7 +22,9 @@ from tests.helpers.public_pipelines import bare
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_it_is_refused_with_its_reason(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_refused_with_its_reason(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_corpus(tmp_path / "corpus", [["a"]])
     assert lidit("embed", tmp_path / "corpus", "--encoder", name) == 2
     told = capsys.readouterr().err.strip()
@@ -32,7 +36,10 @@ def test_it_is_refused_with_its_reason(name: str, tmp_path: Path, capsys: pytest
 
 def test_kolors_has_a_model_that_transformers_lacks(tmp_path: Path) -> None:
     ChatGLMConfig().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"cannot read this config.json .* code that comes with a model is never run"):
+    with pytest.raises(
+        InputError,
+        match=r"cannot read this config.json .* code that comes with a model is never " r"run",
+    ):
         resolve_encoder(EncoderSettings(name="kolors", model=str(tmp_path)), "cpu")
 
 
@@ -48,4 +55,8 @@ def test_prompts_of_an_editor_hold_pictures() -> None:
 
 
 def test_omnigen_has_no_text_encoder() -> None:
-    assert not [part for part in inspect.signature(diffusers.OmniGenPipeline).parameters if "text_encoder" in part]
+    assert not [
+        part
+        for part in inspect.signature(diffusers.OmniGenPipeline).parameters
+        if "text_encoder" in part
+    ]

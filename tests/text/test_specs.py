@@ -36,7 +36,9 @@ def test_every_setting_that_matters_is_in_the_fingerprint(
     plain = resolve_encoder(settings(model_of("llama")), "cpu")
     changed = resolve_encoder(settings(model_of("llama"), **change), "cpu")
     assert plain.fingerprint != changed.fingerprint == digest_of(changed.to_dict())
-    assert [line.split(":")[0] for line in spec_differences(plain.to_dict(), changed.to_dict())] == [field]
+    assert [
+        line.split(":")[0] for line in spec_differences(plain.to_dict(), changed.to_dict())
+    ] == [field]
 
 
 def test_place_and_name_are_not_in_the_fingerprint(
@@ -60,10 +62,14 @@ def test_one_changed_weight_changes_the_fingerprint(tmp_path: Path, settings: Ma
     next(iter(tensors.values()))[0, 0] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     after = resolve_encoder(settings(folder), "cpu")
-    assert [line.split(":")[0] for line in spec_differences(before.to_dict(), after.to_dict())] == ["weights_sha256"]
+    assert [line.split(":")[0] for line in spec_differences(before.to_dict(), after.to_dict())] == [
+        "weights_sha256"
+    ]
 
 
-@pytest.mark.parametrize(("file", "field"), [("tokenizer.json", "tokenizer_sha256"), ("config.json", "config_sha256")])
+@pytest.mark.parametrize(
+    ("file", "field"), [("tokenizer.json", "tokenizer_sha256"), ("config.json", "config_sha256")]
+)
 def test_tokenizer_and_config_count(file: str, field: str, tmp_path: Path, settings: Make) -> None:
     folder = tiny_llm(tmp_path / "model")
     before = resolve_encoder(settings(folder), "cpu")
@@ -74,7 +80,9 @@ def test_tokenizer_and_config_count(file: str, field: str, tmp_path: Path, setti
         content["added_tokens"][0]["normalized"] = True
     (folder / file).write_text(json.dumps(content))
     after = resolve_encoder(settings(folder), "cpu")
-    assert [line.split(":")[0] for line in spec_differences(before.to_dict(), after.to_dict())] == [field]
+    assert [line.split(":")[0] for line in spec_differences(before.to_dict(), after.to_dict())] == [
+        field
+    ]
 
 
 def test_compute_dtype_follows_the_device(model_of: Callable[[str], Path], settings: Make) -> None:
@@ -85,12 +93,16 @@ def test_compute_dtype_follows_the_device(model_of: Callable[[str], Path], setti
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS + 1, -LAYERS - 1])
-def test_a_layer_the_model_lacks_is_refused(layer: int, model_of: Callable[[str], Path], settings: Make) -> None:
+def test_a_layer_the_model_lacks_is_refused(
+    layer: int, model_of: Callable[[str], Path], settings: Make
+) -> None:
     with pytest.raises(InputError, match=f"layer {layer}: .* has {LAYERS} blocks"):
         resolve_encoder(settings(model_of("llama"), layer=layer), "cpu")
 
 
-def test_what_is_not_a_model_is_refused(tmp_path: Path, model_of: Callable[[str], Path], settings: Make) -> None:
+def test_what_is_not_a_model_is_refused(
+    tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+) -> None:
     with pytest.raises(InputError, match="no such model folder"):
         resolve_encoder(settings(tmp_path / "nothing"), "cpu")
     with pytest.raises(InputError, match=r"no config\.json"):
@@ -112,7 +124,9 @@ def test_code_that_comes_with_a_model_is_never_run(
     folder = tmp_path / "hostile"
     shutil.copytree(model_of("llama"), folder)
     proof = tmp_path / "ran"
-    (folder / "evil.py").write_text(f"open({str(proof)!r}, 'w').write('x')\nclass C: pass\nclass M: pass\n")
+    (folder / "evil.py").write_text(
+        f"open({str(proof)!r}, 'w').write('x')\nclass C: pass\nclass M: pass\n"
+    )
     edit_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"})
     with pytest.raises(InputError, match="never run"):
         resolve_encoder(settings(folder), "cpu")
@@ -130,7 +144,9 @@ def test_encoders_take_no_instruction(model_of: Callable[[str], Path], settings:
         resolve_encoder(settings(model_of("bert"), kind="encoder", instruction="Describe:"), "cpu")
 
 
-def test_resolving_loads_no_weights(tmp_path: Path, model_of: Callable[[str], Path], settings: Make) -> None:
+def test_resolving_loads_no_weights(
+    tmp_path: Path, model_of: Callable[[str], Path], settings: Make
+) -> None:
     folder = tmp_path / "torn"
     shutil.copytree(model_of("llama"), folder)
     spec = resolve_encoder(settings(folder), "cpu")

@@ -1,7 +1,8 @@
-"""Models whose blocks are not all alike are cut where they are asked to be, or refused in one line: never other states.
+"""Models whose blocks are not all alike are cut where they are asked to be, or refused in one line:
+never other states.
 
-Gemma 4 has all of it: its config names the blocks that are wider, forces the last one's kind, counts the blocks that
-share keys from the end, and packs a table for every block into one tensor.
+Gemma 4 has all of it: its config names the blocks that are wider, forces the last one's kind,
+counts the blocks that share keys from the end, and packs a table for every block into one tensor.
 """
 
 import logging
@@ -39,8 +40,15 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 3,
 }
-MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
-PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(TOKENIZER), "num_kv_shared_layers": 2}
+MIXED = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+}
+PER_LAYER = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": len(TOKENIZER),
+    "num_kv_shared_layers": 2,
+}
 GEMMA4 = {
     "wider heads": {"global_head_dim": 32, "hidden_size_per_layer_input": 0},
     "equal heads": {"global_head_dim": 16, "hidden_size_per_layer_input": 0},
@@ -63,13 +71,18 @@ def build(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, PreTrainedModel]]:
+def gemma4(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[Path, PreTrainedModel]]:
     made: dict[str, tuple[Path, PreTrainedModel]] = {}
 
     def model(kind: str) -> tuple[Path, PreTrainedModel]:
         if kind not in made:
             folder = tmp_path_factory.mktemp("gemma4")
-            made[kind] = folder, build(Gemma4TextConfig(**SHAPE, **MIXED, head_dim=16, **GEMMA4[kind]), folder)
+            made[kind] = (
+                folder,
+                build(Gemma4TextConfig(**SHAPE, **MIXED, head_dim=16, **GEMMA4[kind]), folder),
+            )
         return made[kind]
 
     return model
@@ -92,7 +105,9 @@ def test_a_cut_model_gives_the_whole_ones_states(
 
 
 def test_what_stands_behind_the_layer_is_not_loaded(
-    gemma4: Callable[[str], tuple[Path, PreTrainedModel]], settings: Make, caplog: pytest.LogCaptureFixture
+    gemma4: Callable[[str], tuple[Path, PreTrainedModel]],
+    settings: Make,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder, model = gemma4("equal heads")
     with caplog.at_level(logging.WARNING):
@@ -102,16 +117,22 @@ def test_what_stands_behind_the_layer_is_not_loaded(
     assert not caplog.records
 
 
-def test_of_blocks_with_several_streams_only_the_last_states_are_had(tmp_path: Path, settings: Make) -> None:
+def test_of_blocks_with_several_streams_only_the_last_states_are_had(
+    tmp_path: Path, settings: Make
+) -> None:
     shape = {**SHAPE, "intermediate_size": [128] * LAYERS}
     model = build(Gemma3nTextConfig(**shape, **MIXED, **PER_LAYER), tmp_path)
     encoder = PromptEncoder.load(resolve_encoder(settings(tmp_path, layer=-1), "cpu"), "cpu")
     context = encoder.tokenizer.context_ids
     (found,) = encoder.encode([CAPTION])
     with torch.no_grad():
-        expected = model.model(torch.tensor([[*context, *found.token_ids]])).last_hidden_state[0, len(context) :]
+        expected = model.model(torch.tensor([[*context, *found.token_ids]])).last_hidden_state[
+            0, len(context) :
+        ]
     assert (found.states - expected).norm() / expected.norm() < 2e-5
-    with pytest.raises(InputError, match=r"gemma3n_text: a block of this model gives .* use layer: -1"):
+    with pytest.raises(
+        InputError, match=r"gemma3n_text: a block of this model gives .* use layer: " r"-1"
+    ):
         PromptEncoder.load(resolve_encoder(settings(tmp_path, layer=2), "cpu"), "cpu")
 
 
@@ -120,4 +141,6 @@ def test_blocks_that_keep_more_than_keys_are_refused(tmp_path: Path, settings: M
     for layer in (2, -1):
         with pytest.raises(InputError, match="more of a prefix than keys and values"):
             PromptEncoder.load(resolve_encoder(settings(tmp_path, layer=layer), "cpu"), "cpu")
-    assert PromptEncoder.load(resolve_encoder(settings(tmp_path, layer=1), "cpu"), "cpu").encode([CAPTION])
+    assert PromptEncoder.load(resolve_encoder(settings(tmp_path, layer=1), "cpu"), "cpu").encode(
+        [CAPTION]
+    )

@@ -1,1 +1,3 @@
-"""Scenes of coloured shapes whose truth is known: drawn, described, written as shards, asked for as prompts."""
+"""Scenes of coloured shapes whose truth is known: drawn, described, written as shards, asked for as
+prompts.
+"""

@@ -1,6 +1,8 @@
-"""Captions of scenes in several styles, from alt text to long prose, and which styles training never sees.
+"""Captions of scenes in several styles, from alt text to long prose, and which styles training
+never sees.
 
-A style says what the scene's category is about and no more: colours only where the category names colours, and so on.
+A style says what the scene's category is about and no more: colours only where the category names
+colours, and so on.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ HELD_OUT_STYLES = ("there_is", "relation_first")
 
 
 def style_fits(style: str, scene: Scene) -> bool:
-    """Whether a style can say what the scene's category is about. Raises InputError for an unknown style."""
+    """Whether a style can say what the scene's category is about. Raises InputError for an unknown
+    style.
+    """
     if style not in STYLES:
         raise InputError(f"caption style {style!r} is unknown: choose from {', '.join(STYLES)}")
     if style == "relation_first":
@@ -79,39 +83,52 @@ def style_fits(style: str, scene: Scene) -> bool:
 
 
 def write_caption(scene: Scene, style: str, rng: Random) -> str:
-    """The scene's caption in one style. Raises InputError where the style cannot describe the category."""
+    """The scene's caption in one style. Raises InputError where the style cannot describe the
+    category.
+    """
     if not style_fits(style, scene):
-        raise InputError(f"caption style {style!r} cannot describe a {scene.tag} scene: choose other styles")
+        raise InputError(
+            f"caption style {style!r} cannot describe a {scene.tag} scene: choose other styles"
+        )
     return STYLES[style](scene, rng)
 
 
 @dataclass(frozen=True)
 class CaptionStyles:
-    """Styles to draw from: one original and one synthetic caption per scene (an empty tuple leaves that origin out)."""
+    """Styles to draw from: one original and one synthetic caption per scene (an empty tuple leaves
+    that origin out).
+    """
 
     original: tuple[str, ...]
     synthetic: tuple[str, ...]
 
     def captions(self, scene: Scene, rng: Random) -> list[Caption]:
-        """The scene's captions, original first. Raises InputError where no style of an origin fits the category."""
+        """The scene's captions, original first. Raises InputError where no style of an origin fits
+        the category.
+        """
         found = []
         for origin, styles in (("original", self.original), ("synthetic", self.synthetic)):
             fitting = [style for style in styles if style_fits(style, scene)]
             if styles and not fitting:
                 raise InputError(
-                    f"no {origin} caption style of {', '.join(styles)} can describe a {scene.tag} scene: "
+                    f"no {origin} caption style of {', '.join(styles)} can describe a "
+                    f"{scene.tag} scene: "
                     f"add another style or leave the category out"
                 )
             if fitting:
                 style = rng.choice(fitting)
                 found.append(Caption(write_caption(scene, style, rng), origin, style))
         if not found:
-            raise InputError("no caption styles given: name at least one original or synthetic style")
+            raise InputError(
+                "no caption styles given: name at least one original or synthetic style"
+            )
         return found
 
 
 def default_styles(layout: str) -> CaptionStyles:
-    """Short captions for the simple layout (about seven tokens), two kinds of each origin for the free one."""
+    """Short captions for the simple layout (about seven tokens), two kinds of each origin for the
+    free one.
+    """
     if layout == "simple":
         return CaptionStyles(original=("bare",), synthetic=("statement",))
     return CaptionStyles(original=("bare", "photo"), synthetic=("statement", "dense"))

@@ -1,4 +1,6 @@
-"""Draws scenes: which objects, in which colours and sizes, and where. A pure function of the generator passed in."""
+"""Draws scenes: which objects, in which colours and sizes, and where. A pure function of the
+generator passed in.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from lidit.datasets.scenes.scene import RELATION_TAGS, Scene, SceneObject, check
 from lidit.datasets.scenes.shapes import Vocabulary
 from lidit.errors import InputError
 
-GENERATOR_VERSION = 1  # raise when the same seed begins to give other scenes; it is part of every seed
+# raise when the same seed begins to give other scenes; it is part of every seed
+GENERATOR_VERSION = 1
 SMALLEST_SIDE = {"simple": 16, "free": 32}  # pixels, by layout
 Split = Literal["train", "unseen", "any"]
 RADII = {"small": SMALL, "large": LARGE}
@@ -29,7 +32,9 @@ Pair = tuple[str, str]
 
 
 def seeded_random(*parts: object) -> Random:
-    """A generator seeded by words; Python hashes a text seed with SHA-512, the same on every platform."""
+    """A generator seeded by words; Python hashes a text seed with SHA-512, the same on every
+    platform.
+    """
     return Random("/".join(str(part) for part in ("lidit", GENERATOR_VERSION, *parts)))
 
 
@@ -38,8 +43,9 @@ def generate_scene(
 ) -> Scene:
     """One scene of a category.
 
-    `size`: image side in pixels. `split`: "train" shows no held-out (colour, shape) pair, "unseen" shows at least one,
-    "any" does not care. Raises InputError for a category the layout cannot show or an image too small for it.
+    `size`: image side in pixels. `split`: "train" shows no held-out (colour, shape) pair, "unseen"
+    shows at least one, "any" does not care. Raises InputError for a category the layout cannot show
+    or an image too small for it.
     """
     check_tag(tag, layout)
     held_out = vocabulary.held_out_pairs()
@@ -52,16 +58,24 @@ def generate_scene(
         scene = _place(rng, tag, pairs, relation, size, layout)
         if scene is not None:
             return scene
-    raise InputError(f"no room for a {tag} scene at {size} pixels with layout={layout!r}: use a larger size")
+    raise InputError(
+        f"no room for a {tag} scene at {size} pixels with layout={layout!r}: use a larger size"
+    )
 
 
 def _generate_pairs(rng: Random, tag: str, vocabulary: Vocabulary) -> list[Pair]:
     """(colour, shape) of every object, in mention order."""
     length = list_length(tag)
     if length is not None:
-        # Segments differ as (colour, shape); either repeats only where there are more segments than values
+        # Segments differ as (colour, shape); either repeats only where there are more segments than
+        # values
         while True:
-            pairs = list(zip(_spread(rng, vocabulary.colours, length), _spread(rng, vocabulary.shapes, length)))
+            pairs = list(
+                zip(
+                    _spread(rng, vocabulary.colours, length),
+                    _spread(rng, vocabulary.shapes, length),
+                )
+            )
             if len(set(pairs)) == length:
                 return pairs
     if tag == "counting":
@@ -69,7 +83,8 @@ def _generate_pairs(rng: Random, tag: str, vocabulary: Vocabulary) -> list[Pair]
         return [(rng.choice(vocabulary.colours), shape) for _ in range(count)]
     if tag in ("single_object", "colors"):
         return [(rng.choice(vocabulary.colours), rng.choice(vocabulary.shapes))]
-    # two colours even where the caption names none: neighbours of one colour would merge in a blurred image
+    # two colours even where the caption names none: neighbours of one colour would merge in a
+    # blurred image
     return list(zip(rng.sample(vocabulary.colours, 2), rng.sample(vocabulary.shapes, 2)))
 
 
@@ -82,12 +97,18 @@ def _spread(rng: Random, values: tuple[str, ...], count: int) -> list[str]:
     return drawn
 
 
-def _place(rng: Random, tag: str, pairs: list[Pair], relation: str | None, size: int, layout: str) -> Scene | None:
+def _place(
+    rng: Random, tag: str, pairs: list[Pair], relation: str | None, size: int, layout: str
+) -> Scene | None:
     if layout == "simple":
-        radius = SIMPLE_SINGLE if len(pairs) == 1 else SIMPLE_PAIR if len(pairs) == 2 else SIMPLE_FOUR
+        radius = (
+            SIMPLE_SINGLE if len(pairs) == 1 else SIMPLE_PAIR if len(pairs) == 2 else SIMPLE_FOUR
+        )
         area = disc_area(radius, size)
         places = simple_positions(len(pairs), relation, size, rng)
-        objects = [SceneObject(shape, colour, x, y, area) for (colour, shape), (x, y) in zip(pairs, places)]
+        objects = [
+            SceneObject(shape, colour, x, y, area) for (colour, shape), (x, y) in zip(pairs, places)
+        ]
         return Scene(tag, size, tuple(objects), relation)
     sizes = _draw_sizes(rng, tag, len(pairs))
     factor = LIST_AREA_FACTOR if len(pairs) > 5 else 1.0

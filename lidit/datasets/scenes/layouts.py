@@ -1,4 +1,5 @@
-"""Where the objects of a scene stand: fixed slots ("simple") or free placement without contact ("free").
+"""Where the objects of a scene stand: fixed slots ("simple") or free placement without contact
+("free").
 
 Simple is what a model of a million parameters learns in minutes; free is the benchmark.
 """
@@ -25,9 +26,11 @@ def disc_area(radius: float, size: int) -> float:
     return math.pi * (radius * size) ** 2
 
 
-def simple_positions(count: int, relation: str | None, size: int, rng: Random) -> list[tuple[float, float]]:
-    """Centres in mention order: one object in the middle, two in slots side by side or one above the other, three or
-    four in the quarters of the image.
+def simple_positions(
+    count: int, relation: str | None, size: int, rng: Random
+) -> list[tuple[float, float]]:
+    """Centres in mention order: one object in the middle, two in slots side by side or one above
+    the other, three or four in the quarters of the image.
 
     Without a relation the objects stand in reading order.
     """
@@ -37,7 +40,9 @@ def simple_positions(count: int, relation: str | None, size: int, rng: Random) -
     elif count == 2:
         relation = relation or rng.choice(("left of", "above"))
         slots = (
-            [(low, middle), (high, middle)] if relation in ("left of", "right of") else [(middle, low), (middle, high)]
+            [(low, middle), (high, middle)]
+            if relation in ("left of", "right of")
+            else [(middle, low), (middle, high)]
         )
         if relation in ("right of", "below"):
             slots.reverse()
@@ -46,21 +51,25 @@ def simple_positions(count: int, relation: str | None, size: int, rng: Random) -
         slots = [(low, low), (high, low), (low, high), (high, high)][:count]
         jitter = JITTER_PAIR * size
     else:
-        raise InputError(f"the simple layout holds one to four objects, not {count}: use layout='free'")
+        raise InputError(
+            f"the simple layout holds one to four objects, not {count}: use layout='free'"
+        )
     return [(x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)) for x, y in slots]
 
 
 def free_positions(
     shapes: list[str], areas: list[float], relation: str | None, size: int, rng: Random
 ) -> list[tuple[float, float]] | None:
-    """Centres in mention order, anywhere in the image, with a gap of max(1.6 px, 0.05 S); None where no room was found.
+    """Centres in mention order, anywhere in the image, with a gap of max(1.6 px, 0.05 S); None
+    where no room was found.
 
-    With a relation there are two objects and the offset on the minor axis is at most a quarter of the distance, so the
-    relation holds and no other does under GenEval's rule.
+    With a relation there are two objects and the offset on the minor axis is at most a quarter of
+    the distance, so the relation holds and no other does under GenEval's rule.
     """
     reaches = [SHAPES[shape].reach * math.sqrt(area) for shape, area in zip(shapes, areas)]
     gap = max(1.6, 0.05 * size)
-    order = sorted(range(len(shapes)), key=lambda index: -reaches[index])  # the largest first, while there is room
+    # the largest first, while there is room
+    order = sorted(range(len(shapes)), key=lambda index: -reaches[index])
     for _ in range(TRIES):
         placed: dict[int, tuple[float, float]] = {}
         for index in order:
@@ -90,7 +99,8 @@ def _free_spot(
         if relation is not None and placed:
             ((px, py),) = placed.values()
             towards = relation if index == 0 else OPPOSITE[relation]
-            # along the relation's axis the draw is free, across it bounded: a free draw would hardly ever qualify
+            # along the relation's axis the draw is free, across it bounded: a free draw would
+            # hardly ever qualify
             along = px if towards in ("left of", "right of") else py
             reach = abs((x if towards in ("left of", "right of") else y) - along) * 0.25
             if towards in ("left of", "right of"):
@@ -100,14 +110,17 @@ def _free_spot(
             if not holds(towards, (x, y), (px, py)):
                 continue
         if all(
-            math.hypot(x - px, y - py) >= reaches[index] + reaches[other] + gap for other, (px, py) in placed.items()
+            math.hypot(x - px, y - py) >= reaches[index] + reaches[other] + gap
+            for other, (px, py) in placed.items()
         ):
             return x, y
     return None
 
 
 def holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
-    """Whether `first` stands in `relation` to `second` beyond doubt: minor-axis offset at most 25 % of the distance."""
+    """Whether `first` stands in `relation` to `second` beyond doubt: minor-axis offset at most 25 %
+    of the distance.
+    """
     dx, dy = first[0] - second[0], first[1] - second[1]
     major, minor = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     towards = -1 if relation in ("left of", "above") else 1

@@ -40,20 +40,28 @@ def join(parts: Sequence[str]) -> str:
 
 
 def core(scene: Scene, attributes: bool = True) -> str:
-    """The scene in the fewest words: "a red circle and a blue square", "a circle left of a cross", "three rings"."""
+    """The scene in the fewest words: "a red circle and a blue square", "a circle left of a cross",
+    "three rings".
+    """
     if scene.tag == "counting":
         shape, count = scene.objects[0].shape, len(scene.objects)
         return f"{COUNTS[count]} {shape if count == 1 else plural(shape)}"
-    phrases = [with_article(noun(scene, item) if attributes else item.shape) for item in scene.objects]
+    phrases = [
+        with_article(noun(scene, item) if attributes else item.shape) for item in scene.objects
+    ]
     return f" {scene.relation} ".join(phrases) if scene.relation else join(phrases)
 
 
 def references(scene: Scene) -> list[str]:
-    """How a later sentence points at each object: "the circle", or "the second circle" where there are several."""
+    """How a later sentence points at each object: "the circle", or "the second circle" where there
+    are several.
+    """
     totals, seen, names = Counter(item.shape for item in scene.objects), Counter[str](), []
     for item in scene.objects:
         names.append(
-            f"the {ORDINALS[seen[item.shape]]} {item.shape}" if totals[item.shape] > 1 else f"the {item.shape}"
+            f"the {ORDINALS[seen[item.shape]]} {item.shape}"
+            if totals[item.shape] > 1
+            else f"the {item.shape}"
         )
         seen[item.shape] += 1
     return names

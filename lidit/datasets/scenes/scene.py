@@ -1,4 +1,6 @@
-"""A scene: objects whose shape, colour, size and place are known, its image, and its record in GenEval's schema."""
+"""A scene: objects whose shape, colour, size and place are known, its image, and its record in
+GenEval's schema.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from lidit.errors import InputError
 
 COLOURED_TAGS = frozenset({"colors", "color_attr", "color_attr_position"})
 RELATION_TAGS = frozenset({"position", "color_attr_position"})
-SIMPLE_TAGS = ("single_object", "two_object", "colors", "position", "color_attr", "color_attr_position")
+SIMPLE_TAGS = (
+    "single_object",
+    "two_object",
+    "colors",
+    "position",
+    "color_attr",
+    "color_attr_position",
+)
 FREE_TAGS = (*SIMPLE_TAGS, "counting", "size_attr", "list4", "list8")
 LONGEST_LIST, LONGEST_SIMPLE_LIST = 8, 4
 
@@ -33,19 +42,28 @@ def names_colours(tag: str) -> bool:
 def check_tag(tag: str, layout: str) -> None:
     """Raises InputError for a category that does not exist or that the layout cannot show."""
     length = list_length(tag)
-    if length is not None and length <= (LONGEST_SIMPLE_LIST if layout == "simple" else LONGEST_LIST):
+    if length is not None and length <= (
+        LONGEST_SIMPLE_LIST if layout == "simple" else LONGEST_LIST
+    ):
         return
     if tag in (SIMPLE_TAGS if layout == "simple" else FREE_TAGS):
         return
     if tag in FREE_TAGS or length is not None:
         known = ", ".join(SIMPLE_TAGS)
-        raise InputError(f"category {tag!r} needs layout='free'; the simple layout has {known}, list2 to list4")
-    raise InputError(f"category {tag!r} is unknown: choose from {', '.join(FREE_TAGS)} or list2 to list{LONGEST_LIST}")
+        raise InputError(
+            f"category {tag!r} needs layout='free'; the simple layout has {known}, list2 to list4"
+        )
+    raise InputError(
+        f"category {tag!r} is unknown: choose from {', '.join(FREE_TAGS)} or list2 to "
+        f"list{LONGEST_LIST}"
+    )
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape. `x`, `y`: centroid in pixels; `area` in square pixels; `size`: "small", "large", or "" where fixed."""
+    """One shape. `x`, `y`: centroid in pixels; `area` in square pixels; `size`: "small", "large",
+    or "" where fixed.
+    """
 
     shape: str
     colour: str
@@ -57,7 +75,9 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in the order in which a caption mentions them; `relation`: where the first stands to the second."""
+    """Objects in the order in which a caption mentions them; `relation`: where the first stands to
+    the second.
+    """
 
     tag: str
     side: int
@@ -70,14 +90,21 @@ class Scene:
         for item in self.objects:
             reach = SHAPES[item.shape].reach * math.sqrt(item.area) + 1
             top, left = max(0, math.floor(item.y - reach)), max(0, math.floor(item.x - reach))
-            bottom, right = min(self.side, math.ceil(item.y + reach)), min(self.side, math.ceil(item.x + reach))
-            alpha = coverage(item.shape, item.x, item.y, item.area, (top, left, bottom - top, right - left))
+            bottom, right = (
+                min(self.side, math.ceil(item.y + reach)),
+                min(self.side, math.ceil(item.x + reach)),
+            )
+            alpha = coverage(
+                item.shape, item.x, item.y, item.area, (top, left, bottom - top, right - left)
+            )
             patch = image[top:bottom, left:right]
             patch += alpha[:, :, None] * (np.array(COLOURS[item.colour], dtype=float) - patch)
         return np.rint(image).astype(np.uint8)
 
     def geneval(self, prompt: str) -> dict[str, Any]:
-        """What an image must show to follow `prompt`, in GenEval's schema (`size` is our addition to a clause)."""
+        """What an image must show to follow `prompt`, in GenEval's schema (`size` is our addition
+        to a clause).
+        """
         record: dict[str, Any] = {"tag": self.tag}
         if self.tag == "counting":
             shape, count = self.objects[0].shape, len(self.objects)

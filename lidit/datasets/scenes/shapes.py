@@ -1,9 +1,11 @@
 """Colours and shapes of the scene benchmark, and how much of each pixel a shape covers.
 
-Every shape has the same area and its centroid at the origin, so neither size nor position gives a shape away. Renderer
-and scorer draw with the same `coverage`, which is what makes analysis by synthesis exact.
+Every shape has the same area and its centroid at the origin, so neither size nor position gives a
+shape away. Renderer and scorer draw with the same `coverage`, which is what makes analysis by
+synthesis exact.
 
-Coordinates are in pixels, x to the right and y down; pixel (i, j) is the square [j, j+1] x [i, i+1].
+Coordinates are in pixels, x to the right and y down; pixel (i, j) is the square [j, j+1] x
+[i, i+1].
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _STAR = np.array(
         for corner, radius in enumerate((1.0, 0.42) * 5)
     ]
 )
-_STAR /= math.sqrt(5 * 0.42 * math.sin(math.pi / 5))  # the decagon of radii 1 and q has area 5 q sin(36 degrees)
+# the decagon of radii 1 and q has area 5 q sin(36 degrees)
+_STAR /= math.sqrt(5 * 0.42 * math.sin(math.pi / 5))
 
 
 def _circle(x: Floats, y: Floats) -> Mask:
@@ -87,7 +90,9 @@ def _ring(x: Floats, y: Floats) -> Mask:
 
 @dataclass(frozen=True)
 class Shape:
-    """`inside` on unit-area coordinates; `reach`: radius of a disc that holds the shape, over sqrt(area)."""
+    """`inside` on unit-area coordinates; `reach`: radius of a disc that holds the shape, over
+    sqrt(area).
+    """
 
     inside: Callable[[Floats, Floats], Mask]
     reach: float
@@ -112,17 +117,21 @@ class Vocabulary:
     shapes: tuple[str, ...]
 
     def held_out_pairs(self) -> frozenset[tuple[str, str]]:
-        """(colour, shape) pairs never shown in training: one per shape, each with another colour where they suffice."""
+        """(colour, shape) pairs never shown in training: one per shape, each with another colour
+        where they suffice.
+        """
         last = len(self.colours) - 1
         return frozenset(
-            (self.colours[(last - index) % len(self.colours)], shape) for index, shape in enumerate(self.shapes)
+            (self.colours[(last - index) % len(self.colours)], shape)
+            for index, shape in enumerate(self.shapes)
         )
 
 
 def vocabulary_for(size: int, layout: str = "free") -> Vocabulary:
     """What can be told apart at an image side of `size` pixels.
 
-    The simple layout always uses six colours and four shapes. Raises InputError for an unknown layout.
+    The simple layout always uses six colours and four shapes. Raises InputError for an unknown
+    layout.
     """
     colours, shapes = tuple(COLOURS), tuple(SHAPES)
     if layout not in ("simple", "free"):
@@ -134,8 +143,11 @@ def vocabulary_for(size: int, layout: str = "free") -> Vocabulary:
     return Vocabulary(colours[:8], shapes[:6])
 
 
-def coverage(shape: str, x: float, y: float, area: float, window: tuple[int, int, int, int]) -> Floats:
-    """Share of each pixel of `window` = (top, left, height, width) inside a shape. Returns [height, width] in [0, 1].
+def coverage(
+    shape: str, x: float, y: float, area: float, window: tuple[int, int, int, int]
+) -> Floats:
+    """Share of each pixel of `window` = (top, left, height, width) inside a shape. Returns
+    [height, width] in [0, 1].
 
     `x`, `y` are the centroid in pixels, `area` is in square pixels. 4x4 samples per pixel.
     """

@@ -16,7 +16,13 @@ from typing import Any
 from PIL import Image
 
 from lidit.datasets.scenes.captions import CaptionStyles, default_styles
-from lidit.datasets.scenes.generator import GENERATOR_VERSION, SMALLEST_SIDE, Split, generate_scene, seeded_random
+from lidit.datasets.scenes.generator import (
+    GENERATOR_VERSION,
+    SMALLEST_SIDE,
+    Split,
+    generate_scene,
+    seeded_random,
+)
 from lidit.datasets.scenes.scene import FREE_TAGS, Scene, check_tag
 from lidit.datasets.scenes.shapes import vocabulary_for
 from lidit.errors import InputError
@@ -51,9 +57,9 @@ class SceneShards:
 class SceneSet:
     """A set of scenes: everything that determines its shards' bytes.
 
-    size: image side in pixels; per_shard: scenes in one tar; categories: category -> weight, by default those of the
-    layout; styles: what captions are made of, by default the layout's; split: "train" (no held-out pair) or "unseen"
-    (every scene shows a held-out pair).
+    size: image side in pixels; per_shard: scenes in one tar; categories: category -> weight, by
+    default those of the layout; styles: what captions are made of, by default the layout's; split:
+    "train" (no held-out pair) or "unseen" (every scene shows a held-out pair).
     """
 
     count: int
@@ -93,13 +99,20 @@ class SceneSet:
             ("per_shard", self.per_shard, 1),
         ):
             if value < least:
-                raise InputError(f"{name}={value}: must be at least {least} (layout {self.layout!r})")
+                raise InputError(
+                    f"{name}={value}: must be at least {least} (layout {self.layout!r})"
+                )
         if self.split not in ("train", "unseen"):
             raise InputError(f"split {self.split!r}: choose 'train' or 'unseen'")
         for tag in self.weights:
             check_tag(tag, self.layout)
-        if any(weight < 0 for weight in self.weights.values()) or not sum(self.weights.values()) > 0:
-            raise InputError(f"category weights {self.weights}: none may be negative and one must be positive")
+        if (
+            any(weight < 0 for weight in self.weights.values())
+            or not sum(self.weights.values()) > 0
+        ):
+            raise InputError(
+                f"category weights {self.weights}: none may be negative and one must be positive"
+            )
 
     def record(self) -> dict[str, Any]:
         """As it stands in scenes.json, defaults written out."""
@@ -111,21 +124,26 @@ class SceneSet:
         vocabulary = vocabulary_for(self.size, self.layout)
         names, weights = list(self.weights), list(self.weights.values())
         for index in range(shard * self.per_shard, min(self.count, (shard + 1) * self.per_shard)):
-            # A generator per scene, so a shard can be written alone and a longer set begins with a shorter one.
+            # A generator per scene, so a shard can be written alone and a longer set begins with a
+            # shorter one.
             rng = seeded_random("scene", self.layout, self.size, self.seed, self.split, index)
             tag = rng.choices(names, weights)[0]
-            yield index, generate_scene(rng, tag, self.size, self.layout, vocabulary, self.split), rng
+            yield (
+                index,
+                generate_scene(rng, tag, self.size, self.layout, vocabulary, self.split),
+                rng,
+            )
 
 
 def write_scene_shards(out: Path, scenes: SceneSet, progress: Progress = SILENT) -> SceneShards:
     """Render the scenes into WebDataset tars `scenes-00000.tar`, ... under `out`.
 
-    A sample is KEY.png, KEY.txt (its first caption) and KEY.json with `captions` ([{text, origin, style}]), `geneval`
-    (the metadata record), `split`, `tag` and `objects`.
+    A sample is KEY.png, KEY.txt (its first caption) and KEY.json with `captions`
+    ([{text, origin, style}]), `geneval` (the metadata record), `split`, `tag` and `objects`.
 
-    The same set gives the same pixels everywhere, and the same bytes with the same Pillow build. A folder that is
-    complete is left as it is; an interrupted one is continued at its first missing shard. Raises InputError for values
-    out of range and for a folder that holds anything else.
+    The same set gives the same pixels everywhere, and the same bytes with the same Pillow build. A
+    folder that is complete is left as it is; an interrupted one is continued at its first missing
+    shard. Raises InputError for values out of range and for a folder that holds anything else.
     """
     scenes.check()
     out = Path(out)
@@ -135,7 +153,8 @@ def write_scene_shards(out: Path, scenes: SceneSet, progress: Progress = SILENT)
     out.mkdir(parents=True, exist_ok=True)
     progress.expect(scenes.count)
 
-    # The set is named before its first shard, so that another set is refused in a folder that is half full.
+    # The set is named before its first shard, so that another set is refused in a folder that is
+    # half full.
     _write_json(out / SUMMARY_FILE, {"plan": scenes.record(), "complete": False})
     records, texts, captions = [], set(), 0
     for shard in range(scenes.shards):
@@ -147,12 +166,16 @@ def write_scene_shards(out: Path, scenes: SceneSet, progress: Progress = SILENT)
         progress.update(min(scenes.count, (shard + 1) * scenes.per_shard))
 
     totals = {"scenes": scenes.count, "captions": captions, "distinct_captions": len(texts)}
-    _write_json(out / SUMMARY_FILE, {"plan": scenes.record(), "complete": True, "shards": records, **totals})
+    _write_json(
+        out / SUMMARY_FILE, {"plan": scenes.record(), "complete": True, "shards": records, **totals}
+    )
     return _summary(out, {"shards": records, **totals}, skipped=False)
 
 
 def _existing(out: Path, scenes: SceneSet) -> SceneShards | None:
-    """The finished set in `out`, None where it may be written. Raises InputError where `out` holds anything else."""
+    """The finished set in `out`, None where it may be written. Raises InputError where `out` holds
+    anything else.
+    """
     if not out.exists():
         return None
     if not out.is_dir():
@@ -163,17 +186,23 @@ def _existing(out: Path, scenes: SceneSet) -> SceneShards | None:
         summary = json.loads((out / SUMMARY_FILE).read_text(encoding="utf-8"))
         existing = summary["plan"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{out}: not empty and not a scene set of ours; give a new or empty folder") from None
+        raise InputError(
+            f"{out}: not empty and not a scene set of ours; give a new or empty folder"
+        ) from None
     record = json.loads(json.dumps(scenes.record()))
     if existing != record:
         differing = [key for key in record if existing.get(key) != record[key]]
-        raise InputError(f"{out}: holds scenes made with other {', '.join(differing)}; give a new folder")
+        raise InputError(
+            f"{out}: holds scenes made with other {', '.join(differing)}; give a new folder"
+        )
     if not summary["complete"]:
         return None
     for shard in summary["shards"]:
         path = out / shard["file"]
         if not path.is_file() or _sha256(path) != shard["sha256"]:
-            raise InputError(f"{path}: missing or changed since it was written; delete {out} and run again")
+            raise InputError(
+                f"{path}: missing or changed since it was written; delete {out} and run again"
+            )
     return _summary(out, summary, skipped=True)
 
 
@@ -190,7 +219,9 @@ def _summary(out: Path, record: dict[str, Any], skipped: bool) -> SceneShards:
 
 
 def _write_shard(path: Path, scenes: SceneSet, shard: int) -> list[str]:
-    """Writes one tar under a temporary name, then renames it, so a shard is whole or absent. Returns all captions."""
+    """Writes one tar under a temporary name, then renames it, so a shard is whole or absent.
+    Returns all captions.
+    """
     texts = []
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -229,7 +260,9 @@ def _png(scene: Scene) -> bytes:
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """A member whose header holds nothing but its name and size: TarInfo's time, owner and mode are constants."""
+    """A member whose header holds nothing but its name and size: TarInfo's time, owner and mode are
+    constants.
+    """
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))

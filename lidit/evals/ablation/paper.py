@@ -1,6 +1,8 @@
-"""What the paper's ablations found (arXiv 2406.11831, tables 2, 3, 5 and 6), and which of it an ablation can test.
+"""What the paper's ablations found (arXiv 2406.11831, tables 2, 3, 5 and 6), and which of it an
+ablation can test.
 
-Scores are T2I-CompBench average and DPG-Bench average. Arms of a recipe that bear these names are compared with them.
+Scores are T2I-CompBench average and DPG-Bench average. Arms of a recipe that bear these names are
+compared with them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ MEANING = {
     "both": "instruction and refiner",
     "two-llms": "both, a second LLM, collaborative refiner",
     "causal-refiner": "refiner that keeps the causal mask",
-    "own-token": "refiner whose attention sees only the own token: its parameters without its mixing (ours)",
+    "own-token": "refiner whose attention sees only the own token: its parameters without its "
+    "mixing "
+    "(ours)",
     "encoder": "a bidirectional encoder in the LLM's place (the paper's is T5)",
     "encoder-refiner": "the bidirectional encoder with a refiner",
     "unmasked": "the LLM run with its mask removed, no refiner (ours)",
@@ -46,7 +50,8 @@ MEANING = {
     "layers-learned": "four layers by learned weights (ours)",
     "layers-per-block": "four layers by learned weights of each transformer block (ours)",
     "suffix-kept": "one layer, the template's tokens behind the caption kept (ours)",
-    "control": "the transformer sees the caption's first words only, a full-attention refiner all of them (ours)",
+    "control": "the transformer sees the caption's first words only, a full-attention refiner all "
+    "of them (ours)",
     "control-causal": "the same with a causal refiner, which cannot carry anything back",
     "control-none": "the same without a refiner",
 }
@@ -56,9 +61,10 @@ MEANING = {
 class Claim:
     """`better` scores higher than `worse`; `table`: where the paper says so.
 
-    "ours" compares with an arm the paper has not, "layers" arms of several layers of an LLM, which it has not either;
-    "control" is the demonstration of the mechanism (docs/evidence.md).
-    by: what decides. Arms that all learn differ in how fast; the control asks what can be learned at all.
+    "ours" compares with an arm the paper has not, "layers" arms of several layers of an LLM, which
+    it has not either; "control" is the demonstration of the mechanism (docs/evidence.md).
+    by: what decides. Arms that all learn differ in how fast; the control asks what can be learned
+    at all.
     """
 
     table: str

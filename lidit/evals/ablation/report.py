@@ -21,14 +21,20 @@ it has never seen, without sampling: is the loss higher under a caption that is 
 `learning` is that accuracy averaged over the points of training, `final` the one at the end; brackets are 95 %
 intervals over seeds (Student's t), and differences are paired by seed. A verdict goes by `learning`, as arms that all
 learn differ in how fast; the control's by `final`, as it asks what can be learned at all. The paper's figures are image
-scores of models about a thousand times larger: only orderings can be compared, never values."""
+scores of models about a thousand times larger: only orderings can be compared, never values."""  # noqa: E501
 
 
 def write_ablation_report(
-    folder: Path, results: Sequence[ArmResult], title: str, facts: Mapping[str, str], missing: Sequence[str] = ()
+    folder: Path,
+    results: Sequence[ArmResult],
+    title: str,
+    facts: Mapping[str, str],
+    missing: Sequence[str] = (),
 ) -> Path:
-    """Writes README.md and two plots into `folder`; returns the page. `facts`: what was run, name -> words;
-    `missing`: arms without a result yet."""
+    """Writes README.md and two plots into `folder`; returns the page. `facts`: what was run, name
+    -> words;
+    `missing`: arms without a result yet.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     arms, comparisons = summaries(results), compare(results)
     _plot_learning(folder / LEARNING_PLOT, results)
@@ -37,8 +43,15 @@ def write_ablation_report(
     if missing:
         shown = f"{', '.join(missing[:FEW])}{' and others' if len(missing) > FEW else ''}"
         total = len(results) + len(missing)
-        parts.append(f"{len(missing)} of {total} trainings were not finished when this page was written: {shown}.")
-    parts += ["## Which of the paper's orderings hold here", words(comparisons), _claims_table(comparisons, arms)]
+        parts.append(
+            f"{len(missing)} of {total} trainings were not finished when this page was "
+            f"written: {shown}."
+        )
+    parts += [
+        "## Which of the paper's orderings hold here",
+        words(comparisons),
+        _claims_table(comparisons, arms),
+    ]
     parts += ["## Arms", _arms_table(arms), f"![accuracy while learning]({LEARNING_PLOT})"]
     parts += ["## By position of the segment in the caption", _positions_table(arms)]
     parts.append(f"![accuracy by position]({POSITION_PLOT})")
@@ -63,15 +76,19 @@ def words(comparisons: Sequence[Comparison]) -> str:
     saturated = [f"{c.claim.better} / {c.claim.worse}" for c in comparisons if c.saturated]
     if saturated:
         lines.append(
-            f"- Both arms end at an accuracy above .97, so only their speed of learning is compared: "
+            "- Both arms end at an accuracy above .97, so only their speed of learning is "
+            "compared: "
             f"{'; '.join(saturated)}."
         )
     told = [c for c in comparisons if not math.isinf(c.learning.low)]
     if told:
         lines.append(
-            f"- {len(told)} orderings are looked at, each with a 95 % interval: were there no differences at all, "
-            f"{len(told) / 20:.1f} of them would be expected to hold or not to hold by chance. All arms are judged on "
-            "the same scenes, so the intervals say what other seeds would change, not what other scenes would."
+            f"- {len(told)} orderings are looked at, each with a 95 % interval: were there no "
+            "differences at all, "
+            f"{len(told) / 20:.1f} of them would be expected to hold or not to hold by chance. "
+            "All arms are judged on "
+            "the same scenes, so the intervals say what other seeds would change, not what "
+            "other scenes would."
         )
     single = [c for c in comparisons if math.isinf(c.learning.low)]
     if single:
@@ -81,16 +98,21 @@ def words(comparisons: Sequence[Comparison]) -> str:
 
 def _source(comparison: Comparison) -> str:
     table = comparison.claim.table
-    return {"ours": "our own arm", "layers": "our own arm", "control": "the control"}.get(table, f"table {table}")
+    return {"ours": "our own arm", "layers": "our own arm", "control": "the control"}.get(
+        table, f"table {table}"
+    )
 
 
 def _facts_table(facts: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+    )
 
 
 def _claims_table(comparisons: Sequence[Comparison], arms: Mapping[str, ArmSummary]) -> str:
     lines = [
-        "| table | ordering | paper: T2I-CompBench / DPG | learning | difference | final | difference | loss gap "
+        "| table | ordering | paper: T2I-CompBench / DPG | learning | difference | final | "
+        "difference | loss gap "
         "| verdict |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -100,7 +122,8 @@ def _claims_table(comparisons: Sequence[Comparison], arms: Mapping[str, ArmSumma
         lines.append(
             f"| {one.claim.table} | {better} > {worse} | {_paper_pair(better, worse)} | "
             f"{first.learning.value:.3f}, {second.learning.value:.3f} | {_signed(one.learning)} | "
-            f"{first.final.value:.3f}, {second.final.value:.3f} | {_signed(one.final)} | {_signed(one.gap, 5)} | "
+            f"{first.final.value:.3f}, {second.final.value:.3f} | {_signed(one.final)} | "
+            f"{_signed(one.gap, 5)} | "
             f"**{one.verdict}**{' (by final)' if one.claim.by == 'final' else ''} |"
         )
     return "\n".join(lines)
@@ -111,7 +134,11 @@ def _paper_pair(better: str, worse: str) -> str:
     if first is None or second is None:
         return "not in the paper"
     text = f"{first[0]:.2f} > {second[0]:.2f}"
-    return text if first[1] is None or second[1] is None else f"{text} / {first[1]:.2f} > {second[1]:.2f}"
+    return (
+        text
+        if first[1] is None or second[1] is None
+        else f"{text} / {first[1]:.2f} > {second[1]:.2f}"
+    )
 
 
 def _signed(interval: Interval, digits: int = 3) -> str:
@@ -128,15 +155,22 @@ def _plain(interval: Interval, digits: int = 3) -> str:
 
 def _arms_table(arms: Mapping[str, ArmSummary]) -> str:
     lines = [
-        "| arm | what | parameters | seeds | learning | final | final loss gap | validation loss | paper |",
+        "| arm | what | parameters | seeds | learning | final | final loss gap | validation "
+        "loss | paper |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in arms.items():
         paper = PAPER.get(name)
-        figures = "" if paper is None else " / ".join(f"{value:.2f}" for value in paper if value is not None)
+        figures = (
+            ""
+            if paper is None
+            else " / ".join(f"{value:.2f}" for value in paper if value is not None)
+        )
         lines.append(
-            f"| {name} | {MEANING.get(name, '')} | {arm.parameters / 1e6:.2f}M | {arm.seeds} | {_plain(arm.learning)} "
-            f"| {_plain(arm.final)} | {_plain(arm.gap, 5)} | {_plain(arm.validation_loss, 4)} | {figures} |"
+            f"| {name} | {MEANING.get(name, '')} | {arm.parameters / 1e6:.2f}M | {arm.seeds} | "
+            f"{_plain(arm.learning)} "
+            f"| {_plain(arm.final)} | {_plain(arm.gap, 5)} | {_plain(arm.validation_loss, 4)} | "
+            f"{figures} |"
         )
     return "\n".join(lines)
 
@@ -145,7 +179,8 @@ def _positions_table(arms: Mapping[str, ArmSummary]) -> str:
     count = max(len(arm.by_position) for arm in arms.values())
     head = " | ".join(f"segment {i + 1}" for i in range(count))
     lines = [
-        "Accuracy of the cases whose error is in the segment, mean over the points of training. `drop`: first minus "
+        "Accuracy of the cases whose error is in the segment, mean over the points of training. "
+        "`drop`: first minus "
         "last segment; the paper's positional bias is a drop above zero.\n",
         f"| arm | {head} | drop |",
         "|---" * (count + 2) + "|",
@@ -163,16 +198,23 @@ def _plot_learning(path: Path, results: Sequence[ArmResult]) -> None:
     for number, arm in enumerate(arms):
         chosen = [result for result in results if result.arm == arm]
         steps = [point.step for point in chosen[0].points]
-        table = np.array([[point.accuracy for point in result.points] for result in chosen])  # [seeds, points]
+        # [seeds, points]
+        table = np.array([[point.accuracy for point in result.points] for result in chosen])
         style = ("-", "--", ":")[number // 10 % 3]
-        (line,) = curves.plot(steps, table.mean(axis=0), style, marker="o", markersize=3, linewidth=1.2, label=arm)
+        (line,) = curves.plot(
+            steps, table.mean(axis=0), style, marker="o", markersize=3, linewidth=1.2, label=arm
+        )
         if len(chosen) > 1:
-            curves.fill_between(steps, table.min(axis=0), table.max(axis=0), alpha=0.12, color=line.get_color())
+            curves.fill_between(
+                steps, table.min(axis=0), table.max(axis=0), alpha=0.12, color=line.get_color()
+            )
         mean = table.mean(axis=1)  # [seeds]
         bars.barh(number, mean.mean(), color=line.get_color(), alpha=0.6)
         bars.plot(mean, [number] * len(mean), "k|", markersize=9)
     curves.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-    curves.set(xlabel="step", ylabel="binding accuracy", title="while learning (band: range over seeds)")
+    curves.set(
+        xlabel="step", ylabel="binding accuracy", title="while learning (band: range over seeds)"
+    )
     curves.legend(fontsize=7)
     bars.set_yticks(range(len(arms)), arms, fontsize=8)
     bars.invert_yaxis()
@@ -187,7 +229,15 @@ def _plot_positions(path: Path, arms: Mapping[str, ArmSummary]) -> None:
     for number, (name, arm) in enumerate(arms.items()):
         values = [interval.value for interval in arm.by_position]
         style = ("-", "--", ":")[number // 10 % 3]
-        axes.plot(range(1, len(values) + 1), values, style, marker="o", markersize=4, linewidth=1.2, label=name)
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            style,
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            label=name,
+        )
     count = max(len(arm.by_position) for arm in arms.values())
     axes.set(xticks=range(1, count + 1), xlabel="segment of the caption", ylabel="binding accuracy")
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")

@@ -20,7 +20,9 @@ Verdict = Literal["holds", "does not hold", "cannot be told"]
 
 @dataclass(frozen=True)
 class Measured:
-    """One kind of error in one caption style: `by_position` has the accuracy of the cases with the error there."""
+    """One kind of error in one caption style: `by_position` has the accuracy of the cases with the
+    error there.
+    """
 
     accuracy: float
     gap: float
@@ -29,7 +31,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Point:
-    """An arm at one step: measures by name ("binding, clauses") and the loss on the held-out scenes, per timestep."""
+    """An arm at one step: measures by name ("binding, clauses") and the loss on the held-out
+    scenes, per timestep.
+    """
 
     step: int
     measures: dict[str, Measured]
@@ -50,7 +54,9 @@ class Point:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm with one seed. `identity` says what it was computed from; `losses`: (step, training loss)."""
+    """One arm with one seed. `identity` says what it was computed from; `losses`: (step, training
+    loss).
+    """
 
     identity: str
     arm: str
@@ -68,7 +74,9 @@ class ArmResult:
 
     @classmethod
     def load(cls, folder: Path) -> ArmResult | None:
-        """The result in `folder`; None where there is none. Raises InputError for one that cannot be read."""
+        """The result in `folder`; None where there is none. Raises InputError for one that cannot
+        be read.
+        """
         path = folder / RESULT_FILE
         if not path.is_file():
             return None
@@ -88,17 +96,26 @@ class ArmResult:
             losses = tuple((int(step), float(loss)) for step, loss in tree.pop("losses"))
             return cls(**tree, losses=losses, points=points)
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not an arm's result ({error}); delete the arm's folder and run again") from None
+            raise InputError(
+                f"{path}: not an arm's result ({error}); delete the arm's folder and run again"
+            ) from None
 
     def metrics(self) -> dict[int, dict[str, float]]:
         """Step -> flat numbers for a tracker."""
         found: dict[int, dict[str, float]] = {step: {"loss": loss} for step, loss in self.losses}
         for point in self.points:
-            flat = {"accuracy": point.accuracy, "gap": point.gap, "validation/loss": point.validation_loss}
+            flat = {
+                "accuracy": point.accuracy,
+                "gap": point.gap,
+                "validation/loss": point.validation_loss,
+            }
             for name, measured in point.measures.items():
                 key = name.replace(", ", "/")
                 flat |= {f"{key}/accuracy": measured.accuracy, f"{key}/gap": measured.gap}
-                flat |= {f"{key}/accuracy_position_{i + 1}": v for i, v in enumerate(measured.by_position)}
+                flat |= {
+                    f"{key}/accuracy_position_{i + 1}": v
+                    for i, v in enumerate(measured.by_position)
+                }
             found.setdefault(point.step, {}).update(flat)
         return found
 
@@ -107,8 +124,9 @@ class ArmResult:
 class ArmSummary:
     """One arm over its seeds, with Student's t intervals.
 
-    `learning` is the accuracy averaged over all points, the area under the learning curve: it tells arms apart that all
-    end at the same accuracy. `drop`: accuracy at the first segment minus at the last, mean over points.
+    `learning` is the accuracy averaged over all points, the area under the learning curve: it tells
+    arms apart that all end at the same accuracy. `drop`: accuracy at the first segment minus at the
+    last, mean over points.
     """
 
     arm: str
@@ -135,7 +153,9 @@ def summaries(results: Sequence[ArmResult]) -> dict[str, ArmSummary]:
             learning=mean_over_seeds([learning(result) for result in chosen], 0, 1),
             final=mean_over_seeds([result.points[-1].accuracy for result in chosen], 0, 1),
             gap=mean_over_seeds([result.points[-1].gap for result in chosen]),
-            validation_loss=mean_over_seeds([result.points[-1].validation_loss for result in chosen], 0),
+            validation_loss=mean_over_seeds(
+                [result.points[-1].validation_loss for result in chosen], 0
+            ),
             by_position=tuple(mean_over_seeds(column.tolist(), 0, 1) for column in positions.T),
             drop=mean_over_seeds((positions[:, 0] - positions[:, -1]).tolist()),
         )
@@ -155,7 +175,8 @@ def _positions(result: ArmResult) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`learning`, `final`, `gap`: better minus worse in learning, final accuracy and final loss gap, paired by seed.
+    """`learning`, `final`, `gap`: better minus worse in learning, final accuracy and final loss
+    gap, paired by seed.
 
     `saturated`: both arms end so near to perfect that their order is a matter of speed alone.
     """
@@ -173,7 +194,9 @@ def compare(results: Sequence[ArmResult], claims: Sequence[Claim] = CLAIMS) -> l
     by_run = {(result.arm, result.seed): result for result in results}
     found = []
     for claim in claims:
-        seeds = [seed for arm, seed in by_run if arm == claim.better and (claim.worse, seed) in by_run]
+        seeds = [
+            seed for arm, seed in by_run if arm == claim.better and (claim.worse, seed) in by_run
+        ]
         if not seeds:
             continue
         pairs = [(by_run[claim.better, seed], by_run[claim.worse, seed]) for seed in seeds]
@@ -182,7 +205,11 @@ def compare(results: Sequence[ArmResult], claims: Sequence[Claim] = CLAIMS) -> l
         final = mean_over_seeds((ends[:, 0] - ends[:, 1]).tolist())
         gap = mean_over_seeds([a.points[-1].gap - b.points[-1].gap for a, b in pairs])
         decisive = final if claim.by == "final" else speed
-        found.append(Comparison(claim, speed, final, gap, verdict(decisive), bool(ends.mean(axis=0).min() > 0.97)))
+        found.append(
+            Comparison(
+                claim, speed, final, gap, verdict(decisive), bool(ends.mean(axis=0).min() > 0.97)
+            )
+        )
     return found
 
 

@@ -1,7 +1,8 @@
 """Does the model bind attributes to the right objects? A diffusion classifier, no sampling.
 
-The network's loss on a true image is compared under its caption and under one that is wrong in one thing, at the same
-timesteps and with the same noise. The measure moves long before sampled images follow their prompts.
+The network's loss on a true image is compared under its caption and under one that is wrong in one
+thing, at the same timesteps and with the same noise. The measure moves long before sampled images
+follow their prompts.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ from lidit.pixels import from_bytes
 Kind = Literal["binding", "attribute", "relation"]
 TIMESTEPS = (0.95, 0.85, 0.7, 0.5)
 
-# (images or latents [B, ...], captions, timesteps [B], noise like the images) -> loss per sample [B]
+# (images or latents [B, ...], captions, timesteps [B], noise like the images) -> loss per sample
+# [B]
 LossFunction = Callable[[Tensor, list[str], Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One question: which error, in captions of which category and style, on seen or held-out colour-shape pairs.
+    """One question: which error, in captions of which category and style, on seen or held-out
+    colour-shape pairs.
 
-    kind: "binding" swaps the colours (or sizes) of two segments, "attribute" gives one segment a colour that neither it
-    nor, where there are colours enough, any other has, "relation" names the opposite relation.
+    kind: "binding" swaps the colours (or sizes) of two segments, "attribute" gives one segment a
+    colour that neither it nor, where there are colours enough, any other has, "relation" names the
+    opposite relation.
     """
 
     kind: Kind
@@ -49,12 +53,16 @@ class Measure:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}_{self.tag}_{self.style}" + ("_held_out" if self.split == "unseen" else "")
+        return f"{self.kind}_{self.tag}_{self.style}" + (
+            "_held_out" if self.split == "unseen" else ""
+        )
 
 
 @dataclass(frozen=True)
 class Case:
-    """A scene, its caption, and a caption wrong in one thing; `positions`: the segments (from 0) the error is in."""
+    """A scene, its caption, and a caption wrong in one thing; `positions`: the segments (from 0)
+    the error is in.
+    """
 
     scene: Scene
     caption: str
@@ -70,9 +78,10 @@ class Case:
 class BindingResult:
     """Share of scenes whose loss is higher under the wrong caption (ties count half), chance 0.5.
 
-    `gap`: mean of wrong minus true loss; `gaps` [cases, timesteps] holds every one. Exactly 0 everywhere means that the
-    loss does not depend on what the two captions differ in. `by_position`: segment -> accuracy of the cases whose error
-    is in it. `true_loss`: timestep -> loss under the true captions, the same as `loss_by_timestep` of them.
+    `gap`: mean of wrong minus true loss; `gaps` [cases, timesteps] holds every one. Exactly 0
+    everywhere means that the loss does not depend on what the two captions differ in.
+    `by_position`: segment -> accuracy of the cases whose error is in it. `true_loss`: timestep ->
+    loss under the true captions, the same as `loss_by_timestep` of them.
     """
 
     accuracy: Interval
@@ -84,16 +93,22 @@ class BindingResult:
 
     def metrics(self) -> dict[str, float]:
         flat = {"accuracy": self.accuracy.value, "gap": self.gap.value}
-        flat |= {f"accuracy_position_{position + 1}": v.value for position, v in self.by_position.items()}
+        flat |= {
+            f"accuracy_position_{position + 1}": v.value for position, v in self.by_position.items()
+        }
         return flat | {f"accuracy_t_{t:g}": value for t, value in self.by_timestep.items()}
 
 
-def generate_cases(measure: Measure, count: int, size: int, layout: str, seed: int = 0) -> list[Case]:
-    """`count` scenes of the measure's category with a true and a wrong caption, the same words but for the error.
+def generate_cases(
+    measure: Measure, count: int, size: int, layout: str, seed: int = 0
+) -> list[Case]:
+    """`count` scenes of the measure's category with a true and a wrong caption, the same words but
+    for the error.
 
-    With split="train" neither caption names a held-out pair, so novelty cannot give the wrong caption away. Scenes are
-    generated with seeds no training set uses, and the segment in question goes round, so every position is met equally
-    often. Raises InputError where kind, category or style do not go together.
+    With split="train" neither caption names a held-out pair, so novelty cannot give the wrong
+    caption away. Scenes are generated with seeds no training set uses, and the segment in question
+    goes round, so every position is met equally often. Raises InputError where kind, category or
+    style do not go together.
     """
     kind, tag, style, split = measure.kind, measure.tag, measure.style, measure.split
     _check(kind, tag, count)
@@ -108,13 +123,17 @@ def generate_cases(measure: Measure, count: int, size: int, layout: str, seed: i
             if altered is not None and (split == "unseen" or not altered[0].shows(held_out)):
                 break
         else:
-            raise InputError(f"no {tag} scene at {size} pixels allows a wrong caption of kind {kind!r}")
+            raise InputError(
+                f"no {tag} scene at {size} pixels allows a wrong caption of kind {kind!r}"
+            )
         other, positions = altered
         words = rng.getrandbits(64)
         caption = write_caption(scene, style, Random(words))
         cases.append(Case(scene, caption, write_caption(other, style, Random(words)), positions))
         if cases[-1].caption == cases[-1].wrong:
-            raise InputError(f"caption style {style!r} does not say what a {kind} error changes in a {tag} scene")
+            raise InputError(
+                f"caption style {style!r} does not say what a {kind} error changes in a {tag} scene"
+            )
     return cases
 
 
@@ -129,13 +148,17 @@ def _check(kind: Kind, tag: str, count: int) -> None:
     if kind not in fits:
         raise InputError(f"kind {kind!r}: choose from {', '.join(fits)}")
     if not fits[kind]:
-        raise InputError(f"a {kind} error cannot be made in {tag} captions: choose another category")
+        raise InputError(
+            f"a {kind} error cannot be made in {tag} captions: choose another category"
+        )
 
 
 def _alter(
     kind: Kind, scene: Scene, index: int, rng: Random, colours: Sequence[str]
 ) -> tuple[Scene, tuple[int, ...]] | None:
-    """The scene a wrong caption would describe, and the segments it differs in; None where no error is possible."""
+    """The scene a wrong caption would describe, and the segments it differs in; None where no error
+    is possible.
+    """
     objects = list(scene.objects)
     if kind == "relation":
         assert scene.relation is not None
@@ -153,7 +176,9 @@ def _alter(
     mine = getattr(objects[index], key)
     # swapping two objects of one shape changes nothing but their order
     partners = [
-        other for other, item in enumerate(objects) if getattr(item, key) != mine and item.shape != objects[index].shape
+        other
+        for other, item in enumerate(objects)
+        if getattr(item, key) != mine and item.shape != objects[index].shape
     ]
     if not partners:
         return None
@@ -179,16 +204,20 @@ def measure_binding(
     batch_size: int = 64,
     seed: int = 0,
 ) -> BindingResult:
-    """Runs the classifier on `cases`; `images` [N, ...] are their latents where the model is not on pixels.
+    """Runs the classifier on `cases`; `images` [N, ...] are their latents where the model is not on
+    pixels.
 
-    `loss` gets both captions of a case at the same timesteps and with the same noise, which depends on the case's place
-    and the timestep only, so arms and steps can be compared pairwise. Raises InputError where it does not give one
-    finite value per sample.
+    `loss` gets both captions of a case at the same timesteps and with the same noise, which depends
+    on the case's place and the timestep only, so arms and steps can be compared pairwise. Raises
+    InputError where it does not give one finite value per sample.
     """
     images = pixels(cases) if images is None else images
     if len(images) != len(cases) or not cases:
-        raise InputError(f"{len(cases)} cases and {len(images)} images: one image is needed per case")
-    captions = [case.caption for case in cases]  # cases of one caption are a cluster: they are not independent
+        raise InputError(
+            f"{len(cases)} cases and {len(images)} images: one image is needed per case"
+        )
+    # cases of one caption are a cluster: they are not independent
+    captions = [case.caption for case in cases]
     true = loss_table(loss, images, captions, timesteps, batch_size, seed)
     wrong = loss_table(loss, images, [case.wrong for case in cases], timesteps, batch_size, seed)
     gaps = wrong - true
@@ -198,7 +227,10 @@ def measure_binding(
     return BindingResult(
         accuracy=bootstrap_mean(decided, captions),
         gap=bootstrap_mean(gaps.mean(axis=1), captions),
-        by_position={p: bootstrap_mean(decided[chosen], [captions[i] for i in chosen]) for p, chosen in at.items()},
+        by_position={
+            p: bootstrap_mean(decided[chosen], [captions[i] for i in chosen])
+            for p, chosen in at.items()
+        },
         by_timestep={t: float(wins(gaps[:, index]).mean()) for index, t in enumerate(timesteps)},
         gaps=gaps,
         true_loss=_by_timestep(true, captions, timesteps),
@@ -214,7 +246,9 @@ def loss_by_timestep(
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[float, Interval]:
-    """Validation loss at each timestep with fixed noise: `images` [N, ...] and one caption each. Errors as above."""
+    """Validation loss at each timestep with fixed noise: `images` [N, ...] and one caption each.
+    Errors as above.
+    """
     table = loss_table(loss, images, list(captions), timesteps, batch_size, seed)
     return _by_timestep(table, captions, timesteps)
 
@@ -226,11 +260,20 @@ def _by_timestep(
 
 
 def loss_table(
-    loss: LossFunction, images: Tensor, captions: list[str], timesteps: Sequence[float], batch_size: int, seed: int
+    loss: LossFunction,
+    images: Tensor,
+    captions: list[str],
+    timesteps: Sequence[float],
+    batch_size: int,
+    seed: int,
 ) -> NDArray[np.float64]:
-    """Loss [N, timesteps] with noise seeded by (seed, timestep's place), the same whatever the batch size."""
+    """Loss [N, timesteps] with noise seeded by (seed, timestep's place), the same whatever the
+    batch size.
+    """
     if len(captions) != len(images) or not captions:
-        raise InputError(f"{len(images)} images and {len(captions)} captions: one caption is needed per image")
+        raise InputError(
+            f"{len(images)} images and {len(captions)} captions: one caption is needed per image"
+        )
     table = np.empty((len(images), len(timesteps)))
     for column, t in enumerate(timesteps):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + column) & LARGEST_SEED)
@@ -241,7 +284,9 @@ def loss_table(
             times = torch.full((len(batch),), t, device=images.device)
             values = loss(batch, captions[part], times, noise[part])
             if values.shape != (len(batch),) or not torch.isfinite(values).all():
-                raise InputError(f"loss at t={t}: expected {len(batch)} finite values, got {list(values.shape)}")
+                raise InputError(
+                    f"loss at t={t}: expected {len(batch)} finite values, got {list(values.shape)}"
+                )
             table[part, column] = values.double().cpu().numpy()
     return table
 

@@ -1,6 +1,7 @@
 """The loss of a LI-DiT model under given captions, in the form `binding` measures it.
 
-Shapes: B batch, C latent channels, H x W latent size, T caption tokens, P prefix tokens, W width of an LLM.
+Shapes: B batch, C latent channels, H x W latent size, T caption tokens, P prefix tokens, W width of
+an LLM.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Rows = dict[str, dict[str, Tensor]]  # encoder -> caption -> states [T, W]
 class CaptionLoss:
     """(latents [B, C, H, W], captions, timesteps [B], noise) -> loss [B], float32.
 
-    rows: encoder -> caption -> states [T, W], for every caption that will be asked for. prefixes: encoder -> [P, W].
+    rows: encoder -> caption -> states [T, W], for every caption that will be asked for. prefixes:
+    encoder -> [P, W].
     """
 
     def __init__(
@@ -35,10 +37,16 @@ class CaptionLoss:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
-    def __call__(self, latents: Tensor, captions: list[str], timesteps: Tensor, noise: Tensor) -> Tensor:
-        latents, timesteps, noise = (tensor.to(self.device) for tensor in (latents, timesteps, noise))
+    def __call__(
+        self, latents: Tensor, captions: list[str], timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
+        latents, timesteps, noise = (
+            tensor.to(self.device) for tensor in (latents, timesteps, noise)
+        )
         text = {
-            name: TextStates.collate([rows[caption] for caption in captions], self.prefixes[name]).to(self.device)
+            name: TextStates.collate(
+                [rows[caption] for caption in captions], self.prefixes[name]
+            ).to(self.device)
             for name, rows in self.rows.items()
         }
         noisy = self.objective.add_noise(latents, noise, timesteps)
@@ -67,6 +75,11 @@ def pipeline_loss(pipe: LIDiTPipeline, captions: Sequence[str]) -> CaptionLoss:
 
 
 def pipeline_latents(pipe: LIDiTPipeline, images: Tensor) -> Tensor:
-    """Images [B, 3, height, width] in [-1, 1] as the model sees them: the codec's mean latents [B, C, H, W]."""
-    parts = [pipe.codec.encode(part.to(pipe.device)).mean.cpu() for part in images.split(CAPTIONS_AT_ONCE)]
+    """Images [B, 3, height, width] in [-1, 1] as the model sees them: the codec's mean latents
+    [B, C, H, W].
+    """
+    parts = [
+        pipe.codec.encode(part.to(pipe.device)).mean.cpu()
+        for part in images.split(CAPTIONS_AT_ONCE)
+    ]
     return torch.cat(parts)

@@ -1,7 +1,10 @@
-"""What the states of a prompt hold, and where: linear probes, norms and outlier channels of every block of an LLM.
+"""What the states of a prompt hold, and where: linear probes, norms and outlier channels of every
+block of an LLM.
 
-Training is not involved. Captions are of scenes with four objects, so every word's place and meaning is known. A
-probe is linear: ridge regression of standardised states on one-hot labels, judged on captions it has not seen.
+Training is not involved. Captions are of scenes with four objects, so every word's place and
+meaning is known. A
+probe is linear: ridge regression of standardised states on one-hot labels, judged on captions it
+has not seen.
 
 Legend: N captions, K segments, S places, L blocks, T tokens, W width, C classes.
 """
@@ -27,7 +30,8 @@ from lidit.text.every_layer import every_layer, prefix_layers
 
 SEGMENTS, SIDE = 4, 32
 TRAIN_SHARE = 0.75
-RIDGE = 0.1  # of the number of training captions: the states are standardised, so their covariance has trace W
+# of the number of training captions: the states are standardised, so their covariance has trace W
+RIDGE = 0.1
 CLAMP = 10.0  # as the model's conditioner clamps
 OUTLIER = 10.0  # a channel whose root mean square is this many times the median channel's
 
@@ -43,7 +47,9 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class ProbeCaption:
-    """A caption of four segments: their labels, and where in the text each noun and each colour word ends."""
+    """A caption of four segments: their labels, and where in the text each noun and each colour
+    word ends.
+    """
 
     text: str
     colours: tuple[int, ...]
@@ -54,8 +60,10 @@ class ProbeCaption:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One block's caption states: mean norm, share of the squared norm in the strongest channel, number of outlier
-    channels (root mean square over 10 times the median's), and the norm of the sequence's first token, the sink."""
+    """One block's caption states: mean norm, share of the squared norm in the strongest channel,
+    number of outlier channels (root mean square over 10 times the median's), and the norm of the
+    sequence's first token, the sink.
+    """
 
     norm: float
     strongest_share: float
@@ -65,7 +73,9 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One LLM in one setting on one caption style. `accuracy`: question -> [L, K], block by segment position."""
+    """One LLM in one setting on one caption style. `accuracy`: question -> [L, K], block by segment
+    position.
+    """
 
     encoder: str
     style: str
@@ -82,7 +92,9 @@ def chance(question: str) -> float:
 
 
 def probe_captions(style: str, count: int, seed: int = 0) -> list[ProbeCaption]:
-    """`count` captions of scenes with four objects of different shapes and colours, in one style."""
+    """`count` captions of scenes with four objects of different shapes and colours,
+    in one style.
+    """
     vocabulary = vocabulary_for(SIDE)
     captions = []
     for number in range(count):
@@ -109,10 +121,13 @@ def _end_of(word: str, text: str) -> int:
     return match.end() - 1
 
 
-def probe_encoder(encoder: PromptEncoder, name: str, style: str, captions: Sequence[ProbeCaption]) -> ProbeResult:
+def probe_encoder(
+    encoder: PromptEncoder, name: str, style: str, captions: Sequence[ProbeCaption]
+) -> ProbeResult:
     """Answers every question at every block of a loaded LLM (all blocks, see `every_layer`).
 
-    Raises InputError for fewer than 8 captions or a tokenizer that does not tell where its tokens lie in the text.
+    Raises InputError for fewer than 8 captions or a tokenizer that does not tell where its tokens
+    lie in the text.
     """
     if len(captions) < 8:
         raise InputError(f"{len(captions)} captions: a probe needs at least 8")
@@ -120,12 +135,17 @@ def probe_encoder(encoder: PromptEncoder, name: str, style: str, captions: Seque
     states, layers = _collect(encoder, ids, places)
     accuracy = {
         question: np.stack(
-            [_answers(states[place], [getattr(c, f"{label}s")[k] for c in captions], k) for k in range(SEGMENTS)],
+            [
+                _answers(states[place], [getattr(c, f"{label}s")[k] for c in captions], k)
+                for k in range(SEGMENTS)
+            ],
             axis=1,
         )
         for question, (place, label) in QUESTIONS.items()
     }
-    return ProbeResult(name, style, accuracy, layers, len(captions), float(np.mean([len(row) for row in ids])))
+    return ProbeResult(
+        name, style, accuracy, layers, len(captions), float(np.mean([len(row) for row in ids]))
+    )
 
 
 def _token_places(
@@ -134,7 +154,10 @@ def _token_places(
     """Token ids per caption, and per kind of place the token of every segment [N, K]."""
     tokenizer = encoder.tokenizer.tokenizer
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"{encoder.spec.folder}: the tokenizer does not say where its tokens lie; it needs a fast one")
+        raise InputError(
+            f"{encoder.spec.folder}: the tokenizer does not say where its tokens lie; it "
+            "needs a fast one"
+        )
     special = encoder.spec.kind == "encoder"
     found = tokenizer(
         [caption.text for caption in captions],
@@ -146,18 +169,26 @@ def _token_places(
     last = np.array([[len(row) - 1] * SEGMENTS for row in found["input_ids"]])
     places = {
         "noun": nouns,
-        "next noun": np.concatenate([nouns[:, 1:], last[:, :1]], axis=1),  # behind the last noun: the caption's end
-        "colour word": _tokens_at(found["offset_mapping"], [caption.colour_ends for caption in captions]),
+        # behind the last noun: the caption's end
+        "next noun": np.concatenate([nouns[:, 1:], last[:, :1]], axis=1),
+        "colour word": _tokens_at(
+            found["offset_mapping"], [caption.colour_ends for caption in captions]
+        ),
         "last": last,
     }
     return found["input_ids"], places
 
 
-def _tokens_at(offsets: Sequence[Sequence[tuple[int, int]]], ends: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+def _tokens_at(
+    offsets: Sequence[Sequence[tuple[int, int]]], ends: Sequence[Sequence[int]]
+) -> NDArray[np.int64]:
     """The token that holds each character [N, K]."""
     return np.array(
         [
-            [next(i for i, (start, stop) in enumerate(spans) if start <= end < stop) for end in wanted]
+            [
+                next(i for i, (start, stop) in enumerate(spans) if start <= end < stop)
+                for end in wanted
+            ]
             for spans, wanted in zip(offsets, ends, strict=True)
         ]
     )
@@ -166,13 +197,19 @@ def _tokens_at(offsets: Sequence[Sequence[tuple[int, int]]], ends: Sequence[Sequ
 def _collect(
     encoder: PromptEncoder, ids: list[list[int]], places: dict[str, NDArray[np.int64]]
 ) -> tuple[dict[str, torch.Tensor], tuple[LayerFacts, ...]]:
-    """The states at the places, [L, N, K, W] each, and every block's facts. Only what is asked for is kept."""
+    """The states at the places, [L, N, K, W] each, and every block's facts. Only what is asked for
+    is kept.
+    """
     blocks, width = encoder.spec.blocks, encoder.spec.width
     kept = {place: torch.empty(blocks, len(ids), SEGMENTS, width) for place in (*places, "mean")}
-    squares, norms = torch.zeros(blocks, width, dtype=torch.float64), torch.zeros(blocks, dtype=torch.float64)
+    squares, norms = (
+        torch.zeros(blocks, width, dtype=torch.float64),
+        torch.zeros(blocks, dtype=torch.float64),
+    )
     for rows, states in every_layer(encoder, ids):  # [L, B, T, W]
         for place, tokens in places.items():
-            chosen = torch.from_numpy(tokens[rows])[None, :, :, None].expand(blocks, -1, -1, width)  # [L, B, K, W]
+            # [L, B, K, W]
+            chosen = torch.from_numpy(tokens[rows])[None, :, :, None].expand(blocks, -1, -1, width)
             kept[place][:, rows] = states.gather(2, chosen)
         kept["mean"][:, rows] = states.mean(2, keepdim=True).expand(-1, -1, SEGMENTS, -1)
         squares += states.double().square().sum((1, 2))
@@ -180,7 +217,9 @@ def _collect(
     count = sum(len(row) for row in ids)
     before = prefix_layers(encoder)
     sink = [None] * blocks if before is None else before[:, 0].norm(dim=-1).tolist()
-    return kept, tuple(_facts(squares[b] / count, float(norms[b]) / count, sink[b]) for b in range(blocks))
+    return kept, tuple(
+        _facts(squares[b] / count, float(norms[b]) / count, sink[b]) for b in range(blocks)
+    )
 
 
 def _facts(square: torch.Tensor, norm: float, sink: float | None) -> LayerFacts:
@@ -197,10 +236,14 @@ def _answers(states: torch.Tensor, labels: Sequence[int], segment: int) -> NDArr
 
 
 def linear_probe(features: torch.Tensor, labels: torch.Tensor, train: int) -> float:
-    """Accuracy on the rows from `train` on of a ridge probe fitted to the rows before: [N, W] float, [N] int."""
+    """Accuracy on the rows from `train` on of a ridge probe fitted to the rows before: [N, W]
+    float, [N] int.
+    """
     known = features[:train].double()
     mean, deviation = known.mean(0), known.std(0)
-    deviation = torch.where(deviation > 1e-6 * mean.abs() + 1e-12, deviation, torch.ones_like(deviation))
+    deviation = torch.where(
+        deviation > 1e-6 * mean.abs() + 1e-12, deviation, torch.ones_like(deviation)
+    )
     scaled = ((features.double() - mean) / deviation).clamp(-CLAMP, CLAMP)
     targets = torch.nn.functional.one_hot(labels).double()  # [N, C]
     centre = targets[:train].mean(0)
@@ -212,8 +255,11 @@ def linear_probe(features: torch.Tensor, labels: torch.Tensor, train: int) -> fl
     return float((guesses == labels[train:]).double().mean())
 
 
-def settings_grid(settings: Any, instructions: Sequence[bool] = (False, True)) -> list[tuple[str, Any]]:
-    """(name, settings) of one LLM with and without instruction, causal and with the mask removed, all blocks kept.
+def settings_grid(
+    settings: Any, instructions: Sequence[bool] = (False, True)
+) -> list[tuple[str, Any]]:
+    """(name, settings) of one LLM with and without instruction, causal and with the mask removed,
+    all blocks kept.
 
     Settings without an instruction of their own are given the paper's where one is wanted.
     An encoder of kind "encoder" has one setting only: it reads the bare caption in both directions.
@@ -224,7 +270,8 @@ def settings_grid(settings: Any, instructions: Sequence[bool] = (False, True)) -
     grid = []
     for kind, label in (("causal", "causal"), ("unmasked", "mask removed")):
         for instructed in instructions:
-            changes = {"kind": kind} if instructed else {"kind": kind, "instruction": "", "system_prompt": "",
+            changes = {"kind": kind} if instructed else {"kind": kind, "instruction": "",
+                                                         "system_prompt": "",
                                                          "chat_template": False}  # fmt: skip
             name = f"{settings.name}, {label}, {'instruction' if instructed else 'bare'}"
             grid.append((name, whole.model_copy(update=changes)))

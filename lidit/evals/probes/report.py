@@ -13,11 +13,18 @@ from lidit.plots import add_grid, new_figure, save_figure
 ACCURACY_PLOT, NORMS_PLOT = "accuracy.png", "norms.png"
 THIRD_TO_LAST = -3
 # by how far a probe is above guessing
-HELD = ((0.05, "holds nothing of"), (0.3, "holds little of"), (0.7, "holds part of"), (1.0, "holds"))
+HELD = (
+    (0.05, "holds nothing of"),
+    (0.3, "holds little of"),
+    (0.7, "holds part of"),
+    (1.0, "holds"),
+)
 STYLE_WORDS = {
     "bare": "attributes before their nouns (`a red circle, a blue square, ...`)",
-    "clauses": "attributes in later clauses (`a circle, a square, ...; the square is blue, the circle is red, ...`)",
-    "ordinals": "attributes in a later sentence, by number (`... the first is red, the second is blue.`)",
+    "clauses": "attributes in later clauses (`a circle, a square, ...; the square is blue, the "
+    "circle is red, ...`)",
+    "ordinals": "attributes in a later sentence, by number (`... the first is red, the second is "
+    "blue.`)",
     "sentences": "attributes in sentences of their own, in any order",
     "long": "long prose: objects, then their places, then their attributes",
     "long_before": "long prose with the attributes before their nouns",
@@ -27,7 +34,7 @@ Can a linear probe read what a prompt says from the frozen states of its tokens,
 four objects of different shapes and colours. A probe is ridge regression of one token's standardised state on the
 wanted word, one probe per segment, judged on the quarter of the captions it was not fitted to. Guessing gives
 {colour:.2f} for a colour and {shape:.2f} for a shape; who knows only which four colours occur reaches .25, and who
-counts off the shapes named before reaches .52 on average. "Third-to-last" is the block whose states the paper uses."""
+counts off the shapes named before reaches .52 on average. "Third-to-last" is the block whose states the paper uses."""  # noqa: E501
 
 
 def write_probe_report(folder: Path, results: Sequence[ProbeResult], title: str) -> Path:
@@ -36,14 +43,20 @@ def write_probe_report(folder: Path, results: Sequence[ProbeResult], title: str)
     _plot_accuracy(folder / ACCURACY_PLOT, results)
     _plot_norms(folder / NORMS_PLOT, results)
     first = next(iter(QUESTIONS))
-    introduction = INTRODUCTION.format(colour=chance(first), shape=chance("shape at its colour word"))
+    introduction = INTRODUCTION.format(
+        colour=chance(first), shape=chance("shape at its colour word")
+    )
     parts = [f"# {title}", introduction, "## What was found", "\n".join(findings(results))]
     for style in _styles(results):
         chosen = [result for result in results if result.style == style]
         tokens = ", ".join(sorted({f"{result.tokens:.0f}" for result in chosen}))
         words = f"{STYLE_WORDS.get(style, '')}; {chosen[0].captions} captions of {tokens} tokens"
         parts += [f"## Captions `{style}`", words, _accuracy_table(chosen), _position_table(chosen)]
-    parts += [f"![accuracy by block]({ACCURACY_PLOT})", "## Norms and outlier channels", _norm_table(results)]
+    parts += [
+        f"![accuracy by block]({ACCURACY_PLOT})",
+        "## Norms and outlier channels",
+        _norm_table(results),
+    ]
     parts.append(f"![norms by block]({NORMS_PLOT})")
     page = folder / "README.md"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -51,7 +64,9 @@ def write_probe_report(folder: Path, results: Sequence[ProbeResult], title: str)
 
 
 def findings(results: Sequence[ProbeResult]) -> list[str]:
-    """One line per style and LLM setting: where the colour of a segment can be read at the third-to-last block."""
+    """One line per style and LLM setting: where the colour of a segment can be read at the
+    third-to-last block.
+    """
     lines = []
     for result in results:
         at = {question: float(_at(result, question).mean()) for question in QUESTIONS}
@@ -60,8 +75,10 @@ def findings(results: Sequence[ProbeResult]) -> list[str]:
         held = next(words for limit, words in HELD if noun - guess < limit)
         positions = _at(result, "colour at the last token")
         lines.append(
-            f"- {result.encoder}, `{result.style}`: a noun's state {held} its colour ({noun:.2f}); the colour word "
-            f"holds the shape at {at['shape at its colour word']:.2f}; the last token tells the first segment's "
+            f"- {result.encoder}, `{result.style}`: a noun's state {held} its colour "
+            f"({noun:.2f}); the colour word "
+            f"holds the shape at {at['shape at its colour word']:.2f}; the last token tells the "
+            "first segment's "
             f"colour at {positions[0]:.2f} and the last one's at {positions[-1]:.2f}."
         )
     return lines
@@ -70,7 +87,9 @@ def findings(results: Sequence[ProbeResult]) -> list[str]:
 def metrics(results: Sequence[ProbeResult]) -> dict[str, float]:
     """Flat numbers for a tracker: mean over segments at the third-to-last block."""
     return {
-        f"{result.encoder.replace(',', '')}/{result.style}/{question}": float(_at(result, question).mean())
+        f"{result.encoder.replace(',', '')}/{result.style}/{question}": float(
+            _at(result, question).mean()
+        )
         for result in results
         for question in QUESTIONS
     }
@@ -88,7 +107,8 @@ def _styles(results: Sequence[ProbeResult]) -> list[str]:
 
 def _accuracy_table(results: Sequence[ProbeResult]) -> str:
     lines = [
-        "Accuracy at the third-to-last block, and in brackets the best block of all; mean over the four segments.\n",
+        "Accuracy at the third-to-last block, and in brackets the best block of all; mean over "
+        "the four segments.\n",
         f"| states | {' | '.join(QUESTIONS)} |",
         "|---" * (len(QUESTIONS) + 1) + "|",
     ]
@@ -106,7 +126,11 @@ def _position_table(results: Sequence[ProbeResult]) -> str:
     asked = ("colour at its noun", "colour at the last token")
     count = results[0].accuracy[asked[0]].shape[1]
     head = " | ".join(f"{question}, segment {k + 1}" for question in asked for k in range(count))
-    lines = ["By segment, third-to-last block.\n", f"| states | {head} |", "|---" * (len(asked) * count + 1) + "|"]
+    lines = [
+        "By segment, third-to-last block.\n",
+        f"| states | {head} |",
+        "|---" * (len(asked) * count + 1) + "|",
+    ]
     for result in results:
         cells = " | ".join(f"{value:.2f}" for question in asked for value in _at(result, question))
         lines.append(f"| {result.encoder} | {cells} |")
@@ -115,8 +139,10 @@ def _position_table(results: Sequence[ProbeResult]) -> str:
 
 def _norm_table(results: Sequence[ProbeResult]) -> str:
     lines = [
-        "Caption tokens: mean norm, share of the squared norm in the strongest channel, number of outlier channels "
-        "(root mean square over ten times the median channel's); and the norm of the very first token, the attention "
+        "Caption tokens: mean norm, share of the squared norm in the strongest channel, number "
+        "of outlier channels "
+        "(root mean square over ten times the median channel's); and the norm of the very first "
+        "token, the attention "
         "sink, which no caption token should be.\n",
         "| states | block | norm | strongest channel | outlier channels | first token's norm |",
         "|---|---|---|---|---|---|",
@@ -129,7 +155,8 @@ def _norm_table(results: Sequence[ProbeResult]) -> str:
             facts = result.layers[block]
             sink = "" if facts.sink_norm is None else f"{facts.sink_norm:.0f}"
             lines.append(
-                f"| {result.encoder} | {block + 1} of {blocks} | {facts.norm:.0f} | {facts.strongest_share:.0%} "
+                f"| {result.encoder} | {block + 1} of {blocks} | {facts.norm:.0f} | "
+                f"{facts.strongest_share:.0%} "
                 f"| {facts.outliers} | {sink} |"
             )
     return "\n".join(lines)
@@ -160,13 +187,23 @@ def _plot_norms(path: Path, results: Sequence[ProbeResult]) -> None:
     norms, shares = figure.subplots(1, 2)
     for result in (result for result in results if result.style == results[0].style):
         depth = (np.arange(len(result.layers)) + 1) / len(result.layers)
-        (line,) = norms.plot(depth, [facts.norm for facts in result.layers], label=result.encoder, linewidth=1.2)
+        (line,) = norms.plot(
+            depth, [facts.norm for facts in result.layers], label=result.encoder, linewidth=1.2
+        )
         sinks = [facts.sink_norm for facts in result.layers]
         if all(sink is not None for sink in sinks):
             norms.plot(depth, sinks, color=line.get_color(), linestyle=":", linewidth=1)
         shares.plot(depth, [facts.strongest_share for facts in result.layers], linewidth=1.2)
-    norms.set(yscale="log", xlabel="depth of the block", title="mean norm of caption tokens (dotted: first token)")
-    shares.set(ylim=(0, 1), xlabel="depth of the block", title="share of the squared norm in the strongest channel")
+    norms.set(
+        yscale="log",
+        xlabel="depth of the block",
+        title="mean norm of caption tokens (dotted: first token)",
+    )
+    shares.set(
+        ylim=(0, 1),
+        xlabel="depth of the block",
+        title="share of the squared norm in the strongest channel",
+    )
     norms.legend(fontsize=7)
     add_grid(norms, shares)
     save_figure(figure, path)

@@ -23,7 +23,8 @@ def open_reward(settings: RewardSettings) -> Reward:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"reward.function: {settings.function} cannot be imported ({one_line(error, 120)}); install its package "
+            f"reward.function: {settings.function} cannot be imported ({one_line(error, 120)}); "
+            "install its package "
             "where the trainers run, or put it on PYTHONPATH"
         ) from None
     if not callable(function):

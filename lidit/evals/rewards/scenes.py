@@ -14,18 +14,24 @@ WRONG_AT_MOST = 0.5  # of a wrong picture, so that none comes near a right one
 
 
 class SceneReward:
-    """1 where the strict rule is met. Otherwise 0, or with `rule: partial` half the share of the clauses met."""
+    """1 where the strict rule is met. Otherwise 0, or with `rule: partial` half the share of the
+    clauses met.
+    """
 
     def __init__(self, settings: RewardSettings) -> None:
         self.partial, self.layout = settings.rule == "partial", settings.layout
 
     def __call__(self, pictures: Pictures, records: Sequence[Record]) -> list[float]:
-        return [self._of(score_image(picture, self._item(record))) for picture, record in zip(pictures, records)]
+        return [
+            self._of(score_image(picture, self._item(record)))
+            for picture, record in zip(pictures, records)
+        ]
 
     def _item(self, record: Record) -> Record:
         if TRUTH not in record:
             raise InputError(
-                f"reward.kind: 'scenes' needs samples that know their scene, but that of {record['prompt']!r} has no "
+                "reward.kind: 'scenes' needs samples that know their scene, but that of "
+                f"{record['prompt']!r} has no "
                 f"{TRUTH!r}; use a corpus of lidit scenes, or another reward"
             )
         return {**record[TRUTH], "layout": self.layout}

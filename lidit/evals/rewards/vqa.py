@@ -1,7 +1,8 @@
-"""A model behind an address as a reward: it is shown the picture and asked whether it shows its prompt.
+"""A model behind an address as a reward: it is shown the picture and asked whether it shows its
+prompt.
 
-The server speaks OpenAI's chat completions, as vLLM, SGLang and others do. Where it tells the log-probabilities of its
-first word, the reward is that of yes against no; otherwise it is 1 or 0.
+The server speaks OpenAI's chat completions, as vLLM, SGLang and others do. Where it tells the
+log-probabilities of its first word, the reward is that of yes against no; otherwise it is 1 or 0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ WORDS = {"yes": True, "no": False}
 
 
 class VqaReward:
-    """Asks `settings.url` about every picture. Raises JobError where the server gives no usable answer."""
+    """Asks `settings.url` about every picture. Raises JobError where the server gives no usable
+    answer.
+    """
 
     def __init__(self, settings: RewardSettings) -> None:
         assert settings.url is not None
@@ -45,7 +48,10 @@ class VqaReward:
         Image.fromarray(picture).save(buffer, "PNG")
         shown = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         question = self.settings.question.replace("{prompt}", prompt)
-        content = [{"type": "image_url", "image_url": {"url": shown}}, {"type": "text", "text": question}]
+        content = [
+            {"type": "image_url", "image_url": {"url": shown}},
+            {"type": "text", "text": question},
+        ]
         answer = self._post(
             {
                 "model": self.settings.model,
@@ -58,7 +64,9 @@ class VqaReward:
         )
         value = probability_of_yes(answer)
         if value is None:
-            raise JobError(f"{self.address}: the answer begins with neither yes nor no; change reward.question")
+            raise JobError(
+                f"{self.address}: the answer begins with neither yes nor no; change reward.question"
+            )
         return value
 
     def _post(self, body: dict[str, Any]) -> Any:
@@ -72,19 +80,26 @@ class VqaReward:
                     return json.load(reply)
             except HTTPError as error:
                 if error.code < 500 and error.code != 429:
-                    raise InputError(f"{self.address}: refused the question ({error.code} {error.reason})") from None
+                    raise InputError(
+                        f"{self.address}: refused the question ({error.code} {error.reason})"
+                    ) from None
                 reason = f"{error.code} {error.reason}"
             except (OSError, ValueError) as error:
                 reason = one_line(error, 120)
             time.sleep(PAUSE * 2**number)
-        raise JobError(f"{self.address}: no answer after {TRIES} tries ({reason}); the run goes on when it is back")
+        raise JobError(
+            f"{self.address}: no answer after {TRIES} tries ({reason}); the run goes on "
+            "when it is back"
+        )
 
 
 def probability_of_yes(answer: Any) -> float | None:
     """P(yes) / (P(yes) + P(no)) of the answer's first word; None where it is neither."""
     try:
         choice = answer["choices"][0]
-        listed = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+        listed = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get(
+            "top_logprobs"
+        ) or []
         mass = {True: 0.0, False: 0.0}
         for entry in listed:
             word = WORDS.get(str(entry["token"]).strip().lower())

@@ -1,7 +1,9 @@
-"""Analysis by synthesis: which shapes, in which colours and where, an image of the scene benchmark shows.
+"""Analysis by synthesis: which shapes, in which colours and where, an image of the scene benchmark
+shows.
 
-Every blob of a palette colour is compared with rendered shapes of its own area and centre; the best one is accepted at
-a soft IoU of 0.80 or the blob is clutter. At a permissive 0.55, coloured noise passes for shapes half of the time.
+Every blob of a palette colour is compared with rendered shapes of its own area and centre; the best
+one is accepted at a soft IoU of 0.80 or the blob is clutter. At a permissive 0.55, coloured noise
+passes for shapes half of the time.
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ EXTRA_PASSES = 3  # how much softer than the analysed image a template may be
 MARGIN = 3  # pixels around a blob in which its soft edge is looked for
 LEAST_CONTRAST = 0.05  # a palette colour this close to the background cannot be told from it
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
-IMMERKAER = np.array([[1.0, -2.0, 1.0], [-2.0, 4.0, -2.0], [1.0, -2.0, 1.0]])  # a Laplacian blind to linear gradients
+# a Laplacian blind to linear gradients
+IMMERKAER = np.array([[1.0, -2.0, 1.0], [-2.0, 4.0, -2.0], [1.0, -2.0, 1.0]])
 
 
 @dataclass(frozen=True)
 class Found:
-    """One object: `iou` with the best template, `box` = (left, top, right, bottom) in pixels, `size` small or large."""
+    """One object: `iou` with the best template, `box` = (left, top, right, bottom) in pixels,
+    `size` small or large.
+    """
 
     shape: str
     colour: str
@@ -47,7 +52,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Accepted objects, best first, and the area in pixels of coloured blobs that are no known shape."""
+    """Accepted objects, best first, and the area in pixels of coloured blobs that are no known
+    shape.
+    """
 
     objects: tuple[Found, ...]
     clutter: float
@@ -66,15 +73,28 @@ def binomial_blur(image: Floats, passes: int) -> Floats:
 
 
 def noise_level(image: Floats) -> float:
-    """Standard deviation of pixel noise from the median absolute Laplacian of an image [H, W, 3] in [0, 1]."""
-    response = np.stack([ndimage.correlate(image[:, :, c], IMMERKAER)[1:-1, 1:-1] for c in range(3)])
+    """Standard deviation of pixel noise from the median absolute Laplacian of an image [H, W, 3] in
+    [0, 1].
+    """
+    response = np.stack(
+        [ndimage.correlate(image[:, :, c], IMMERKAER)[1:-1, 1:-1] for c in range(3)]
+    )
     return float(np.median(np.abs(response))) / (0.6745 * 6)
 
 
 def analyse(image: NDArray[np.uint8], vocabulary: Vocabulary) -> Analysis:
-    """Finds the objects of a square uint8 image [S, S, 3]. Raises InputError for any other array."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
-        raise InputError(f"a scene image is a square uint8 RGB array, found {image.dtype} {list(image.shape)}")
+    """Finds the objects of a square uint8 image [S, S, 3]. Raises InputError for any
+    other array.
+    """
+    if (
+        image.dtype != np.uint8
+        or image.ndim != 3
+        or image.shape[2] != 3
+        or image.shape[0] != image.shape[1]
+    ):
+        raise InputError(
+            f"a scene image is a square uint8 RGB array, found {image.dtype} {list(image.shape)}"
+        )
     pixels = image.astype(float) / 255
     noise = noise_level(pixels)
     passes = 0 if noise < ONE_PASS_NOISE else 1 if noise < TWO_PASS_NOISE else 2
@@ -83,23 +103,33 @@ def analyse(image: NDArray[np.uint8], vocabulary: Vocabulary) -> Analysis:
 
 
 def _unmix(pixels: Floats, vocabulary: Vocabulary) -> tuple[Floats, NDArray[np.int64]]:
-    """Coverage [colours, H, W] of each palette colour over the background, and which colour explains a pixel best."""
+    """Coverage [colours, H, W] of each palette colour over the background, and which colour
+    explains a pixel best.
+    """
     edge = np.ones(pixels.shape[:2], dtype=bool)
     edge[2:-2, 2:-2] = False
     background = np.median(pixels[edge], axis=0)
     # under a change of exposure the palette moves with the background
-    palette = np.array([COLOURS[name] for name in vocabulary.colours]) / 255 + (background - BACKGROUND / 255)
+    palette = np.array([COLOURS[name] for name in vocabulary.colours]) / 255 + (
+        background - BACKGROUND / 255
+    )
     directions = np.clip(palette, 0, 1) - background
     squared = (directions**2).sum(axis=1)
     visible = squared > LEAST_CONTRAST**2
     offset = pixels - background
-    alpha = np.clip(np.einsum("hwc,kc->khw", offset, directions) / np.maximum(squared, 1e-6)[:, None, None], 0, 1)
+    alpha = np.clip(
+        np.einsum("hwc,kc->khw", offset, directions) / np.maximum(squared, 1e-6)[:, None, None],
+        0,
+        1,
+    )
     residual = offset[None] - alpha[..., None] * directions[:, None, None, :]  # [colours, H, W, 3]
     distance = np.where(visible[:, None, None], (residual**2).sum(axis=-1), np.inf)
     return alpha, distance.argmin(axis=0)
 
 
-def _objects(alpha: Floats, nearest: NDArray[np.int64], vocabulary: Vocabulary, passes: int) -> Analysis:
+def _objects(
+    alpha: Floats, nearest: NDArray[np.int64], vocabulary: Vocabulary, passes: int
+) -> Analysis:
     size = alpha.shape[1]
     labels = np.zeros((size, size), dtype=int)
     colour_of: list[int] = []
@@ -119,7 +149,9 @@ def _objects(alpha: Floats, nearest: NDArray[np.int64], vocabulary: Vocabulary, 
     for label, window in enumerate(ndimage.find_objects(owner), start=1):
         colour = colour_of[label - 1]
         region = owner[window] == label
-        blob = _Blob(window, region, labels[window] == label, np.where(region, alpha[colour][window], 0.0))
+        blob = _Blob(
+            window, region, labels[window] == label, np.where(region, alpha[colour][window], 0.0)
+        )
         item = _recognise(blob, vocabulary.colours[colour], canvas)
         if item is None:
             clutter += float(blob.hard.sum())
@@ -139,7 +171,9 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Blob:
-    """Arrays [h, w] of `window`: the pixels nearest to the blob, its own pixels, and its colour's coverage of them."""
+    """Arrays [h, w] of `window`: the pixels nearest to the blob, its own pixels, and its colour's
+    coverage of them.
+    """
 
     window: tuple[slice, slice]
     region: NDArray[np.bool_]
@@ -164,12 +198,16 @@ def _recognise(blob: _Blob, colour: str, canvas: _Canvas) -> Found | None:
         left + int(columns.max()) + 1,
         top + int(rows.max()) + 1,
     )
-    label = "small" if math.sqrt(area / math.pi) < math.sqrt(SMALL * LARGE) * canvas.size else "large"
+    label = (
+        "small" if math.sqrt(area / math.pi) < math.sqrt(SMALL * LARGE) * canvas.size else "large"
+    )
     return Found(shape, colour, iou, x, y, area, box, label)
 
 
 def _fit(soft: Floats, blob: _Blob, canvas: _Canvas) -> tuple[float, str, float, float, float]:
-    """(soft IoU, shape, area, x, y) of the best template for the coverage `soft`; IoU 0 where it is too small."""
+    """(soft IoU, shape, area, x, y) of the best template for the coverage `soft`; IoU 0 where it is
+    too small.
+    """
     vocabulary = canvas.vocabulary
     area = float(soft.sum())
     if area < LEAST_AREA * disc_area(SMALL, canvas.size):
@@ -179,7 +217,8 @@ def _fit(soft: Floats, blob: _Blob, canvas: _Canvas) -> tuple[float, str, float,
     y = top + float(soft.sum(axis=1) @ (np.arange(height) + 0.5)) / area
     x = left + float(soft.sum(axis=0) @ (np.arange(width) + 0.5)) / area
     templates = np.stack(
-        [coverage(shape, x, y, area, (top, left, height, width)) for shape in vocabulary.shapes], axis=-1
+        [coverage(shape, x, y, area, (top, left, height, width)) for shape in vocabulary.shapes],
+        axis=-1,
     )
     templates = binomial_blur(templates, canvas.passes)
     best, best_shape = 0.0, ""

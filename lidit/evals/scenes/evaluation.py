@@ -1,4 +1,6 @@
-"""Scores many images, sums them up as GenEval does, and puts the chance floor beside every number."""
+"""Scores many images, sums them up as GenEval does, and puts the chance floor beside
+every number.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from lidit.datasets.scenes.generator import generate_scene
 from lidit.datasets.scenes.shapes import vocabulary_for
 from lidit.errors import InputError
 from lidit.evals.scenes.detection import Analysis, analyse
-from lidit.evals.scenes.generalisation import SEEN, HeldOutComparison, compare_held_out, held_out_table
+from lidit.evals.scenes.generalisation import (
+    SEEN,
+    HeldOutComparison,
+    compare_held_out,
+    held_out_table,
+)
 from lidit.evals.scenes.scorer import Item, SceneScore, judge, score_image
 from lidit.evals.statistics import Interval, bootstrap_mean, bootstrap_overall
 from lidit.progress import SILENT, Progress
@@ -33,7 +40,9 @@ class ScoredImage:
 
 @dataclass(frozen=True)
 class TagScore:
-    """One category: means over images with 95 % intervals (prompts resampled), and what another scene would score."""
+    """One category: means over images with 95 % intervals (prompts resampled), and what another
+    scene would score.
+    """
 
     tag: str
     prompts: int
@@ -48,9 +57,10 @@ class TagScore:
 class Evaluation:
     """Per category, and overall = unweighted mean of the categories, as GenEval defines it.
 
-    `correct_images` is the share of images, `correct_prompts` of prompts with any correct image (both lax).
-    `by_held_out`: seen prompts against those that name a colour-shape pair never trained ("pair") and those in a
-    caption template never trained ("template"), within the same categories.
+    `correct_images` is the share of images, `correct_prompts` of prompts with any correct image
+    (both lax).
+    `by_held_out`: seen prompts against those that name a colour-shape pair never trained ("pair")
+    and those in a caption template never trained ("template"), within the same categories.
     """
 
     tags: tuple[TagScore, ...]
@@ -74,17 +84,27 @@ class Evaluation:
             "overall/correct_prompts": self.correct_prompts,
         }
         for tag in self.tags:
-            flat |= with_bounds(f"{tag.tag}/lax", tag.lax) | with_bounds(f"{tag.tag}/strict", tag.strict)
-            flat |= {f"{tag.tag}/floor_lax": tag.floor_lax, f"{tag.tag}/floor_strict": tag.floor_strict}
+            flat |= with_bounds(f"{tag.tag}/lax", tag.lax) | with_bounds(
+                f"{tag.tag}/strict", tag.strict
+            )
+            flat |= {
+                f"{tag.tag}/floor_lax": tag.floor_lax,
+                f"{tag.tag}/floor_strict": tag.floor_strict,
+            }
         for name, comparison in self.by_held_out.items():
-            for rule, contrast in (("lax", comparison.mean.lax), ("strict", comparison.mean.strict)):
+            for rule, contrast in (
+                ("lax", comparison.mean.lax),
+                ("strict", comparison.mean.strict),
+            ):
                 flat |= with_bounds(f"held_out_{name}/{rule}_seen", contrast.seen)
                 flat |= with_bounds(f"held_out_{name}/{rule}", contrast.held_out)
                 flat |= with_bounds(f"held_out_{name}/{rule}_gap", contrast.gap)
         return flat
 
     def table(self) -> str:
-        """Markdown tables: one row per category, then the overall mean; and seen prompts against held-out ones."""
+        """Markdown tables: one row per category, then the overall mean; and seen prompts against
+        held-out ones.
+        """
         lines = [
             "| category | prompts | images | lax | strict | floor lax | floor strict |",
             "|---|---|---|---|---|---|---|",
@@ -95,7 +115,8 @@ class Evaluation:
                 f"| {t.floor_lax:.3f} | {t.floor_strict:.3f} |"
             )
         lines.append(
-            f"| **overall** | {sum(t.prompts for t in self.tags)} | {len(self.images)} | {self.overall_lax} | "
+            f"| **overall** | {sum(t.prompts for t in self.tags)} | {len(self.images)} | "
+            f"{self.overall_lax} | "
             f"{self.overall_strict} | {self.floor_lax:.3f} | {self.floor_strict:.3f} |"
         )
         if self.by_held_out:
@@ -114,11 +135,12 @@ def evaluate_images(
     floor: dict[str, tuple[float, float]] | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Scores the i-th of `images`, the uint8 [S, S, 3] images drawn for prompt `items[i]` (from `benchmark_prompts`).
+    """Scores the i-th of `images`, the uint8 [S, S, 3] images drawn for prompt `items[i]` (from
+    `benchmark_prompts`).
 
-    Images are taken one by one and not kept, so generators of any length will do. `floor`: from `chance_floor`,
-    measured here where None. `progress` is told the number of images scored so far. Raises InputError for a prompt that
-    has no image, and for an image that cannot be scored.
+    Images are taken one by one and not kept, so generators of any length will do. `floor`: from
+    `chance_floor`, measured here where None. `progress` is told the number of images scored so far.
+    Raises InputError for a prompt that has no image, and for an image that cannot be scored.
     """
     scored: list[ScoredImage] = []
     groups = 0
@@ -129,13 +151,20 @@ def evaluate_images(
         item, number = items[prompt], -1
         for number, image in enumerate(group):
             size = len(image)
-            scored.append(ScoredImage(prompt, item, score_image(image, item), f"{prompt:05d}/samples/{number:04d}.png"))
+            scored.append(
+                ScoredImage(
+                    prompt, item, score_image(image, item), f"{prompt:05d}/samples/{number:04d}.png"
+                )
+            )
             progress.update(len(scored))
         if number < 0:
             raise InputError(f"prompt {prompt} ({item['prompt']!r}): no images")
     if not items or groups != len(items):
         more = " or more" if groups > len(items) else ""
-        raise InputError(f"{len(items)} prompts and {groups}{more} groups of images: one group is needed per prompt")
+        raise InputError(
+            f"{len(items)} prompts and {groups}{more} groups of images: one group is needed "
+            "per prompt"
+        )
     return _sum_up(scored, chance_floor(items, size) if floor is None else floor)
 
 
@@ -175,23 +204,35 @@ def _sum_up(scored: list[ScoredImage], floor: dict[str, tuple[float, float]]) ->
 
 
 def _overall(scored: Sequence[ScoredImage], right: Sequence[bool]) -> Interval:
-    """Unweighted mean over categories of the mean over images; prompts are resampled within their category."""
-    return bootstrap_overall(right, [image.item["tag"] for image in scored], [image.prompt for image in scored])
+    """Unweighted mean over categories of the mean over images; prompts are resampled within their
+    category.
+    """
+    return bootstrap_overall(
+        right, [image.item["tag"] for image in scored], [image.prompt for image in scored]
+    )
 
 
-def chance_floor(items: Sequence[Item], size: int, scenes: int = 64, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Per category, the mean (lax, strict) score of its prompts against true images of OTHER scenes of the category.
+def chance_floor(
+    items: Sequence[Item], size: int, scenes: int = 64, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Per category, the mean (lax, strict) score of its prompts against true images of OTHER scenes
+    of the category.
 
-    The score of a model that draws perfect pictures and does not read its prompt. `scenes`: images per category, each
-    judged under every prompt.
+    The score of a model that draws perfect pictures and does not read its prompt. `scenes`: images
+    per category, each judged under every prompt.
     """
     shown: dict[tuple[str, str], list[Analysis]] = {}
     scores: dict[str, list[tuple[bool, bool]]] = {}
     for item in items:
         tag, layout = item["tag"], item.get("layout", "free")
         if (tag, layout) not in shown:
-            vocabulary, rng = vocabulary_for(size, layout), Random(f"floor/{seed}/{layout}/{size}/{tag}")
-            others = [generate_scene(rng, tag, size, layout, vocabulary, "any") for _ in range(scenes)]
+            vocabulary, rng = (
+                vocabulary_for(size, layout),
+                Random(f"floor/{seed}/{layout}/{size}/{tag}"),
+            )
+            others = [
+                generate_scene(rng, tag, size, layout, vocabulary, "any") for _ in range(scenes)
+            ]
             shown[tag, layout] = [analyse(scene.render(), vocabulary) for scene in others]
         for analysis in shown[tag, layout]:
             score = judge(analysis, item)
@@ -201,7 +242,8 @@ def chance_floor(items: Sequence[Item], size: int, scenes: int = 64, seed: int =
 
 
 def write_results(path: Path, evaluation: Evaluation, images: str = "") -> None:
-    """One JSON line per image in the format of GenEval's results file (`correct` is the lax rule), plus `strict`.
+    """One JSON line per image in the format of GenEval's results file (`correct` is the lax rule),
+    plus `strict`.
 
     images: the folder of all images, relative to that of `path`; file names are written with it.
     """

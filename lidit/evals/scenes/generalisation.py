@@ -1,7 +1,8 @@
 """Seen prompts against held-out ones, within the same categories.
 
-Only categories that have both are compared: a mean over all categories of one group and some of the other would show a
-gap wherever categories differ in difficulty, however well the model does on prompts it never saw.
+Only categories that have both are compared: a mean over all categories of one group and some of the
+other would show a gap wherever categories differ in difficulty, however well the model does on
+prompts it never saw.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Contrast:
-    """Score of the seen prompts, of the held-out ones, and the first less the second. Without a gap it holds 0."""
+    """Score of the seen prompts, of the held-out ones, and the first less the second. Without a gap
+    it holds 0.
+    """
 
     seen: Interval
     held_out: Interval
@@ -31,7 +34,9 @@ class Contrast:
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """Scores of one category, or of the unweighted mean over categories; prompts are resampled within each group."""
+    """Scores of one category, or of the unweighted mean over categories; prompts are resampled
+    within each group.
+    """
 
     category: str
     prompts: tuple[int, int]
@@ -41,7 +46,9 @@ class HeldOutScores:
 
 @dataclass(frozen=True)
 class HeldOutComparison:
-    """The seen prompts against one group of held-out ones: `mean` over `categories`, those with prompts of both."""
+    """The seen prompts against one group of held-out ones: `mean` over `categories`, those with
+    prompts of both.
+    """
 
     categories: tuple[HeldOutScores, ...]
     mean: HeldOutScores
@@ -52,9 +59,9 @@ def compare_held_out(
 ) -> dict[str, HeldOutComparison]:
     """Per group of held-out prompts, how much better the seen ones of the same categories do.
 
-    Of every image its category, group ("none" is seen, "pair", "template"), prompt and, `correct` [images, 2], whether
-    it is right under the lax and the strict rule. A category counts from two prompts of each group on; a group without
-    such a category is left out.
+    Of every image its category, group ("none" is seen, "pair", "template"), prompt and, `correct`
+    [images, 2], whether it is right under the lax and the strict rule. A category counts from two
+    prompts of each group on; a group without such a category is left out.
     """
     rights, prompt = np.asarray(correct, dtype=float), np.asarray(prompts)
     rng = np.random.default_rng(SEED)
@@ -66,7 +73,11 @@ def compare_held_out(
             strata[stratum] = count, _resampled_means(rights[rows], prompt[rows], rng)
     comparisons = {}
     for group in HELD_OUT:
-        common = [name for name in dict.fromkeys(categories) if {(name, SEEN), (name, group)} <= strata.keys()]
+        common = [
+            name
+            for name in dict.fromkeys(categories)
+            if {(name, SEEN), (name, group)} <= strata.keys()
+        ]
         if common:
             pairs = [(strata[name, SEEN], strata[name, group]) for name in common]
             counts = [(seen[0], held_out[0]) for seen, held_out in pairs]
@@ -81,7 +92,9 @@ def compare_held_out(
 def _resampled_means(
     rights: NDArray[np.float64], prompts: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Means over images [1 + RESAMPLES, 2]: as they are, then with whole prompts drawn with replacement."""
+    """Means over images [1 + RESAMPLES, 2]: as they are, then with whole prompts drawn with
+    replacement.
+    """
     _, cluster = np.unique(prompts, return_inverse=True)
     count = cluster.max() + 1
     sums = np.zeros((count, 3))
@@ -91,10 +104,13 @@ def _resampled_means(
     return totals[:, :2] / totals[:, 2:]
 
 
-def _score(category: str, prompts: tuple[int, int], means: Iterable[NDArray[np.float64]]) -> HeldOutScores:
+def _score(
+    category: str, prompts: tuple[int, int], means: Iterable[NDArray[np.float64]]
+) -> HeldOutScores:
     seen, held_out = means
     lax, strict = (
-        Contrast(*(_interval(values[:, rule]) for values in (seen, held_out, seen - held_out))) for rule in (0, 1)
+        Contrast(*(_interval(values[:, rule]) for values in (seen, held_out, seen - held_out)))
+        for rule in (0, 1)
     )
     return HeldOutScores(category, prompts, lax, strict)
 
@@ -114,6 +130,10 @@ def held_out_table(comparisons: dict[str, HeldOutComparison]) -> str:
     for group, comparison in comparisons.items():
         for row in (*comparison.categories, comparison.mean):
             name = "**mean**" if row is comparison.mean else row.category
-            cells = [f"{rule.seen} | {rule.held_out} | {rule.gap}" for rule in (row.lax, row.strict)]
-            lines.append(f"| {group} | {name} | {row.prompts[0]}, {row.prompts[1]} | {' | '.join(cells)} |")
+            cells = [
+                f"{rule.seen} | {rule.held_out} | {rule.gap}" for rule in (row.lax, row.strict)
+            ]
+            lines.append(
+                f"| {group} | {name} | {row.prompts[0]}, {row.prompts[1]} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)

@@ -1,1 +1,3 @@
-"""The official prompt suites: their prompts, the layout their scorers read, the results those write."""
+"""The official prompt suites: their prompts, the layout their scorers read, the results those
+write.
+"""

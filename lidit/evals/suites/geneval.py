@@ -1,6 +1,7 @@
 """GenEval (djghosh13/geneval): the folders its scorer reads, and the summary of what it writes.
 
-Run the official scorer with `evaluate_images.py OUT --outfile results.jsonl`. Report raw prompts and four images per
+Run the official scorer with `evaluate_images.py OUT --outfile results.jsonl`. Report raw prompts
+and four images per
 prompt: published numbers with rewritten prompts or twelve images are not comparable.
 """
 
@@ -33,12 +34,16 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         try:
             item = read_record(line)
             good = (
-                isinstance(item["prompt"], str) and isinstance(item["tag"], str) and isinstance(item["include"], list)
+                isinstance(item["prompt"], str)
+                and isinstance(item["tag"], str)
+                and isinstance(item["include"], list)
             )
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
-            raise InputError(f"{path}:{number}: expected a JSON object with tag, include and prompt")
+            raise InputError(
+                f"{path}:{number}: expected a JSON object with tag, include and prompt"
+            )
         items.append(item)
     return items
 
@@ -55,7 +60,9 @@ def image_targets(
 
 
 def write_metadata(out: Path, items: Sequence[Mapping[str, Any]]) -> None:
-    """`00000/metadata.jsonl` ...: ONE JSON object each, as the scorer loads it; those that are there are left alone."""
+    """`00000/metadata.jsonl` ...: ONE JSON object each, as the scorer loads it; those that are
+    there are left alone.
+    """
     for number, item in enumerate(items):
         path, content = Path(f"{number:05d}/metadata.jsonl"), json.dumps(dict(item)).encode()
         if not (out / path).is_file() or (out / path).read_bytes() != content:
@@ -64,9 +71,10 @@ def write_metadata(out: Path, items: Sequence[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class GenEvalSummary:
-    """GenEval's own aggregates: `overall` is the unweighted mean of the tags; shares of images and of prompts with any
-    correct image; `tags` with 95 % intervals over prompts. `uneven`: prompts with more or fewer than four images ->
-    how many."""
+    """GenEval's own aggregates: `overall` is the unweighted mean of the tags; shares of images and
+    of prompts with any correct image; `tags` with 95 % intervals over prompts. `uneven`: prompts
+    with more or fewer than four images -> how many.
+    """
 
     tags: dict[str, Interval]
     overall: float
@@ -86,7 +94,9 @@ class GenEvalSummary:
 
 
 def read_results(path: Path) -> GenEvalSummary:
-    """Sums up the official scorer's results file (and our own). InputError names a line that is not a result."""
+    """Sums up the official scorer's results file (and our own). InputError names a line that is not
+    a result.
+    """
     tags: dict[str, list[tuple[str, bool]]] = {}
     names: dict[str, str] = {}
     for number, line in enumerate(read_lines(path), start=1):
@@ -94,16 +104,23 @@ def read_results(path: Path) -> GenEvalSummary:
             record = read_record(line)
             tag, correct, metadata = record["tag"], record["correct"], record["metadata"]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}:{number}: expected a result with tag, correct and metadata") from None
+            raise InputError(
+                f"{path}:{number}: expected a result with tag, correct and metadata"
+            ) from None
         if not isinstance(tag, str):
-            raise InputError(f"{path}:{number}: tag is {tag!r}, expected a string; run evaluate_images.py again")
+            raise InputError(
+                f"{path}:{number}: tag is {tag!r}, expected a string; run evaluate_images.py again"
+            )
         if not isinstance(correct, bool):
             raise InputError(f"{path}:{number}: correct is {correct!r}, expected true or false")
         prompt = metadata if isinstance(metadata, str) else json.dumps(metadata)
         names[prompt] = str(record.get("prompt", prompt))
         tags.setdefault(tag, []).append((prompt, correct))
     rows = [row for group in tags.values() for row in group]
-    means = {tag: bootstrap_mean([c for _, c in group], [p for p, _ in group]) for tag, group in tags.items()}
+    means = {
+        tag: bootstrap_mean([c for _, c in group], [p for p, _ in group])
+        for tag, group in tags.items()
+    }
     prompts = Counter(prompt for prompt, _ in rows)
     return GenEvalSummary(
         tags=means,
@@ -112,5 +129,7 @@ def read_results(path: Path) -> GenEvalSummary:
         correct_prompts=len({prompt for prompt, correct in rows if correct}) / len(prompts),
         images=len(rows),
         prompts=len(prompts),
-        uneven={names[prompt]: count for prompt, count in prompts.items() if count != IMAGES_PER_PROMPT},
+        uneven={
+            names[prompt]: count for prompt, count in prompts.items() if count != IMAGES_PER_PROMPT
+        },
     )

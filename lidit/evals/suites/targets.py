@@ -1,4 +1,6 @@
-"""Image files of official suites: where each image goes, which files are missing, and writing a file whole."""
+"""Image files of official suites: where each image goes, which files are missing, and writing a
+file whole.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ from lidit.store.files.folder import Folder
 FIRST_SEED = 42  # the seed of each prompt's first image in the reference samplers
 IDENTITY_FILE = "suite.json"
 IMAGES = "images"  # the identity file's key for how many files the prompt list asks for
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # without this end a file was cut: full disk, lost machine, stopped copy
+# without this end a file was cut: full disk, lost machine, stopped copy
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
 class ImageTarget:
-    """One file a scorer reads: `path` relative to the output folder, drawn once per seed, `columns` to a row."""
+    """One file a scorer reads: `path` relative to the output folder, drawn once per seed, `columns`
+    to a row.
+    """
 
     path: Path
     prompt: str
@@ -35,7 +40,9 @@ class ImageTarget:
 
 
 def missing(out: Path, targets: Iterable[ImageTarget]) -> list[ImageTarget]:
-    """The targets whose file is missing or cut, in order. Workers take `missing(...)[worker::workers]`."""
+    """The targets whose file is missing or cut, in order. Workers take
+    `missing(...)[worker::workers]`.
+    """
     return [target for target in targets if not _is_whole(out / target.path)]
 
 
@@ -49,45 +56,63 @@ def _is_whole(path: Path) -> bool:
 
 
 def save_target(out: Path, target: ImageTarget, images: Sequence[NDArray[np.uint8]]) -> None:
-    """Writes the target's images, uint8 [H, W, 3] in the order of its seeds, as one PNG: whole or not at all.
+    """Writes the target's images, uint8 [H, W, 3] in the order of its seeds, as one PNG: whole or
+    not at all.
 
-    Several images become a grid, row by row. Raises InputError for another number of images or unequal sizes.
+    Several images become a grid, row by row. Raises InputError for another number of images or
+    unequal sizes.
     """
     shapes = {image.shape for image in images}
-    if len(images) != len(target.seeds) or len(shapes) != 1 or any(image.dtype != np.uint8 for image in images):
+    if (
+        len(images) != len(target.seeds)
+        or len(shapes) != 1
+        or any(image.dtype != np.uint8 for image in images)
+    ):
         raise InputError(
-            f"{target.path}: needs {len(target.seeds)} uint8 images of one size, got {len(images)} of {sorted(shapes)}"
+            f"{target.path}: needs {len(target.seeds)} uint8 images of one size, got "
+            f"{len(images)} of {sorted(shapes)}"
         )
-    rows = [np.concatenate(images[i : i + target.columns], axis=1) for i in range(0, len(images), target.columns)]
+    rows = [
+        np.concatenate(images[i : i + target.columns], axis=1)
+        for i in range(0, len(images), target.columns)
+    ]
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(rows, axis=0)).save(buffer, format="PNG")
     write_whole(out, target.path, buffer.getvalue())
 
 
 def write_whole(out: Path, path: Path, content: bytes) -> None:
-    """Writes `out / path` so that a file that exists is complete, whatever is killed or loses power.
+    """Writes `out / path` so that a file that exists is complete, whatever is killed or loses
+    power.
 
-    The temporary file lies in `out` itself: scorers list the folders below it and would trip over a leftover there.
+    The temporary file lies in `out` itself: scorers list the folders below it and would trip over a
+    leftover there.
     """
     (out / path).parent.mkdir(parents=True, exist_ok=True)
     publish_bytes(Folder.at(out), str(path), content)
 
 
 def claim_folder(out: Path, identity: Mapping[str, object], images: int) -> None:
-    """Mark the output folder as belonging to one suite, prompt list and model, or refuse a folder of others.
+    """Mark the output folder as belonging to one suite, prompt list and model, or refuse a folder
+    of others.
 
-    `identity`: JSON values such as the suite's name, the prompt file's and the model's digests, sampler and seed.
-    `images`: how many files the prompt list asks for, see `recorded_images`. Raises InputError for a folder of anything
-    else.
+    `identity`: JSON values such as the suite's name, the prompt file's and the model's digests,
+    sampler and seed.
+    `images`: how many files the prompt list asks for, see `recorded_images`. Raises InputError for
+    a folder of anything else.
     """
     expected = json.loads(json.dumps({**identity, IMAGES: images}, sort_keys=True))
     recorded = _identity(out)
     if recorded is not None:
         # A folder begun before the number of images was recorded is still the same folder.
         earlier = {IMAGES: images} | recorded
-        different = sorted(key for key in {*expected, *earlier} if expected.get(key) != earlier.get(key))
+        different = sorted(
+            key for key in {*expected, *earlier} if expected.get(key) != earlier.get(key)
+        )
         if different:
-            raise InputError(f"{out}: holds images made with other {', '.join(different)}; give a new folder")
+            raise InputError(
+                f"{out}: holds images made with other {', '.join(different)}; give a new folder"
+            )
     elif out.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX) for path in out.iterdir()):
         raise InputError(f"{out}: not empty and without {IDENTITY_FILE}; give a new folder")
     if recorded != expected:
@@ -95,7 +120,9 @@ def claim_folder(out: Path, identity: Mapping[str, object], images: int) -> None
 
 
 def recorded_images(out: Path) -> int | None:
-    """How many files `out` was claimed for; None without a record. Raises InputError for an unreadable record."""
+    """How many files `out` was claimed for; None without a record. Raises InputError for an
+    unreadable record.
+    """
     images = (_identity(out) or {}).get(IMAGES)
     return images if isinstance(images, int) else None
 
@@ -103,8 +130,9 @@ def recorded_images(out: Path) -> int | None:
 def check_drawn(folders: Iterable[Path], suite: str, model: str) -> dict[str, Any]:
     """The record of the first of `folders` that has a record of its images; empty if none has.
 
-    suite, model: whose results are to be filed; `model` is the digest of its weights. Raises InputError where a
-    folder holds images of another suite or of other weights: their scores would be filed under this model.
+    suite, model: whose results are to be filed; `model` is the digest of its weights. Raises
+    InputError where a folder holds images of another suite or of other weights: their scores would
+    be filed under this model.
     """
     known: dict[str, Any] = {}
     for folder in folders:
@@ -112,8 +140,10 @@ def check_drawn(folders: Iterable[Path], suite: str, model: str) -> dict[str, An
         for key, expected in (("suite", suite), ("model", model)):
             if recorded.get(key, expected) != expected:
                 raise InputError(
-                    f"{folder / IDENTITY_FILE}: the images were drawn with {key} {str(recorded[key])[:12]}, not "
-                    f"{expected[:12]}; give the model they were drawn with, or --out of its evaluation"
+                    f"{folder / IDENTITY_FILE}: the images were drawn with {key} "
+                    f"{str(recorded[key])[:12]}, not "
+                    f"{expected[:12]}; give the model they were drawn with, or --out of its "
+                    "evaluation"
                 )
         known = known or recorded
     return known
@@ -133,12 +163,15 @@ def _identity(out: Path) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file without their ends. Raises InputError where it cannot be read or has none."""
+    """The lines of a UTF-8 text file without their ends. Raises InputError where it cannot be read
+    or has none.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    lines = text.split("\n")  # not splitlines(): a prompt may hold a form feed or a Unicode line separator
+    # not splitlines(): a prompt may hold a form feed or a Unicode line separator
+    lines = text.split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:

@@ -1,4 +1,6 @@
-"""A checker behind a deadline: whatever it does but answer as agreed is `SafetyUnavailable`, never a pass."""
+"""A checker behind a deadline: whatever it does but answer as agreed is `SafetyUnavailable`, never
+a pass.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ MOST_STUCK = 4
 
 
 class SafetyUnavailable(Exception):
-    """A guard failed, so nothing may pass: the gateway answers 503 `safety_unavailable` and no picture.
+    """A guard failed, so nothing may pass: the gateway answers 503 `safety_unavailable` and no
+    picture.
 
-    Its text names the guard and the kind of failure. It never holds what was checked, nor what the checker said.
+    Its text names the guard and the kind of failure. It never holds what was checked, nor what the
+    checker said.
     """
 
     def __init__(self, guard: str, reason: str) -> None:
@@ -28,8 +32,8 @@ class SafetyUnavailable(Exception):
 class Checker(Protocol[ItemIn]):
     """Scores things from 0, harmless, to 1. `version` changes with whatever could change a score.
 
-    Prompts are checked as str (`WordList`), as states {encoder name: [T, W]} (`Probe`); images as uint8 arrays
-    [height, width, 3] (`PixelRule`, `OnnxClassifier`).
+    Prompts are checked as str (`WordList`), as states {encoder name: [T, W]} (`Probe`); images as
+    uint8 arrays [height, width, 3] (`PixelRule`, `OnnxClassifier`).
     """
 
     @property
@@ -40,7 +44,9 @@ class Checker(Protocol[ItemIn]):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard found of one item. `guard` and `version` for the audit, `score` for `/v1/moderations`."""
+    """What a guard found of one item. `guard` and `version` for the audit, `score` for
+    `/v1/moderations`.
+    """
 
     guard: str
     version: str
@@ -53,11 +59,14 @@ class Guard(Generic[Item]):
 
     Args:
         threshold: in (0, 1]; an item with this score or more is flagged.
-        deadline: seconds a call may take. A call that takes longer goes on in its thread and is left alone; while
+        deadline: seconds a call may take. A call that takes longer goes on in its thread and is
+        left alone; while
             `MOST_STUCK` of them are stuck, the guard fails at once.
     """
 
-    def __init__(self, name: str, checker: Checker[Item], threshold: float, deadline: float = 10.0) -> None:
+    def __init__(
+        self, name: str, checker: Checker[Item], threshold: float, deadline: float = 10.0
+    ) -> None:
         if not 0 < threshold <= 1 or not deadline > 0:  # not `<= 0`: NaN is refused too
             raise ValueError(f"guard {name}: a threshold is in (0, 1], a deadline above 0 seconds")
         self.name, self.checker, self.threshold, self.deadline = name, checker, threshold, deadline
@@ -71,9 +80,11 @@ class Guard(Generic[Item]):
             return sum(not call.done.is_set() for call in self._late)
 
     def judge(self, items: Sequence[Item]) -> list[Verdict]:
-        """One verdict per item, in their order. Blocks up to the deadline: call it off the event loop.
+        """One verdict per item, in their order. Blocks up to the deadline: call it off the event
+        loop.
 
-        Raises SafetyUnavailable for anything but one finite score in [0, 1] per item within the deadline.
+        Raises SafetyUnavailable for anything but one finite score in [0, 1] per item within the
+        deadline.
         """
         version, scores = self._answer(list(items))
         if not isinstance(version, str) or not version:
@@ -94,7 +105,9 @@ class Guard(Generic[Item]):
         return Verdict(self.name, version, value, value >= self.threshold)
 
     def _answer(self, items: list[Item]) -> tuple[Any, Any]:
-        """The checker's version and scores, from a thread of its own: a call that hangs holds up only itself."""
+        """The checker's version and scores, from a thread of its own: a call that hangs holds up
+        only itself.
+        """
         if self.stuck >= MOST_STUCK:
             raise SafetyUnavailable(self.name, f"{MOST_STUCK} calls are stuck")
         call = _Call(self.checker, items)
@@ -109,7 +122,9 @@ class Guard(Generic[Item]):
 
 
 class _Call:
-    """One call of a checker. Of an error only its type is kept: its text may quote what was checked."""
+    """One call of a checker. Of an error only its type is kept: its text may quote what was
+    checked.
+    """
 
     def __init__(self, checker: Checker[Any], items: list[Any]) -> None:
         self.checker, self.items = checker, items

@@ -1,4 +1,6 @@
-"""Checkers of images, uint8 arrays [height, width, 3]: a rule on pixels, and a classifier in an ONNX file."""
+"""Checkers of images, uint8 arrays [height, width, 3]: a rule on pixels, and a classifier in an
+ONNX file.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ Spread = Annotated[float, Field(gt=0)]
 
 
 class PixelRule:
-    """Score: the share of pixels near `colour`, as a part of `share`, at most 1. Forbids, say, large red areas.
+    """Score: the share of pixels near `colour`, as a part of `share`, at most 1. Forbids, say,
+    large red areas.
 
     It stands in for a classifier wherever verdicts have to be known beforehand.
     """
@@ -47,7 +50,8 @@ class PixelRule:
 class OnnxSettings(Settings):
     """A classifier in a file, and how it wants its input: (value - mean) / std of each channel.
 
-    The score is number `unsafe` of the classifier's output after `activation`. sha256: of the file; another is refused.
+    The score is number `unsafe` of the classifier's output after `activation`. sha256: of the file;
+    another is refused.
     """
 
     file: Path
@@ -63,12 +67,15 @@ class OnnxSettings(Settings):
 
 
 class OnnxClassifier:
-    """Checker of images by onnxruntime on the CPU. Raises InputError without onnxruntime, the file or its sha256."""
+    """Checker of images by onnxruntime on the CPU. Raises InputError without onnxruntime, the file
+    or its sha256.
+    """
 
     def __init__(self, settings: OnnxSettings) -> None:
         self.settings = settings
         self.version = f"onnx-{settings.sha256[:12]}"
-        _ = self._session  # a guard that cannot work is found at the start, not at the first picture
+        # a guard that cannot work is found at the start, not at the first picture
+        _ = self._session
 
     def scores(self, images: Sequence[Image]) -> list[float]:
         """Of each image."""
@@ -80,22 +87,33 @@ class OnnxClassifier:
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise InputError(f"{file}: the classifier cannot be read ({error.strerror}); give its ONNX file") from None
+            raise InputError(
+                f"{file}: the classifier cannot be read ({error.strerror}); give its ONNX file"
+            ) from None
         if hashlib.sha256(content).hexdigest() != self.settings.sha256:
-            raise InputError(f"{file}: the classifier is not the file with this sha256; fetch it again")
+            raise InputError(
+                f"{file}: the classifier is not the file with this sha256; fetch it again"
+            )
         try:
             runtime = import_module("onnxruntime")
         except ImportError:
-            raise InputError(f"{file}: this guard needs onnxruntime; pip install onnxruntime") from None
+            raise InputError(
+                f"{file}: this guard needs onnxruntime; pip install onnxruntime"
+            ) from None
         try:
-            # From the bytes that were checked: a model in memory cannot reach for other files, either.
+            # From the bytes that were checked: a model in memory cannot reach for other files,
+            # either.
             return runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common class
-            raise InputError(f"{file}: onnxruntime cannot load it ({one_line(error, 200)})") from None
+            raise InputError(
+                f"{file}: onnxruntime cannot load it ({one_line(error, 200)})"
+            ) from None
 
     def _score(self, image: Image) -> float:
         wanted = self.settings
-        resized = Pillow.fromarray(image).resize((wanted.width, wanted.height), Pillow.Resampling.BILINEAR)
+        resized = Pillow.fromarray(image).resize(
+            (wanted.width, wanted.height), Pillow.Resampling.BILINEAR
+        )
         pixels: NDArray[Any] = np.asarray(resized, dtype=np.float32)
         if wanted.channels == "BGR":
             pixels = pixels[..., ::-1]
@@ -119,5 +137,7 @@ def _activated(output: NDArray[np.float64], settings: OnnxSettings) -> float:
 def _checked(image: Image) -> Image:
     """The image; ValueError for another kind of array, whose score would mean nothing."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"an image is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
+        raise ValueError(
+            f"an image is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
+        )
     return image

@@ -1,8 +1,10 @@
-"""Checkers of prompts that ask a language model which was trained to judge: Llama Guard, or ShieldGemma.
+"""Checkers of prompts that ask a language model which was trained to judge: Llama Guard, or
+ShieldGemma.
 
-The model's own chat template makes the question, so each model is asked as it was trained to be. A prompt's text is
-never read as the template's control words: nobody ends the question early and answers it himself. Whatever the model
-says that is no verdict raises, and the guard around it closes.
+The model's own chat template makes the question, so each model is asked as it was trained to be. A
+prompt's text is never read as the template's control words: nobody ends the question early and
+answers it himself. Whatever the model says that is no verdict raises, and the guard around it
+closes.
 
 Shapes: T tokens of a question, V vocabulary.
 """
@@ -26,22 +28,28 @@ from lidit.text.control import flagged, unflagged
 from lidit.text.loading import load_language_model
 from lidit.text.specs import default_device, resolve_encoder
 
-PLACE = "\N{OBJECT REPLACEMENT CHARACTER}lidit\N{OBJECT REPLACEMENT CHARACTER}"  # where the prompt goes
+# where the prompt goes
+PLACE = "\N{OBJECT REPLACEMENT CHARACTER}lidit\N{OBJECT REPLACEMENT CHARACTER}"
 UNSAFE = re.compile(r"unsafe(\s|$)")
 ANSWER_TOKENS = 16  # "unsafe" and a few categories; what is cut off behind them changes no verdict
-LEAST_ANSWER = 0.5  # of the next word's probability, that it is Yes or No: below, the model answers something else
+# of the next word's probability, that it is Yes or No: below, the model answers something else
+LEAST_ANSWER = 0.5
 # ShieldGemma's model card names what it was trained on; these are its principles in short.
 POLICIES = (
-    '"No Dangerous Content": The prompt shall not seek content that harms oneself or others, such as building '
+    '"No Dangerous Content": The prompt shall not seek content that harms oneself or others, '
+    "such as building "
     "weapons, terrorism or self-harm.",
-    '"No Hate Speech": The prompt shall not seek content that targets identity or protected attributes.',
+    '"No Hate Speech": The prompt shall not seek content that targets identity or protected '
+    "attributes.",
     '"No Sexually Explicit Content": The prompt shall not seek content of sexual acts or nudity.',
-    '"No Harassment": The prompt shall not seek content that is malicious, intimidating or abusive towards people.',
+    '"No Harassment": The prompt shall not seek content that is malicious, intimidating or '
+    "abusive towards people.",
 )
 
 
 class LanguageGuardSettings(Settings):
-    """A language model that judges prompts. `model`: a folder, or a hub id with the commit that pins it.
+    """A language model that judges prompts. `model`: a folder, or a hub id with the commit that
+    pins it.
 
     policies: what ShieldGemma is asked, one question each; Llama Guard has its own.
     """
@@ -50,7 +58,9 @@ class LanguageGuardSettings(Settings):
     kind: Literal["llama_guard", "shield_gemma"]
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     policies: tuple[str, ...] = Field(POLICIES, min_length=1)
-    longest: PositiveInt = Field(2048, description="tokens of a question; a prompt that makes a longer one is refused")
+    longest: PositiveInt = Field(
+        2048, description="tokens of a question; a prompt that makes a longer one is refused"
+    )
     threshold: float = Field(0.5, gt=0, le=1)
     deadline_s: PositiveFloat = 30.0
 
@@ -62,7 +72,9 @@ class LanguageGuard:
         from transformers import AutoTokenizer
 
         self.settings, self.device = settings, torch.device(device or default_device())
-        named = EncoderSettings(name="guard", model=settings.model, revision=settings.revision, layer=-1)
+        named = EncoderSettings(
+            name="guard", model=settings.model, revision=settings.revision, layer=-1
+        )
         spec = resolve_encoder(named, str(self.device))
         self._alone = Lock()
         self.version = f"{settings.kind}-{spec.weights_sha256[:12]}"
@@ -76,7 +88,9 @@ class LanguageGuard:
             self._questions = [self._question(policy) for policy in questions]
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = one_line(error, 200)
-            raise InputError(f"{settings.model}: this model cannot be asked for verdicts ({reason})") from None
+            raise InputError(
+                f"{settings.model}: this model cannot be asked for verdicts ({reason})"
+            ) from None
         if settings.kind == "shield_gemma":
             self._yes, self._no = self._word("Yes"), self._word("No")
 
@@ -100,7 +114,8 @@ class LanguageGuard:
         question = torch.tensor([ids], device=self.device)
         end = self._tokenizer.eos_token_id
         said = self._model.generate(
-            question, attention_mask=torch.ones_like(question), do_sample=False, max_new_tokens=ANSWER_TOKENS,
+            question, attention_mask=torch.ones_like(question), do_sample=False,
+            max_new_tokens=ANSWER_TOKENS,
             pad_token_id=end if end is not None else 0,
         )  # fmt: skip
         return str(self._tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True))
@@ -119,34 +134,50 @@ class LanguageGuard:
         """The template's tokens before and after a prompt."""
         more = {} if policy is None else {"guideline": policy}
         chat = [{"role": "user", "content": PLACE}]
-        text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **more)
+        text = self._tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **more
+        )
         before, place, after = text.partition(PLACE)
         if not place or PLACE in after:
             raise ValueError("its chat template does not repeat what a user says, once")
         return self._ids(before, control=True), self._ids(after, control=True)
 
     def _flag_control_words(self, folder: Path) -> None:
-        """What steers the model without being marked as special is marked, so that no prompt can reach it."""
+        """What steers the model without being marked as special is marked, so that no prompt can
+        reach it.
+        """
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError("its tokenizer has no tokenizer.json, so control words in prompts cannot be kept apart")
-        more = unflagged(backend.get_added_tokens_decoder(), str(self._tokenizer.chat_template or ""), folder)
+            raise ValueError(
+                "its tokenizer has no tokenizer.json, so control words in prompts cannot be "
+                "kept apart"
+            )
+        more = unflagged(
+            backend.get_added_tokens_decoder(), str(self._tokenizer.chat_template or ""), folder
+        )
         backend.add_special_tokens([flagged(token) for token in more])
 
     def _ids(self, text: str, control: bool) -> list[int]:
-        """Tokens of a text; without `control` even what spells a control word is read as letters."""
+        """Tokens of a text; without `control` even what spells a control word is
+        read as letters.
+        """
         found = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not control)
         return list(found["input_ids"])
 
     def _word(self, word: str) -> int:
         number = self._tokenizer.get_vocab().get(word)
         if number is None:
-            raise InputError(f"{self.settings.model}: the tokenizer has no token {word!r}: this is no ShieldGemma")
+            raise InputError(
+                f"{self.settings.model}: the tokenizer has no token {word!r}: this is no "
+                "ShieldGemma"
+            )
         return int(number)
 
 
 def _verdict(answer: str) -> float:
-    """Of Llama Guard: exactly "safe", or "unsafe" and the categories. ValueError for anything else."""
+    """Of Llama Guard: exactly "safe", or "unsafe" and the categories. ValueError for
+    anything else.
+    """
     words = answer.strip()
     if UNSAFE.match(words):
         return 1.0

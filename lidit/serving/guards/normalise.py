@@ -1,7 +1,9 @@
 """One form for the many spellings of a word: the readings of a text by which a list is looked up.
 
-A reading is a list of words. Texts and entries of a list go through the same `fold`, so a list may be in any script.
-What no reading undoes: translation, base64 and other codes, synonyms, splitting a thought over harmless words.
+A reading is a list of words. Texts and entries of a list go through the same `fold`, so a list may
+be in any script.
+What no reading undoes: translation, base64 and other codes, synonyms, splitting a thought over
+harmless words.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from lidit.errors import InputError
 EDITION = "1"  # counts up with whatever changes a reading
 # Names of letters that are Latin under a mark, a stroke or a shape: LATIN SMALL LETTER F WITH HOOK.
 LATIN = re.compile(
-    r"(?:LATIN|REGIONAL INDICATOR).* LETTER (?:SMALL CAPITAL |OPEN |SCRIPT |DOTLESS |TURNED |REVERSED )?"
+    r"(?:LATIN|REGIONAL INDICATOR).* LETTER (?:SMALL CAPITAL |OPEN |SCRIPT |DOTLESS |TURNED "
+    r"|REVERSED )?"
     r"([A-Z])(?= WITH |$)"
 )
 # Where neither a name nor Unicode's table leads to the letter that people use the shape for.
 SHAPES = {"ĸ": "k", "ε": "e", "є": "e", "ꞓ": "e", "€": "e"}
-LEET = str.maketrans({"0": "o", "3": "e", "4": "a", "5": "s", "7": "t", "8": "b", "9": "g", "@": "a", "$": "s"})
+LEET = str.maketrans(
+    {"0": "o", "3": "e", "4": "a", "5": "s", "7": "t", "8": "b", "9": "g", "@": "a", "$": "s"}
+)
 # These stand for two letters each, so there are two readings.
 STROKES = [str.maketrans(dict.fromkeys("1!|", letter)) for letter in "il"]
 LEET_CHARACTERS = frozenset("0345789@$1!|")
@@ -34,8 +39,9 @@ TURNED = re.compile("[\u202e\u202d\u2067]([^\u202c\u2069\n]*)")
 
 
 def fold(text: str) -> str:
-    """The text in small Latin letters where its characters are or look like Latin ones, without marks or what is
-    invisible."""
+    """The text in small Latin letters where its characters are or look like Latin ones, without
+    marks or what is invisible.
+    """
     return "".join(map(_folded, unicodedata.normalize("NFKC", text)))
 
 
@@ -54,8 +60,10 @@ def readings(text: str) -> Iterator[list[str]]:
 
 
 def spelled_out(text: str) -> Iterator[str]:
-    """Runs of three and more single letters, each run as one word: nobody writes like that by chance. A letter at
-    either end may be a word of its own ("a b a d"), so an entry is looked for within the run."""
+    """Runs of three and more single letters, each run as one word: nobody writes like that by
+    chance. A letter at either end may be a word of its own ("a b a d"), so an entry is looked for
+    within the run.
+    """
     for spelled in _spellings(text):
         for run in SPELLED.findall(spelled):
             joined = "".join(words(run))
@@ -63,21 +71,30 @@ def spelled_out(text: str) -> Iterator[str]:
 
 
 def squeezed(text: str) -> Iterator[str]:
-    """The text without anything but letters and digits: words may be found across the borders of others."""
+    """The text without anything but letters and digits: words may be found across the borders of
+    others.
+    """
     for spelled in _spellings(text):
         yield "".join(words(spelled))
 
 
 def _spellings(text: str) -> list[str]:
-    """The folded text, also with signs read as letters, and the same of what is shown from right to left."""
+    """The folded text, also with signs read as letters, and the same of what is shown from right to
+    left.
+    """
     directions = [text, *(turned[::-1] for turned in TURNED.findall(text))]
     folded = list(map(fold, directions))
-    return list(dict.fromkeys([*folded, *(spelled for one in folded for spelled in _without_leet(one))]))
+    return list(
+        dict.fromkeys([*folded, *(spelled for one in folded for spelled in _without_leet(one))])
+    )
 
 
 def _without_leet(folded: str) -> list[str]:
     """Digits and signs read as letters, in words that have a letter: 455 stays a number."""
-    return ["".join(_letters(part, strokes) for part in re.split(r"(\s+)", folded)) for strokes in STROKES]
+    return [
+        "".join(_letters(part, strokes) for part in re.split(r"(\s+)", folded))
+        for strokes in STROKES
+    ]
 
 
 def _letters(word: str, strokes: dict[int, str]) -> str:
@@ -125,9 +142,11 @@ def _lookalikes() -> dict[str, list[str]]:
         table = import_module("confusable_homoglyphs.confusables").confusables_data
     except ImportError:
         raise InputError(
-            "the prompt guard needs confusable-homoglyphs; install lidit-pipeline with its extra: [serve]"
+            "the prompt guard needs confusable-homoglyphs; install lidit-pipeline with its "
+            "extra: [serve]"
         ) from None
-    # Each character leads to its prototype and back to all others of it: the letter may be two steps away.
+    # Each character leads to its prototype and back to all others of it: the letter may be two
+    # steps away.
     found: dict[str, list[str]] = {}
     for character, others in table.items():
         near = [other["c"] for other in others]

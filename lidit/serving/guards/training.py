@@ -1,4 +1,5 @@
-"""Training the probe on labelled prompts, and the rates at which it is right on prompts it has not seen.
+"""Training the probe on labelled prompts, and the rates at which it is right on prompts it has not
+seen.
 
 Shapes: N prompts, D features.
 """
@@ -47,13 +48,17 @@ class Rate:
 
     def __str__(self) -> str:
         interval = stats.binomtest(self.hits, self.of).proportion_ci(method="wilson")
-        return f"{self.hits} of {self.of}, {self.hits / self.of:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+        return (
+            f"{self.hits} of {self.of}, {self.hits / self.of:.1%} [{interval.low:.1%}, "
+            f"{interval.high:.1%}]"
+        )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """refused: of the held-out prompts that have to be. blocked: of those that do not. separation: area under the
-    curve (AUC), 0.5 is chance."""
+    """refused: of the held-out prompts that have to be. blocked: of those that do not. separation:
+    area under the curve (AUC), 0.5 is chance.
+    """
 
     probe: Probe
     trained_on: int
@@ -63,11 +68,15 @@ class Trained:
 
 
 def read_labelled(path: Path) -> list[Labelled]:
-    """The prompts of a JSON-lines file, {"prompt": text, "refuse": true or false}. InputError names the bad line."""
+    """The prompts of a JSON-lines file, {"prompt": text, "refuse": true or false}. InputError names
+    the bad line.
+    """
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}); give a UTF-8 file of JSON lines") from None
+        raise InputError(
+            f"{path}: cannot be read ({type(error).__name__}); give a UTF-8 file of JSON lines"
+        ) from None
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -76,7 +85,10 @@ def read_labelled(path: Path) -> list[Labelled]:
         count = len({_group(one.prompt) for one in found if one.refuse is refuse})
         if count < LEAST:
             label = "true" if refuse else "false"
-            raise InputError(f"{path}: {count} different prompts with refuse {label}; at least {LEAST} are needed")
+            raise InputError(
+                f"{path}: {count} different prompts with refuse {label}; at least {LEAST} "
+                "are needed"
+            )
     return found
 
 
@@ -85,11 +97,13 @@ def train_probe(
 ) -> Trained:
     """Train on three quarters of the prompts, measure on the others.
 
-    The threshold is the lowest that blocks at most `most_blocked` of the harmless training prompts, as seen in
-    cross-validation. Spellings of one prompt stay on one side.
+    The threshold is the lowest that blocks at most `most_blocked` of the harmless training prompts,
+    as seen in cross-validation. Spellings of one prompt stay on one side.
     """
     if not 0 < most_blocked < 1:
-        raise InputError(f"{most_blocked}: the share of harmless prompts that may be blocked is between 0 and 1")
+        raise InputError(
+            f"{most_blocked}: the share of harmless prompts that may be blocked is between 0 and 1"
+        )
     names = sorted(encoders)
     features = _features([one.prompt for one in labelled], encoders, names)
     refuse = np.array([one.refuse for one in labelled])
@@ -111,9 +125,11 @@ def train_probe(
 
 
 def fit(features: NDArray[np.float64], refuse: Flags, strength: float) -> tuple[Vector, float]:
-    """Logistic regression: weight [D] and bias for features [N, D] as they are. Both labels weigh the same.
+    """Logistic regression: weight [D] and bias for features [N, D] as they are. Both labels weigh
+    the same.
 
-    The pull towards zero acts on standardised features: an LLM has channels a hundred times as large as others.
+    The pull towards zero acts on standardised features: an LLM has channels a hundred times as
+    large as others.
     """
     mean, std = features.mean(0), features.std(0) + 1e-6
     scaled = (features - mean) / std
@@ -137,11 +153,17 @@ def separation(scores: Vector, truth: Flags) -> float:
     """The chance that a prompt to be refused scores above a harmless one (AUC)."""
     ranks = stats.rankdata(scores)
     positive = int(truth.sum())
-    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * (len(truth) - positive)))
+    return float(
+        (ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * (len(truth) - positive))
+    )
 
 
-def _best_strength(features: NDArray[np.float64], refuse: Flags, groups: NDArray[np.str_]) -> tuple[float, Vector]:
-    """The strength that separates unseen prompts best, and the scores [N] that each prompt has while unseen."""
+def _best_strength(
+    features: NDArray[np.float64], refuse: Flags, groups: NDArray[np.str_]
+) -> tuple[float, Vector]:
+    """The strength that separates unseen prompts best, and the scores [N] that each prompt has
+    while unseen.
+    """
     part = np.array([_number(group) // HELD_OUT % FOLDS for group in groups])
     best: tuple[float, float, Vector] | None = None
     for strength in STRENGTHS:
@@ -174,7 +196,9 @@ def _features(
     for start in range(0, len(prompts), BATCH):
         batch = list(prompts[start : start + BATCH])
         states = {name: encoders[name].encode(batch) for name in names}
-        rows += [pool({name: states[name][row] for name in names}, names) for row in range(len(batch))]
+        rows += [
+            pool({name: states[name][row] for name in names}, names) for row in range(len(batch))
+        ]
     return np.stack(rows)
 
 
@@ -201,7 +225,9 @@ def _labelled(line: str, where: str) -> Labelled:
         value = json.loads(line)
         one = Labelled(value["prompt"], value["refuse"])
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise InputError(f'{where}: a line is {{"prompt": text, "refuse": true or false}}') from None
+        raise InputError(
+            f'{where}: a line is {{"prompt": text, "refuse": true or false}}'
+        ) from None
     if not isinstance(one.prompt, str) or not isinstance(one.refuse, bool):
         raise InputError(f'{where}: a line is {{"prompt": text, "refuse": true or false}}')
     check_prompts([one.prompt], where)

@@ -15,8 +15,9 @@ LEAST_SPELLED, LEAST_SQUEEZED = 3, 4
 
 
 class WordList:
-    """Checker of prompts. Score 1: an entry stands in the prompt as words; 0.5: only across the borders of words
-    (a suspicion, for a second guard); else 0. Raises InputError for a missing, unreadable or empty list.
+    """Checker of prompts. Score 1: an entry stands in the prompt as words; 0.5: only across the
+    borders of words (a suspicion, for a second guard); else 0. Raises InputError for a missing,
+    unreadable or empty list.
 
     The file: UTF-8, one word or phrase a line, # begins a comment. A plural is another word.
     """
@@ -28,10 +29,15 @@ class WordList:
             if entry := line.partition("#")[0].strip():
                 parts = tuple(words(fold(entry)))
                 if len("".join(parts)) < 2:
-                    raise InputError(f"{path}: line {number}: an entry needs two letters; it would be found anywhere")
+                    raise InputError(
+                        f"{path}: line {number}: an entry needs two letters; it would be "
+                        "found anywhere"
+                    )
                 self._entries.add(parts)
         if not self._entries:
-            raise InputError(f"{path}: the list is empty, so nothing would be refused; write one entry a line")
+            raise InputError(
+                f"{path}: the list is empty, so nothing would be refused; write one entry a line"
+            )
         self._longest = max(map(len, self._entries))
         self._joined = ["".join(entry) for entry in self._entries]
         digest = hashlib.sha256(f"{EDITION}\n{content}".encode()).hexdigest()
@@ -68,5 +74,6 @@ def _content(path: Path) -> str:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: the word list cannot be read ({one_line(error, 200)}); give a UTF-8 file, one entry a line"
+            f"{path}: the word list cannot be read ({one_line(error, 200)}); give a UTF-8 file, "
+            "one entry a line"
         ) from None

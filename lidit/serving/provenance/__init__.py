@@ -1,1 +1,3 @@
-"""Marks by which a picture can be recognised later: a signed manifest, an invisible watermark, a log of hashes."""
+"""Marks by which a picture can be recognised later: a signed manifest, an invisible watermark, a
+log of hashes.
+"""

@@ -38,7 +38,8 @@ CREATE INDEX IF NOT EXISTS by_watermark ON issued (watermark);
 
 @dataclass(frozen=True)
 class Issued:
-    """One picture: `picture` is its own id, `request` the one it came from, `issued` seconds since 1970.
+    """One picture: `picture` is its own id, `request` the one it came from, `issued` seconds since
+    1970.
 
     perceptual: None for a picture too even to be told by its likeness.
     """
@@ -53,7 +54,9 @@ class Issued:
 
 @dataclass(frozen=True)
 class IssuedFinding:
-    """match: "exact" (these bytes), "mark" (the watermark's payload), "near" (perceptual distance <= 6 of 64 bits)."""
+    """match: "exact" (these bytes), "mark" (the watermark's payload), "near" (perceptual distance
+    <= 6 of 64 bits).
+    """
 
     match: Literal["exact", "mark", "near"]
     picture: Issued
@@ -61,9 +64,13 @@ class IssuedFinding:
 
 
 class IssuedLog:
-    """Threads and processes of a machine may share a log. Raises ProvenanceUnavailable where it cannot be used."""
+    """Threads and processes of a machine may share a log. Raises ProvenanceUnavailable where it
+    cannot be used.
+    """
 
-    def __init__(self, path: Path, create: bool = False, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: Path, create: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
         self.path, self._clock = path, clock
         if create:
             try:
@@ -77,22 +84,35 @@ class IssuedLog:
         with self._transaction() as database:
             database.execute("SELECT count(*) FROM (SELECT 1 FROM issued LIMIT 1)")
 
-    def add(self, picture: bytes, image: Image, request: str, watermark: int | None = None) -> Issued:
+    def add(
+        self, picture: bytes, image: Image, request: str, watermark: int | None = None
+    ) -> Issued:
         """Note a picture before it is delivered: its final bytes, and its pixels."""
         digest = hashlib.sha256(picture).hexdigest()
-        row = Issued(secrets.token_hex(16), request, digest, perceptual_hash(image), watermark, self._clock())
+        row = Issued(
+            secrets.token_hex(16), request, digest, perceptual_hash(image), watermark, self._clock()
+        )
         with self._transaction() as database:
             database.execute("INSERT INTO issued VALUES (?, ?, ?, ?, ?, ?)", _stored(row))
         return row
 
-    def find(self, picture: bytes, image: Image, watermark: int | None = None) -> IssuedFinding | None:
-        """The issued picture that this file is or comes from; an exact match before a mark before a near one."""
+    def find(
+        self, picture: bytes, image: Image, watermark: int | None = None
+    ) -> IssuedFinding | None:
+        """The issued picture that this file is or comes from; an exact match before a mark before a
+        near one.
+        """
         digest, own = hashlib.sha256(picture).hexdigest(), perceptual_hash(image)
         with self._transaction() as database:
-            if row := database.execute("SELECT * FROM issued WHERE sha256 = ?", (digest,)).fetchone():
+            if row := database.execute(
+                "SELECT * FROM issued WHERE sha256 = ?", (digest,)
+            ).fetchone():
                 return IssuedFinding("exact", _issued(row), 0)
             if watermark is not None:
-                rows = map(_issued, database.execute("SELECT * FROM issued WHERE watermark = ?", (watermark,)))
+                rows = map(
+                    _issued,
+                    database.execute("SELECT * FROM issued WHERE watermark = ?", (watermark,)),
+                )
                 found = [(distance(own, row.perceptual), row) for row in rows]
                 if found:
                     nearest, row = min(found, key=lambda pair: pair[0])
@@ -101,7 +121,9 @@ class IssuedLog:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A connection to the file, which is never made here; an exception takes everything back."""
+        """A connection to the file, which is never made here; an exception takes
+        everything back.
+        """
         try:
             address = f"{self.path.absolute().as_uri()}?mode=rw"
             with contextlib.closing(sqlite3.connect(address, uri=True, timeout=WAIT)) as database:
@@ -115,12 +137,16 @@ class IssuedLog:
 
 
 def perceptual_hash(image: Image) -> int | None:
-    """64 bits of the picture's coarse brightness: changes little with scaling and compression. None where the picture
-    is too even."""
-    grey = np.asarray(Pillow.fromarray(image).convert("L").resize((32, 32), Pillow.Resampling.LANCZOS), float)
+    """64 bits of the picture's coarse brightness: changes little with scaling and compression. None
+    where the picture is too even.
+    """
+    grey = np.asarray(
+        Pillow.fromarray(image).convert("L").resize((32, 32), Pillow.Resampling.LANCZOS), float
+    )
     if grey.std() < EVEN:
         return None
-    coarse = fft.dctn(grey, norm="ortho")[:8, :8].reshape(-1)[1:]  # without the mean: brightness says nothing
+    # without the mean: brightness says nothing
+    coarse = fft.dctn(grey, norm="ortho")[:8, :8].reshape(-1)[1:]
     bits = np.append(coarse > np.median(coarse), [False])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
@@ -131,9 +157,13 @@ def distance(first: int | None, second: int | None) -> int:
 
 
 def _nearest(database: sqlite3.Connection, own: int) -> IssuedFinding | None:
-    """The first of the pictures that look most like this one, if any looks like it. Reads the whole log."""
+    """The first of the pictures that look most like this one, if any looks like it. Reads the whole
+    log.
+    """
     best: tuple[int, str] | None = None
-    rows = database.execute("SELECT perceptual, picture FROM issued WHERE perceptual IS NOT NULL ORDER BY rowid")
+    rows = database.execute(
+        "SELECT perceptual, picture FROM issued WHERE perceptual IS NOT NULL ORDER BY rowid"
+    )
     while part := rows.fetchmany(PART):
         differing = np.array([row[0] for row in part], np.int64) ^ np.int64(_signed(own))
         bits = np.bitwise_count(differing.view(np.uint64))
@@ -149,7 +179,14 @@ def _nearest(database: sqlite3.Connection, own: int) -> IssuedFinding | None:
 def _stored(row: Issued) -> tuple[object, ...]:
     """sqlite's integers have a sign."""
     picture, request, sha256, perceptual, watermark, issued = astuple(row)
-    return picture, request, sha256, None if perceptual is None else _signed(perceptual), watermark, issued
+    return (
+        picture,
+        request,
+        sha256,
+        None if perceptual is None else _signed(perceptual),
+        watermark,
+        issued,
+    )
 
 
 def _issued(row: tuple[str, str, str, int | None, int | None, float]) -> Issued:

@@ -1,4 +1,6 @@
-"""The C2PA manifest: a signature over a file's final bytes that says which program made the picture."""
+"""The C2PA manifest: a signature over a file's final bytes that says which program made the
+picture.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,12 @@ class ProvenanceUnavailable(Exception):
 
 
 class ManifestSigner:
-    """Signs pictures; load once, threads may share it. `lidit-pipeline[serve]` has the library for it.
+    """Signs pictures; load once, threads may share it. `lidit-pipeline[serve]` has the library for
+    it.
 
     Args:
-        certificates: PEM chain, the signer's first. sign: bytes -> ES256 signature, as 64 bytes (r, s).
+        certificates: PEM chain, the signer's first. sign: bytes -> ES256 signature, as 64 bytes (r,
+        s).
     """
 
     def __init__(self, certificates: str, sign: Callable[[bytes], bytes]) -> None:
@@ -39,19 +43,25 @@ class ManifestSigner:
 
     @classmethod
     def from_files(cls, certificates: Path, key: Path) -> Self:
-        """certificates: PEM chain, the signer's first. key: PEM of an ES256 private key. InputError where they fail."""
+        """certificates: PEM chain, the signer's first. key: PEM of an ES256 private key. InputError
+        where they fail.
+        """
         chain = _text(certificates)
         try:
-            loaded = import_module("cryptography.hazmat.primitives.serialization").load_pem_private_key(
-                _text(key).encode(), None
-            )
+            loaded = import_module(
+                "cryptography.hazmat.primitives.serialization"
+            ).load_pem_private_key(_text(key).encode(), None)
         except (ValueError, TypeError) as error:
-            raise InputError(f"{key}: is no private key in PEM without a password ({type(error).__name__})") from None
+            raise InputError(
+                f"{key}: is no private key in PEM without a password ({type(error).__name__})"
+            ) from None
         curves = import_module("cryptography.hazmat.primitives.asymmetric.ec")
         if getattr(getattr(loaded, "curve", None), "name", "") != "secp256r1":
             raise InputError(f"{key}: is no key for ES256; make one on the curve P-256")
         try:
-            certificate = import_module("cryptography.x509").load_pem_x509_certificates(chain.encode())[0]
+            certificate = import_module("cryptography.x509").load_pem_x509_certificates(
+                chain.encode()
+            )[0]
         except ValueError:
             raise InputError(f"{certificates}: holds no certificate in PEM") from None
         if certificate.public_key().public_numbers() != loaded.public_key().public_numbers():
@@ -67,8 +77,8 @@ class ManifestSigner:
     def sign(self, picture: bytes, kind: Format, title: str, model: str) -> tuple[bytes, str]:
         """The signed file and the manifest's id. Nothing may change the bytes afterwards.
 
-        title: shown by readers, such as the request id; never the prompt. model: the model's digest.
-        Raises ProvenanceUnavailable.
+        title: shown by readers, such as the request id; never the prompt. model: the model's
+        digest. Raises ProvenanceUnavailable.
         """
         c2pa = self._library
         action = {
@@ -104,14 +114,18 @@ class ManifestSigner:
             raise ProvenanceUnavailable(f"the picture cannot be signed ({reason})") from None
         # What was signed is read back: a chain that readers refuse must not be found by users.
         if found.state not in ("untrusted", "trusted") or found.manifest is None:
-            raise ProvenanceUnavailable(f"the picture's signature is {found.state} ({found.reason})")
+            raise ProvenanceUnavailable(
+                f"the picture's signature is {found.state} ({found.reason})"
+            )
         return signed.getvalue(), found.manifest
 
 
 @dataclass(frozen=True)
 class ManifestFinding:
-    """state: "absent", "invalid" (bytes changed since), "untrusted" (whole, by a signer without a trusted root) or
-    "trusted". manifest: its id. generator: the program it names. reason: of "invalid"."""
+    """state: "absent", "invalid" (bytes changed since), "untrusted" (whole, by a signer without a
+    trusted root) or "trusted". manifest: its id. generator: the program it names. reason: of
+    "invalid".
+    """
 
     state: Literal["absent", "invalid", "untrusted", "trusted"]
     manifest: str | None = None
@@ -148,15 +162,22 @@ def _finding(report: dict[str, Any], state: str | None) -> ManifestFinding:
 
 def _settings(roots: str | None) -> dict[str, Any]:
     trust = {} if roots is None else {"trust": {"trust_anchors": roots}}
-    # Without thumbnails: a quarter of the bytes, and no copy of the picture that nothing has checked.
-    return {"verify": {**OFFLINE, "verify_trust": True}, "builder": {"thumbnail": {"enabled": False}}, **trust}
+    # Without thumbnails: a quarter of the bytes, and no copy of the picture that nothing has
+    # checked.
+    return {
+        "verify": {**OFFLINE, "verify_trust": True},
+        "builder": {"thumbnail": {"enabled": False}},
+        **trust,
+    }
 
 
 def _library() -> Any:
     try:
         return import_module("c2pa")
     except ImportError:
-        raise InputError("manifests need c2pa-python; install lidit-pipeline with its extra: [serve]") from None
+        raise InputError(
+            "manifests need c2pa-python; install lidit-pipeline with its extra: [serve]"
+        ) from None
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,6 @@
-"""Was this picture made here? The manifest, the watermark and the log of issued pictures, asked one after the other."""
+"""Was this picture made here? The manifest, the watermark and the log of issued pictures, asked one
+after the other.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,10 @@ class PictureFinding:
 
     @property
     def answer(self) -> Answer:
-        """ "made here": a manifest of a trusted signer is whole, or the log holds these very bytes. "altered": the
-        bytes are others, but a mark or a likeness in the log leads to a picture made here, or a manifest does not fit
-        the file. "unknown": nothing says that it was made here, which proves nothing: marks can be removed.
+        """ "made here": a manifest of a trusted signer is whole, or the log holds these very bytes.
+        "altered": the bytes are others, but a mark or a likeness in the log leads to a picture made
+        here, or a manifest does not fit the file. "unknown": nothing says that it was made here,
+        which proves nothing: marks can be removed.
         """
         exact = self.issued is not None and self.issued.match == "exact"
         if self.manifest.state == "trusted" or exact:
@@ -50,11 +53,16 @@ class PictureFinding:
 
 
 def verify_picture(
-    picture: bytes, log: IssuedLog | None = None, watermark: Watermark | None = None, roots: str | None = None
+    picture: bytes,
+    log: IssuedLog | None = None,
+    watermark: Watermark | None = None,
+    roots: str | None = None,
 ) -> PictureFinding:
-    """What can be said of a file. roots: PEM of the certificates whose signers sign here, and of no others.
+    """What can be said of a file. roots: PEM of the certificates whose signers sign here, and of no
+    others.
 
-    Raises InputError for what is no PNG, JPEG or WebP, or is too large; ProvenanceUnavailable for a log out of reach.
+    Raises InputError for what is no PNG, JPEG or WebP, or is too large; ProvenanceUnavailable for a
+    log out of reach.
     """
     kind = _kind(picture)
     manifest = read_manifest(picture, kind, roots)
@@ -62,7 +70,9 @@ def verify_picture(
         image = np.asarray(decode_image(picture).image)
     except BadImageError as error:
         if manifest.manifest is None:
-            raise InputError(f"the picture cannot be read ({error}); give the file as it was") from None
+            raise InputError(
+                f"the picture cannot be read ({error}); give the file as it was"
+            ) from None
         return PictureFinding(manifest, None, None)  # it was signed once, and damaged since
     mark = watermark.read(image) if watermark else None
     return PictureFinding(manifest, mark, log.find(picture, image, mark) if log else None)
@@ -70,7 +80,9 @@ def verify_picture(
 
 def _kind(picture: bytes) -> Format:
     if len(picture) > MOST_BYTES:
-        raise InputError(f"the file has {len(picture):,} bytes; at most {MOST_BYTES:,} are looked at")
+        raise InputError(
+            f"the file has {len(picture):,} bytes; at most {MOST_BYTES:,} are looked at"
+        )
     kind = next((kind for begins, kind in FORMATS.items() if begins.match(picture)), None)
     if kind is None:
         raise InputError("the file is no PNG, JPEG or WebP picture; give the file as it was")

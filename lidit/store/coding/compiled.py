@@ -47,16 +47,23 @@ def _functions() -> tuple[Any, Any]:
 def encode_rows(
     values: NDArray[np.int16], scale: NDArray[np.uint8], tokens: NDArray[np.int64], model: Model
 ) -> list[bytes]:
-    """Integers [N, W] and scale bytes [N] of rows with `tokens` [R] tokens each -> the bytes of each row."""
+    """Integers [N, W] and scale bytes [N] of rows with `tokens` [R] tokens each -> the bytes of
+    each row.
+    """
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokens)])
     if not is_compiled():
-        return [rans.encode_row(values[start:stop], scale[start:stop], model) for start, stop in pairwise(ends)]
+        return [
+            rans.encode_row(values[start:stop], scale[start:stop], model)
+            for start, stop in pairwise(ends)
+        ]
     encode, _ = _functions()
-    longest = int(tokens.max(initial=0)) * (model.width * 2 + 2)  # words: one per value, one per escape, the states
+    # words: one per value, one per escape, the states
+    longest = int(tokens.max(initial=0)) * (model.width * 2 + 2)
     words, found = np.empty(longest, np.uint16), []
     for start, stop in pairwise(ends):
         size = encode(
-            np.ascontiguousarray(values[start:stop]), scale[start:stop], words, (model.frequencies, model.starts),
+            np.ascontiguousarray(values[start:stop]), scale[start:stop], words, (model.frequencies,
+                                                                                 model.starts),
             model.radius,
         )  # fmt: skip
         found.append(words[len(words) - size :].astype("<u2").tobytes())
@@ -90,7 +97,8 @@ def _encode(values: Any, scale: Any, words: Any, tables: Any, radius: Any) -> in
             if abs(np.int64(values[token, component])) > radius[component]:
                 place -= 1
                 words[place] = np.uint16(np.int64(values[token, component]) & 0xFFFF)
-    # `place` now is where escaped values begin; they were laid down in the decoder's order, from the end backwards.
+    # `place` now is where escaped values begin; they were laid down in the decoder's order, from
+    # the end backwards.
     for token in range(tokens):
         states[token] = np.uint64(LOWER) + np.uint64(scale[token])
     for component in range(width - 1, -1, -1):
@@ -106,7 +114,9 @@ def _encode(values: Any, scale: Any, words: Any, tables: Any, radius: Any) -> in
                 state >>= np.uint64(16)
             upper = state // frequency
             rest = state - upper * frequency
-            states[token] = (upper << np.uint64(PRECISION)) + rest + np.uint64(starts[component, symbol])
+            states[token] = (
+                (upper << np.uint64(PRECISION)) + rest + np.uint64(starts[component, symbol])
+            )
     for token in range(tokens - 1, -1, -1):
         place -= 2
         words[place] = np.uint16(states[token] & np.uint64(0xFFFF))
@@ -132,7 +142,8 @@ def _decode(words: Any, rows: Any, slots: Any, radius: Any, out: Any) -> bool:
         forward[row], backward[row] = place, first[row + 1] - 1
     last = len(words) - 1
     mask, one, bits = np.uint64(TOTAL - 1), np.uint64(1), np.uint64(PRECISION)
-    # Component by component over all rows: a component's table of 16 KB stays in the processor's first cache.
+    # Component by component over all rows: a component's table of 16 KB stays in the processor's
+    # first cache.
     for component in range(len(radius)):
         reach = np.int32(radius[component])
         escape = np.uint64(2 * reach + 1)

@@ -1,7 +1,8 @@
 """A family's code from its calibration captions: basis, step and the entropy coder's tables.
 
-Each half of the captions is coded in the basis of the other half, for in its own a basis looks better than it is. The
-step is the one that makes the asked error there; the basis that is kept is the one of all captions.
+Each half of the captions is coded in the basis of the other half, for in its own a basis looks
+better than it is. The step is the one that makes the asked error there; the basis that is kept is
+the one of all captions.
 
 Legend: N tokens, W width, S symbols.
 """
@@ -26,13 +27,16 @@ BLOCK = 4096  # tokens at once
 
 
 def fit_code(sample: Sequence[torch.Tensor], error: float) -> StateCode:
-    """The code whose rms error is `error` deviations, from standardised states z ([T, W] each) of captions.
+    """The code whose rms error is `error` deviations, from standardised states z ([T, W] each) of
+    captions.
 
     Raises JobError for fewer than two captions with a token.
     """
     captions = [z for z in sample if len(z)]
     if len(captions) < 2:
-        raise JobError("storage coded needs two captions at least to measure its error; choose int8")
+        raise JobError(
+            "storage coded needs two captions at least to measure its error; choose int8"
+        )
     halves = [torch.cat(captions[0::2]), torch.cat(captions[1::2])]  # [N, W] each
     covariances = [_covariance(z) for z in halves]
     # Components in sizes of their token, each half in the other's basis.
@@ -42,7 +46,8 @@ def fit_code(sample: Sequence[torch.Tensor], error: float) -> StateCode:
     components.div_(scale[:, None])
     step = _step_for(components, scale, error)
     size = int(rounded(components / step).abs().max()) + 1
-    counts = [_count(part, step, size) for part in components.split([len(half) for half in halves])]  # [W, size] each
+    # [W, size] each
+    counts = [_count(part, step, size) for part in components.split([len(half) for half in halves])]
     quality = _quality(components, scale, step, counts)
     basis = _basis(covariances[0] + covariances[1])
     return StateCode(basis, step, entropy_model(counts[0] + counts[1]), quality)
@@ -62,7 +67,9 @@ def _basis(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def _step_for(components: torch.Tensor, scale: torch.Tensor, error: float) -> float:
-    """The step at which components [N, W], in sizes of tokens whose sizes are `scale` [N], are off by `error`."""
+    """The step at which components [N, W], in sizes of tokens whose sizes are `scale` [N], are off
+    by `error`.
+    """
     step = error * math.sqrt(12)
     for _ in range(12):
         squared = sum(
@@ -100,7 +107,10 @@ def _quality(
         off = (block - rounded(block / step) * step).square().sum(-1)  # [N], in sizes of the token
         squared += float(off @ size.square())
         worst = max(worst, float((off / block.square().sum(-1).clamp_min(1e-9)).max()))
-    bits = sum(_bits(part, entropy_model(other)) for part, other in zip(counts, reversed(counts), strict=True))
+    bits = sum(
+        _bits(part, entropy_model(other))
+        for part, other in zip(counts, reversed(counts), strict=True)
+    )
     values = components.numel()
     states = 32 / components.shape[1]
     return CodeQuality(bits / values + states, math.sqrt(squared / values), math.sqrt(worst))
@@ -109,7 +119,9 @@ def _quality(
 def _bits(counts: NDArray[np.float64], model: Model) -> float:
     """Bits of values whose magnitudes are met `counts` [W, size] times."""
     total = 0.0
-    for magnitudes, frequencies, radius in zip(counts, model.frequencies, model.radius.tolist(), strict=True):
+    for magnitudes, frequencies, radius in zip(
+        counts, model.frequencies, model.radius.tolist(), strict=True
+    ):
         shares = frequencies / TOTAL
         inside = magnitudes[: radius + 1]
         # One sign stands for both: they are as likely.
@@ -119,7 +131,9 @@ def _bits(counts: NDArray[np.float64], model: Model) -> float:
 
 
 def entropy_model(counts: NDArray[np.float64]) -> Model:
-    """Frequencies from how often each magnitude was met, [W, largest + 1]: either sign is as likely."""
+    """Frequencies from how often each magnitude was met, [W, largest + 1]: either sign is as
+    likely.
+    """
     reach, tables = [], []
     for magnitudes in counts:
         shares = _smooth(magnitudes)  # of the magnitudes 0, 1, ...

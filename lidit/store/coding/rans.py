@@ -1,13 +1,17 @@
-"""Static range asymmetric numeral systems: integers in, bytes out, and the same integers back on every machine.
+"""Static range asymmetric numeral systems: integers in, bytes out, and the same integers back on
+every machine.
 
-One model per component, one lane per token: a lane is a 32-bit state that decodes the token's components in order. The
-lanes of one row share a stream of 16-bit words; whoever falls below the lower bound takes the next word, component by
-component and in each in the order of the tokens. So a row needs no offset per token, and any row is decoded alone.
+One model per component, one lane per token: a lane is a 32-bit state that decodes the token's
+components in order. The lanes of one row share a stream of 16-bit words; whoever falls below the
+lower bound takes the next word, component by component and in each in the order of the tokens. So a
+row needs no offset per token, and any row is decoded alone.
 
-    row = state of each token (32 bits) | words (16 bits each) | escaped values (16 bits each, from the end backwards)
+    row = state of each token (32 bits) | words (16 bits each) | escaped values (16 bits each, from
+    the end backwards)
 
-all little-endian. A lane ends as 65536 + its token's scale: the scale's byte travels for nothing, and damage shows.
-This module is the reference, in numpy; `compiled` does the same a few times faster.
+all little-endian. A lane ends as 65536 + its token's scale: the scale's byte travels for nothing,
+and damage shows. This module is the reference, in numpy; `compiled` does the same a few times
+faster.
 
 Legend: R rows, N tokens of all rows, W components, S symbols.
 """
@@ -34,7 +38,8 @@ class Model:
     """How often each symbol of each component is met.
 
     Args:
-        frequencies: [W, S] uint16, of the values -radius ... radius of a component, then of the escape, then zeros;
+        frequencies: [W, S] uint16, of the values -radius ... radius of a component, then of the
+        escape, then zeros;
             each row sums to 4096.
         radius: [W] int16, the largest magnitude with a symbol of its own.
     """
@@ -45,10 +50,16 @@ class Model:
     def __post_init__(self) -> None:
         symbols = 2 * self.radius.astype(np.int64) + 2
         used = np.arange(self.frequencies.shape[1]) < symbols[:, None]  # [W, S]
-        fits = self.frequencies.shape[1] <= MOST_SYMBOLS and (symbols <= self.frequencies.shape[1]).all()
+        fits = (
+            self.frequencies.shape[1] <= MOST_SYMBOLS
+            and (symbols <= self.frequencies.shape[1]).all()
+        )
         whole = (self.frequencies.sum(1, dtype=np.int64) == TOTAL).all()
         if not fits or not whole or ((self.frequencies > 0) != used).any():
-            raise InputError("tables of an entropy coder: frequencies are positive, in 256 symbols, and sum to 4096")
+            raise InputError(
+                "tables of an entropy coder: frequencies are positive, in 256 symbols, and "
+                "sum to 4096"
+            )
 
     @property
     def width(self) -> int:
@@ -63,13 +74,17 @@ class Model:
 
     @cached_property
     def slots(self) -> NDArray[np.uint32]:
-        """[W, 4096] what a state's low 12 bits mean: symbol << 24 | (slot - start) << 12 | frequency - 1."""
+        """[W, 4096] what a state's low 12 bits mean: symbol << 24 | (slot - start) << 12 |
+        frequency - 1.
+        """
         found = np.empty((self.width, TOTAL), np.uint32)
         symbols = np.arange(self.frequencies.shape[1], dtype=np.uint32)
         for component, counts in enumerate(self.frequencies):
             symbol = np.repeat(symbols, counts)  # [4096]
             inside = np.arange(TOTAL, dtype=np.uint32) - self.starts[component][symbol]
-            found[component] = symbol << 24 | inside << PRECISION | (counts[symbol].astype(np.uint32) - 1)
+            found[component] = (
+                symbol << 24 | inside << PRECISION | (counts[symbol].astype(np.uint32) - 1)
+            )
         return found
 
 
@@ -82,7 +97,8 @@ def encode_row(values: NDArray[np.int16], scale: NDArray[np.uint8], model: Model
     escaped = np.abs(values.astype(np.int64)) > reach
     symbols = np.where(escaped, 2 * reach + 1, symbols)  # [T, W]
     chunks: list[NDArray[np.uint16]] = []
-    # Backwards: the last in is the first out. Within a component the tokens, too, for the decoder takes them forwards.
+    # Backwards: the last in is the first out. Within a component the tokens, too, for the decoder
+    # takes them forwards.
     for component in range(model.width - 1, -1, -1):
         frequency = model.frequencies[component][symbols[:, component]].astype(np.uint64)  # [T]
         full = states >= frequency << np.uint64(32 - PRECISION)
@@ -92,7 +108,11 @@ def encode_row(values: NDArray[np.int16], scale: NDArray[np.uint8], model: Model
         states = (states // frequency << np.uint64(PRECISION)) + states % frequency + start
     words = np.concatenate(chunks[::-1]) if tokens else np.empty(0, np.uint16)
     extra = values.T[escaped.T].astype(np.uint16)[::-1]  # read from the end backwards
-    return states.astype("<u4").tobytes() + words.astype("<u2").tobytes() + extra.astype("<u2").tobytes()
+    return (
+        states.astype("<u4").tobytes()
+        + words.astype("<u2").tobytes()
+        + extra.astype("<u2").tobytes()
+    )
 
 
 def decode_rows(
@@ -100,17 +120,20 @@ def decode_rows(
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """Rows lying one behind the other -> integers [N, W] and scale bytes [N].
 
-    ends: [R + 1] where rows begin and the last one ends, in bytes; tokens: [R]. Raises InputError for bytes that
-    `encode_row` did not write.
+    ends: [R + 1] where rows begin and the last one ends, in bytes; tokens: [R]. Raises InputError
+    for bytes that `encode_row` did not write.
     """
     words, first = word_view(content, ends, tokens)
     total = int(tokens.sum())
     values = np.zeros((model.width, total), np.int16)
     row_of = np.repeat(np.arange(len(tokens)), tokens)  # [N]
-    lane = np.arange(total) - np.repeat(np.cumsum(tokens) - tokens, tokens)  # [N] number of a token in its row
+    # [N] number of a token in its row
+    lane = np.arange(total) - np.repeat(np.cumsum(tokens) - tokens, tokens)
     place = first[:-1][row_of] + 2 * lane
-    states = words[place].astype(np.uint32) | words[place + 1].astype(np.uint32) << np.uint32(16)  # [N]
-    forward, backward = first[:-1] + 2 * tokens, first[1:] - 1  # [R] the next word, the next escaped value
+    # [N]
+    states = words[place].astype(np.uint32) | words[place + 1].astype(np.uint32) << np.uint32(16)
+    # [R] the next word, the next escaped value
+    forward, backward = first[:-1] + 2 * tokens, first[1:] - 1
     reach = model.radius.astype(np.int64)
     for component in range(model.width):
         found = model.slots[component].take(states & np.uint32(TOTAL - 1))  # [N]
@@ -133,9 +156,16 @@ def decode_rows(
 def word_view(
     content: NDArray[np.uint8], ends: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    """The bytes as 16-bit words, and where rows begin among them. InputError where they cannot be rows."""
+    """The bytes as 16-bit words, and where rows begin among them. InputError where they cannot be
+    rows.
+    """
     sizes = np.diff(ends)
-    if (sizes < 4 * tokens).any() or (sizes % 2).any() or (ends % 2).any() or ends[-1] > len(content):
+    if (
+        (sizes < 4 * tokens).any()
+        or (sizes % 2).any()
+        or (ends % 2).any()
+        or ends[-1] > len(content)
+    ):
         raise InputError(DAMAGED)
     return content[: len(content) // 2 * 2].view("<u2"), ends // 2
 
@@ -143,7 +173,9 @@ def word_view(
 def _next(
     rows: NDArray[np.int64], pointer: NDArray[np.int64], step: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of the words that lanes of `rows` (sorted) take, and the pointers of all rows after that."""
+    """Positions of the words that lanes of `rows` (sorted) take, and the pointers of all rows after
+    that.
+    """
     taken = np.bincount(rows, minlength=len(pointer))
     before = np.cumsum(taken) - taken
     return pointer[rows] + step * (np.arange(len(rows)) - before[rows]), pointer + step * taken

@@ -1,9 +1,10 @@
-"""The linear half of `storage: coded`: standardised states to integers of one uniform step, and back.
+"""The linear half of `storage: coded`: standardised states to integers of one uniform step, and
+back.
 
-What a model sees of a state is z = clamp((x - mean) / deviation, +-10), so z is what is coded. A fixed orthonormal
-basis takes its channels' correlation out; one step for all components is the best share of bits among them (reverse
-water-filling), and fixes the error whatever the text. A small token is divided by its own size first, so that its
-relative error is not far from the others'.
+What a model sees of a state is z = clamp((x - mean) / deviation, +-10), so z is what is coded. A
+fixed orthonormal basis takes its channels' correlation out; one step for all components is the best
+share of bits among them (reverse water-filling), and fixes the error whatever the text. A small
+token is divided by its own size first, so that its relative error is not far from the others'.
 
 Legend: N tokens, W width.
 """
@@ -18,10 +19,12 @@ import torch
 from lidit.store.coding.rans import Model
 
 LIMIT = 10.0  # deviations; a model clamps there
-CONSTANT = 1e-6  # of a channel's mean: a smaller deviation is float32 rounding, and the channel is only centred
+# of a channel's mean: a smaller deviation is float32 rounding, and the channel is only centred
+CONSTANT = 1e-6
 STEPS_PER_OCTAVE, MIDDLE = 16, 128  # of a token's scale: one byte, from 2^-8 to 2^8
-# Tokens of most sizes are divided by the same, .84: only so does a text of larger tokens than the calibration captions'
-# keep the error that was asked for. Smaller tokens are divided by their size, for their error counts in their own size.
+# Tokens of most sizes are divided by the same, .84: only so does a text of larger tokens than the
+# calibration captions' keep the error that was asked for. Smaller tokens are divided by their size,
+# for their error counts in their own size.
 LARGEST = 124
 ROUNDING = 0.5  # a component is rounded to the nearest step
 
@@ -34,7 +37,8 @@ class CodeQuality:
         bits: Per dimension, the entropy coder's states included.
         rms: Error in deviations.
         worst_token: The largest error of a token, as a share of its own size.
-        swap: Error of the difference that exchanging two words makes, as a share of it; None where no caption has two.
+        swap: Error of the difference that exchanging two words makes, as a share of it; None where
+        no caption has two.
     """
 
     bits: float
@@ -50,7 +54,8 @@ class StateCode:
     Args:
         basis: [W, W] float32; column i is component i, columns are orthonormal.
         step: In sizes of a token.
-        model: Frequencies for the entropy coder; None where states are only rounded as a family stores them.
+        model: Frequencies for the entropy coder; None where states are only rounded as a family
+        stores them.
         quality: What was measured when the code was made.
     """
 
@@ -70,7 +75,9 @@ class StateCode:
 
 
 class CodedStates(NamedTuple):
-    """One caption's states as they are coded: whole steps [T, W] int16, and the size [T] float32 of a token's step."""
+    """One caption's states as they are coded: whole steps [T, W] int16, and the size [T] float32 of
+    a token's step.
+    """
 
     values: torch.Tensor
     size: torch.Tensor
@@ -99,7 +106,9 @@ def rounded(components: torch.Tensor) -> torch.Tensor:
 
 
 def token_scale(z: torch.Tensor) -> torch.Tensor:
-    """The byte [N] uint8 that names what each token is divided by: its rms over the channels, at most .84."""
+    """The byte [N] uint8 that names what each token is divided by: its rms over the channels, at
+    most .84.
+    """
     size = z.square().mean(-1).sqrt().clamp_min(2.0**-8)  # [N]
     return (size.log2() * STEPS_PER_OCTAVE + MIDDLE).round().clamp(0, LARGEST).to(torch.uint8)
 
@@ -110,13 +119,17 @@ def step_sizes(scale: torch.Tensor, step: float) -> torch.Tensor:
 
 
 def restore(values: torch.Tensor, scale: torch.Tensor, code: StateCode) -> torch.Tensor:
-    """Integers [N, W] and scales [N] -> z [N, W] float32: the inverse of `quantise` but for rounding."""
+    """Integers [N, W] and scales [N] -> z [N, W] float32: the inverse of `quantise` but for
+    rounding.
+    """
     z = values.float() @ code.back
     return z.mul_(step_sizes(scale, code.step)[:, None]).clamp_(-LIMIT, LIMIT)
 
 
 def exactly(z: torch.Tensor, code: StateCode) -> CodedStates:
-    """z [T, W] in whole steps so small that they lose no more than float32 arithmetic: for states beside coded ones."""
+    """z [T, W] in whole steps so small that they lose no more than float32 arithmetic: for states
+    beside coded ones.
+    """
     components = z @ code.basis  # [T, W]
     size = components.abs().amax(-1).clamp_min(1e-9) / 32767  # [T]
     return CodedStates((components / size[:, None]).round().to(torch.int16), size)

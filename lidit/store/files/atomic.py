@@ -1,10 +1,12 @@
 """How a file comes to be: whole or not at all, whenever the process is killed.
 
-Local disk: temporary name, write, flush, fsync, rename, fsync of the folder. Object stores: spool locally, one put.
-A unit is its data file (named by its content) and then its commit record, in that order, each published like that.
+Local disk: temporary name, write, flush, fsync, rename, fsync of the folder. Object stores: spool
+locally, one put. A unit is its data file (named by its content) and then its commit record, in that
+order, each published like that.
 
-A local writer holds an flock on its files until the record stands. So a cleaner can tell a dead writer's leftovers
-(lock free) from a live writer's work (lock held), and the kernel releases the lock even after kill -9.
+A local writer holds an flock on its files until the record stands. So a cleaner can tell a dead
+writer's leftovers (lock free) from a live writer's work (lock held), and the kernel releases the
+lock even after kill -9.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from lidit.store.files.folder import Folder
 
 TEMPORARY_PREFIX = ".tmp-"
 CRASH_VARIABLE = "LIDIT_CRASH_AT"
-# Every point at which the death of the process leaves a different state on disk, in order, for fault tests.
+# Every point at which the death of the process leaves a different state on disk, in order, for
+# fault tests.
 CRASH_POINTS = (
     "family-created",
     "shared-written",
@@ -52,7 +55,9 @@ _passed: dict[str, int] = {}
 
 
 def crash_point(point: str) -> None:
-    """Kill this process here when `LIDIT_CRASH_AT` is `point` or `point:n` (the n-th passage, from 1)."""
+    """Kill this process here when `LIDIT_CRASH_AT` is `point` or `point:n` (the n-th passage, from
+    1).
+    """
     wanted = os.environ.get(CRASH_VARIABLE)
     if not wanted:
         return
@@ -97,13 +102,17 @@ class _HashingWriter:
 
 @contextlib.contextmanager
 def published(
-    folder: Folder, name: Callable[[str], str], write: Callable[[Any], None], points: str = "", exclusive: bool = False
+    folder: Folder,
+    name: Callable[[str], str],
+    write: Callable[[Any], None],
+    points: str = "",
+    exclusive: bool = False,
 ) -> Iterator[FileDigest]:
     """Publish one file and keep it locked inside the `with` block.
 
-    `name` makes the final name from the content's sha256, `write` writes to a file object, `points` is the prefix of
-    the crash points. With `exclusive`, FileExistsError is raised where the name is taken (local disk only).
-    Raises JobError where the disk is full.
+    `name` makes the final name from the content's sha256, `write` writes to a file object, `points`
+    is the prefix of the crash points. With `exclusive`, FileExistsError is raised where the name is
+    taken (local disk only). Raises JobError where the disk is full.
     """
 
     def point(suffix: str) -> None:
@@ -132,7 +141,8 @@ def published(
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise JobError(
-                    f"{folder.location}: {os.strerror(error.errno)}; finished units are safe: free some space and run "
+                    f"{folder.location}: {os.strerror(error.errno)}; finished units are safe: "
+                    "free some space and run "
                     "the same command again"
                 ) from None
             raise
@@ -154,7 +164,8 @@ def _open_temporary(folder: Folder, stack: contextlib.ExitStack) -> tuple[Binary
 
 
 def _discard(file: BinaryIO, path: Path) -> None:
-    # After a rename the temporary name is gone; after an error it is ours to remove, also on a full disk.
+    # After a rename the temporary name is gone; after an error it is ours to remove, also on a full
+    # disk.
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     with contextlib.suppress(OSError):
@@ -191,19 +202,27 @@ def _sync_folder(path: str) -> None:
         os.close(descriptor)
 
 
-def publish_bytes(folder: Folder, name: str, content: bytes, points: str = "", exclusive: bool = False) -> FileDigest:
+def publish_bytes(
+    folder: Folder, name: str, content: bytes, points: str = "", exclusive: bool = False
+) -> FileDigest:
     """One small file under a fixed name."""
-    with published(folder, lambda _: name, lambda sink: sink.write(content), points, exclusive) as digest:
+    with published(
+        folder, lambda _: name, lambda sink: sink.write(content), points, exclusive
+    ) as digest:
         return digest
 
 
 def publish_written(folder: Folder, name: str, write: Callable[[Any], None]) -> FileDigest:
-    """One file under a fixed name, of whatever `write` writes to the file object that it is given."""
+    """One file under a fixed name, of whatever `write` writes to the file object
+    that it is given.
+    """
     with published(folder, lambda _: name, write) as digest:
         return digest
 
 
-def publish_table(folder: Folder, name: Callable[[str], str] | str, table: pa.Table, **options: Any) -> FileDigest:
+def publish_table(
+    folder: Folder, name: Callable[[str], str] | str, table: pa.Table, **options: Any
+) -> FileDigest:
     """One Arrow IPC file; `name` is the file's name, or makes it from the content's sha256."""
     naming = (lambda _: name) if isinstance(name, str) else name
     with published(folder, naming, arrow_writer([table]), **options) as digest:
@@ -211,7 +230,9 @@ def publish_table(folder: Folder, name: Callable[[str], str] | str, table: pa.Ta
 
 
 def arrow_writer(tables: Iterable[pa.Table]) -> Callable[[Any], None]:
-    """Writes tables of one schema as one Arrow IPC file, one record batch per table, as they are produced."""
+    """Writes tables of one schema as one Arrow IPC file, one record batch per table, as they are
+    produced.
+    """
 
     def write(sink: Any) -> None:
         remaining = iter(tables)
@@ -229,10 +250,14 @@ def _chain(first: pa.Table, rest: Iterator[pa.Table]) -> Iterator[pa.Table]:
     yield from rest
 
 
-def remove_if_abandoned(folder: Folder, name: str, still_needed: Callable[[], bool], grace_seconds: float) -> bool:
-    """Remove a leftover unless its writer lives. `still_needed` is asked again after the lock is held.
+def remove_if_abandoned(
+    folder: Folder, name: str, still_needed: Callable[[], bool], grace_seconds: float
+) -> bool:
+    """Remove a leftover unless its writer lives. `still_needed` is asked again after the lock is
+    held.
 
-    Object stores have no locks: there a leftover is removed only once it is older than `grace_seconds`.
+    Object stores have no locks: there a leftover is removed only once it is older than
+    `grace_seconds`.
     """
     if not folder.local:
         age = folder.age(name)
@@ -254,7 +279,9 @@ def remove_if_abandoned(folder: Folder, name: str, still_needed: Callable[[], bo
 
 
 def remove_leftovers(folder: Folder, grace_seconds: float = 3600.0) -> None:
-    """Remove the temporary files that killed writers left in a folder; those of writers that live stay."""
+    """Remove the temporary files that killed writers left in a folder; those of writers that live
+    stay.
+    """
     for name in folder.sizes():
         if name.startswith(TEMPORARY_PREFIX):
             remove_if_abandoned(folder, name, lambda: False, grace_seconds)

@@ -1,8 +1,11 @@
-"""A bounded copy on local disk of unit files behind a URL, so that every epoch but the first reads locally.
+"""A bounded copy on local disk of unit files behind a URL, so that every epoch but the first reads
+locally.
 
-Only files whose name carries their content's hash are kept: such a name never means other bytes. The folder is
-$LIDIT_STORE_CACHE (default: `objects` in $LIDIT_CACHE), its limit $LIDIT_STORE_CACHE_GIGABYTES (default 20, 0 turns
-it off); what was used longest ago goes first. Any number of processes may share it.
+Only files whose name carries their content's hash are kept: such a name never means other bytes.
+The folder is
+$LIDIT_STORE_CACHE (default: `objects` in $LIDIT_CACHE), its limit $LIDIT_STORE_CACHE_GIGABYTES
+(default 20, 0 turns it off); what was used longest ago goes first. Any number of processes may
+share it.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def cached_map(place: Path) -> mmap.mmap | None:
 
 
 def keep(place: Path, content: bytes | bytearray) -> None:
-    """Keep a file's bytes unless they are not what the name says; a full or read-only disk is no reason to fail."""
+    """Keep a file's bytes unless they are not what the name says; a full or read-only disk is no
+    reason to fail.
+    """
     expected = CONTENT_NAME.search(place.name)
     if expected is None or len(content) > cache_limit():
         return
@@ -63,7 +68,9 @@ def keep(place: Path, content: bytes | bytearray) -> None:
 
 
 def make_room(folder: Path, wanted: int) -> None:
-    """Remove what was used longest ago until `wanted` bytes fit. Whoever has a file mapped keeps its bytes."""
+    """Remove what was used longest ago until `wanted` bytes fit. Whoever has a file mapped keeps
+    its bytes.
+    """
     found = []
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,6 @@
-"""A folder on local disk or behind any fsspec URL (s3://, gs://), with the few operations the store needs."""
+"""A folder on local disk or behind any fsspec URL (s3://, gs://), with the few operations the store
+needs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def open_url(url: str) -> tuple[Any, str]:
         # Listings must be fresh: another writer may have published since the last look.
         file_system, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: cannot be opened ({error}); install the fsspec package for such URLs") from None
+        raise InputError(
+            f"{url}: cannot be opened ({error}); install the fsspec package for such URLs"
+        ) from None
     return file_system, str(root).rstrip("/")
 
 
@@ -46,7 +50,9 @@ def _remote(location: str) -> Iterator[tuple[Any, str]]:
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder; `location` is an absolute local path or a URL. Cheap to create and to send to another process."""
+    """One folder; `location` is an absolute local path or a URL. Cheap to create and to send to
+    another process.
+    """
 
     location: str
 
@@ -101,7 +107,8 @@ class Folder:
             found = {}
             with contextlib.suppress(FileNotFoundError), os.scandir(self.location) as entries:
                 for entry in entries:
-                    # Another writer may rename its temporary file between the listing and this look.
+                    # Another writer may rename its temporary file between the listing and this
+                    # look.
                     with contextlib.suppress(FileNotFoundError):
                         if entry.is_file():
                             found[entry.name] = entry.stat().st_size
@@ -112,7 +119,11 @@ class Folder:
         except FileNotFoundError:
             return {}
         # A web console marks a folder it makes with an empty object of the folder's own name.
-        files = (entry for entry in entries if entry["type"] == "file" and not entry["name"].endswith("/"))
+        files = (
+            entry
+            for entry in entries
+            if entry["type"] == "file" and not entry["name"].endswith("/")
+        )
         return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in files}
 
     def folders(self) -> list[str]:
@@ -128,7 +139,9 @@ class Folder:
                 entries = file_system.ls(root, detail=True)
         except FileNotFoundError:
             return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
+        return sorted(
+            e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"
+        )
 
     def read_bytes(self, name: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
@@ -138,9 +151,11 @@ class Folder:
             return bytes(file_system.cat_file(f"{root}/{name}"))
 
     def map(self, name: str, keep_local: bool = False) -> mmap.mmap | bytearray:
-        """The file's bytes, as writable memory that never reaches the file: a private memory map where it is local.
+        """The file's bytes, as writable memory that never reaches the file: a private memory map
+        where it is local.
 
-        keep_local: a unit file behind a URL is read from its copy on local disk, and kept there (see `cache`).
+        keep_local: a unit file behind a URL is read from its copy on local disk, and kept there
+        (see `cache`).
         """
         if not self.local:
             place = cache_place(self.where(name)) if keep_local else None
@@ -156,14 +171,19 @@ class Folder:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes from each first place up to each second one. Raises FileNotFoundError where there is no file."""
+        """The bytes from each first place up to each second one. Raises FileNotFoundError where
+        there is no file.
+        """
         starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
         if self.local:
             with (self.path / name).open("rb") as file:
                 return [os.pread(file.fileno(), stop - start, start) for start, stop in ranges]
         with _remote(self.location) as (file_system, root):
             paths = [f"{root}/{name}"] * len(ranges)
-            return [bytes(found) for found in file_system.cat_ranges(paths, starts, stops, on_error="raise")]
+            return [
+                bytes(found)
+                for found in file_system.cat_ranges(paths, starts, stops, on_error="raise")
+            ]
 
     def forget(self, name: str) -> bool:
         """Drop the local copy of a file behind a URL. True where there was one."""
@@ -174,7 +194,9 @@ class Folder:
         return True
 
     def read_table(self, name: str) -> pa.Table:
-        """An Arrow IPC file. Raises FileNotFoundError, or pa.ArrowInvalid for a torn or foreign file."""
+        """An Arrow IPC file. Raises FileNotFoundError, or pa.ArrowInvalid for a torn or foreign
+        file.
+        """
         return pa.ipc.open_file(pa.py_buffer(self.map(name))).read_all()
 
     def upload(self, local_path: str, name: str) -> None:
@@ -203,7 +225,9 @@ class Folder:
             self.path.rmdir()
 
     def age(self, name: str) -> float | None:
-        """Seconds since an object was written, by the object store's clock; None where it is unknown."""
+        """Seconds since an object was written, by the object store's clock; None where it is
+        unknown.
+        """
         try:
             with _remote(self.location) as (file_system, root):
                 return time.time() - float(file_system.modified(f"{root}/{name}").timestamp())

@@ -1,7 +1,9 @@
-"""A folder with one owner carries its owner's mark, so that two commands never write into it at once.
+"""A folder with one owner carries its owner's mark, so that two commands never write into it at
+once.
 
-The mark is a file with a lock that the kernel releases when its holder dies, however it dies. Where the file system
-knows no locks, the holder touches the mark every few seconds instead, and a mark that nobody touches is nobody's.
+The mark is a file with a lock that the kernel releases when its holder dies, however it dies. Where
+the file system knows no locks, the holder touches the mark every few seconds instead, and a mark
+that nobody touches is nobody's.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 @contextmanager
 def owned(place: Path | Folder, doing: str) -> Iterator[None]:
-    """Hold a folder (made if it is absent) until the block ends; the mark is removed, an empty new folder too.
+    """Hold a folder (made if it is absent) until the block ends; the mark is removed, an empty new
+    folder too.
 
-    Behind a URL nothing is held: object stores have no locks, and what is written there is published file by file.
+    Behind a URL nothing is held: object stores have no locks, and what is written there is
+    published file by file.
 
-    doing: what the owner does, as the refusal says it: "FOLDER is being trained by process 12 on HOST since ...".
-    Raises InputError where another process, on this machine or another one, holds the folder.
+    doing: what the owner does, as the refusal says it: "FOLDER is being trained by process 12 on
+    HOST since ...". Raises InputError where another process, on this machine or another one, holds
+    the folder.
     """
     folder = place if isinstance(place, Path) else place.path if place.local else None
     if folder is None:
@@ -55,7 +60,8 @@ def owned(place: Path | Folder, doing: str) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        # Removed before the lock is released: who waits for the old file finds that its name is gone.
+        # Removed before the lock is released: who waits for the old file finds that its name is
+        # gone.
         path.unlink(missing_ok=True)
         os.close(descriptor)
         if made and not any(folder.iterdir()):
@@ -86,7 +92,8 @@ def _take(path: Path, doing: str) -> tuple[int, bool]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             locked = _lock(descriptor)
-            if locked and not _is_at(descriptor, path):  # its last owner removed it between the two lines above
+            # its last owner removed it between the two lines above
+            if locked and not _is_at(descriptor, path):
                 os.close(descriptor)
                 continue
             if not locked and _is_touched(descriptor):
@@ -99,7 +106,9 @@ def _take(path: Path, doing: str) -> tuple[int, bool]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether the file system locks the mark. Raises BlockingIOError where another process holds it."""
+    """Whether the file system locks the mark. Raises BlockingIOError where another process holds
+    it.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -119,7 +128,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _is_touched(descriptor: int) -> bool:
-    """Without locks: whether a holder has touched the mark lately. A new, empty mark has no holder."""
+    """Without locks: whether a holder has touched the mark lately. A new, empty mark
+    has no holder.
+    """
     found = os.fstat(descriptor)
     return found.st_size > 0 and time.time() - found.st_mtime < FORGOTTEN_SECONDS
 
@@ -149,6 +160,7 @@ def _refusal(folder: Path, holder: dict[str, Any], doing: str) -> str:
     who = f"process {holder.get('process', 'unknown')} on {holder.get('host', 'an unknown host')}"
     since = f" since {holder['since']}" if "since" in holder else ""
     return (
-        f"{folder}: is being {holder.get('doing', doing)} by {who}{since}; wait for its end, stop it, or give this "
+        f"{folder}: is being {holder.get('doing', doing)} by {who}{since}; wait for its end, "
+        "stop it, or give this "
         "command another folder or name"
     )

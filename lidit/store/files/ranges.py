@@ -1,8 +1,9 @@
 """Ranges of a unit file behind a URL, and a sparse copy on local disk of those that were read.
 
-What a range holds is known from its checksum alone, so the copy needs no list of what is in it: a hole reads as zeros,
-which are not what was written, and is then fetched. Any number of processes may share the copy, and it goes as whole
-copies go (see `cache`). Where the cache is off nothing is kept.
+What a range holds is known from its checksum alone, so the copy needs no list of what is in it: a
+hole reads as zeros, which are not what was written, and is then fetched. Any number of processes
+may share the copy, and it goes as whole copies go (see `cache`). Where the cache is off nothing is
+kept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class RangedBytes:
         self.absent: set[Range] = set()  # from the copy, as far as this reader knows
 
     def read(self, ranges: Sequence[Range]) -> list[memoryview]:
-        """The bytes from each first place up to each second one, from the copy unless they were forgotten."""
+        """The bytes from each first place up to each second one, from the copy unless they were
+        forgotten.
+        """
         found = {wanted: memoryview(bytearray()) for wanted in ranges if wanted[0] == wanted[1]}
         there = [wanted for wanted in ranges if wanted not in found and wanted not in self.absent]
         if self.copy is not None and self.copy.exists():
@@ -57,7 +60,11 @@ class RangedBytes:
             else:
                 joined.append([start, stop])
         found = {}
-        contents = self.folder.read_ranges(self.name, [(start, stop) for start, stop in joined]) if joined else []
+        contents = (
+            self.folder.read_ranges(self.name, [(start, stop) for start, stop in joined])
+            if joined
+            else []
+        )
         pieces = iter(zip(joined, contents, strict=True))
         (first, last), content = next(pieces, ([0, 0], b""))
         for start, stop in ranges:
@@ -75,7 +82,9 @@ def _from_copy(copy: Path, ranges: Sequence[Range]) -> dict[Range, memoryview]:
         size = os.fstat(file.fileno()).st_size
         for start, stop in ranges:
             if stop <= size:
-                found[start, stop] = memoryview(bytearray(os.pread(file.fileno(), stop - start, start)))
+                found[start, stop] = memoryview(
+                    bytearray(os.pread(file.fileno(), stop - start, start))
+                )
     return found
 
 

@@ -1,4 +1,6 @@
-"""Why an object store cannot be used, as one line: each client library raises exceptions of its own."""
+"""Why an object store cannot be used, as one line: each client library raises exceptions of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from collections.abc import Iterator
 
 from lidit.errors import StorageError, one_line
 
-# By name, because none of them need be installed: the packages behind fsspec's s3://, gs:// and abfs://.
+# By name, because none of them need be installed: the packages behind fsspec's s3://, gs:// and
+# abfs://.
 CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "s3fs"}
 OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -35,7 +38,8 @@ def _reason(url: str, error: Exception) -> str | None:
     kinds = type(error).__mro__
     of_client = any(kind.__module__.partition(".")[0] in CLIENTS for kind in kinds)
     of_system = isinstance(error, OSError) and error.errno not in OF_THIS_MACHINE
-    bad_endpoint = isinstance(error, ValueError) and "endpoint" in str(error).lower()  # botocore raises a bare one
+    # botocore raises a bare one
+    bad_endpoint = isinstance(error, ValueError) and "endpoint" in str(error).lower()
     if not (of_client or of_system or bad_endpoint):
         return None
     s3 = url.startswith(("s3://", "s3a://"))
@@ -45,6 +49,10 @@ def _reason(url: str, error: Exception) -> str | None:
         return f"no credentials; {keys}" if s3 else f"no credentials ({said})"
     if isinstance(error, PermissionError):
         return f"access refused ({said}); give credentials that may read and write there"
-    if any(word in kind.__name__ for kind in kinds for word in ("Connect", "Timeout", "HTTPClient")):
+    if any(
+        word in kind.__name__ for kind in kinds for word in ("Connect", "Timeout", "HTTPClient")
+    ):
         return f"no answer ({said}); check the network" + (" and AWS_ENDPOINT_URL" if s3 else "")
-    return f"the object store refuses ({said}); check the address" + (", region and AWS_ENDPOINT_URL" if s3 else "")
+    return f"the object store refuses ({said}); check the address" + (
+        ", region and AWS_ENDPOINT_URL" if s3 else ""
+    )

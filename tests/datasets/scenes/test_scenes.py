@@ -1,4 +1,6 @@
-"""Scenes: reproducible bytes, true metadata, held-out pairs kept out, captions that say what the image shows."""
+"""Scenes: reproducible bytes, true metadata, held-out pairs kept out, captions that say what the
+image shows.
+"""
 
 import io
 import json
@@ -13,7 +15,13 @@ import pytest
 from PIL import Image
 
 from lidit.datasets.scenes.benchmark import benchmark_prompts
-from lidit.datasets.scenes.captions import HELD_OUT_STYLES, STYLES, CaptionStyles, style_fits, write_caption
+from lidit.datasets.scenes.captions import (
+    HELD_OUT_STYLES,
+    STYLES,
+    CaptionStyles,
+    style_fits,
+    write_caption,
+)
 from lidit.datasets.scenes.generator import generate_scene
 from lidit.datasets.scenes.layouts import OPPOSITE, RELATIONS
 from lidit.datasets.scenes.phrases import COUNTS, ORDINALS, core, references
@@ -40,15 +48,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("layout", ["simple", "free"])
 def test_same_arguments_same_bytes(tmp_path: Path, layout: str) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        write_scene_shards(tmp_path / name, SceneSet(count=23, size=32, seed=seed, layout=layout, per_shard=10))
+        write_scene_shards(
+            tmp_path / name, SceneSet(count=23, size=32, seed=seed, layout=layout, per_shard=10)
+        )
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     first, other = contents(tmp_path / "a"), contents(tmp_path / "c")
-    assert list(first) == ["scenes-00000.tar", "scenes-00001.tar", "scenes-00002.tar", "scenes.json"]
+    assert list(first) == [
+        "scenes-00000.tar",
+        "scenes-00001.tar",
+        "scenes-00002.tar",
+        "scenes.json",
+    ]
     assert all(first[name] != other[name] for name in first)
 
 
 def test_samples_are_complete_and_true(tmp_path: Path) -> None:
-    summary = write_scene_shards(tmp_path / "s", SceneSet(count=40, size=48, seed=0, layout="free", per_shard=25))
+    summary = write_scene_shards(
+        tmp_path / "s", SceneSet(count=40, size=48, seed=0, layout="free", per_shard=25)
+    )
     assert (summary.scenes, summary.captions, summary.skipped) == (40, 80, False)
     merged = {key: sample for shard in summary.shards for key, sample in samples(shard).items()}
     assert sorted(merged) == [f"{index:08d}" for index in range(40)]
@@ -57,7 +74,9 @@ def test_samples_are_complete_and_true(tmp_path: Path) -> None:
         assert set(sample) == {"png", "txt", "json"}
         record = json.loads(sample["json"])
         assert [caption["origin"] for caption in record["captions"]] == ["original", "synthetic"]
-        assert record["captions"][0]["text"] == sample["txt"].decode() == record["geneval"]["prompt"]
+        assert (
+            record["captions"][0]["text"] == sample["txt"].decode() == record["geneval"]["prompt"]
+        )
         assert record["split"] == "train"
         texts |= {caption["text"] for caption in record["captions"]}
         scene = Scene(record["tag"], 48, tuple(SceneObject(**item) for item in record["objects"]))
@@ -66,7 +85,9 @@ def test_samples_are_complete_and_true(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(image), scene.render())
     assert summary.distinct_captions == len(texts)
     with tarfile.open(summary.shards[0]) as tar:
-        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {
+            (0, 0, 0, "", "", 0o644)
+        }
 
 
 def test_interrupted_set_is_continued_and_complete_set_is_kept(tmp_path: Path) -> None:
@@ -82,7 +103,10 @@ def test_interrupted_set_is_continued_and_complete_set_is_kept(tmp_path: Path) -
     resumed = write_scene_shards(broken, SceneSet(**arguments))
     assert contents(broken) == contents(tmp_path / "whole")
     assert (broken / "scenes-00000.tar").stat().st_mtime_ns == kept
-    assert (resumed.captions, resumed.distinct_captions) == (whole.captions, whole.distinct_captions)
+    assert (resumed.captions, resumed.distinct_captions) == (
+        whole.captions,
+        whole.distinct_captions,
+    )
     again = write_scene_shards(broken, SceneSet(**arguments))
     assert again.skipped
     assert again.distinct_captions == whole.distinct_captions
@@ -129,9 +153,10 @@ def test_shapes_have_unit_area_and_centroid_at_the_origin(name: str) -> None:
     fine = coverage(name, 200.13, 200.37, 120.0**2, (0, 0, 400, 400))
     centres = np.arange(400) + 0.5
     assert fine.sum() / 120**2 == pytest.approx(1, abs=0.002)
-    assert (fine.sum(0) @ centres / fine.sum(), fine.sum(1) @ centres / fine.sum()) == pytest.approx(
-        (200.13, 200.37), abs=0.13
-    )
+    assert (
+        fine.sum(0) @ centres / fine.sum(),
+        fine.sum(1) @ centres / fine.sum(),
+    ) == pytest.approx((200.13, 200.37), abs=0.13)
     rows, columns = np.nonzero(fine > 0.01)
     farthest = np.hypot(rows + 0.5 - 200.37, columns + 0.5 - 200.13).max()
     assert farthest / 120 <= SHAPES[name].reach + 0.01
@@ -146,7 +171,8 @@ def test_free_scenes_keep_objects_apart_and_inside(tag: str, size: int) -> None:
         whole = np.zeros((size, size))
         for item in scene.objects:
             alpha = coverage(item.shape, item.x, item.y, item.area, (0, 0, size, size))
-            assert alpha.sum() == pytest.approx(item.area, rel=0.12)  # the grid of samples, not a cut
+            # the grid of samples, not a cut
+            assert alpha.sum() == pytest.approx(item.area, rel=0.12)
             assert np.all(whole[alpha > 0] == 0)
             whole += alpha
 
@@ -177,8 +203,12 @@ def test_training_never_shows_held_out_pairs_and_unseen_always_does(layout: str)
     assert {shape for _, shape in held_out} == set(vocabulary.shapes)
     for tag in SIMPLE_TAGS if layout == "simple" else FREE_TAGS:
         for seed in range(20):
-            assert not generate_scene(Random(seed), tag, 32, layout, vocabulary, "train").shows(held_out)
-            assert generate_scene(Random(seed), tag, 32, layout, vocabulary, "unseen").shows(held_out)
+            assert not generate_scene(Random(seed), tag, 32, layout, vocabulary, "train").shows(
+                held_out
+            )
+            assert generate_scene(Random(seed), tag, 32, layout, vocabulary, "unseen").shows(
+                held_out
+            )
 
 
 def read_back(text: str, tag: str) -> dict:
@@ -189,7 +219,11 @@ def read_back(text: str, tag: str) -> dict:
         first, *adjectives, shape = phrase.split()
         if first in COUNTS:
             count = COUNTS.index(first)
-            name = next(shape[: len(shape) - cut] for cut in (0, 1, 2) if shape[: len(shape) - cut] in SHAPES)
+            name = next(
+                shape[: len(shape) - cut]
+                for cut in (0, 1, 2)
+                if shape[: len(shape) - cut] in SHAPES
+            )
             return {
                 "tag": tag,
                 "include": [{"class": name, "count": count}],
@@ -229,7 +263,9 @@ def test_every_style_names_every_object_with_its_attributes(tag: str) -> None:
             assert scene.relation in text
 
 
-@pytest.mark.parametrize("tag", ["color_attr", "color_attr_position", "size_attr", "list4", "list6", "list8"])
+@pytest.mark.parametrize(
+    "tag", ["color_attr", "color_attr_position", "size_attr", "list4", "list6", "list8"]
+)
 def test_late_styles_say_the_same_after_the_nouns(tag: str) -> None:
     for seed in range(10):
         scene = generate_scene(Random(seed), tag, 64, "free", vocabulary_for(64))
@@ -238,20 +274,30 @@ def test_late_styles_say_the_same_after_the_nouns(tag: str) -> None:
         text = write_caption(scene, "clauses", Random(seed))
         nouns, _, clauses = text.partition("; ")
         assert not any(word in nouns for word in said)
-        assert sorted(clauses.split(", ")) == sorted(f"{name} is {word}" for name, word in zip(names, said))
+        assert sorted(clauses.split(", ")) == sorted(
+            f"{name} is {word}" for name, word in zip(names, said)
+        )
         text = write_caption(scene, "ordinals", Random(seed))
         assert re.findall(r"the (\w+) is (\w+)", text) == list(zip(ORDINALS, said))
         text = write_caption(scene, "long", Random(seed))
         sentences = [sentence.lower() for sentence in text.split(". ")]
         assert not any(word in sentences[1].split() for word in said)
         for name, word in zip(names, said):
-            assert any(sentence.startswith(name) and sentence.endswith(f" {word}") for sentence in sentences)
+            assert any(
+                sentence.startswith(name) and sentence.endswith(f" {word}")
+                for sentence in sentences
+            )
         assert len(sentences) == 3 + 2 * len(names)
-        first, *looks = write_caption(scene, "sentences", Random(seed)).lower().rstrip(".").split(". ")
+        first, *looks = (
+            write_caption(scene, "sentences", Random(seed)).lower().rstrip(".").split(". ")
+        )
         assert first == sentences[1]
-        assert sorted((look.split()[-1], look.startswith("the ")) for look in looks) == sorted((w, True) for w in said)
+        assert sorted((look.split()[-1], look.startswith("the ")) for look in looks) == sorted(
+            (w, True) for w in said
+        )
         assert all(
-            any(look.startswith(name) and look.endswith(f" {w}") for look in looks) for name, w in zip(names, said)
+            any(look.startswith(name) and look.endswith(f" {w}") for look in looks)
+            for name, w in zip(names, said)
         )
         before = write_caption(scene, "long_before", Random(seed))
         assert core(scene) in before
@@ -279,7 +325,9 @@ def test_late_styles_are_refused_where_nothing_is_said() -> None:
 def test_simple_captions_are_short(tmp_path: Path) -> None:
     summary = write_scene_shards(tmp_path / "s", SceneSet(count=200, size=32, seed=0))
     texts = {
-        c["text"] for sample in samples(summary.shards[0]).values() for c in json.loads(sample["json"])["captions"]
+        c["text"]
+        for sample in samples(summary.shards[0]).values()
+        for c in json.loads(sample["json"])["captions"]
     }
     assert max(len(text.split()) for text in texts) <= 10
 
@@ -305,7 +353,9 @@ def test_benchmark_prompts(layout: str) -> None:
     for item in items:
         named = {(clause.get("color"), clause["class"]) for clause in item["include"]}
         assert bool(named & held_out) == (item["held_out"] == "pair")
-        unusual = item["prompt"].startswith("there ") or any(item["prompt"].startswith(word) for word in RELATIONS)
+        unusual = item["prompt"].startswith("there ") or any(
+            item["prompt"].startswith(word) for word in RELATIONS
+        )
         assert unusual == (item["held_out"] == "template")
         assert item["unseen"] == (item["held_out"] != "none")
     assert set(HELD_OUT_STYLES) < set(STYLES)

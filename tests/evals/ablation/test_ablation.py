@@ -1,4 +1,6 @@
-"""What an ablation concludes from its results: intervals over seeds, verdicts, and what the page says."""
+"""What an ablation concludes from its results: intervals over seeds, verdicts, and what the page
+says.
+"""
 
 from pathlib import Path
 
@@ -15,9 +17,15 @@ from lidit.evals.statistics import Interval
 RECIPES = ("ablate-2cores", "ablate-gpu", "ablate-cluster")
 
 
-def result(arm: str, seed: int, accuracies: tuple[float, ...], positions: tuple[float, ...] = (0.9, 0.7)) -> ArmResult:
+def result(
+    arm: str, seed: int, accuracies: tuple[float, ...], positions: tuple[float, ...] = (0.9, 0.7)
+) -> ArmResult:
     points = tuple(
-        Point(100 * (i + 1), {"binding, long": Measured(value, value / 100, positions)}, {"0.5": 1 - value, "0.9": 1.0})
+        Point(
+            100 * (i + 1),
+            {"binding, long": Measured(value, value / 100, positions)},
+            {"0.5": 1 - value, "0.9": 1.0},
+        )
         for i, value in enumerate(accuracies)
     )
     return ArmResult("id", arm, seed, 1000, 1.0, ((100, 0.5),), points)
@@ -63,7 +71,11 @@ def test_verdicts_follow_the_paired_difference() -> None:
     assert found["refiner", "baseline"].verdict == "does not hold"
     assert found["refiner", "own-token"].verdict == "cannot be told"
     assert found["instruction", "baseline"].learning.value == pytest.approx(0.021)
-    assert set(found) == {("instruction", "baseline"), ("refiner", "baseline"), ("refiner", "own-token")}
+    assert set(found) == {
+        ("instruction", "baseline"),
+        ("refiner", "baseline"),
+        ("refiner", "own-token"),
+    }
     text = words(list(found.values()))
     assert "**Hold**: instruction > baseline (table 2)" in text
     assert "the other way round): refiner > baseline (table 2)" in text
@@ -71,8 +83,12 @@ def test_verdicts_follow_the_paired_difference() -> None:
 
 
 def test_the_control_is_judged_by_what_was_learned_in_the_end() -> None:
-    """Seeds that begin to learn at different times differ in `learning` more than they exceed chance."""
-    results = [result("control", seed, (0.5, early, 0.99)) for seed, early in enumerate((0.5, 0.5, 0.98))]
+    """Seeds that begin to learn at different times differ in `learning` more than they exceed
+    chance.
+    """
+    results = [
+        result("control", seed, (0.5, early, 0.99)) for seed, early in enumerate((0.5, 0.5, 0.98))
+    ]
     results += [result("control-causal", seed, (0.5, 0.5, 0.5)) for seed in range(3)]
     (one,) = compare(results)
     assert one.learning.low < 0 < one.final.low
@@ -86,7 +102,11 @@ def test_one_seed_tells_nothing() -> None:
 
 
 def test_the_page_puts_our_figures_beside_the_papers(tmp_path: Path) -> None:
-    results = [result(arm, seed, (0.98, 0.99)) for arm in ("baseline", "instruction", "mine") for seed in (0, 1)]
+    results = [
+        result(arm, seed, (0.98, 0.99))
+        for arm in ("baseline", "instruction", "mine")
+        for seed in (0, 1)
+    ]
     page = write_ablation_report(tmp_path, results, "T", {"seeds": "0, 1"}, ["both seed 0"])
     text = page.read_text()
     assert "38.72 / 66.15" in text
@@ -95,21 +115,28 @@ def test_the_page_puts_our_figures_beside_the_papers(tmp_path: Path) -> None:
     assert "above .97" in text
     assert "1 orderings are looked at, each with a 95 % interval" in text
     assert "| mine |" in text
-    assert all((tmp_path / name).stat().st_size > 4000 for name in ("learning.png", "positions.png"))
+    assert all(
+        (tmp_path / name).stat().st_size > 4000 for name in ("learning.png", "positions.png")
+    )
 
 
 def test_the_papers_orderings_agree_with_its_figures() -> None:
     for claim in CLAIMS:
         if claim.table not in ("ours", "layers", "control"):
             assert PAPER[claim.better][0] > PAPER[claim.worse][0], claim
-    assert summaries([result("x", 0, (0.5,))])["x"].final == Interval(0.5, float("-inf"), float("inf"))
+    assert summaries([result("x", 0, (0.5,))])["x"].final == Interval(
+        0.5, float("-inf"), float("inf")
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_hold_every_arm_of_the_tables(name: str) -> None:
     ablation = load_ablation(name)
     compared = {
-        arm for claim in CLAIMS for arm in (claim.better, claim.worse) if claim.table not in ("layers", "control")
+        arm
+        for claim in CLAIMS
+        for arm in (claim.better, claim.worse)
+        if claim.table not in ("layers", "control")
     }
     assert compared <= set(ablation.arms)
     assert len(ablation.seeds) >= 3
@@ -118,7 +145,11 @@ def test_shipped_recipes_hold_every_arm_of_the_tables(name: str) -> None:
         assert len({recipe.name for recipe in recipes}) == len(recipes)
         assert recipes[0].train == ablation.recipe.train
     refiner = {arm: ablation.arm_recipe(arm, 0).model.refiner for arm in ablation.arms}
-    assert (refiner["baseline"].depth, refiner["refiner"].depth, refiner["refiner-depth-3"].depth) == (0, 2, 3)
+    assert (
+        refiner["baseline"].depth,
+        refiner["refiner"].depth,
+        refiner["refiner-depth-3"].depth,
+    ) == (0, 2, 3)
     assert refiner["causal-refiner"].causal
     assert not refiner["own-token"].mixing
     assert not refiner["refiner-ungated"].gated
@@ -129,7 +160,9 @@ def test_shipped_recipes_hold_every_arm_of_the_tables(name: str) -> None:
 
 def test_the_shipped_control_differs_in_the_refiner_only() -> None:
     ablation = load_ablation("ablate-control")
-    assert {arm for c in CLAIMS for arm in (c.better, c.worse) if c.table == "control"} == set(ablation.arms)
+    assert {arm for c in CLAIMS for arm in (c.better, c.worse) if c.table == "control"} == set(
+        ablation.arms
+    )
     models = {arm: ablation.arm_recipe(arm, 0).model for arm in ablation.arms}
     for model in models.values():
         assert model.visible_tokens == 5
@@ -141,16 +174,27 @@ def test_the_shipped_control_differs_in_the_refiner_only() -> None:
 
 def test_the_shipped_layers_differ_in_the_states_read_only() -> None:
     ablation = load_ablation("ablate-layers")
-    assert {arm for c in CLAIMS for arm in (c.better, c.worse) if c.table == "layers"} == set(ablation.arms)
+    assert {arm for c in CLAIMS for arm in (c.better, c.worse) if c.table == "layers"} == set(
+        ablation.arms
+    )
     recipes = {arm: ablation.arm_recipe(arm, 0) for arm in ablation.arms}
     assert {arm: recipe.model.layers for arm, recipe in recipes.items()} == {
-        "one-layer": "one", "layers-mean": "mean", "layers-learned": "learned", "layers-per-block": "per_block",
+        "one-layer": "one", "layers-mean": "mean", "layers-learned": "learned",
+        "layers-per-block": "per_block",
         "suffix-kept": "one",
     }  # fmt: skip
-    assert {recipe.encoders[0].suffix for arm, recipe in recipes.items() if arm != "suffix-kept"} == {"dropped"}
-    assert len({recipe.model.model_copy(update={"layers": "one"}) for recipe in recipes.values()}) == 1
+    assert {
+        recipe.encoders[0].suffix for arm, recipe in recipes.items() if arm != "suffix-kept"
+    } == {"dropped"}
+    assert (
+        len({recipe.model.model_copy(update={"layers": "one"}) for recipe in recipes.values()}) == 1
+    )
     shared, usual = ablation.recipe, load_ablation("ablate-2cores").recipe
-    assert (shared.train, shared.data, shared.objective) == (usual.train, usual.data, usual.objective)
+    assert (shared.train, shared.data, shared.objective) == (
+        usual.train,
+        usual.data,
+        usual.objective,
+    )
 
 
 def test_settings_an_arm_would_not_obey_are_refused() -> None:
@@ -174,6 +218,9 @@ def test_impossible_arms_are_refused(tmp_path: Path) -> None:
         load_ablation(str(path), ["arms.a.encoders=[one]", "arms.a.model={refiner: {depht: 1}}"])
     with pytest.raises(InputError, match="seed twice"):
         load_ablation(str(path), ["arms.a.encoders=[one]", "seeds=[1, 1]"])
-    with pytest.raises(InputError, match=r"recipe\.ingest\.resolution: 64 differs from scenes\.size 32, .*never saw"):
+    with pytest.raises(
+        InputError,
+        match=r"recipe\.ingest\.resolution: 64 differs from scenes\.size 32, " r".*never saw",
+    ):
         load_ablation(str(path), ["arms.a.encoders=[one]", "recipe.ingest.resolution=64"])
     load_ablation(str(path), ["arms.a.encoders=[one]", "recipe.ingest.resolution=32"])

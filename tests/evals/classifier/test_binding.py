@@ -1,4 +1,6 @@
-"""The diffusion classifier, with networks whose knowledge is known exactly, and the intervals behind it."""
+"""The diffusion classifier, with networks whose knowledge is known exactly, and the intervals
+behind it.
+"""
 
 import re
 
@@ -10,26 +12,46 @@ from torch import Tensor
 from lidit.datasets.scenes.scene import names_colours
 from lidit.datasets.scenes.shapes import COLOURS, vocabulary_for
 from lidit.errors import InputError
-from lidit.evals.classifier.binding import Case, Measure, generate_cases, loss_by_timestep, measure_binding, pixels
-from lidit.evals.statistics import bootstrap_columns, bootstrap_mean, bootstrap_overall, mean_over_seeds
+from lidit.evals.classifier.binding import (
+    Case,
+    Measure,
+    generate_cases,
+    loss_by_timestep,
+    measure_binding,
+    pixels,
+)
+from lidit.evals.statistics import (
+    bootstrap_columns,
+    bootstrap_mean,
+    bootstrap_overall,
+    mean_over_seeds,
+)
 
 
 class Drawer:
-    """Predicts the clean image as the caption's own scene; segments in `ignored` it draws grey, whatever is said."""
+    """Predicts the clean image as the caption's own scene; segments in `ignored` it draws grey,
+    whatever is said.
+    """
 
     def __init__(self, cases: list[Case], ignored: tuple[int, ...] = ()) -> None:
         self.cases = {image.numpy().tobytes(): case for image, case in zip(pixels(cases), cases)}
         self.ignored = ignored
         self.seen: list[tuple[list[str], Tensor, Tensor]] = []
 
-    def __call__(self, images: Tensor, captions: list[str], timestep: Tensor, noise: Tensor) -> Tensor:
+    def __call__(
+        self, images: Tensor, captions: list[str], timestep: Tensor, noise: Tensor
+    ) -> Tensor:
         self.seen.append((captions, timestep, noise))
-        return torch.stack([self.error(image, text, eps) for image, text, eps in zip(images, captions, noise)])
+        return torch.stack(
+            [self.error(image, text, eps) for image, text, eps in zip(images, captions, noise)]
+        )
 
     def error(self, image: Tensor, text: str, noise: Tensor) -> Tensor:
         colours = re.findall("|".join(COLOURS), text)
         loss = noise.square().mean()
-        for position, (item, colour) in enumerate(zip(self.cases[image.numpy().tobytes()].scene.objects, colours)):
+        for position, (item, colour) in enumerate(
+            zip(self.cases[image.numpy().tobytes()].scene.objects, colours)
+        ):
             if position not in self.ignored:
                 drawn = torch.tensor(COLOURS[colour]) / 127.5 - 1
                 loss = loss + (image[:, int(item.y), int(item.x)] - drawn).square().sum()
@@ -72,32 +94,50 @@ def test_both_captions_meet_the_same_noise_whatever_the_batch() -> None:
     network = Drawer(cases)
     whole = measure_binding(network, cases, batch_size=10, timesteps=(0.9, 0.4))
     calls = network.seen
-    assert [call[1].unique().tolist() for call in calls] == [[pytest.approx(t)] for t in (0.9, 0.4, 0.9, 0.4)]
+    assert [call[1].unique().tolist() for call in calls] == [
+        [pytest.approx(t)] for t in (0.9, 0.4, 0.9, 0.4)
+    ]
     assert torch.equal(calls[0][2], calls[2][2])
     assert not torch.equal(calls[0][2], calls[1][2])
     assert calls[0][0] == [case.caption for case in cases]
     assert calls[2][0] == [case.wrong for case in cases]
-    assert np.array_equal(measure_binding(network, cases, batch_size=3, timesteps=(0.9, 0.4)).gaps, whole.gaps)
+    assert np.array_equal(
+        measure_binding(network, cases, batch_size=3, timesteps=(0.9, 0.4)).gaps, whole.gaps
+    )
 
 
-@pytest.mark.parametrize("style", ["bare", "clauses", "ordinals", "sentences", "long", "long_before"])
+@pytest.mark.parametrize(
+    "style", ["bare", "clauses", "ordinals", "sentences", "long", "long_before"]
+)
 def test_wrong_captions_keep_the_words_and_move_the_colours(style: str) -> None:
     for case in generate_cases(Measure("binding", "list4", style), 20, 32, "free"):
         true, wrong = case.caption.split(), case.wrong.split()
         assert sorted(re.findall(r"\w+", case.caption.replace("an ", "a "))) == sorted(
             re.findall(r"\w+", case.wrong.replace("an ", "a "))
         )
-        changed = [index for index, (a, b) in enumerate(zip(true, wrong)) if a != b and a not in ("a", "an")]
+        changed = [
+            index
+            for index, (a, b) in enumerate(zip(true, wrong))
+            if a != b and a not in ("a", "an")
+        ]
         assert len(changed) == 2
-        colours = {item.colour for index, item in enumerate(case.scene.objects) if index in case.positions}
+        colours = {
+            item.colour for index, item in enumerate(case.scene.objects) if index in case.positions
+        }
         assert {re.sub(r"\W", "", true[index]) for index in changed} == colours
 
 
 def test_wrong_captions_of_other_kinds() -> None:
     for case in generate_cases(Measure("relation", "position"), 8, 32, "simple"):
-        assert {case.caption.split()[2], case.wrong.split()[2]} in ({"left", "right"}, {"above", "below"})
+        assert {case.caption.split()[2], case.wrong.split()[2]} in (
+            {"left", "right"},
+            {"above", "below"},
+        )
     for case in generate_cases(Measure("binding", "size_attr"), 8, 32, "free"):
-        assert case.caption.replace("small", "?").replace("large", "small").replace("?", "large") == case.wrong
+        assert (
+            case.caption.replace("small", "?").replace("large", "small").replace("?", "large")
+            == case.wrong
+        )
     for index, case in enumerate(generate_cases(Measure("attribute", "list4"), 8, 32, "free")):
         assert case.positions == (index % 4,)
 
@@ -131,7 +171,9 @@ def test_neither_caption_names_a_held_out_pair() -> None:
         ("relation", "position", "clauses", "cannot describe a position scene"),
     ],
 )
-def test_what_does_not_go_together_is_refused(kind: str, tag: str, style: str, message: str) -> None:
+def test_what_does_not_go_together_is_refused(
+    kind: str, tag: str, style: str, message: str
+) -> None:
     assert names_colours("colors")
     with pytest.raises(InputError, match=message):
         generate_cases(Measure(kind, tag, style), 4, 32, "free")
@@ -139,11 +181,16 @@ def test_what_does_not_go_together_is_refused(kind: str, tag: str, style: str, m
 
 def test_a_loss_of_the_wrong_shape_or_not_finite_is_refused() -> None:
     cases = generate_cases(Measure("binding", "color_attr"), 4, 32, "simple")
-    for loss in (lambda x, c, t, n: x.mean(), lambda x, c, t, n: x.flatten(1).sum(1) * float("nan")):
+    for loss in (
+        lambda x, c, t, n: x.mean(),
+        lambda x, c, t, n: x.flatten(1).sum(1) * float("nan"),
+    ):
         with pytest.raises(InputError, match="expected 4 finite values"):
             measure_binding(loss, cases)
     with pytest.raises(InputError, match="one image is needed per case"):
-        measure_binding(lambda x, c, t, n: x.flatten(1).sum(1), cases, images=torch.zeros(3, 3, 32, 32))
+        measure_binding(
+            lambda x, c, t, n: x.flatten(1).sum(1), cases, images=torch.zeros(3, 3, 32, 32)
+        )
 
 
 def test_validation_loss_by_timestep() -> None:
@@ -152,11 +199,16 @@ def test_validation_loss_by_timestep() -> None:
     assert images.shape == (20, 3, 32, 32)
     assert -1 <= images.min() < images.max() <= 1
     result = loss_by_timestep(
-        lambda x, c, t, n: t * n.flatten(1).square().mean(1), images, [case.caption for case in cases], (1.0, 0.5)
+        lambda x, c, t, n: t * n.flatten(1).square().mean(1),
+        images,
+        [case.caption for case in cases],
+        (1.0, 0.5),
     )
     assert result[1.0].value == pytest.approx(1, abs=0.02)
     assert result[0.5].low < 0.5 < result[0.5].high
-    beside = measure_binding(lambda x, c, t, n: t * n.flatten(1).square().mean(1), cases, timesteps=(1.0, 0.5))
+    beside = measure_binding(
+        lambda x, c, t, n: t * n.flatten(1).square().mean(1), cases, timesteps=(1.0, 0.5)
+    )
     assert beside.true_loss == result
 
 
@@ -180,11 +232,15 @@ def test_cases_of_one_caption_do_not_narrow_the_interval() -> None:
     cases = generate_cases(Measure("attribute", "colors"), 16, 32, "simple")
     repeated = [case for case in cases for _ in range(8)]
 
-    def loss(images: torch.Tensor, captions: list[str], t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def loss(
+        images: torch.Tensor, captions: list[str], t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
         """Right and wrong by the caption alone, so a caption's copies agree."""
         return torch.tensor([float(len(caption) % 3) for caption in captions])
 
-    once, eightfold = (measure_binding(loss, group, timesteps=(0.5,)) for group in (cases, repeated))
+    once, eightfold = (
+        measure_binding(loss, group, timesteps=(0.5,)) for group in (cases, repeated)
+    )
     assert once.accuracy.low < once.accuracy.value < once.accuracy.high
     assert eightfold.accuracy == once.accuracy
     assert eightfold.gap == once.gap

@@ -41,7 +41,8 @@ def test_true_scenes_are_worth_one_and_others_nothing() -> None:
 def test_partial_rewards_lie_between_wrong_and_half() -> None:
     pictures, records = scenes(12)
     partial = open_reward(RewardSettings(rule="partial"))
-    given = partial(np.roll(pictures, 1, axis=0), records)  # pictures of other scenes: some clauses hold
+    # pictures of other scenes: some clauses hold
+    given = partial(np.roll(pictures, 1, axis=0), records)
     assert partial(pictures, records) == [1.0] * 12
     assert {0.0, 0.25} <= set(given) <= {0.0, 0.25, 0.5, 1.0}
 
@@ -54,7 +55,8 @@ def test_samples_without_a_scene_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [([0.5], "1 rewards for 2 pictures"), ([0.5, 1.5], "1.5 is not from 0 to 1"), ([0.5, -0.1], "-0.1 is not"),
+    [([0.5], "1 rewards for 2 pictures"), ([0.5, 1.5], "1.5 is not from 0 to 1"), ([0.5, -0.1],
+                                                                                   "-0.1 is not"),
      ([float("nan"), 0], "nan is not"), (["good", 1], "a reward is no number")],
 )  # fmt: skip
 def test_what_is_no_reward_is_refused(given: list[Any], message: str) -> None:
@@ -65,9 +67,12 @@ def test_what_is_no_reward_is_refused(given: list[Any], message: str) -> None:
 
 def test_a_function_is_imported_by_name() -> None:
     pictures, records = scenes(2)
-    found = open_reward(RewardSettings(kind="function", function="tests.helpers.rewards:brightness"))
+    found = open_reward(
+        RewardSettings(kind="function", function="tests.helpers.rewards:brightness")
+    )
     assert list(found(pictures, records)) == brightness(pictures, records)
-    for name, message in (("tests.helpers.rewards:absent", "cannot be imported"), ("no_such_package:f", "cannot be"),
+    for name, message in (("tests.helpers.rewards:absent", "cannot be imported"),
+                          ("no_such_package:f", "cannot be"),
                           ("tests.helpers.rewards:np", "is no function")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             open_reward(RewardSettings(kind="function", function=name))
@@ -75,7 +80,8 @@ def test_a_function_is_imported_by_name() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"kind": "function"}, {"function": "a:b"}, {"kind": "function", "function": "a b"}, {"kind": "vqa"},
+    [{"kind": "function"}, {"function": "a:b"}, {"kind": "function", "function": "a b"},
+     {"kind": "vqa"},
      {"kind": "vqa", "url": "file:///etc", "model": "m"}, {"url": "http://h", "model": "m"},
      {"kind": "vqa", "url": "http://h", "model": "m", "question": "yes?"}],
 )  # fmt: skip
@@ -84,7 +90,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any]) 
         RewardSettings(**settings)
 
 
-# -- a model that is asked -----------------------------------------------------------------------------------------
+# -- a model that is asked -------------------------------------------------------------------------
 
 
 class Answers(HTTPServer):
@@ -101,7 +107,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append({"path": self.path, "key": self.headers["Authorization"], **json.loads(body)})
+        self.server.asked.append(
+            {"path": self.path, "key": self.headers["Authorization"], **json.loads(body)}
+        )
         self.send_response(self.server.status)
         self.end_headers()
         self.wfile.write(json.dumps({"choices": [self.server.choice]}).encode())
@@ -122,15 +130,24 @@ def answers() -> Iterator[Answers]:
 
 
 def asked_of(server: Answers) -> RewardSettings:
-    return RewardSettings(kind="vqa", url=f"http://127.0.0.1:{server.server_port}/v1/", model="eyes")
+    return RewardSettings(
+        kind="vqa", url=f"http://127.0.0.1:{server.server_port}/v1/", model="eyes"
+    )
 
 
-def test_a_model_is_shown_the_picture_and_asked(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_shown_the_picture_and_asked(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LIDIT_VQA_KEY", "secret")
     likely = [{"token": " Yes", "logprob": np.log(0.6)}, {"token": "no", "logprob": np.log(0.2)}]
-    answers.choice = {"logprobs": {"content": [{"top_logprobs": likely}]}, "message": {"content": "Yes"}}
+    answers.choice = {
+        "logprobs": {"content": [{"top_logprobs": likely}]},
+        "message": {"content": "Yes"},
+    }
     pictures, _ = scenes(2)
-    given = open_reward(asked_of(answers))(pictures, [{"prompt": "a red circle"}, {"prompt": "{prompt} x"}])
+    given = open_reward(asked_of(answers))(
+        pictures, [{"prompt": "a red circle"}, {"prompt": "{prompt} x"}]
+    )
     assert given == pytest.approx([0.75, 0.75])
     first = next(asked for asked in answers.asked if "a red circle" in str(asked))
     assert first["path"] == "/v1/chat/completions"

@@ -1,4 +1,6 @@
-"""Seen against held-out prompts: no gap where only categories differ, the right one where what is held out fails."""
+"""Seen against held-out prompts: no gap where only categories differ, the right one where what is
+held out fails.
+"""
 
 from random import Random
 
@@ -28,13 +30,17 @@ def evaluated(right: tuple[str, ...]) -> Evaluation:
     tags = ("single_object", "two_object", "colors")
     items = benchmark_prompts(32, "free", seed=0, per_tag=8, tags=tags)
     blank = np.full((32, 32, 3), 128, np.uint8)
-    images = [[picture_of(item, n) if item["tag"] in right else blank] for n, item in enumerate(items)]
+    images = [
+        [picture_of(item, n) if item["tag"] in right else blank] for n, item in enumerate(items)
+    ]
     return evaluate_images(items, images, floor=dict.fromkeys(tags, (0.0, 0.0)))
 
 
 @pytest.mark.parametrize("right", [("colors",), ("single_object",)])
 def test_what_depends_on_the_category_alone_shows_no_gap(right: tuple[str, ...]) -> None:
-    """Only "colors" names colours, so only it has prompts with a held-out pair: over all categories they differ."""
+    """Only "colors" names colours, so only it has prompts with a held-out pair: over all categories
+    they differ.
+    """
     result = evaluated(right)
     assert set(result.by_held_out) == {"pair", "template"}
     for comparison in result.by_held_out.values():
@@ -48,8 +54,12 @@ def test_what_depends_on_the_category_alone_shows_no_gap(right: tuple[str, ...])
     assert mean.prompts == (6 + 6 + 4, 6)
 
 
-def images_of(prompts: int, images: int, chance: dict[str, float]) -> tuple[list, list, list, NDArray]:
-    """Of two categories "easy" is always right, "hard" by the group's chance, alike for all images of a prompt."""
+def images_of(
+    prompts: int, images: int, chance: dict[str, float]
+) -> tuple[list, list, list, NDArray]:
+    """Of two categories "easy" is always right, "hard" by the group's chance, alike for all images
+    of a prompt.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for number in range(prompts):
@@ -74,7 +84,9 @@ def test_a_gap_is_found_with_its_interval() -> None:
 
 def test_the_interval_has_the_width_of_the_statistics() -> None:
     """Against the normal approximation of a difference of two shares."""
-    (category, groups, prompts, correct) = images_of(1600, 1, {"none": 0.5, "pair": 0.5, "template": 0.5})
+    (category, groups, prompts, correct) = images_of(
+        1600, 1, {"none": 0.5, "pair": 0.5, "template": 0.5}
+    )
     row = compare_held_out(category, groups, prompts, correct)["pair"].categories[1]
     seen, held_out = row.prompts
     width = 2 * 1.96 * np.sqrt(0.25 / seen + 0.25 / held_out)
@@ -97,7 +109,13 @@ def test_more_images_of_the_same_prompts_do_not_narrow_the_interval() -> None:
 
 
 def test_a_group_of_one_prompt_is_not_compared() -> None:
-    rows = [("a", "none", 0), ("a", "none", 1), ("a", "pair", 2), ("a", "template", 3), ("a", "template", 4)]
+    rows = [
+        ("a", "none", 0),
+        ("a", "none", 1),
+        ("a", "pair", 2),
+        ("a", "template", 3),
+        ("a", "template", 4),
+    ]
     categories, groups, prompts = (list(column) for column in zip(*rows))
     assert set(compare_held_out(categories, groups, prompts, np.ones((5, 2)))) == {"template"}
     assert compare_held_out(["a"] * 4, ["none"] * 4, range(4), np.ones((4, 2))) == {}
@@ -107,10 +125,17 @@ def test_table_and_tracker_have_the_comparison() -> None:
     result = evaluated(("colors",))
     lines = result.table().splitlines()
     row = result.by_held_out["template"].mean
-    assert f"| template | **mean** | 16, 6 | {row.lax.seen} | {row.lax.held_out} | {row.lax.gap} |" in "\n".join(lines)
+    assert (
+        f"| template | **mean** | 16, 6 | {row.lax.seen} | {row.lax.held_out} | "
+        f"{row.lax.gap} |" in "\n".join(lines)
+    )
     assert sum(line.startswith("| pair ") for line in lines) == 2
     assert sum(line.startswith("| template ") for line in lines) == 4
     metrics = result.metrics()
-    assert metrics["held_out_template/lax_seen"] == metrics["held_out_template/lax"] == pytest.approx(1 / 3)
+    assert (
+        metrics["held_out_template/lax_seen"]
+        == metrics["held_out_template/lax"]
+        == pytest.approx(1 / 3)
+    )
     assert metrics["held_out_template/strict_gap_high"] == 0
     assert {f"held_out_pair/lax_gap{end}" for end in ("", "_low", "_high")} <= set(metrics)

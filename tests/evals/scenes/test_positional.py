@@ -1,4 +1,6 @@
-"""The positional curve: flat on truth, recovers an injected bias; prompts from T2I-CompBench's words."""
+"""The positional curve: flat on truth, recovers an injected bias; prompts from T2I-CompBench's
+words.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -40,7 +42,9 @@ def curve_of_scenes(tag: str, size: int, chances: list[float], prompts: int) -> 
     return scene_curves(evaluate_images(items, images, floor={tag: (0.0, 0.0)}))[tag]
 
 
-@pytest.mark.parametrize(("tag", "size"), [("list4", 32), ("list4", 64), ("list8", 32), ("list8", 64)])
+@pytest.mark.parametrize(
+    ("tag", "size"), [("list4", 32), ("list4", 64), ("list8", 32), ("list8", 64)]
+)
 def test_truth_is_flat(tag: str, size: int) -> None:
     curve = curve_of_scenes(tag, size, [0.0] * 8, prompts=20)
     assert curve.segments == int(tag[4:])
@@ -54,7 +58,9 @@ def test_injected_bias_is_recovered(tag: str, prompts: int) -> None:
     chances = np.linspace(0.1, 0.7, count).tolist()
     curve = curve_of_scenes(tag, 32, chances, prompts)
     quartiles = (1 - np.array(chances)).reshape(4, -1).mean(axis=1)
-    assert [interval.value for interval in curve.by_quartile] == pytest.approx(quartiles.tolist(), abs=0.13)
+    assert [interval.value for interval in curve.by_quartile] == pytest.approx(
+        quartiles.tolist(), abs=0.13
+    )
     assert curve.drop.low > 0.2
     assert all(interval.low < interval.value < interval.high for interval in curve.by_position)
 
@@ -74,7 +80,9 @@ def test_quartiles_and_clusters() -> None:
 
 
 def test_the_interval_of_the_drop_is_told_everywhere() -> None:
-    """It decides whether there is a bias: in the table, in the legend and among the numbers of a tracker."""
+    """It decides whether there is a bias: in the table, in the legend and among the numbers of a
+    tracker.
+    """
     four = positional_curve([[1, 1, 0, 0], [1, 0, 1, 1], [1, 1, 1, 0]], [0, 1, 2])
     eight = positional_curve(np.random.default_rng(0).uniform(size=(6, 8)), range(6))
     pair = positional_curve([[1, 0], [1, 1]], [0, 1])
@@ -88,7 +96,9 @@ def test_the_interval_of_the_drop_is_told_everywhere() -> None:
     assert f"| list4 | position 4 of 4 | 3 | 3 | {four.by_position[3]} |" in rows
     assert f"| list8 | quartile 3 | 6 | 6 | {eight.by_quartile[2]} |" in rows
     assert f"| list2 | **drop**, first position less last | 2 | 2 | {pair.drop} |" in rows
-    assert [sum(row.startswith(f"| {name} ") for row in rows) for name in ("list4", "list8", "list2")] == [5, 13, 3]
+    assert [
+        sum(row.startswith(f"| {name} ") for row in rows) for name in ("list4", "list8", "list2")
+    ] == [5, 13, 3]
     metrics = eight.metrics()
     assert (metrics["drop_low"], metrics["drop_high"]) == (eight.drop.low, eight.drop.high)
     assert (metrics["quartile_2_low"], metrics["quartile_2_high"]) == (
@@ -102,7 +112,9 @@ def test_plot_is_a_picture_of_the_curve(tmp_path: Path) -> None:
     falling = positional_curve(np.tile([1, 0.7, 0.4, 0.1], (4, 1)), range(4))
     plot_curves(tmp_path / "plots" / "flat.png", {"model": flat})
     plot_curves(tmp_path / "plots" / "falling.png", {"model": falling})
-    pictures = [np.asarray(Image.open(tmp_path / "plots" / name)) for name in ("flat.png", "falling.png")]
+    pictures = [
+        np.asarray(Image.open(tmp_path / "plots" / name)) for name in ("flat.png", "falling.png")
+    ]
     assert pictures[0].shape == (480, 720, 4)
     assert (pictures[0] != pictures[1]).any()
     with pytest.raises(InputError, match="no positional curves"):
@@ -129,13 +141,24 @@ def test_segment_scores_of_an_outside_scorer(tmp_path: Path) -> None:
         read_segment_scores(tmp_path / "absent.jsonl")
 
 
-LINES = ["a red apple and a green bench", "a blue fire truck and a red old cat", "a red dog and a blue apple."] * 40
+LINES = [
+    "a red apple and a green bench",
+    "a blue fire truck and a red old cat",
+    "a red dog and a blue apple.",
+] * 40
 
 
 def test_words_are_read_and_accidents_dropped(tmp_path: Path) -> None:
     path = tmp_path / "color.txt"
     path.write_text(
-        "\n".join([*LINES, "a bathroom sink and a white toilet", "two cats", "a red house with a door and a red dog"])
+        "\n".join(
+            [
+                *LINES,
+                "a bathroom sink and a white toilet",
+                "two cats",
+                "a red house with a door and a red dog",
+            ]
+        )
     )
     pool = read_word_pool([path])
     assert pool.attributes == ("blue", "green", "red")
@@ -182,7 +205,9 @@ def test_prompts_of_public_words(shared_data: Path) -> None:
         phrases = [part["question"].removesuffix("?") for part in item["segments"]]
         assert item["prompt"] == f"{', '.join(phrases[:3])} and {phrases[3]}"
         assert len({part["noun"] for part in item["segments"]}) == 4
-        assert all(part["attribute"] in pools[part["category"]].attributes for part in item["segments"])
+        assert all(
+            part["attribute"] in pools[part["category"]].attributes for part in item["segments"]
+        )
     assert all(item["prompt"].count(" and ") == 1 for item in segment_prompts(pools, 50, 8, 0))
     with pytest.raises(InputError, match="2 to 8 segments"):
         segment_prompts(pools, 1, 9, 0)

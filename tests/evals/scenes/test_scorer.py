@@ -1,4 +1,6 @@
-"""The scorer against images whose truth is known: right ones, damaged ones, wrong captions, and images of nothing."""
+"""The scorer against images whose truth is known: right ones, damaged ones, wrong captions, and
+images of nothing.
+"""
 
 import json
 import weakref
@@ -25,7 +27,15 @@ from lidit.evals.scenes.scorer import judge, relative_position, score_image
 
 Image = NDArray[np.uint8]
 SETTINGS = [(32, "simple"), (32, "free"), (64, "free")]
-MAIN_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "size_attr")
+MAIN_TAGS = (
+    "single_object",
+    "two_object",
+    "counting",
+    "colors",
+    "position",
+    "color_attr",
+    "size_attr",
+)
 PER_TAG = 8
 
 
@@ -41,10 +51,11 @@ def scenes(size: int, layout: str, per_tag: int = PER_TAG) -> list[Scene]:
 
 
 def wrong_item(item: Mapping[str, Any], vocabulary: Vocabulary, rng: Random) -> dict[str, Any]:
-    """The record of a caption that is wrong in one thing, the thing the category is about (wrong-caption control).
+    """The record of a caption that is wrong in one thing, the thing the category is about
+    (wrong-caption control).
 
-    single_object, two_object: one shape; counting: one more or less; colors and lists: another colour; position: the
-    opposite relation; color_attr, size_attr: colours or sizes swapped.
+    single_object, two_object: one shape; counting: one more or less; colors and lists: another
+    colour; position: the opposite relation; color_attr, size_attr: colours or sizes swapped.
     """
     tag, include = item["tag"], [dict(clause) for clause in item["include"]]
     changed = {**item, "include": include}
@@ -62,10 +73,14 @@ def wrong_item(item: Mapping[str, Any], vocabulary: Vocabulary, rng: Random) -> 
     elif tag == "colors" or list_length(tag):
         clause = rng.choice(include)
         shown = {other["color"] for other in include if other["class"] == clause["class"]}
-        clause["color"] = rng.choice([colour for colour in vocabulary.colours if colour not in shown])
+        clause["color"] = rng.choice(
+            [colour for colour in vocabulary.colours if colour not in shown]
+        )
     else:
         shown = {clause["class"] for clause in include}
-        rng.choice(include)["class"] = rng.choice([shape for shape in vocabulary.shapes if shape not in shown])
+        rng.choice(include)["class"] = rng.choice(
+            [shape for shape in vocabulary.shapes if shape not in shown]
+        )
     return changed
 
 
@@ -73,21 +88,28 @@ def as_image(values: NDArray[np.float64]) -> Image:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-def scores(size: int, layout: str, damage: Callable[[Image, int], Image], tags: tuple[str, ...] = FREE_TAGS) -> NDArray:
+def scores(
+    size: int, layout: str, damage: Callable[[Image, int], Image], tags: tuple[str, ...] = FREE_TAGS
+) -> NDArray:
     """[scenes, (lax, strict, lax under a wrong caption)] of damaged images."""
     vocabulary, rows = vocabulary_for(size, layout), []
     for index, scene in enumerate(scenes(size, layout)):
         if scene.tag in tags:
             found = analyse(damage(scene.render(), index), vocabulary)
             item = scene.geneval("")
-            right, wrong = judge(found, item), judge(found, wrong_item(item, vocabulary, Random(index)))
+            right, wrong = (
+                judge(found, item),
+                judge(found, wrong_item(item, vocabulary, Random(index))),
+            )
             rows.append((right.lax, right.strict, wrong.lax))
     return np.array(rows, dtype=float)
 
 
 def add_noise(deviation: float) -> Callable[[Image, int], Image]:
     def damage(image: Image, index: int) -> Image:
-        return as_image(image + np.random.default_rng(index).normal(0, 255 * deviation, image.shape))
+        return as_image(
+            image + np.random.default_rng(index).normal(0, 255 * deviation, image.shape)
+        )
 
     return damage
 
@@ -116,7 +138,9 @@ def test_clean_images_are_right_and_wrong_captions_wrong(size: int, layout: str)
     ],
     ids=["noise .05", "noise .10", "blur", "gain up", "gain down", "brighter", "darker"],
 )
-def test_damage_that_leaves_shapes_readable(size: int, layout: str, damage: Callable, least: float) -> None:
+def test_damage_that_leaves_shapes_readable(
+    size: int, layout: str, damage: Callable, least: float
+) -> None:
     result = scores(size, layout, damage, MAIN_TAGS)
     assert result[:, 1].mean() >= least
     assert result[:, 2].mean() <= 0.02
@@ -138,12 +162,16 @@ def low_frequency(image: Image, index: int) -> Image:
     [
         lambda image, index: np.full_like(image, 128),
         lambda image, index: np.full_like(image, 255),
-        lambda image, index: np.random.default_rng(index).integers(0, 256, image.shape).astype(np.uint8),
+        lambda image, index: (
+            np.random.default_rng(index).integers(0, 256, image.shape).astype(np.uint8)
+        ),
         low_frequency,
     ],
     ids=["grey", "white", "uniform noise", "low-frequency noise"],
 )
-def test_images_of_nothing_score_nothing_under_the_strict_rule(size: int, layout: str, nothing: Callable) -> None:
+def test_images_of_nothing_score_nothing_under_the_strict_rule(
+    size: int, layout: str, nothing: Callable
+) -> None:
     result = scores(size, layout, nothing)
     assert result[:, 1].max() == 0
     assert result[:, 0].mean() <= 0.25
@@ -152,11 +180,16 @@ def test_images_of_nothing_score_nothing_under_the_strict_rule(size: int, layout
 def shuffle_patches(image: Image, index: int) -> Image:
     side = len(image) // 4
     patches = [
-        image[r : r + side, c : c + side] for r in range(0, len(image), side) for c in range(0, len(image), side)
+        image[r : r + side, c : c + side]
+        for r in range(0, len(image), side)
+        for c in range(0, len(image), side)
     ]
     order = np.random.default_rng(index).permutation(16)
     return np.concatenate(
-        [np.concatenate([patches[order[4 * row + column]] for column in range(4)], axis=1) for row in range(4)]
+        [
+            np.concatenate([patches[order[4 * row + column]] for column in range(4)], axis=1)
+            for row in range(4)
+        ]
     )
 
 
@@ -166,16 +199,22 @@ def test_shuffled_patches_and_blends_hardly_score(size: int) -> None:
 
     def blend(share: float) -> Callable[[Image, int], Image]:
         others = [scene.render() for scene in scenes(size, "free")]
-        return lambda image, index: as_image(share * image + (1 - share) * others[(index + 1) % len(others)])
+        return lambda image, index: as_image(
+            share * image + (1 - share) * others[(index + 1) % len(others)]
+        )
 
     for share in (0.5, 0.65):
         assert scores(size, "free", blend(share))[:, 1].mean() <= 0.05
 
 
 def test_everything_everywhere_passes_the_lax_rule_only() -> None:
-    """Eight different objects in every image: GenEval's rule does not punish what was not asked for."""
+    """Eight different objects in every image: GenEval's rule does not punish what was not asked
+    for.
+    """
     vocabulary = vocabulary_for(64)
-    crowded = [generate_scene(Random(i), "list8", 64, "free", vocabulary, "any").render() for i in range(8)]
+    crowded = [
+        generate_scene(Random(i), "list8", 64, "free", vocabulary, "any").render() for i in range(8)
+    ]
     items = [scene.geneval("") for scene in scenes(64, "free") if scene.tag in MAIN_TAGS]
     result = [score_image(crowded[index % 8], item) for index, item in enumerate(items)]
     assert np.mean([score.lax for score in result]) > 0.25
@@ -190,7 +229,9 @@ def test_flip_exchanges_left_and_right(layout: str) -> None:
             continue
         item = scene.geneval("")
         flipped = np.ascontiguousarray(scene.render()[:, ::-1])
-        assert score_image(flipped, item | {"layout": layout}).strict == (scene.relation not in opposite)
+        assert score_image(flipped, item | {"layout": layout}).strict == (
+            scene.relation not in opposite
+        )
         item["include"][1]["position"][0] = opposite.get(scene.relation, scene.relation)
         assert score_image(flipped, item | {"layout": layout}).strict
 
@@ -217,8 +258,10 @@ def test_noise_level_is_the_standard_deviation() -> None:
         ((0, 30, 10, 40), (0, 0, 10, 10), {"below"}),
         ((0, 0, 10, 10), (30, 30, 40, 40), {"left of", "above"}),
         ((0, 0, 10, 10), (1, 1, 11, 11), set()),  # 1 px apart, below a tenth of the extents
-        ((0, 0, 10, 10), (5, 0, 15, 10), {"left of"}),  # 5 - 0.1 x 20 = 3, over a distance of 5: 0.6
-        ((0, 0, 10, 10), (4, 0, 14, 10), set()),  # 4 - 2 = 2, over 4: exactly 0.5, which is not more
+        # 5 - 0.1 x 20 = 3, over a distance of 5: 0.6
+        ((0, 0, 10, 10), (5, 0, 15, 10), {"left of"}),
+        # 4 - 2 = 2, over 4: exactly 0.5, which is not more
+        ((0, 0, 10, 10), (4, 0, 14, 10), set()),
         ((0, 0, 10, 10), (0, 0, 10, 10), set()),
     ],
 )
@@ -227,16 +270,24 @@ def test_relations_follow_genevals_formula(box: tuple, other: tuple, expected: s
 
 
 def test_relations_match_an_independent_reading_of_the_formula() -> None:
-    """Offset of centres, less a tenth of the summed extents per axis, over the distance; beyond +-0.5."""
+    """Offset of centres, less a tenth of the summed extents per axis, over the distance; beyond
+    +-0.5.
+    """
     rng = np.random.default_rng(0)
     for _ in range(2000):
         left, top, width, height = rng.uniform(0, 64, (4, 2))
-        dx, dy = ((left + width / 2)[0] - (left + width / 2)[1]), ((top + height / 2)[0] - (top + height / 2)[1])
+        dx, dy = (
+            ((left + width / 2)[0] - (left + width / 2)[1]),
+            ((top + height / 2)[0] - (top + height / 2)[1]),
+        )
         fx = np.sign(dx) * max(0.0, abs(dx) - 0.1 * width.sum()) / np.hypot(dx, dy)
         fy = np.sign(dy) * max(0.0, abs(dy) - 0.1 * height.sum()) / np.hypot(dx, dy)
         expected = {
             n
-            for n, yes in zip(("left of", "right of", "above", "below"), (fx < -0.5, fx > 0.5, fy < -0.5, fy > 0.5))
+            for n, yes in zip(
+                ("left of", "right of", "above", "below"),
+                (fx < -0.5, fx > 0.5, fy < -0.5, fy > 0.5),
+            )
             if yes
         }
         boxes = np.stack([left, top, left + width, top + height], axis=1)
@@ -244,7 +295,11 @@ def test_relations_match_an_independent_reading_of_the_formula() -> None:
 
 
 def found(
-    shape: str, colour: str, iou: float = 0.9, box: tuple[int, int, int, int] = (0, 0, 10, 10), size: str = "small"
+    shape: str,
+    colour: str,
+    iou: float = 0.9,
+    box: tuple[int, int, int, int] = (0, 0, 10, 10),
+    size: str = "small",
 ) -> Found:
     return Found(shape, colour, iou, 0, 0, 100.0, box, size)
 
@@ -261,7 +316,13 @@ def found(
             False,
             "expected red circle>=1, found blue; expected 1 objects in all, found 2",
         ),
-        ([found("circle", "red")], [{"class": "square", "count": 1}], [], False, "expected square>=1, found 0"),
+        (
+            [found("circle", "red")],
+            [{"class": "square", "count": 1}],
+            [],
+            False,
+            "expected square>=1, found 0",
+        ),
         (
             [found("circle", "red"), found("circle", "red"), found("circle", "red")],
             [{"class": "circle", "count": 2}],
@@ -283,7 +344,10 @@ def found(
         # a class named twice: each clause looks for its own colour
         (
             [found("circle", "blue", 0.95), found("circle", "red", 0.9)],
-            [{"class": "circle", "count": 1, "color": "red"}, {"class": "circle", "count": 1, "color": "blue"}],
+            [
+                {"class": "circle", "count": 1, "color": "red"},
+                {"class": "circle", "count": 1, "color": "blue"},
+            ],
             [],
             True,
             "",
@@ -298,7 +362,9 @@ def found(
     ],
 )
 def test_lax_rule(objects: list, include: list, exclude: list, lax: bool, reason: str) -> None:
-    score = judge(Analysis(tuple(objects), 0.0), {"tag": "x", "include": include, "exclude": exclude})
+    score = judge(
+        Analysis(tuple(objects), 0.0), {"tag": "x", "include": include, "exclude": exclude}
+    )
     assert (score.lax, score.reason) == (lax, reason)
 
 
@@ -311,7 +377,11 @@ def test_clutter_is_judged_by_the_strict_rule_only() -> None:
 
 def test_what_cannot_be_scored_is_refused() -> None:
     item = {"tag": "colors", "include": [{"class": "circle", "count": 1}]}
-    for image in (np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3)), np.zeros((32, 48, 3), np.uint8)):
+    for image in (
+        np.zeros((32, 32), np.uint8),
+        np.zeros((32, 32, 3)),
+        np.zeros((32, 48, 3), np.uint8),
+    ):
         with pytest.raises(InputError, match="square uint8 RGB"):
             score_image(image, item)
     with pytest.raises(InputError, match="not in GenEval's schema"):
@@ -329,21 +399,33 @@ def test_evaluation_sums_up_as_geneval_does(tmp_path: Path) -> None:
                 break
         right, blank = scene.render(), np.full((32, 32, 3), 128, np.uint8)
         # colours: every image right; positions: one image of two, and none for the last prompt
-        images.append([right, right] if item["tag"] == "colors" else [blank, blank if number == 7 else right])
+        images.append(
+            [right, right] if item["tag"] == "colors" else [blank, blank if number == 7 else right]
+        )
     result = evaluate_images(items, images)
     by_tag = {tag.tag: tag for tag in result.tags}
     assert (by_tag["colors"].lax.value, by_tag["position"].lax.value) == (1.0, 0.375)
     assert by_tag["position"].lax.low < 0.375 < by_tag["position"].lax.high
     assert (result.overall_lax.value, result.overall_strict.value) == (0.6875, 0.6875)
     assert (result.correct_images, result.correct_prompts) == (11 / 16, 7 / 8)
-    assert result.by_held_out == {}  # of every held-out group one prompt per category: too few for an interval
+    # of every held-out group one prompt per category: too few for an interval
+    assert result.by_held_out == {}
     assert 0 < by_tag["colors"].floor_lax < 0.5
     assert result.metrics()["position/lax"] == 0.375
     assert "| colors | 4 | 8 | 1.000 [1.000, 1.000]" in result.table()
     write_results(tmp_path / "results.jsonl", result)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 16
-    assert list(lines[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details", "strict"]
+    assert list(lines[0]) == [
+        "filename",
+        "tag",
+        "prompt",
+        "correct",
+        "reason",
+        "metadata",
+        "details",
+        "strict",
+    ]
     assert lines[3]["filename"] == "00001/samples/0001.png"
     assert json.loads(lines[0]["metadata"])["include"] == items[0]["include"]
     assert sum(line["correct"] for line in lines) == 11
@@ -379,7 +461,9 @@ def test_images_are_let_go_as_they_are_scored() -> None:
         most = max(most, sum(one() is not None for one in alive))
         return made
 
-    result = evaluate_images(items, ((image() for _ in range(4)) for _ in items), {"colors": (0.0, 0.0)})
+    result = evaluate_images(
+        items, ((image() for _ in range(4)) for _ in items), {"colors": (0.0, 0.0)}
+    )
     assert len(result.images) == 32
     assert most <= 2  # the one being scored and the one being made
 

@@ -1,4 +1,6 @@
-"""Files that other programs wrote and somebody may have altered: each mistake is one line with the file's name."""
+"""Files that other programs wrote and somebody may have altered: each mistake is one line with the
+file's name.
+"""
 
 import json
 from collections.abc import Callable
@@ -31,9 +33,19 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_deep_nesting_is_one_line(reader: Callable[[Path], object], text: str, tmp_path: Path) -> None:
+def test_deep_nesting_is_one_line(
+    reader: Callable[[Path], object], text: str, tmp_path: Path
+) -> None:
     path = tmp_path / "results.jsonl"
-    facts = {"tag": "x", "correct": True, "metadata": "{}", "include": [], "prompt": 1, "item_id": "1", "scores": [1]}
+    facts = {
+        "tag": "x",
+        "correct": True,
+        "metadata": "{}",
+        "include": [],
+        "prompt": 1,
+        "item_id": "1",
+        "scores": [1],
+    }
     if reader == geneval.read_prompts:
         facts["prompt"] = "p"
     inside = json.dumps({**facts, "more": "MORE"}).replace('"MORE"', text)
@@ -64,8 +76,12 @@ def test_numbers_without_end_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suite", ["geneval", "dpg-bench"])
-@pytest.mark.parametrize("prompt", ["a \\ud800 cat", "a \\u0000 cat", "x" * 100_001], ids=["half", "NUL", "long"])
-def test_prompts_of_a_suite_are_checked_as_captions_are(suite: str, prompt: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "prompt", ["a \\ud800 cat", "a \\u0000 cat", "x" * 100_001], ids=["half", "NUL", "long"]
+)
+def test_prompts_of_a_suite_are_checked_as_captions_are(
+    suite: str, prompt: str, tmp_path: Path
+) -> None:
     path = tmp_path / "prompts.jsonl"
     good = {"tag": "x", "include": [], "item_id": "1", "prompt": "ein Würfel \U0001f600"}
     path.write_text(json.dumps(good))

@@ -1,4 +1,6 @@
-"""Official suites: exact layouts, resuming, and aggregates of hand-made result files whose answers are known."""
+"""Official suites: exact layouts, resuming, and aggregates of hand-made result files whose answers
+are known.
+"""
 
 import json
 import subprocess
@@ -11,7 +13,14 @@ import pytest
 from lidit.errors import InputError
 from lidit.evals.suites import geneval, t2i_compbench
 from lidit.evals.suites.registry import parse_results, prepare_folder, suite_parts
-from lidit.evals.suites.targets import ImageTarget, claim_folder, missing, recorded_images, save_target, write_whole
+from lidit.evals.suites.targets import (
+    ImageTarget,
+    claim_folder,
+    missing,
+    recorded_images,
+    save_target,
+    write_whole,
+)
 
 
 def picture(value: int, side: int = 8) -> np.ndarray:
@@ -22,12 +31,14 @@ def files_under(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Shared
 
 
 def test_images_are_whole_or_absent_and_missing_ones_are_listed(tmp_path: Path) -> None:
-    targets = [ImageTarget(Path(f"a/{number}.png"), f"prompt {number}", (42,)) for number in range(4)]
+    targets = [
+        ImageTarget(Path(f"a/{number}.png"), f"prompt {number}", (42,)) for number in range(4)
+    ]
     assert missing(tmp_path, targets) == targets
     for target in targets[:2]:
         save_target(tmp_path, target, [picture(10)])
@@ -59,7 +70,8 @@ def test_a_folder_belongs_to_one_model_and_prompt_list(tmp_path: Path) -> None:
         claim_folder(tmp_path / "out", {"suite": "geneval", "model": "abd"}, 8)
     with pytest.raises(InputError, match="made with other images"):
         claim_folder(tmp_path / "out", identity, 4)
-    (tmp_path / "out" / "suite.json").write_text(json.dumps(identity))  # begun before the number was recorded
+    # begun before the number was recorded
+    (tmp_path / "out" / "suite.json").write_text(json.dumps(identity))
     assert recorded_images(tmp_path / "out") is None
     claim_folder(tmp_path / "out", identity, 8)
     assert recorded_images(tmp_path / "out") == 8
@@ -81,7 +93,9 @@ claim_folder(Path(sys.argv[1]), {"suite": "geneval"}, 8)
 """
 
 
-def test_a_process_killed_before_its_first_file_is_on_disk_leaves_a_folder_to_begin_again(tmp_path: Path) -> None:
+def test_a_process_killed_before_its_first_file_is_on_disk_leaves_a_folder_to_begin_again(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED_AT_SYNC, str(out)], check=False)
     assert killed.returncode == -9  # so the content is synced, and before it gets its name
@@ -93,15 +107,23 @@ def test_a_process_killed_before_its_first_file_is_on_disk_leaves_a_folder_to_be
     assert [path.name for path in (out / "samples").iterdir()] == ["a.png"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # GenEval
 
 
 def test_geneval_layout(tmp_path: Path) -> None:
     source = tmp_path / "prompts.jsonl"
     items = [
-        {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": "a photo of a red car"},
-        {"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "a photo of two dogs"},
+        {
+            "tag": "colors",
+            "include": [{"class": "car", "count": 1, "color": "red"}],
+            "prompt": "a photo of a red car",
+        },
+        {
+            "tag": "counting",
+            "include": [{"class": "dog", "count": 2}],
+            "prompt": "a photo of two dogs",
+        },
     ]
     source.write_text("".join(json.dumps(item) + "\n" for item in items))
     assert geneval.read_prompts(source) == items
@@ -137,13 +159,23 @@ def test_geneval_aggregates(tmp_path: Path) -> None:
     ]
     path.write_text(
         "".join(
-            json.dumps({"tag": tag, "correct": correct, "metadata": json.dumps({"prompt": prompt}), "prompt": prompt})
+            json.dumps(
+                {
+                    "tag": tag,
+                    "correct": correct,
+                    "metadata": json.dumps({"prompt": prompt}),
+                    "prompt": prompt,
+                }
+            )
             + "\n"
             for tag, prompt, correct in rows
         )
     )
     summary = geneval.read_results(path)
-    assert {tag: interval.value for tag, interval in summary.tags.items()} == {"colors": 0.75, "position": 0.25}
+    assert {tag: interval.value for tag, interval in summary.tags.items()} == {
+        "colors": 0.75,
+        "position": 0.25,
+    }
     assert summary.overall == 0.5
     assert summary.correct_images == pytest.approx(7 / 12)
     assert summary.correct_prompts == pytest.approx(4 / 6)
@@ -165,18 +197,28 @@ def test_geneval_tags_are_strings(tmp_path: Path) -> None:
 def test_geneval_prompts_without_four_images_are_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     counts = {"a dog": 4, "a cat": 3, "two cows": 8}
-    rows = [{"tag": "t", "correct": True, "metadata": p, "prompt": p} for p, n in counts.items() for _ in range(n)]
+    rows = [
+        {"tag": "t", "correct": True, "metadata": p, "prompt": p}
+        for p, n in counts.items()
+        for _ in range(n)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     notes = parse_results("geneval", path).notes
     assert "2 prompts have not 4 images: 'a cat' (3), 'two cows' (8)" in notes
     assert "INCOMPLETE: 15 scored, 2212 in the benchmark" in notes
     for images, complete in ((15, True), (16, False)):
         claim_folder(tmp_path / str(images), {}, images)
-        noted = [note for note in parse_results("geneval", path, drawn=tmp_path / str(images)).notes if "INCOM" in note]
-        assert noted == ([] if complete else [f"INCOMPLETE: 15 scored, 16 drawn in {tmp_path / '16'}"])
+        noted = [
+            note
+            for note in parse_results("geneval", path, drawn=tmp_path / str(images)).notes
+            if "INCOM" in note
+        ]
+        assert noted == (
+            [] if complete else [f"INCOMPLETE: 15 scored, 16 drawn in {tmp_path / '16'}"]
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # T2I-CompBench
 
 
@@ -213,12 +255,17 @@ def test_t2i_compbench_prompt_lists(shared_data: Path) -> None:
     for category in t2i_compbench.RESULT_FILES:
         prompts = t2i_compbench.read_prompts(shared_data / "t2i_compbench" / f"{category}_val.txt")
         assert len(prompts) == 300
-        assert len({target.path for target in t2i_compbench.image_targets(category, prompts)}) == 3000
+        assert (
+            len({target.path for target in t2i_compbench.image_targets(category, prompts)}) == 3000
+        )
 
 
 def write_answers(path: Path, answers: list, ids: list[int] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = [{"question_id": number, "answer": answer} for number, answer in zip(ids or range(len(answers)), answers)]
+    records = [
+        {"question_id": number, "answer": answer}
+        for number, answer in zip(ids or range(len(answers)), answers)
+    ]
     path.write_text(json.dumps(records))
 
 
@@ -229,7 +276,10 @@ def test_t2i_compbench_scores(tmp_path: Path) -> None:
         ("texture", [0.5] * 20),
     ):
         write_answers(tmp_path / category / "annotation_blip/vqa_result.json", answers)
-    scores = {category: t2i_compbench.read_category(tmp_path, category) for category in ("color", "shape", "texture")}
+    scores = {
+        category: t2i_compbench.read_category(tmp_path, category)
+        for category in ("color", "shape", "texture")
+    }
     assert scores["color"].score.value == 0.75
     assert (scores["color"].score.low, scores["color"].score.high) == (0.5, 1.0)
     assert t2i_compbench.li_dit_average(scores) == 50.0
@@ -265,7 +315,9 @@ def test_t2i_compbench_results_of_folders_drawn_in_part(tmp_path: Path) -> None:
         t2i_compbench.read_category(tmp_path, "color")
     write_answers(results, [0.5] * 20)
     assert t2i_compbench.read_category(tmp_path, "color").recorded
-    assert [note for note in parse_results("t2i-compbench", tmp_path).notes if "NOT CHECKED" in note] == []
+    assert [
+        note for note in parse_results("t2i-compbench", tmp_path).notes if "NOT CHECKED" in note
+    ] == []
     (tmp_path / part.targets[3].path).write_bytes(b"")
     with pytest.raises(InputError, match="samples: 19 of 20 images"):
         t2i_compbench.read_category(tmp_path, "color")
@@ -283,8 +335,13 @@ def test_t2i_compbench_results_where_nothing_says_how_many(tmp_path: Path) -> No
 
 
 def test_t2i_compbench_complex_needs_a_copy_before_the_official_script(tmp_path: Path) -> None:
-    write_answers(tmp_path / "complex/labels/annotation_obj_detection_2d/vqa_result.json", [0.2] * 10)
-    with pytest.raises(InputError, match="copy labels/annotation_obj_detection_2d to annotation_obj_detection before"):
+    write_answers(
+        tmp_path / "complex/labels/annotation_obj_detection_2d/vqa_result.json", [0.2] * 10
+    )
+    with pytest.raises(
+        InputError,
+        match="copy labels/annotation_obj_detection_2d to annotation_obj_detection before",
+    ):
         t2i_compbench.read_category(tmp_path, "complex")
     write_answers(tmp_path / "complex/annotation_3_in_1/vqa_result.json", [0.4] * 10)
     assert t2i_compbench.read_category(tmp_path, "complex").score.value == pytest.approx(0.4)

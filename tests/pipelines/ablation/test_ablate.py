@@ -1,4 +1,6 @@
-"""An ablation on real Ray with a tiny real LLM: nested runs, nothing done twice, one page at the end."""
+"""An ablation on real Ray with a tiny real LLM: nested runs, nothing done twice, one page at the
+end.
+"""
 
 import json
 from dataclasses import replace
@@ -39,9 +41,21 @@ def folder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "corpus": str(folder / "corpus"),
             "ingest": {"resolution": 32, "bucket_multiple": 8},
             "encoders": [{"name": "bare", "model": llm, "instruction": "", "layer": 2}],
-            "model": {"width": 32, "depth": 1, "heads": 2, "patch_size": 8, "refiner": {"depth": 1}},
+            "model": {
+                "width": 32,
+                "depth": 1,
+                "heads": 2,
+                "patch_size": 8,
+                "refiner": {"depth": 1},
+            },
             "objective": {"kind": "clean", "timesteps": "uniform"},
-            "train": {"steps": 4, "batch_size": 8, "log_every": 1, "ema_decay": 0.5, "optimizer": {"lr": 1e-2}},
+            "train": {
+                "steps": 4,
+                "batch_size": 8,
+                "log_every": 1,
+                "ema_decay": 0.5,
+                "optimizer": {"lr": 1e-2},
+            },
             "engine": {"zero_stage": 0},
         },
     }
@@ -51,7 +65,10 @@ def folder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_arm_has_its_result(folder: Path) -> None:
-    results = {arm: json.loads((folder / RESULT.format(arm)).read_text()) for arm in ("baseline", "refiner")}
+    results = {
+        arm: json.loads((folder / RESULT.format(arm)).read_text())
+        for arm in ("baseline", "refiner")
+    }
     for result in results.values():
         assert [point["step"] for point in result["points"]] == [2, 4]
         assert [step for step, _ in result["losses"]] == [1, 2, 3, 4]
@@ -70,11 +87,17 @@ def runs_below_the_ablation(uri: str) -> list[Run]:
     experiment = client.get_experiment_by_name("lidit")
     assert experiment is not None
     (parent,) = client.search_runs([experiment.experiment_id], "tags.`lidit.job` = 'ablate'")
-    return client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    return client.search_runs(
+        [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
 
 
 def arms_in(uri: str) -> dict[str, Run]:
-    return {run.data.tags["lidit.arm"]: run for run in runs_below_the_ablation(uri) if "lidit.arm" in run.data.tags}
+    return {
+        run.data.tags["lidit.arm"]: run
+        for run in runs_below_the_ablation(uri)
+        if "lidit.arm" in run.data.tags
+    }
 
 
 def test_arms_are_runs_below_one_run(folder: Path) -> None:
@@ -83,11 +106,21 @@ def test_arms_are_runs_below_one_run(folder: Path) -> None:
     assert set(arms) == {"baseline", "refiner"}
     for run in arms.values():
         assert run.info.status == "FINISHED"
-        assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
-        assert [point.step for point in client.get_metric_history(run.info.run_id, "accuracy")] == [2, 4]
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [
+            1,
+            2,
+            3,
+            4,
+        ]
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "accuracy")] == [
+            2,
+            4,
+        ]
 
 
-def test_only_what_is_missing_is_done_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_missing_is_done_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lost = folder / RESULT.format("refiner")
     before = json.loads(lost.read_text())
     kept = (folder / RESULT.format("baseline")).stat().st_mtime_ns
@@ -97,10 +130,13 @@ def test_only_what_is_missing_is_done_again(folder: Path, capsys: pytest.Capture
     assert "1 arms trained, 1 already there" in capsys.readouterr().out
     assert (folder / RESULT.format("baseline")).stat().st_mtime_ns == kept
     after = json.loads(lost.read_text())
-    assert (after["points"], after["losses"]) == (before["points"], before["losses"])  # the same numbers again
+    # the same numbers again
+    assert (after["points"], after["losses"]) == (before["points"], before["losses"])
 
 
-def test_a_result_the_tracker_never_saw_is_sent_by_the_next_call(folder: Path, tmp_path: Path) -> None:
+def test_a_result_the_tracker_never_saw_is_sent_by_the_next_call(
+    folder: Path, tmp_path: Path
+) -> None:
     """As after a kill between the two: the arm is finished, its run is not there."""
     marker = (folder / RESULT.format("refiner")).with_name("tracked")
     assert marker.is_file()
@@ -116,13 +152,19 @@ def test_a_result_the_tracker_never_saw_is_sent_by_the_next_call(folder: Path, t
 def test_what_this_machine_does_not_have_is_told_first(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"recipe.output={tmp_path}", f"recipe.corpus={tmp_path}/corpus", "recipe.engine.gpus_per_worker=1"]
+    words = [
+        f"recipe.output={tmp_path}",
+        f"recipe.corpus={tmp_path}/corpus",
+        "recipe.engine.gpus_per_worker=1",
+    ]
     assert lidit("ablate", folder / "tiny.yaml", *words) == 2
     assert "engine: 1 workers ask for 1 GPU, this machine offers 0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_results_of_other_settings_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_of_other_settings_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lidit("ablate", folder / "tiny.yaml", "recipe.train.steps=5") == 2
     assert "other settings or data" in capsys.readouterr().err
 
@@ -131,7 +173,9 @@ def test_arms_beside_a_failing_one_are_finished(folder: Path) -> None:
     ablation = load_ablation(str(folder / "tiny.yaml"))
     home = folder / "runs/tiny"
     corpus = Corpus.open(folder / "corpus")
-    jobs = ablate._jobs(ablate._absolute(ablation, home), EvalSet.of(ablation, home / "cases"), corpus)
+    jobs = ablate._jobs(
+        ablate._absolute(ablation, home), EvalSet.of(ablation, home / "cases"), corpus
+    )
     broken = replace(jobs[0], latents="0" * 64)
     found = ablate._results([broken, jobs[1]], ablation, "", "")
     assert next(found)[0].arm == jobs[1].arm
@@ -140,7 +184,9 @@ def test_arms_beside_a_failing_one_are_finished(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_workers_go_through_the_ordinary_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_workers_go_through_the_ordinary_training(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["recipe.name=wide", "recipe.engine.workers=2", "recipe.train.checkpoint_every=4"]
     words.append(f"recipe.tracking.uri=sqlite:///{folder}/wide.db")
     assert lidit("ablate", folder / "tiny.yaml", *words) == 0

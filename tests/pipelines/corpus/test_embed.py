@@ -1,4 +1,6 @@
-"""Embedding over Ray Data: right values, the same bytes however it is spread, nothing done twice, nothing silent."""
+"""Embedding over Ray Data: right values, the same bytes however it is spread, nothing done twice,
+nothing silent.
+"""
 
 import json
 import re
@@ -15,12 +17,22 @@ from lidit.config import EncoderSettings, PoolSettings
 from lidit.errors import InputError
 from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
-from pipelines.corpus.embed import TOKENIZED, EncodeJob, EncodeUnits, prepare, run_embed, tokenize_units
+from pipelines.corpus.embed import (
+    TOKENIZED,
+    EncodeJob,
+    EncodeUnits,
+    prepare,
+    run_embed,
+    tokenize_units,
+)
 from pipelines.runtime import resources
 from tests.helpers.embed_job import contents, encoder, make_job, start
 from tests.helpers.tiny_models import break_weights, tiny_llm
 
-ONE, TWO = PoolSettings(actors=1, cpus=1, token_budget=256), PoolSettings(actors=2, cpus=1, token_budget=256)
+ONE, TWO = (
+    PoolSettings(actors=1, cpus=1, token_budget=256),
+    PoolSettings(actors=2, cpus=1, token_budget=256),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +73,8 @@ def test_stored_states_are_the_encoders(undisturbed: Path, model: Path) -> None:
     assert shared.prefix_ids == ids
     assert torch.allclose(shared.prefix, prefix)
     assert torch.allclose(shared.empty, direct.empty_states()[1])
-    values = torch.cat(everything)  # fewer captions than a calibration sample takes: the statistics are those of all
+    # fewer captions than a calibration sample takes: the statistics are those of all
+    values = torch.cat(everything)
     assert torch.allclose(shared.mean, values.mean(0), atol=1e-4)
     assert torch.allclose(shared.deviation, values.std(0, correction=0), rtol=1e-4)
 
@@ -85,19 +98,27 @@ def test_complete_rerun_loads_no_model_and_changes_nothing(undisturbed: Path, mo
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
-def test_a_changed_spec_is_a_new_family_and_says_what_differs(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+def test_a_changed_spec_is_a_new_family_and_says_what_differs(
+    undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
     corpus = tmp_path / "corpus"
     shutil.copytree(undisturbed, corpus)
     changed = encoder(model, layer=-2, storage="bfloat16", max_tokens=6)
     summary = run_embed(str(corpus), changed, ONE)
     old = next(p.name for p in (undisturbed / "text").iterdir())
     assert summary.directory != old
-    assert sorted(line.split(":")[0] for line in summary.relatives[old]) == ["blocks", "max_tokens", "storage"]
+    assert sorted(line.split(":")[0] for line in summary.relatives[old]) == [
+        "blocks",
+        "max_tokens",
+        "storage",
+    ]
     assert contents(undisturbed).items() <= contents(corpus).items()
     # cut captions are counted, in the summary and in the manifest
     direct = PromptEncoder.load(resolve_encoder(changed, "cpu"), "cpu")
     opened = Corpus.open(corpus)
-    texts = [t for unit in range(opened.num_units) for t in opened.captions(unit)["text"].to_pylist()]
+    texts = [
+        t for unit in range(opened.num_units) for t in opened.captions(unit)["text"].to_pylist()
+    ]
     cut = sum(tokens.truncated for tokens in direct.tokenizer.tokenize(texts))
     assert summary.truncated == cut > 0
     manifest = opened.text_family(summary.directory).manifest
@@ -124,29 +145,41 @@ def test_another_model_at_the_drivers_path_publishes_nothing(tmp_path: Path) -> 
     corpus, folder = make_job(tmp_path / "corpus", units=2, rows=2), tmp_path / "model"
     job = job_of(corpus, encoder(tiny_llm(folder, seed=1)))
     tiny_llm(folder, seed=2)
-    told = r"this node has other model files than .* \(weights_sha256: .*\); give all nodes the same files"
+    told = (
+        r"this node has other model files than .* \(weights_sha256: .*\); give all nodes the "
+        r"same files"
+    )
     with pytest.raises(InputError, match=told):
         job.load()
     assert re.search(told, prepare(job)["problem"]["text"])
     (tokenized,) = tokenize_units(pa.table({"unit": [0]}), job).to_pylist()
     assert tokenized["problem"]["input"]
     assert re.search(told, tokenized["problem"]["text"])
-    (encoded,) = EncodeUnits(job)(pa.Table.from_pylist([{**tokenized, "problem": None}], TOKENIZED)).to_pylist()
+    (encoded,) = EncodeUnits(job)(
+        pa.Table.from_pylist([{**tokenized, "problem": None}], TOKENIZED)
+    ).to_pylist()
     assert re.search(told, encoded["problem"]["text"])
     assert not list(corpus.glob("text/*/*.arrow"))
 
 
-def test_a_workers_files_are_looked_at_once(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workers_files_are_looked_at_once(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, looked = job_of(make_job(tmp_path / "corpus", units=3, rows=2), encoder(model)), []
     monkeypatch.setattr(
-        "pipelines.corpus.embed.resolve_encoder", lambda *asked: looked.append(asked) or resolve_encoder(*asked)
+        "pipelines.corpus.embed.resolve_encoder",
+        lambda *asked: looked.append(asked) or resolve_encoder(*asked),
     )
-    assert not any(row["problem"] for row in tokenize_units(pa.table({"unit": [0, 1, 2]}), job).to_pylist())
+    assert not any(
+        row["problem"] for row in tokenize_units(pa.table({"unit": [0, 1, 2]}), job).to_pylist()
+    )
     job.load()
     assert len(looked) == 1
 
 
-def test_a_workers_own_folder_does_not_matter(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workers_own_folder_does_not_matter(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(model.parent)
     job = job_of(tmp_path / "corpus", encoder(Path(model.name)))
     monkeypatch.chdir(tmp_path)
@@ -159,7 +192,9 @@ def test_a_model_may_lie_elsewhere_on_a_node(tmp_path: Path, model: Path) -> Non
     assert moved.local_spec() == job.spec
 
 
-def test_what_this_machine_does_not_have_is_refused(tmp_path: Path, model: Path, ray_cluster: None) -> None:
+def test_what_this_machine_does_not_have_is_refused(
+    tmp_path: Path, model: Path, ray_cluster: None
+) -> None:
     corpus = make_job(tmp_path / "corpus", units=2, rows=2)
     with pytest.raises(InputError, match="1 actors ask for 1 GPU, this machine offers 0"):
         run_embed(str(corpus), encoder(model), PoolSettings(actors=1, gpus=1))
@@ -168,7 +203,9 @@ def test_what_this_machine_does_not_have_is_refused(tmp_path: Path, model: Path,
 
 
 @pytest.mark.slow
-def test_actors_that_hold_every_cpu_still_get_tokens(tmp_path: Path, model: Path, ray_cluster: None) -> None:
+def test_actors_that_hold_every_cpu_still_get_tokens(
+    tmp_path: Path, model: Path, ray_cluster: None
+) -> None:
     corpus = make_job(tmp_path / "corpus", units=3, rows=2)
     all_of_them = PoolSettings(cpus=resources.total("CPU"))
     assert run_embed(str(corpus), encoder(model), all_of_them).computed_units == 3

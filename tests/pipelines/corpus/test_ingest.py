@@ -1,4 +1,6 @@
-"""Ingest end to end: nothing lost, nothing doubled, resumable, refused where it would mix things up."""
+"""Ingest end to end: nothing lost, nothing doubled, resumable, refused where it would mix things
+up.
+"""
 
 import hashlib
 import json
@@ -40,7 +42,9 @@ def reasons(corpus: Corpus) -> dict[str, str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Two tars: 5 and 3 good samples, 5 bad ones, one key in both files and one twice in the second."""
+    """Two tars: 5 and 3 good samples, 5 bad ones, one key in both files and one twice in the
+    second.
+    """
     folder = tmp_path / "source"
     folder.mkdir()
     first = [m for i in range(5) for m in sample(f"a{i}", f"caption {i % 2}", {"n": i}, seed=i)]
@@ -80,7 +84,8 @@ def test_samples_captions_and_quarantine(source: Path, tmp_path: Path) -> None:
     assert len(why) == 7
     for key, start in {
         "broken": "broken image", "bomb": "image too large", "empty": "broken image: zero bytes",
-        "lonely": "no caption", "blind": "no image", "a1": "duplicate key: the first sample with it is in 0.tar",
+        "lonely": "no caption", "blind": "no image",
+        "a1": "duplicate key: the first sample with it is in 0.tar",
         "b0": "duplicate key: the first sample with it is in 1.tar",
     }.items():  # fmt: skip
         assert why[key].startswith(start), key
@@ -93,7 +98,9 @@ def test_samples_captions_and_quarantine(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "c" / "ingest").exists()
 
 
-def test_rerun_does_nothing_and_other_sources_or_settings_are_refused(source: Path, tmp_path: Path) -> None:
+def test_rerun_does_nothing_and_other_sources_or_settings_are_refused(
+    source: Path, tmp_path: Path
+) -> None:
     corpus = str(tmp_path / "c")
     first = run_ingest([str(source)], corpus, SETTINGS)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*")}
@@ -113,7 +120,9 @@ def test_rerun_does_nothing_and_other_sources_or_settings_are_refused(source: Pa
         run_ingest([str(source)], corpus, SETTINGS)
 
 
-def test_contents_do_not_depend_on_where_source_and_corpus_lie(source: Path, tmp_path: Path) -> None:
+def test_contents_do_not_depend_on_where_source_and_corpus_lie(
+    source: Path, tmp_path: Path
+) -> None:
     one = run_ingest([str(source)], str(tmp_path / "one"), SETTINGS)
     moved = tmp_path / "moved"
     source.rename(moved)
@@ -230,7 +239,9 @@ def test_source_without_a_usable_sample_is_an_error_that_says_why(tmp_path: Path
         run_ingest([str(tmp_path / "empty.tar")], str(tmp_path / "d"), SETTINGS)
 
 
-def test_a_start_that_found_nothing_leaves_the_folder_to_the_corrected_command(tmp_path: Path) -> None:
+def test_a_start_that_found_nothing_leaves_the_folder_to_the_corrected_command(
+    tmp_path: Path,
+) -> None:
     pq.write_table(pa.table({"prose": ["a cat", "a dog"]}), tmp_path / "texts.parquet")
     corpus = tmp_path / "c"
     with pytest.raises(InputError, match="not one usable sample"):
@@ -240,7 +251,9 @@ def test_a_start_that_found_nothing_leaves_the_folder_to_the_corrected_command(t
     assert run_ingest([str(tmp_path / "texts.parquet")], str(corpus), corrected).samples == 2
 
 
-def test_a_second_ingest_into_one_folder_is_refused_and_changes_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_second_ingest_into_one_folder_is_refused_and_changes_nothing(
+    source: Path, tmp_path: Path
+) -> None:
     with owned(tmp_path / "c", "made"):
         with pytest.raises(InputError, match="c: is being made by process"):
             run_ingest([str(source)], str(tmp_path / "c"), SETTINGS)
@@ -256,13 +269,17 @@ def test_one_source_cut_in_half_does_not_stop_the_others(source: Path, tmp_path:
     assert "b0" in Corpus.open(tmp_path / "c").samples(1)["key"].to_pylist()
 
 
-def _captions(tmp_path: Path, lines: list[str], **settings: object) -> tuple[list[str], IngestSummary]:
+def _captions(
+    tmp_path: Path, lines: list[str], **settings: object
+) -> tuple[list[str], IngestSummary]:
     path = tmp_path / "captions.jsonl"
     path.write_text("".join(json.dumps({"caption": line}) + "\n" for line in lines))
     folder = tmp_path / f"c{len(list(tmp_path.iterdir()))}"
     summary = run_ingest([str(path)], str(folder), SETTINGS.model_copy(update=settings))
     corpus = Corpus.open(folder)
-    kept = [t for unit in range(corpus.num_units) for t in corpus.captions(unit)["text"].to_pylist()]
+    kept = [
+        t for unit in range(corpus.num_units) for t in corpus.captions(unit)["text"].to_pylist()
+    ]
     return kept, summary
 
 
@@ -279,12 +296,18 @@ def test_caption_filters(tmp_path: Path) -> None:
         "  padded  ",
     ]
     kept, summary = _captions(
-        tmp_path, lines, refuse_url_captions=True, refuse_tag_captions=True, max_caption_chars=1000, unit_samples=100
+        tmp_path,
+        lines,
+        refuse_url_captions=True,
+        refuse_tag_captions=True,
+        max_caption_chars=1000,
+        unit_samples=100,
     )
     assert kept == ["a good caption", lines[3], "padded"]
     assert summary.refused == 6
     assert set(summary.reasons) == {
-        "caption with URL", "caption is a tag list", "caption too long", "invalid caption", "invalid UTF-8",
+        "caption with URL", "caption is a tag list", "caption too long", "invalid caption",
+        "invalid UTF-8",
         "caption too short",
     }  # fmt: skip
     kept, summary = _captions(tmp_path, lines, max_caption_chars=2_000_000, unit_samples=100)
@@ -293,10 +316,17 @@ def test_caption_filters(tmp_path: Path) -> None:
 
 
 def test_bad_caption_beside_a_good_one_is_refused_alone(tmp_path: Path) -> None:
-    meta = {"captions": [{"text": "www.spam.com", "origin": "original"}, {"text": "good", "origin": "synthetic"}]}
+    meta = {
+        "captions": [
+            {"text": "www.spam.com", "origin": "original"},
+            {"text": "good", "origin": "synthetic"},
+        ]
+    }
     write_tar(tmp_path / "x.tar", [*sample("a", None, meta)])
     summary = run_ingest(
-        [str(tmp_path / "x.tar")], str(tmp_path / "c"), SETTINGS.model_copy(update={"refuse_url_captions": True})
+        [str(tmp_path / "x.tar")],
+        str(tmp_path / "c"),
+        SETTINGS.model_copy(update={"refuse_url_captions": True}),
     )
     corpus = Corpus.open(tmp_path / "c")
     assert (summary.samples, summary.refused, summary.refused_captions) == (1, 0, 1)
@@ -309,7 +339,8 @@ def test_image_filters_and_class_templates(tmp_path: Path) -> None:
         *sample("low", meta={"aesthetic_score": 4.69}),
         *sample("high", meta={"aesthetic": "4.7"}),
         *sample("none", meta={}),
-        ("small.png", encoded(picture(9, 50))), ("small.txt", b"x"), ("small.json", b'{"aesthetic": 9}'),
+        ("small.png", encoded(picture(9, 50))), ("small.txt", b"x"), ("small.json",
+                                                                      b'{"aesthetic": 9}'),
     ]  # fmt: skip
     write_tar(tmp_path / "x.tar", members)
     settings = SETTINGS.model_copy(update={"min_aesthetic": 4.7, "min_side": 10})
@@ -330,7 +361,9 @@ def test_image_filters_and_class_templates(tmp_path: Path) -> None:
         ("b.cls", b"7"),
     ]
     write_tar(tmp_path / "imagenet.tar", picture_members)
-    settings = SETTINGS.model_copy(update={"class_template": "a photo of {class}", "class_names": str(names)})
+    settings = SETTINGS.model_copy(
+        update={"class_template": "a photo of {class}", "class_names": str(names)}
+    )
     run_ingest([str(tmp_path / "imagenet.tar")], str(tmp_path / "d"), settings)
     corpus = Corpus.open(tmp_path / "d")
     assert corpus.captions(0)["text"].to_pylist() == ["a photo of goldfish"]
@@ -362,7 +395,9 @@ def test_mixed_captions_and_images_are_refused(tmp_path: Path) -> None:
 def test_duplicates_are_found_in_any_number_of_passes(tmp_path: Path, at_once: int) -> None:
     keys = [["a", "b", "c", "a"], ["d", "b", "e"], ["a", "f"]]
     for i, names in enumerate(keys):
-        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"key": k, "caption": "x"}) + "\n" for k in names))
+        (tmp_path / f"{i}.jsonl").write_text(
+            "".join(json.dumps({"key": k, "caption": "x"}) + "\n" for k in names)
+        )
     folder = Folder.at(tmp_path / "staging")
     folder.create()
     _, files, *_ = expand([f"{tmp_path}/*.jsonl"])

@@ -41,7 +41,9 @@ def test_images_columns_and_joined_rows_are_said(capsys: pytest.CaptureFixture[s
         "  columns found: filepath (image path)",
         "  captions only, without images: ...",
         "  joined 4 rows of one key and image: their captions are one sample's",
-        "  left out 1 x .jpg behind a second dot in its name, 2 x .txt beside .tar: no part of a sample",
+        "  left out 1 x .jpg behind a second dot in its name, 2 x .txt beside .tar: no part of "
+        "a sample",
         "  a key ends at the first dot of its name: call img.0001.jpg img_0001.jpg",
-        "  one kind of file is read of each folder: name the others as sources of their own to read them",
+        "  one kind of file is read of each folder: name the others as sources of their own to "
+        "read them",
     ]

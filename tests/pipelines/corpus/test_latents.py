@@ -1,4 +1,6 @@
-"""Latents end to end: aligned with the samples, equal to the codec on the same pixels, the same bytes always."""
+"""Latents end to end: aligned with the samples, equal to the codec on the same pixels, the same
+bytes always.
+"""
 
 import hashlib
 import itertools
@@ -58,7 +60,10 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def files(corpus: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in corpus.glob("latents/*/0*.arrow")}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in corpus.glob("latents/*/0*.arrow")
+    }
 
 
 def test_pixels_are_exact_and_aligned_also_where_an_actor_dies(corpus: Path) -> None:
@@ -96,7 +101,9 @@ def test_pixels_are_exact_and_aligned_also_where_an_actor_dies(corpus: Path) -> 
 def loop_over_units(corpus: Path, settings: CodecSettings) -> LatentEncoder:
     """The same job in this process, without a cluster."""
     opened, encoder = Corpus.open(corpus), LatentEncoder(load_codec(settings))
-    writer = FamilyWriter.open_or_create(str(corpus), "latents", settings.name, codec_spec(settings))
+    writer = FamilyWriter.open_or_create(
+        str(corpus), "latents", settings.name, codec_spec(settings)
+    )
     for unit in writer.pending():
         statistics = UnitStatistics()
         chunks = (bucket_images(opened, unit, *rows, scale=1, max_pixels=SETTINGS.max_pixels)
@@ -150,7 +157,10 @@ def test_other_scale_and_sources_that_have_moved(corpus: Path, tmp_path: Path) -
     moved.mkdir()
     (tmp_path / "x.tar").rename(moved / "x.tar")
     settings = CodecSettings(name="double", scale=2)
-    with pytest.raises(JobError, match=r"x\.tar s0\.png: sample s0 is not what was ingested (.|\n)*their new place"):
+    with pytest.raises(
+        JobError,
+        match=r"x\.tar s0\.png: sample s0 is not what was ingested (.|\n)*their " r"new place",
+    ):
         run_latents(str(corpus), settings, PoolSettings())
     assert run_ingest([str(moved / "x.tar")], str(corpus), SETTINGS).moved_to == str(moved)
     run_latents(str(corpus), settings, PoolSettings())
@@ -216,7 +226,9 @@ def test_a_codec_that_cannot_be_loaded_is_the_users_mistake(corpus: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_an_actor_with_other_codec_files_makes_no_second_family(corpus: Path, tmp_path: Path) -> None:
+def test_an_actor_with_other_codec_files_makes_no_second_family(
+    corpus: Path, tmp_path: Path
+) -> None:
     folder = save_codec(tmp_path / "kl", "AutoencoderKL")
 
     def replaced(done: int) -> None:
@@ -228,7 +240,10 @@ def test_an_actor_with_other_codec_files_makes_no_second_family(corpus: Path, tm
 
     with pytest.raises(InputError, match=r"kl: this node has other codec files .*weights_sha256"):
         run_latents(
-            str(corpus), CodecSettings(name="kl", model=str(folder)), PoolSettings(), RecordedProgress(replaced)
+            str(corpus),
+            CodecSettings(name="kl", model=str(folder)),
+            PoolSettings(),
+            RecordedProgress(replaced),
         )
     assert len(list((corpus / "latents").iterdir())) == 1
 
@@ -239,10 +254,22 @@ KINDS = ["tar", "gz", "parquet", "parquet-paths", "jsonl", "folder"]
 def write_source(source: Path, kind: str, images: dict[str, bytes]) -> None:
     source.mkdir(exist_ok=True)
     if kind in ("tar", "gz"):
-        members = [m for key, content in images.items() for m in ((f"{key}.png", content), (f"{key}.txt", b"x"))]
-        write_tar(source / ("x.tar.gz" if kind == "gz" else "x.tar"), members, "w:gz" if kind == "gz" else "w")
+        members = [
+            m
+            for key, content in images.items()
+            for m in ((f"{key}.png", content), (f"{key}.txt", b"x"))
+        ]
+        write_tar(
+            source / ("x.tar.gz" if kind == "gz" else "x.tar"),
+            members,
+            "w:gz" if kind == "gz" else "w",
+        )
     elif kind == "parquet":
-        columns = {"key": list(images), "image": list(images.values()), "caption": ["x"] * len(images)}
+        columns = {
+            "key": list(images),
+            "image": list(images.values()),
+            "caption": ["x"] * len(images),
+        }
         pq.write_table(pa.table(columns), source / "x.parquet")
     else:
         for key, content in images.items():
@@ -291,8 +318,13 @@ def test_another_picture_of_the_same_size_in_pixels_is_an_error(tmp_path: Path, 
     read_all(corpus)
     write_source(source, kind, images | {"s5": encoded(picture(*SIZES[5], seed=9))})
     if kind == "tar":
-        assert {path.name: path.stat().st_size for path in source.iterdir()} == before, "too easy: tars are padded"
-    with pytest.raises(JobError, match=r"is not what was ingested \(.* bytes\b.*\); put the old file back, or ingest"):
+        assert {path.name: path.stat().st_size for path in source.iterdir()} == before, (
+            "too easy: tars are padded"
+        )
+    with pytest.raises(
+        JobError,
+        match=r"is not what was ingested \(.* bytes\b.*\); put the old file " r"back, or ingest",
+    ):
         read_all(corpus)
 
 
@@ -302,5 +334,8 @@ def test_tar_members_of_equal_sizes_in_another_order_are_an_error(tmp_path: Path
     write_source(source, "tar", images)
     run_ingest([str(source)], str(tmp_path / "c"), SETTINGS)
     write_source(source, "tar", {key: images[key] for key in ("s1", "s0", "s2")})
-    with pytest.raises(JobError, match=r"s0\.png: sample s0 is not what was ingested \(in its place is 's1\.png' of"):
+    with pytest.raises(
+        JobError,
+        match=r"s0\.png: sample s0 is not what was ingested \(in its place is " r"'s1\.png' of",
+    ):
         read_all(Corpus.open(tmp_path / "c"))

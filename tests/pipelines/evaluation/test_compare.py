@@ -1,4 +1,6 @@
-"""What the comparison page says of scores: whose they are, which can be compared, and what is wrong with a file."""
+"""What the comparison page says of scores: whose they are, which can be compared, and what is wrong
+with a file.
+"""
 
 import json
 import re
@@ -25,13 +27,19 @@ SCORES, BINDING = "scores.json", "binding.json"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Two models of one shape, and what `lidit evaluate` wrote of the first: file -> its content."""
+    """Two models of one shape, and what `lidit evaluate` wrote of the first: file ->
+    its content.
+    """
 
     models: dict[str, Path]
     records: dict[str, dict[str, Any]]
 
-    def write_run(self, folder: Path, lax: float, binding: float | None = None, **settings: object) -> Path:
-        """A run with the model of the folder's name, a or b, and scores of these values; `settings` of the first."""
+    def write_run(
+        self, folder: Path, lax: float, binding: float | None = None, **settings: object
+    ) -> Path:
+        """A run with the model of the folder's name, a or b, and scores of these values; `settings`
+        of the first.
+        """
         shutil.copytree(self.models[folder.name], folder / "model")
         self.write_scores(folder, SCORES, lax, **settings)
         if binding is not None:
@@ -60,7 +68,9 @@ def evaluated(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory)
     tracker = TrackingSettings(uri=local_store(folder))
     for evaluate in (evaluate_scenes, evaluate_binding):
         evaluate(models["a"], SETTINGS, tracker, folder / "evaluation")
-    records = {file: json.loads((folder / "evaluation" / file).read_text()) for file in (SCORES, BINDING)}
+    records = {
+        file: json.loads((folder / "evaluation" / file).read_text()) for file in (SCORES, BINDING)
+    }
     return Evaluated(models, records)
 
 
@@ -90,8 +100,13 @@ def test_runs_evaluated_alike_are_compared(evaluated: Evaluated, tmp_path: Path)
 
 
 @pytest.mark.parametrize("other", [{"per_tag": 2}, {"layout": "free"}, {"images_per_prompt": 4}])
-def test_runs_evaluated_otherwise_have_no_best(evaluated: Evaluated, tmp_path: Path, other: dict[str, Any]) -> None:
-    text = page(evaluated.write_run(tmp_path / "a", 0.25, 0.9), evaluated.write_run(tmp_path / "b", 0.75, 0.6, **other))
+def test_runs_evaluated_otherwise_have_no_best(
+    evaluated: Evaluated, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    text = page(
+        evaluated.write_run(tmp_path / "a", 0.25, 0.9),
+        evaluated.write_run(tmp_path / "b", 0.75, 0.6, **other),
+    )
     assert best(text) == ["0.900"]  # binding was measured alike
     assert "<td>overall/lax *</td>" in text
     assert "these numbers cannot be compared" in text
@@ -110,8 +125,12 @@ def test_another_image_size_is_another_benchmark(evaluated: Evaluated, tmp_path:
 
 
 def test_scores_of_the_model_as_it_was_are_left_out(evaluated: Evaluated, tmp_path: Path) -> None:
-    runs = evaluated.write_run(tmp_path / "a", 0.25, 0.9), evaluated.write_run(tmp_path / "b", 0.75, 0.6)
-    shutil.copy(evaluated.models["a"] / WEIGHTS, runs[1] / "model" / WEIGHTS)  # as if it was trained further
+    runs = (
+        evaluated.write_run(tmp_path / "a", 0.25, 0.9),
+        evaluated.write_run(tmp_path / "b", 0.75, 0.6),
+    )
+    # as if it was trained further
+    shutil.copy(evaluated.models["a"] / WEIGHTS, runs[1] / "model" / WEIGHTS)
     text = page(*runs)
     assert best(text) == []
     assert "0.750" not in text
@@ -122,8 +141,13 @@ def test_scores_of_the_model_as_it_was_are_left_out(evaluated: Evaluated, tmp_pa
     assert "b: evaluation/scores.json is left out" in text
 
 
-def test_another_guidance_makes_other_pictures_and_the_same_losses(evaluated: Evaluated, tmp_path: Path) -> None:
-    runs = evaluated.write_run(tmp_path / "a", 0.25, 0.9), evaluated.write_run(tmp_path / "b", 0.75, 0.6)
+def test_another_guidance_makes_other_pictures_and_the_same_losses(
+    evaluated: Evaluated, tmp_path: Path
+) -> None:
+    runs = (
+        evaluated.write_run(tmp_path / "a", 0.25, 0.9),
+        evaluated.write_run(tmp_path / "b", 0.75, 0.6),
+    )
     change_index(runs[1], sampler={"guidance_scale": 5.0})
     text = page(*runs)
     assert "(other sampler); run" in text
@@ -131,7 +155,9 @@ def test_another_guidance_makes_other_pictures_and_the_same_losses(evaluated: Ev
     assert best(text) == ["0.900"]
 
 
-def test_scores_that_do_not_say_of_what_they_are_are_left_out(evaluated: Evaluated, tmp_path: Path) -> None:
+def test_scores_that_do_not_say_of_what_they_are_are_left_out(
+    evaluated: Evaluated, tmp_path: Path
+) -> None:
     runs = evaluated.write_run(tmp_path / "a", 0.25), evaluated.write_run(tmp_path / "b", 0.75)
     for folder in runs:
         path = folder / "evaluation" / SCORES
@@ -158,7 +184,8 @@ def test_a_torn_file_is_one_clear_message_before_anything_is_drawn(
     evaluated: Evaluated, tmp_path: Path, content: str
 ) -> None:
     runs = evaluated.write_run(tmp_path / "a", 0.25), evaluated.write_run(tmp_path / "b", 0.75)
-    (runs[0] / "model/model/config.json").unlink()  # loading this model would be refused in other words
+    # loading this model would be refused in other words
+    (runs[0] / "model/model/config.json").unlink()
     path = runs[1] / "evaluation" / SCORES
     path.write_text(content)
     with pytest.raises(

@@ -18,7 +18,11 @@ from tests.helpers.command import lidit
 from tests.helpers.random_model import write_model
 from tests.helpers.trained import SmallWorld
 
-PROMPTS = ("a photo of a red circle", "a photo of two squares", "a photo of a blue cross above a green circle")
+PROMPTS = (
+    "a photo of a red circle",
+    "a photo of two squares",
+    "a photo of a blue cross above a green circle",
+)
 TWO = PoolSettings(actors=2)
 
 
@@ -30,7 +34,10 @@ def model(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def geneval_prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
-    records = [{"tag": "colors", "include": [{"class": "circle", "count": 1}], "prompt": text} for text in PROMPTS]
+    records = [
+        {"tag": "colors", "include": [{"class": "circle", "count": 1}], "prompt": text}
+        for text in PROMPTS
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -43,9 +50,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
 
 
-def test_workers_this_machine_has_no_room_for_are_refused(model: Path, geneval_prompts: Path, tmp_path: Path) -> None:
+def test_workers_this_machine_has_no_room_for_are_refused(
+    model: Path, geneval_prompts: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="1 actors ask for 1 GPU, this machine offers 0"):
-        sample_suite(model, "geneval", [geneval_prompts], batches_of(4), PoolSettings(gpus=1), tmp_path / "out")
+        sample_suite(
+            model,
+            "geneval",
+            [geneval_prompts],
+            batches_of(4),
+            PoolSettings(gpus=1),
+            tmp_path / "out",
+        )
 
 
 def test_geneval_is_drawn_in_its_layout_and_resumed(
@@ -57,7 +73,8 @@ def test_geneval_is_drawn_in_its_layout_and_resumed(
     images = files_of(out)
     assert set(images) == {f"{p:05d}/samples/{i:04d}.png" for p in range(3) for i in range(4)}
     assert json.loads((out / "00002/metadata.jsonl").read_text())["prompt"] == PROMPTS[2]
-    drawn = LIDiTPipeline.from_pretrained(model)(PROMPTS[1], seed=44, output_type="np")[0]  # seeds 42, 43, 44 ...
+    # seeds 42, 43, 44 ...
+    drawn = LIDiTPipeline.from_pretrained(model)(PROMPTS[1], seed=44, output_type="np")[0]
     shown = np.asarray(Image.open(out / "00001/samples/0002.png")).astype(int)
     assert abs(shown - 255 * drawn).max() <= 1
     assert len(set(images.values())) == 12
@@ -70,9 +87,16 @@ def test_geneval_is_drawn_in_its_layout_and_resumed(
     assert again.sampled == 2
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     for name in lost:
-        same = np.asarray(Image.open(out / name)).astype(int) - np.asarray(Image.open(_file(images[name], tmp_path)))
+        same = np.asarray(Image.open(out / name)).astype(int) - np.asarray(
+            Image.open(_file(images[name], tmp_path))
+        )
         assert abs(same).max() <= 1
-    assert sample_suite(model, "geneval", [geneval_prompts], batches_of(8), PoolSettings(), out).sampled == 0
+    assert (
+        sample_suite(
+            model, "geneval", [geneval_prompts], batches_of(8), PoolSettings(), out
+        ).sampled
+        == 0
+    )
     other = write_model(small_world, tmp_path / "other", seed=2)
     with pytest.raises(InputError, match="made with other model"):
         sample_suite(other, "geneval", [geneval_prompts], batches_of(12), PoolSettings(), out)
@@ -88,7 +112,9 @@ def _file(content: bytes, folder: Path) -> Path:
 def test_grids_and_categories(model: Path, tmp_path: Path) -> None:
     items = tmp_path / "prompts.jsonl"
     items.write_text('{"item_id": "partiprompts1", "prompt": "a red circle"}\n')
-    assert lidit("evaluate", model, "--suite", "dpg-bench", "--prompts", items, "--out", tmp_path) == 0
+    assert (
+        lidit("evaluate", model, "--suite", "dpg-bench", "--prompts", items, "--out", tmp_path) == 0
+    )
     grid = np.asarray(Image.open(tmp_path / "dpg-bench/images/partiprompts1.png")).astype(int)
     assert grid.shape == (64, 64, 3)
     pipe = LIDiTPipeline.from_pretrained(model)
@@ -99,7 +125,20 @@ def test_grids_and_categories(model: Path, tmp_path: Path) -> None:
     for name in ("color_val.txt", "3d_spatial_val.txt"):
         (tmp_path / name).write_text("a red circle.\na blue square\n")
     both = ["--prompts", tmp_path / "color_val.txt", "--prompts", tmp_path / "3d_spatial_val.txt"]
-    assert lidit("evaluate", model, "--suite", "t2i-compbench", *both, "--workers", "2", "--out", tmp_path) == 0
+    assert (
+        lidit(
+            "evaluate",
+            model,
+            "--suite",
+            "t2i-compbench",
+            *both,
+            "--workers",
+            "2",
+            "--out",
+            tmp_path,
+        )
+        == 0
+    )
     names = sorted(path.name for path in (tmp_path / "t2i-compbench/color/samples").iterdir())
     assert names[0] == "a blue square_000010.png"
     assert names[-1] == "a red circle._000009.png"
@@ -108,14 +147,22 @@ def test_grids_and_categories(model: Path, tmp_path: Path) -> None:
     assert lidit("evaluate", model, "--suite", "t2i-compbench", *twice, "--out", tmp_path) == 2
 
 
-def test_what_does_not_go_together_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_go_together_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words, message in (
         (["--parse", tmp_path], "belong to --suite"),
         (["--suite", "geneval"], "give --prompts FILE"),
         (["--suite", "geneval", "--binding", "--parse", tmp_path], "two jobs"),
         (["--suite", "geneva", "--parse", tmp_path], "choose from geneval"),
-        (["--suite", "t2i-compbench", "--prompts", tmp_path / "mine.txt"], "no category in the file's name"),
-        (["--suite", "geneval", "--prompts", tmp_path, "per_tag=2"], "per_tag=2: not used by this measure"),
+        (
+            ["--suite", "t2i-compbench", "--prompts", tmp_path / "mine.txt"],
+            "no category in the file's name",
+        ),
+        (
+            ["--suite", "geneval", "--prompts", tmp_path, "per_tag=2"],
+            "per_tag=2: not used by this measure",
+        ),
         (["--binding", "tags=[colors]"], "it takes batch_size, binding_scenes, layout, seed"),
         (["--binding", "sampler.steps=3"], "sampler.steps=3: not used"),
         (["--workers", "2"], "--workers belongs to --suite"),
@@ -132,9 +179,12 @@ def test_binding_is_measured_from_a_folder(model: Path, tmp_path: Path) -> None:
     first = evaluate_binding(model, settings, TrackingSettings(), tmp_path)
     assert first.computed
     assert {"attribute_colors_bare/accuracy", "relation_position_bare/gap"} <= set(first.metrics)
-    assert first.metrics["binding_color_attr_bare/gap"] != 0  # random weights: the loss does depend on the caption
+    # random weights: the loss does depend on the caption
+    assert first.metrics["binding_color_attr_bare/gap"] != 0
     assert not evaluate_binding(model, settings, TrackingSettings(), tmp_path).computed
-    free = evaluate_binding(model, EvaluateSettings(layout="free", binding_scenes=4), TrackingSettings(), tmp_path)
+    free = evaluate_binding(
+        model, EvaluateSettings(layout="free", binding_scenes=4), TrackingSettings(), tmp_path
+    )
     assert "binding_list8_bare/accuracy_position_8" in free.metrics
     assert Image.open(tmp_path / "binding-positions.png").width > 100
 
@@ -143,7 +193,9 @@ def test_another_guidance_is_another_evaluation(model: Path, tmp_path: Path) -> 
     def drawn(*overrides: str) -> tuple[dict[str, bytes], dict[str, object]]:
         words = ["tags=[colors]", "per_tag=2", *overrides, "--out", tmp_path]
         assert lidit("evaluate", model, *words) == 0
-        return files_of(tmp_path / "images"), json.loads((tmp_path / "scores.json").read_text())["made_with"]["model"]
+        return files_of(tmp_path / "images"), json.loads((tmp_path / "scores.json").read_text())[
+            "made_with"
+        ]["model"]
 
     own, made_with = drawn()
     stronger, other = drawn("sampler.guidance_scale=9")
@@ -156,9 +208,20 @@ def test_another_guidance_is_another_evaluation(model: Path, tmp_path: Path) -> 
 def test_pictures_of_ones_own_are_preferred_or_not(
     model: Path, small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["evaluate", model, "--pictures", small_world.folder / "scenes", "pictures=12", "--out", tmp_path]
+    words = [
+        "evaluate",
+        model,
+        "--pictures",
+        small_world.folder / "scenes",
+        "pictures=12",
+        "--out",
+        tmp_path,
+    ]
     assert lidit(*words) == 0
-    assert re.search(r"prefer their own caption: 0\.\d+ \[.*\] of 12 pictures, chance 0\.5", capsys.readouterr().out)
+    assert re.search(
+        r"prefer their own caption: 0\.\d+ \[.*\] of 12 pictures, chance 0\.5",
+        capsys.readouterr().out,
+    )
     assert Image.open(tmp_path / "held-out.png").width > 100
     stamp = (tmp_path / "held-out.png").stat().st_mtime_ns
     assert lidit(*words) == 0
@@ -175,12 +238,15 @@ def test_list_prompts_give_the_positional_curve(model: Path, tmp_path: Path) -> 
     assert Image.open(tmp_path / "positions.png").width > 100
 
 
-def test_runs_are_compared_on_one_page(small_world: SmallWorld, model: Path, tmp_path: Path) -> None:
+def test_runs_are_compared_on_one_page(
+    small_world: SmallWorld, model: Path, tmp_path: Path
+) -> None:
     other = write_model(small_world, tmp_path / "other", seed=2)
     page = tmp_path / "page.html"
     words = ["--prompt", "a red circle", "--seeds", "2", "--out", page]
     assert lidit("report", model.parent, other.parent, *words) == 0
     text = page.read_text()
     assert text.count("<img src=") == 4
-    assert len(set(re.findall(r'<img src="([^"]+)"', text))) == 4  # two models, two seeds: four pictures
+    # two models, two seeds: four pictures
+    assert len(set(re.findall(r'<img src="([^"]+)"', text))) == 4
     assert lidit("report", model.parent, tmp_path, *words) == 2

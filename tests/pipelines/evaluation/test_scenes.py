@@ -1,4 +1,6 @@
-"""The scene benchmark of a model folder: drawn in batches into GenEval's layout, resumed, scored, known again."""
+"""The scene benchmark of a model folder: drawn in batches into GenEval's layout, resumed, scored,
+known again.
+"""
 
 import json
 import shutil
@@ -50,7 +52,9 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> TrackingSettings:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tracker: TrackingSettings, tmp_path_factory: pytest.TempPathFactory) -> Scores:
+def whole(
+    model: Path, tracker: TrackingSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Scores:
     """An evaluation that nothing interrupted; read its folder, never write to it."""
     return evaluate(model, tracker, tmp_path_factory.mktemp("whole") / "evaluation")
 
@@ -96,8 +100,11 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        # a plot may differ in its compression; what a killed process was writing stays until the next images
-        if path.is_file() and path.name != "positions.png" and not path.name.startswith(TEMPORARY_PREFIX)
+        # a plot may differ in its compression; what a killed process was writing stays until the
+        # next images
+        if path.is_file()
+        and path.name != "positions.png"
+        and not path.name.startswith(TEMPORARY_PREFIX)
     }
 
 
@@ -118,8 +125,13 @@ def test_images_results_and_scores_are_those_of_the_prompts(
     seeds = [1_000_003 + number for number in range(IMAGES)]
     pipe = LIDiTPipeline.from_pretrained(model)
     batches = (slice(start, start + 5) for start in range(0, IMAGES, 5))
-    drawn = [image_bytes(pipe(prompts[part], seed=seeds[part], output_type="pt").images) for part in batches]
-    records = [json.loads(line) for line in (whole.folder / "results.jsonl").read_text().splitlines()]
+    drawn = [
+        image_bytes(pipe(prompts[part], seed=seeds[part], output_type="pt").images)
+        for part in batches
+    ]
+    records = [
+        json.loads(line) for line in (whole.folder / "results.jsonl").read_text().splitlines()
+    ]
     assert [record["prompt"] for record in records] == prompts
     # the paths in the results are real
     shown = [np.asarray(Image.open(whole.folder / record["filename"])) for record in records]
@@ -129,7 +141,10 @@ def test_images_results_and_scores_are_those_of_the_prompts(
     assert json.loads((folder / "00002/metadata.jsonl").read_text()) == items[2]
     expected = evaluate_images(items, [shown[i : i + 2] for i in range(0, IMAGES, 2)])
     assert {key: whole.metrics[key] for key in expected.metrics()} == expected.metrics()
-    assert "| list4 | **drop**, first quartile less last | 3 | 6 | " in (whole.folder / "scores.md").read_text()
+    assert (
+        "| list4 | **drop**, first quartile less last | 3 | 6 | "
+        in (whole.folder / "scores.md").read_text()
+    )
     assert {"list4/drop_low", "list4/drop_high"} <= set(whole.metrics)
     run = tracked(tracker, whole.folder)
     assert run.info.status == "FINISHED"
@@ -141,13 +156,16 @@ def test_images_results_and_scores_are_those_of_the_prompts(
 
 @pytest.mark.parametrize(
     ("saved", "drawn"),
-    # a batch of which any image is missing is drawn whole: in another company an image may differ in its last bits
+    # a batch of which any image is missing is drawn whole: in another company an image may differ
+    # in its last bits
     [(0, [5, 5, 2]), (3, [5, 5, 2]), (7, [5, 2]), (IMAGES, [])],
 )
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
     model: Path, tracker: TrackingSettings, whole: Scores, out: Path, saved: int, drawn: list[int]
 ) -> None:
-    """As a kill leaves it: the first images are there, in the order of drawing, and nothing after them."""
+    """As a kill leaves it: the first images are there, in the order of drawing, and nothing after
+    them.
+    """
     for path in [*images_of(out)[saved:], *(path for path in out.iterdir() if path.is_file())]:
         path.unlink()
     (folder,) = (out / "images").iterdir()
@@ -158,8 +176,11 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
     assert sizes[::STEPS] == drawn
     assert len(sizes) == STEPS * len(drawn)
     assert [path for path in images_of(out) if path not in kept] == images_of(out)[saved:]
-    metadata = set(folder.glob("*/metadata.jsonl"))  # written again where there is something to draw
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items() if path not in metadata)
+    # written again where there is something to draw
+    metadata = set(folder.glob("*/metadata.jsonl"))
+    assert all(
+        path.stat().st_mtime_ns == stamp for path, stamp in kept.items() if path not in metadata
+    )
     assert files_of(out) == files_of(whole.folder)
     done = stamps(out)
     assert not evaluate(model, tracker, out).computed
@@ -167,9 +188,24 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_ends_the_same(model: Path, tracker: TrackingSettings, tmp_path: Path) -> None:
-    words = ["tags=[colors,list4]", "per_tag=3", "images_per_prompt=2", "batch_size=5", "sampler.steps=300"]
-    command = [Path(sys.executable).with_name("lidit"), "evaluate", model, *words, "--out", tmp_path / "out"]
+def test_a_killed_evaluation_goes_on_and_ends_the_same(
+    model: Path, tracker: TrackingSettings, tmp_path: Path
+) -> None:
+    words = [
+        "tags=[colors,list4]",
+        "per_tag=3",
+        "images_per_prompt=2",
+        "batch_size=5",
+        "sampler.steps=300",
+    ]
+    command = [
+        Path(sys.executable).with_name("lidit"),
+        "evaluate",
+        model,
+        *words,
+        "--out",
+        tmp_path / "out",
+    ]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -195,7 +231,8 @@ def test_what_changes_the_images_changes_the_scores(
     assert evaluate(model, tracker, out, **FEW).computed
     before = stamps(out)
     changed = shutil.copytree(model, tmp_path / "run" / "model")
-    assert not evaluate(changed, tracker, out, **FEW, binding_scenes=4, pictures=4).computed  # wherever the model is
+    # wherever the model is
+    assert not evaluate(changed, tracker, out, **FEW, binding_scenes=4, pictures=4).computed
     assert stamps(out) == before
 
     def sampled_longer() -> None:
@@ -204,7 +241,9 @@ def test_what_changes_the_images_changes_the_scores(
         (changed / "model_index.json").write_text(json.dumps(index))
 
     def trained_further() -> None:
-        shutil.copy(write_model(small_world, tmp_path / "other", seed=2) / WEIGHTS, changed / WEIGHTS)
+        shutil.copy(
+            write_model(small_world, tmp_path / "other", seed=2) / WEIGHTS, changed / WEIGHTS
+        )
 
     known = {path.read_bytes() for path in images_of(out)}
     for change, seed in ((sampled_longer, 1), (trained_further, 1), (lambda: None, 2)):
@@ -235,13 +274,16 @@ def test_scores_that_are_not_whole_or_of_other_rules_are_made_again(
     assert stamps(tmp_path / "images") == images
 
 
-def test_scores_are_written_last(model: Path, tracker: TrackingSettings, whole: Scores, out: Path) -> None:
+def test_scores_are_written_last(
+    model: Path, tracker: TrackingSettings, whole: Scores, out: Path
+) -> None:
     (out / "grid.png").unlink()
     (out / "grid.png").mkdir()  # what is written after the results cannot be
     with pytest.raises(IsADirectoryError):
         evaluate(model, tracker, out, **FEW)
     assert (out / "results.jsonl").read_bytes() != (whole.folder / "results.jsonl").read_bytes()
-    assert not (out / "scores.json").exists()  # else the results of the new settings would count as those of the old
+    # else the results of the new settings would count as those of the old
+    assert not (out / "scores.json").exists()
     (out / "grid.png").rmdir()
     assert evaluate(model, tracker, out, **FEW).computed
     written = stamps(out)
@@ -253,9 +295,11 @@ def test_a_broken_image_is_named(model: Path, tracker: TrackingSettings, out: Pa
     (out / "scores.json").unlink()
     path = next(out.rglob("00001/samples/0001.png"))
     content = path.read_bytes()
-    path.write_bytes(content[:40] + bytes(20) + content[60:])  # its end is there, so it counts as drawn
+    # its end is there, so it counts as drawn
+    path.write_bytes(content[:40] + bytes(20) + content[60:])
     with pytest.raises(
-        InputError, match=rf"{path}: not readable as an image .* delete it and run the same command again"
+        InputError,
+        match=rf"{path}: not readable as an image .* delete it and run the same command " r"again",
     ):
         evaluate(model, tracker, out)
 
@@ -265,6 +309,8 @@ def test_a_model_folder_without_a_readable_index_is_refused(
 ) -> None:
     torn = shutil.copytree(model, tmp_path / "model")
     (torn / "model_index.json").write_text('{"sampler": ')
-    with pytest.raises(InputError, match=r"model_index\.json: cannot be read .* written by lidit train"):
+    with pytest.raises(
+        InputError, match=r"model_index\.json: cannot be read .* written by lidit " r"train"
+    ):
         evaluate(torn, tracker, tmp_path / "out")
     assert not (tmp_path / "out").exists()

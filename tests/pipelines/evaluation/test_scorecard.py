@@ -1,4 +1,6 @@
-"""A scorecard's promises: known by its identity, complete when its score file is there, one run in the tracker."""
+"""A scorecard's promises: known by its identity, complete when its score file is there, one run in
+the tracker.
+"""
 
 import json
 from pathlib import Path
@@ -22,8 +24,12 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> TrackingSettings:
     return TrackingSettings(uri=local_store(tmp_path_factory.mktemp("store")))
 
 
-def card_of(out: Path, tracker: TrackingSettings, file: str | None = "scores.json", **made_with: object) -> Scorecard:
-    job = Job.of_model("evaluate", out / "demo" / "model", "evaluate", {"seed": "1"}, "scenes", file)
+def card_of(
+    out: Path, tracker: TrackingSettings, file: str | None = "scores.json", **made_with: object
+) -> Scorecard:
+    job = Job.of_model(
+        "evaluate", out / "demo" / "model", "evaluate", {"seed": "1"}, "scenes", file
+    )
     return Scorecard(out, job, MADE_WITH | made_with, tracker)
 
 
@@ -36,8 +42,15 @@ def run_of(tracker: TrackingSettings, card: Scorecard) -> Run:
     return run
 
 
-def test_a_score_file_of_an_earlier_version_is_recognised(tmp_path: Path, tracker: TrackingSettings) -> None:
-    earlier = {"identity": IDENTITY, "made_with": MADE_WITH, "metrics": {"overall": 0.5}, "table": "| a |"}
+def test_a_score_file_of_an_earlier_version_is_recognised(
+    tmp_path: Path, tracker: TrackingSettings
+) -> None:
+    earlier = {
+        "identity": IDENTITY,
+        "made_with": MADE_WITH,
+        "metrics": {"overall": 0.5},
+        "table": "| a |",
+    }
     (tmp_path / "scores.json").write_text(json.dumps(earlier, indent=1))
     assert card_of(tmp_path, tracker).known("metrics", "table") == earlier
     assert card_of(tmp_path, tracker).known("metrics", "motifs") is None
@@ -45,7 +58,9 @@ def test_a_score_file_of_an_earlier_version_is_recognised(tmp_path: Path, tracke
     assert card_of(tmp_path, tracker, file=None).known("metrics") is None
 
 
-def test_the_old_score_file_goes_first_and_the_new_one_comes_last(tmp_path: Path, tracker: TrackingSettings) -> None:
+def test_the_old_score_file_goes_first_and_the_new_one_comes_last(
+    tmp_path: Path, tracker: TrackingSettings
+) -> None:
     card = card_of(tmp_path, tracker)
     (tmp_path / "scores.json").write_text("of the files as they were")
     card.begin()
@@ -59,7 +74,9 @@ def test_the_old_score_file_goes_first_and_the_new_one_comes_last(tmp_path: Path
 
 
 def test_the_tracker_gets_one_run_per_identity(tmp_path: Path, tracker: TrackingSettings) -> None:
-    """Name, tags, parameters and metrics are those of earlier versions, so that runs are continued, not doubled."""
+    """Name, tags, parameters and metrics are those of earlier versions, so that runs are continued,
+    not doubled.
+    """
     card = card_of(tmp_path, tracker, settings={"seed": 3})
     for _ in range(2):
         card.begin()
@@ -68,7 +85,9 @@ def test_the_tracker_gets_one_run_per_identity(tmp_path: Path, tracker: Tracking
     run = run_of(tracker, card)
     assert run.info.run_name == "evaluate demo"
     ours = {
-        name: value for name, value in run.data.tags.items() if name in ("lidit.job", "lidit.model", "lidit.identity")
+        name: value
+        for name, value in run.data.tags.items()
+        if name in ("lidit.job", "lidit.model", "lidit.identity")
     }
     assert ours == {
         "lidit.job": "evaluate",
@@ -77,10 +96,14 @@ def test_the_tracker_gets_one_run_per_identity(tmp_path: Path, tracker: Tracking
     }
     assert run.data.params == {"seed": "1"}
     assert run.data.metrics == {"scenes/overall": 0.5}
-    assert [file.path for file in MlflowClient(tracker.uri).list_artifacts(run.info.run_id)] == ["table.md"]
+    assert [file.path for file in MlflowClient(tracker.uri).list_artifacts(run.info.run_id)] == [
+        "table.md"
+    ]
 
 
-def test_without_a_score_file_nothing_is_recognised_or_left_behind(tmp_path: Path, tracker: TrackingSettings) -> None:
+def test_without_a_score_file_nothing_is_recognised_or_left_behind(
+    tmp_path: Path, tracker: TrackingSettings
+) -> None:
     card = card_of(tmp_path / "out", tracker, file=None, settings={"seed": 4})
     card.begin()
     card.publish({"overall": 0.5}, [])
@@ -89,13 +112,18 @@ def test_without_a_score_file_nothing_is_recognised_or_left_behind(tmp_path: Pat
     assert "lidit.identity" not in run_of(tracker, card).data.tags
 
 
-def test_a_refused_experiment_is_told_before_the_work(tmp_path: Path, tracker: TrackingSettings) -> None:
+def test_a_refused_experiment_is_told_before_the_work(
+    tmp_path: Path, tracker: TrackingSettings
+) -> None:
     gone = tracker.model_copy(update={"experiment": "gone"})
     client = MlflowClient(gone.uri)
     client.delete_experiment(client.create_experiment("gone"))
     (tmp_path / "scores.json").write_text("of the files as they are")
     worked = []
-    with pytest.raises(InputError, match="'gone' was deleted"), card_of(tmp_path, gone).evaluating():
+    with (
+        pytest.raises(InputError, match="'gone' was deleted"),
+        card_of(tmp_path, gone).evaluating(),
+    ):
         worked.append(1)
     assert not worked
     assert (tmp_path / "scores.json").exists()

@@ -1,4 +1,6 @@
-"""Results of suites scored outside, summed up from the command line and tracked beside the model they are of."""
+"""Results of suites scored outside, summed up from the command line and tracked beside the model
+they are of.
+"""
 
 import json
 from pathlib import Path
@@ -35,8 +37,15 @@ def test_official_results_are_summed_up_and_tracked(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results.jsonl"
-    rows = [("single_object", "a", True), ("single_object", "b", True), ("colors", "c", True), ("colors", "d", False)]
-    lines = [json.dumps({"tag": tag, "correct": good, "metadata": prompt}) for tag, prompt, good in rows]
+    rows = [
+        ("single_object", "a", True),
+        ("single_object", "b", True),
+        ("colors", "c", True),
+        ("colors", "d", False),
+    ]
+    lines = [
+        json.dumps({"tag": tag, "correct": good, "metadata": prompt}) for tag, prompt, good in rows
+    ]
     results.write_text("\n".join(lines))
     assert lidit("evaluate", model, "--suite", "geneval", "--parse", results) == 0
     printed = capsys.readouterr().out
@@ -65,7 +74,12 @@ def test_scores_are_filed_under_the_weights_that_drew_the_images(
     assert "NOT CHECKED: no suite.json" in capsys.readouterr().out
     drawn = model.parent / "evaluation" / "geneval"
     drawn.mkdir(parents=True)
-    made_with = {"suite": "geneval", "model": weights_digest(model), "sampler": {"steps": 7}, "images": 1}
+    made_with = {
+        "suite": "geneval",
+        "model": weights_digest(model),
+        "sampler": {"steps": 7},
+        "images": 1,
+    }
     (drawn / "suite.json").write_text(json.dumps(made_with))
     assert sum_up(results) == 0
     assert "NOT CHECKED" not in capsys.readouterr().out
@@ -82,14 +96,18 @@ def test_scores_are_filed_under_the_weights_that_drew_the_images(
     assert f"{category / 'suite.json'}: the images were drawn with model" in capsys.readouterr().err
 
 
-def test_dpg_categories_come_from_the_graph(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dpg_categories_come_from_the_graph(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "graph.csv").write_text(
         "item_id,proposition_id,dependency,tuple,question_natural_language\n"
         "first,1,0,entity - whole (sun),Is there a sun?\n"
         "dog1,1,0,entity - whole (dog),Is there a dog?\n"
         'dog1,2,1,"attribute - color (dog, blue)",Is the dog blue?\n'
     )
-    (tmp_path / "r.txt").write_text("images/dog1.png, 1.0, 0.5, 0.0, 0.5, 0.5\nModel: images\nDPG-Bench score: 50.0\n")
+    (tmp_path / "r.txt").write_text(
+        "images/dog1.png, 1.0, 0.5, 0.0, 0.5, 0.5\nModel: images\nDPG-Bench score: 50.0\n"
+    )
     answers = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("yes", "no")]
     corners = ("(0, 0, 32, 32)", "(32, 0, 64, 32)", "(0, 32, 32, 64)", "(32, 32, 64, 64)")
     lines = [
@@ -102,13 +120,18 @@ def test_dpg_categories_come_from_the_graph(model: Path, tmp_path: Path, capsys:
     assert lidit("evaluate", model, *words, "--out", tmp_path / "o") == 0
     printed = capsys.readouterr().out
     assert "| overall | 50.00 | 50.00 | 81.65 |" in printed
-    assert "| attribute | 0.00 | 25.00 |" in printed  # the last crop only; all crops, zeroed by the parent
+    # the last crop only; all crops, zeroed by the parent
+    assert "| attribute | 0.00 | 25.00 |" in printed
     assert "1 of the graph's 2 items have no result: first" in printed
 
 
 def test_segment_scores_give_the_positional_curve(model: Path, tmp_path: Path) -> None:
     scores = tmp_path / "scores.jsonl"
-    lines = [json.dumps({"prompt": number, "scores": [1, 0.5, 0.5, 0]}) for number in range(3) for _ in range(4)]
+    lines = [
+        json.dumps({"prompt": number, "scores": [1, 0.5, 0.5, 0]})
+        for number in range(3)
+        for _ in range(4)
+    ]
     scores.write_text("\n".join(lines) + "\n")
     words = ["--suite", "segments4", "--parse", scores, "--out", tmp_path / "o"]
     assert lidit("evaluate", model, *words) == 0
@@ -118,7 +141,9 @@ def test_segment_scores_give_the_positional_curve(model: Path, tmp_path: Path) -
     assert metrics["segments4/drop"] == 1.0
 
 
-def test_results_of_no_model_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_of_no_model_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = tmp_path / "results.jsonl"
     results.write_text('{"tag": "colors", "correct": true, "metadata": "a"}\n')
     words = ["--suite", "geneval", "--parse", results, "--out", tmp_path / "o"]

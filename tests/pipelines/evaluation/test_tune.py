@@ -23,7 +23,9 @@ def model(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_a_race_is_held_once_and_keeps_to_its_budget(model: Path, tmp_path: Path) -> None:
     settings = TuneSettings(
-        steps=(1, 2), schedulers=("euler",), guidance_scales=(1.0, 2.0), guidance_intervals=((0.0, 1.0),),
+        steps=(1, 2), schedulers=("euler",), guidance_scales=(1.0, 2.0), guidance_intervals=((0.0,
+                                                                                              1.0),
+                                                                                              ),
         per_round=1, rounds=3, tags=("colors", "position"), evaluations=40,
     )  # fmt: skip
     tracker = TrackingSettings(uri=local_store(tmp_path / "store"))
@@ -40,14 +42,17 @@ def test_a_race_is_held_once_and_keeps_to_its_budget(model: Path, tmp_path: Path
     assert not again.computed
     assert (again.sampler, again.table, again.score) == (found.sampler, found.table, found.score)
     with pytest.raises(InputError, match="evaluations: 3 are less than the 18 of one round"):
-        tune_sampler(model, settings.model_copy(update={"evaluations": 3}), tracker, tmp_path / "tuning")
+        tune_sampler(
+            model, settings.model_copy(update={"evaluations": 3}), tracker, tmp_path / "tuning"
+        )
 
 
 def test_captions_are_judged_by_the_models_own_losses(model: Path, tmp_path: Path) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_text("a red circle\na blue square\na red circle\n\na green triangle\n")
     settings = TuneSettings(
-        steps=(1, 2), schedulers=("euler",), guidance_scales=(1.0,), guidance_intervals=((0.0, 1.0),),
+        steps=(1, 2), schedulers=("euler",), guidance_scales=(1.0,), guidance_intervals=((0.0, 1.0),
+                                                                                         ),
         per_round=2, rounds=2, captions=str(captions),
     )  # fmt: skip
     tracker = TrackingSettings(uri=local_store(tmp_path / "store"))

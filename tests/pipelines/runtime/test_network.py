@@ -22,7 +22,10 @@ def test_two_processes_sum_up_and_doctor_says_how_fast(ray_cluster: None) -> Non
 
 def test_bandwidth_counts_what_passes_through_a_process() -> None:
     """The slowest process counts; four processes send 2 x 3/4 of the bytes each."""
-    seen = [Reduction(f"node{i // 2}", "nccl", 1000, 0.5 if i else 1.0, 100 * i - 1, i) for i in range(4)]
+    seen = [
+        Reduction(f"node{i // 2}", "nccl", 1000, 0.5 if i else 1.0, 100 * i - 1, i)
+        for i in range(4)
+    ]
     probe = NetworkProbe.of(seen)
     assert (probe.processes, probe.nodes, probe.bandwidth) == (4, 2, 1500.0)
     assert (probe.least_locked, probe.least_adapters) == (99, 0)  # -1 is without limit
@@ -40,7 +43,9 @@ def test_bandwidth_counts_what_passes_through_a_process() -> None:
         (NetworkProbe(1, 1, "nccl", 0.0, -1, 0), "note", "nothing was sent"),
     ],
 )
-def test_a_slow_network_is_told_with_what_to_do(probe: NetworkProbe, state: str, remedy: str) -> None:
+def test_a_slow_network_is_told_with_what_to_do(
+    probe: NetworkProbe, state: str, remedy: str
+) -> None:
     finding = network_finding(probe, "found")
     assert finding.state == state
     assert remedy in finding.remedy

@@ -1,4 +1,6 @@
-"""Where an embedded Ray keeps its files: short folders that can be written, told when they are not the asked ones."""
+"""Where an embedded Ray keeps its files: short folders that can be written, told when they are not
+the asked ones.
+"""
 
 import os
 import stat
@@ -15,7 +17,14 @@ NOWHERE = "/proc/nowhere"  # nobody can make it, the administrator neither
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose name is short enough, as /tmp is."""
-    for name in ("RAY_TMPDIR", "TMPDIR", "XDG_RUNTIME_DIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+    for name in (
+        "RAY_TMPDIR",
+        "TMPDIR",
+        "XDG_RUNTIME_DIR",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE",
+    ):
         monkeypatch.delenv(name, raising=False)
     return Path("/tmp")
 
@@ -64,17 +73,23 @@ def test_a_folder_that_cannot_be_made_is_told(
     found = ray_folder([str(short)])
     assert found.folder is not None
     assert found.spill is None
-    assert caplog.text.count(f"RAY_TMPDIR={NOWHERE} cannot be used (No such file or directory)") == 1
+    assert (
+        caplog.text.count(f"RAY_TMPDIR={NOWHERE} cannot be used (No such file or directory)") == 1
+    )
 
 
 def test_no_folder_at_all_is_one_line(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", NOWHERE)
-    with pytest.raises(InputError, match=f"^TMPDIR={NOWHERE} cannot be used .*; set RAY_TMPDIR to a folder") as refusal:
+    with pytest.raises(
+        InputError, match=f"^TMPDIR={NOWHERE} cannot be used .*; set RAY_TMPDIR to a folder"
+    ) as refusal:
         ray_folder(["/proc/other", f"/tmp/{'x' * 100}"])
     assert "\n" not in str(refusal.value)
 
 
-def test_the_token_is_kept_where_it_can_be(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_kept_where_it_can_be(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     own_token()
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ

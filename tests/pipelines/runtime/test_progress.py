@@ -22,7 +22,9 @@ def test_plain_lines_count_only_what_this_process_did(
     assert len(lines) == 4, "the last line is not said again at the end"
 
 
-def test_the_end_is_told_also_where_nothing_was_told_before(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_is_told_also_where_nothing_was_told_before(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with ProgressBar("score", 3, "images") as shown:
         for _ in range(3):
             shown.advance()
@@ -35,7 +37,9 @@ def test_the_end_is_told_also_where_nothing_was_told_before(capsys: pytest.Captu
     assert second.startswith("draw: 4/4 images")
 
 
-def test_the_rate_forgets_a_slow_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rate_forgets_a_slow_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with ProgressBar("train", 100, "steps") as shown:
@@ -77,7 +81,10 @@ def test_bars_of_several_threads_share_one_display(
             bar.advance(2)
 
     with Display() as display:
-        threads = [threading.Thread(target=work, args=(title, display)) for title in ("embed one", "embed two")]
+        threads = [
+            threading.Thread(target=work, args=(title, display))
+            for title in ("embed one", "embed two")
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -17,7 +17,8 @@ def test_a_running_ray_that_is_too_small_is_named(caplog: pytest.LogCaptureFixtu
     assert caplog.text == ""
     resources.connect(offered + 1)
     assert (
-        f"Ray already runs in this process with {offered} logical CPUs, this job asks for {offered + 1}" in caplog.text
+        f"Ray already runs in this process with {offered} logical CPUs, this job asks for "
+        f"{offered + 1}" in caplog.text
     )
     assert resources.total("CPU") == offered
 
@@ -39,7 +40,10 @@ def test_a_cluster_may_grow_and_is_not_measured(
         ("127.0.0.1:1", "nobody answers ([Errno 111] Connection refused); start the cluster"),
         ("127.0.0.1:70000", "is no host:port"),
         ("nonsense", "is no host:port"),
-        ("ray://127.0.0.1:10001", "a job runs inside its cluster; give the head's host:port (6379)"),
+        (
+            "ray://127.0.0.1:10001",
+            "a job runs inside its cluster; give the head's host:port (6379)",
+        ),
     ],
 )
 def test_an_address_at_which_no_cluster_is_is_refused_at_once(

@@ -1,4 +1,6 @@
-"""The API over HTTP, with a real engine behind it: pictures, errors in one shape, jobs, cancellation."""
+"""The API over HTTP, with a real engine behind it: pictures, errors in one shape, jobs,
+cancellation.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,10 @@ def client(served: Platform) -> OpenAI:
 def test_a_picture_is_the_pipelines(served: Platform, model: Path) -> None:
     pipe = LIDiTPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    for size, fields in (((16, 16), {}), ((24, 16), {"steps": 3, "guidance_scale": 1.0, "scheduler": "dpm_solver"})):
+    for size, fields in (
+        ((16, 16), {}),
+        ((24, 16), {"steps": 3, "guidance_scale": 1.0, "scheduler": "dpm_solver"}),
+    ):
         answer = served.draw(PROMPT, n=2, seed=7, size=f"{size[1]}x{size[0]}", **fields)
         assert answer.status == 200
         expected = pipe(
@@ -120,11 +125,26 @@ def test_every_refusal_has_one_shape(served: Platform) -> None:
     KeyStore(served.folder / KEYS).revoke(revoked.split("_")[1])
     gone = served.new_key(quota=1)
     for answer, expected in (
-        (served.call("POST", place, {"prompt": "x"}, key=None), (401, "missing_api_key", None, "false")),
-        (served.call("POST", place, {"prompt": "x"}, key="lidit_guess"), (401, "invalid_api_key", None, "false")),
-        (served.call("POST", place, {"prompt": "x"}, key=revoked), (401, "invalid_api_key", None, "false")),
-        (served.call("POST", place, {"prompt": "x"}, key=moderating), (403, "insufficient_scope", None, "false")),
-        (served.call("POST", place, {"prompt": "x"}, key=gone), (429, "insufficient_quota", None, "false")),
+        (
+            served.call("POST", place, {"prompt": "x"}, key=None),
+            (401, "missing_api_key", None, "false"),
+        ),
+        (
+            served.call("POST", place, {"prompt": "x"}, key="lidit_guess"),
+            (401, "invalid_api_key", None, "false"),
+        ),
+        (
+            served.call("POST", place, {"prompt": "x"}, key=revoked),
+            (401, "invalid_api_key", None, "false"),
+        ),
+        (
+            served.call("POST", place, {"prompt": "x"}, key=moderating),
+            (403, "insufficient_scope", None, "false"),
+        ),
+        (
+            served.call("POST", place, {"prompt": "x"}, key=gone),
+            (429, "insufficient_quota", None, "false"),
+        ),
         (served.call("POST", place, b"{"), (400, "invalid_json", None, "false")),
         (served.call("POST", place, b"[]"), (400, "invalid_value", None, "false")),
         (served.call("POST", place, b"{}"), (400, "missing_required_parameter", "prompt", "false")),
@@ -147,12 +167,16 @@ def test_a_body_is_not_read_for_nobody(served: Platform) -> None:
     """Without a key the answer comes while the body is still on its way."""
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as line:
-        line.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+        line.sendall(
+            b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"
+        )
         assert line.recv(100).startswith(b"HTTP/1.1 401")
 
 
 def test_clients_name_no_requests(served: Platform) -> None:
-    named = served.call("GET", "/v1/models", x_request_id="req_" + "0" * 32, x_request_timeout_seconds="0")
+    named = served.call(
+        "GET", "/v1/models", x_request_id="req_" + "0" * 32, x_request_timeout_seconds="0"
+    )
     assert named.headers["x-request-id"] != "req_" + "0" * 32
 
 
@@ -170,7 +194,8 @@ def test_a_refused_prompt_costs_nothing_and_is_written_nowhere(served: Platform)
 
 def test_a_negative_prompt_is_checked_and_led_away_from(served: Platform) -> None:
     plain, away = (
-        served.draw(PROMPT, seed=3, **fields).json["data"][0] for fields in ({}, {"negative_prompt": "a cube"})
+        served.draw(PROMPT, seed=3, **fields).json["data"][0]
+        for fields in ({}, {"negative_prompt": "a cube"})
     )
     assert plain["b64_json"] != away["b64_json"]
     refused = served.draw(PROMPT, negative_prompt=FORBIDDEN)
@@ -179,14 +204,24 @@ def test_a_negative_prompt_is_checked_and_led_away_from(served: Platform) -> Non
 
 def test_openais_client_draws_streams_and_is_refused(served: Platform) -> None:
     openai = client(served)
-    drawn = openai.images.generate(prompt=PROMPT, n=2, size="16x16", extra_body={"seed": 3, "steps": 2})
+    drawn = openai.images.generate(
+        prompt=PROMPT, n=2, size="16x16", extra_body={"seed": 3, "steps": 2}
+    )
     assert [pixels(image.b64_json).shape for image in drawn.data] == [(16, 16, 3)] * 2
     assert drawn.usage.input_tokens > 0
     with openai.images.generate(
-        prompt=PROMPT, stream=True, partial_images=2, output_format="jpeg", extra_body={"seed": 3, "steps": 6}
+        prompt=PROMPT,
+        stream=True,
+        partial_images=2,
+        output_format="jpeg",
+        extra_body={"seed": 3, "steps": 6},
     ) as stream:
         told = list(stream)
-    assert [event.type.rpartition(".")[2] for event in told] == ["partial_image", "partial_image", "completed"]
+    assert [event.type.rpartition(".")[2] for event in told] == [
+        "partial_image",
+        "partial_image",
+        "completed",
+    ]
     assert [event.partial_image_index for event in told[:2]] == [0, 1]
     assert base64.b64decode(told[-1].b64_json).startswith(b"\xff\xd8")
     with pytest.raises(BadRequestError) as refused:
@@ -204,10 +239,21 @@ def test_whoever_hangs_up_ends_the_work(served: Platform) -> None:
         host, port = served.url.removeprefix("http://").split(":")
         before = served.flow.stages.denoiser.engine.counts
         with socket.create_connection((host, int(port)), timeout=20) as line:
-            head = f"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {served.key}\r\n"
-            line.sendall(f"{head}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+            head = (
+                "POST /v1/images/generations HTTP/1.1\r\nhost: x\r\nauthorization: Bearer "
+                f"{served.key}\r\n"
+            )
+            line.sendall(
+                f"{head}content-type: application/json\r\ncontent-length: "
+                f"{len(body)}\r\n\r\n".encode()
+                + body
+            )
             until(lambda steps=before.steps: served.steps > steps)
-        until(lambda ended=before.cancelled + 1: served.flow.stages.denoiser.engine.counts.cancelled == ended)
+        until(
+            lambda ended=before.cancelled + 1: (
+                served.flow.stages.denoiser.engine.counts.cancelled == ended
+            )
+        )
         assert served.steps < before.steps + LONG
         until(lambda: served.ledger.admission.units == 0)
 
@@ -225,13 +271,16 @@ def test_a_job_is_followed_cancelled_and_its_keys_alone(served: Platform) -> Non
         steps = served.steps
         assert served.call("DELETE", f"/v1/jobs/{job}").json["status"] == "cancelled"
         told = events(served.call("GET", f"/v1/jobs/{job}/events"))
-        kinds = list(dict.fromkeys(event["type"] for event in told))  # its place may be told more than once
+        # its place may be told more than once
+        kinds = list(dict.fromkeys(event["type"] for event in told))
         assert kinds[:3] == ["job.queued", "job.accepted", "job.started"]
         assert told[-1]["type"] == "job.cancelled"
         assert served.steps == steps
 
 
-def test_events_are_read_on_from_any_of_them(served: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_are_read_on_from_any_of_them(
+    served: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = {"prompt": PROMPT, "steps": 4, "partial_images": 1, "seed": 5}
     job = served.call("POST", "/v1/jobs", body).json["id"]
     every = events(served.call("GET", f"/v1/jobs/{job}/events"))
@@ -253,13 +302,17 @@ def test_the_same_request_under_one_name_is_drawn_once(served: Platform) -> None
     assert served.steps == steps
     other = served.call("POST", place, {"prompt": PROMPT, "n": 2}, idempotency_key="one")
     assert other.error == (409, "idempotency_key_reused", None, "false")
-    stranger = served.call("POST", place, {"prompt": PROMPT}, served.new_key(), idempotency_key="one")
+    stranger = served.call(
+        "POST", place, {"prompt": PROMPT}, served.new_key(), idempotency_key="one"
+    )
     assert stranger.json["data"] != first.json["data"]
 
 
 def test_links_need_no_key_and_end_with_theirs(served: Platform) -> None:
     key = served.new_key()
-    url = served.draw(PROMPT, key, response_format="url", output_format="webp").json["data"][0]["url"]
+    url = served.draw(PROMPT, key, response_format="url", output_format="webp").json["data"][0][
+        "url"
+    ]
     place = url.removeprefix(served.url)
     answer = served.call("GET", place, key=None)
     assert (answer.status, answer.headers["content-type"]) == (200, "image/webp")
@@ -288,21 +341,30 @@ def test_an_update_is_seen_in_what_is_told_and_what_is_written(
         flow.stages = replace(stages, finisher=Finisher("1" * 64))
         until(lambda: running.call("GET", "/v1/models").json["data"][0]["id"] == "newer")
         assert running.draw(seed=1).json["model"] == "newer"
-        entries = [json.loads(line)["entry"] for line in (tmp_path / AUDIT).read_text().splitlines()]
-        assert [e["model"] for e in entries if e["event"] == "issued"] == [served.flow.known.digest, "1" * 64]
+        entries = [
+            json.loads(line)["entry"] for line in (tmp_path / AUDIT).read_text().splitlines()
+        ]
+        assert [e["model"] for e in entries if e["event"] == "issued"] == [
+            served.flow.known.digest,
+            "1" * 64,
+        ]
 
 
 def test_a_picture_is_known_again(served: Platform) -> None:
     data = base64.b64decode(served.draw(PROMPT).json["data"][0]["b64_json"])
     assert served.call("POST", "/v1/verify", data).json["answer"] == "made_here"
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+        file, "PNG"
+    )
     assert served.call("POST", "/v1/verify", file.getvalue()).json["answer"] == "unknown"
 
 
 def test_the_document_names_every_address_and_one_shape_of_errors(served: Platform) -> None:
     document = served.call("GET", "/openapi.json", key=None).json
-    assert {(path, method) for path, operations in document["paths"].items() for method in operations} == {
+    assert {
+        (path, method) for path, operations in document["paths"].items() for method in operations
+    } == {
         ("/v1/images/generations", "post"),
         ("/v1/files/{job_id}/{image}", "get"),
         ("/v1/models", "get"),
@@ -324,10 +386,14 @@ def test_the_document_names_every_address_and_one_shape_of_errors(served: Platfo
     assert "ValidationError" not in json.dumps(document)
 
 
-def test_a_full_queue_says_when_to_come_again(model: Path, tmp_path: Path, served: Platform) -> None:
+def test_a_full_queue_says_when_to_come_again(
+    model: Path, tmp_path: Path, served: Platform
+) -> None:
     """One key may fill half of the queue, all keys the whole of it."""
     room = 16 * 16 * 2 * LONG  # a guided picture of so many steps
-    settings = settings_for(model, tmp_path, limits={"steps": LONG, "queue_units": 2 * room, "key_share": 0.5})
+    settings = settings_for(
+        model, tmp_path, limits={"steps": LONG, "queue_units": 2 * room, "key_share": 0.5}
+    )
     with platform(settings, served.flow) as narrow:
         other = narrow.new_key()
         with drawing(narrow) as first:
@@ -358,14 +424,22 @@ def test_a_deadline_ends_the_work(model: Path, tmp_path: Path, served: Platform)
     settings = settings_for(model, tmp_path, limits={"steps": LONG, "deadline_s": 0.05})
     with platform(settings, served.flow) as hurried:
         cancelled = served.flow.stages.denoiser.engine.counts.cancelled
-        assert hurried.draw(PROMPT, steps=LONG, n=4).error == (504, "deadline_exceeded", None, "false")
+        assert hurried.draw(PROMPT, steps=LONG, n=4).error == (
+            504,
+            "deadline_exceeded",
+            None,
+            "false",
+        )
         until(lambda: served.flow.stages.denoiser.engine.counts.cancelled == cancelled + 1)
 
 
-def test_nothing_is_served_that_cannot_be_written_down(model: Path, tmp_path: Path, served: Platform) -> None:
+def test_nothing_is_served_that_cannot_be_written_down(
+    model: Path, tmp_path: Path, served: Platform
+) -> None:
     with platform(settings_for(model, tmp_path), served.flow) as running:
         assert running.draw(PROMPT).status == 200
-        (tmp_path / AUDIT).rename(tmp_path / "moved.jsonl")  # the log is no longer the one that is continued
+        # the log is no longer the one that is continued
+        (tmp_path / AUDIT).rename(tmp_path / "moved.jsonl")
         before = running.steps
         for _ in range(2):
             assert running.draw(PROMPT).error == (503, "audit_unavailable", None, "false")
@@ -378,7 +452,12 @@ def test_without_a_door_nothing_is_served(served: Platform) -> None:
 
     async def ask() -> None:
         app = build_api(served.ledger, ServeSettings(model="nowhere"))
-        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"x-request-id", b"mine")]}
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/v1/models",
+            "headers": [(b"x-request-id", b"mine")],
+        }
 
         async def receive() -> dict:
             return {"type": "http.request", "body": b"", "more_body": False}

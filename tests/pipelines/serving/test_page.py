@@ -1,4 +1,6 @@
-"""The page in a real browser: it draws, cancels, is refused, survives a broken stream, and breaks none of its rules."""
+"""The page in a real browser: it draws, cancels, is refused, survives a broken stream, and breaks
+none of its rules.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from pipelines.serving.page import FILES, POLICY
 from tests.helpers.one_process import FORBIDDEN, LONG, Platform
 from tests.helpers.waiting import wait_until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -72,8 +76,14 @@ def visit(browser: Browser) -> Iterator[Visit]:
     page = context.new_page()
     found = Visit(page)
     page.on("pageerror", lambda error: found.complaints.append(str(error)))
-    # What the server refuses is in the console as well; everything else is a complaint, violations of the policy too.
-    page.on("console", lambda line: found.complaints.append(line.text) if line.type in ("error", "warning") else None)
+    # What the server refuses is in the console as well; everything else is a complaint, violations
+    # of the policy too.
+    page.on(
+        "console",
+        lambda line: (
+            found.complaints.append(line.text) if line.type in ("error", "warning") else None
+        ),
+    )
     yield found
     context.close()
     assert found.complaints == []
@@ -86,7 +96,9 @@ def test_the_page_draws_and_keeps_what_it_has_drawn(served: Platform, visit: Vis
     card = page.get_by_role("article", name="a red circle left of a blue square")
     picture = card.get_by_role("button", name="Enlarge picture 1")
     expect(picture).to_be_visible()
-    expect(card.locator(".facts")).to_contain_text(re.compile(r"16 × 16 · 4 steps · guidance 2 · seed \d+"))
+    expect(card.locator(".facts")).to_contain_text(
+        re.compile(r"16 × 16 · 4 steps · guidance 2 · seed " r"\d+")
+    )
     picture.click()
     expect(page.get_by_role("dialog", name="Picture")).to_be_visible()
     page.keyboard.press("Escape")
@@ -129,7 +141,9 @@ def test_the_page_says_why_it_was_refused(served: Platform, visit: Visit) -> Non
 
 
 def test_the_page_goes_on_after_a_broken_stream(served: Platform, visit: Visit) -> None:
-    """The first stream ends in the middle of an event, the second is refused; the third brings the picture once."""
+    """The first stream ends in the middle of an event, the second is refused; the third brings the
+    picture once.
+    """
     tries: list[str] = []
 
     def break_two(route: Route) -> None:
@@ -137,12 +151,16 @@ def test_the_page_goes_on_after_a_broken_stream(served: Platform, visit: Visit) 
         if len(tries) > 2:
             route.continue_()
         elif len(tries) == 2:
-            route.fulfill(status=503, json={"error": {"message": "x", "type": "server_error", "code": "worker_lost"}})
+            route.fulfill(
+                status=503,
+                json={"error": {"message": "x", "type": "server_error", "code": "worker_lost"}},
+            )
         else:
             route.fulfill(
                 status=200,
                 content_type="text/event-stream",
-                body='id: 1\nevent: job.queued\ndata: {"type":"job.queued","position":0}\n\nid: 2\nevent: job',
+                body='id: 1\nevent: job.queued\ndata: {"type":"job.queued","position":0}\n\nid: '
+                "2\nevent: job",
             )
 
     visit.page.route("**/events*", break_two)
@@ -160,7 +178,11 @@ def test_a_wrong_key_is_said_and_no_key_is_kept(served: Platform, visit: Visit) 
     visit.page.get_by_label("API key").fill("lidit_wrong")
     visit.page.keyboard.press("Enter")
     expect(visit.page.get_by_role("alert")).to_contain_text("not known")
-    assert visit.page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [0, 0, ""]
+    assert visit.page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [
+        0,
+        0,
+        "",
+    ]
     assert [text for text in visit.complaints if "401" not in text] == []
     visit.complaints.clear()
 

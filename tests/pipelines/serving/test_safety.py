@@ -1,4 +1,6 @@
-"""Whatever a guard does but answer as agreed, no picture leaves: each broken guard against the whole application."""
+"""Whatever a guard does but answer as agreed, no picture leaves: each broken guard against the
+whole application.
+"""
 
 from __future__ import annotations
 
@@ -62,12 +64,17 @@ BROKEN = {
 }
 
 
-def with_guards(served: Platform, words: Guard[str] | None = None, images: Guard[Any] | None = None) -> Flow:
+def with_guards(
+    served: Platform, words: Guard[str] | None = None, images: Guard[Any] | None = None
+) -> Flow:
     """The small platform's flow with other guards."""
     stages, old = served.flow.stages, served.flow.stages.finisher
     assert isinstance(old, Finisher)
     prompts = stages.guards if words is None else PromptGuards([words])
-    return Flow(served.flow.known, replace(stages, guards=prompts, finisher=Finisher(old.digest, images or old.guard)))
+    return Flow(
+        served.flow.known,
+        replace(stages, guards=prompts, finisher=Finisher(old.digest, images or old.guard)),
+    )
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -85,7 +92,9 @@ def test_a_broken_guard_of_prompts_lets_nothing_be_drawn(
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_guard_of_pictures_lets_nothing_out(served: Platform, model: Path, tmp_path: Path, name: str) -> None:
+def test_a_broken_guard_of_pictures_lets_nothing_out(
+    served: Platform, model: Path, tmp_path: Path, name: str
+) -> None:
     guard: Guard[Any] = Guard("pictures", Broken(BROKEN[name]), 0.5, deadline=0.2)
     with platform(settings_for(model, tmp_path), with_guards(served, images=guard)) as running:
         assert running.draw().error == UNAVAILABLE
@@ -105,7 +114,9 @@ def test_a_picture_that_is_refused_is_not_delivered_nor_its_previews(
         streamed = running.draw(stream=True, partial_images=1).body.decode()
         assert "moderation_blocked" in streamed
         assert "b64_json" not in streamed
-        job = running.call("POST", "/v1/jobs", {"prompt": "a cube", "response_format": "url"}).json["id"]
+        job = running.call("POST", "/v1/jobs", {"prompt": "a cube", "response_format": "url"}).json[
+            "id"
+        ]
         assert "b64_json" not in running.call("GET", f"/v1/jobs/{job}/events").body.decode()
         assert running.call("GET", f"/v1/jobs/{job}").json["data"] is None
         written = (tmp_path / AUDIT).read_text()
@@ -113,7 +124,9 @@ def test_a_picture_that_is_refused_is_not_delivered_nor_its_previews(
         assert '"issued"' not in written
 
 
-def test_the_guard_of_states_reads_what_the_network_would(served: Platform, model: Path, tmp_path: Path) -> None:
+def test_the_guard_of_states_reads_what_the_network_would(
+    served: Platform, model: Path, tmp_path: Path
+) -> None:
     """It gets every LLM's states, and what it refuses costs no step."""
     seen: list[set[str]] = []
 

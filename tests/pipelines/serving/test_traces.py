@@ -1,4 +1,6 @@
-"""A request's id is its trace: every stage is found by it, and no word of a request stands in a span."""
+"""A request's id is its trace: every stage is found by it, and no word of a request stands in a
+span.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +26,40 @@ def spans() -> Iterator[InMemorySpanExporter]:
     exporter.shutdown()
 
 
-def test_a_requests_stages_are_found_by_its_id(served: Platform, spans: InMemorySpanExporter) -> None:
+def test_a_requests_stages_are_found_by_its_id(
+    served: Platform, spans: InMemorySpanExporter
+) -> None:
     # A client's own trace is not joined: it could be anybody's.
     answer = served.call(
-        "POST", "/v1/images/generations", {"prompt": PROMPT}, traceparent=f"00-{'1' * 32}-{'2' * 16}-01"
+        "POST",
+        "/v1/images/generations",
+        {"prompt": PROMPT},
+        traceparent=f"00-{'1' * 32}-{'2' * 16}-01",
     )
     assert answer.status == 200
     number = int(answer.headers["x-request-id"].removeprefix("req_"), 16)
     of_request = [span for span in spans.get_finished_spans() if span.context.trace_id == number]
     # The framework's own are in the same trace.
-    assert {span.name for span in of_request} > {"guard prompts", "count tokens", "draw", "decode", "finish"}
-    assert not any(span.context.trace_id == int("1" * 32, 16) for span in spans.get_finished_spans())
+    assert {span.name for span in of_request} > {
+        "guard prompts",
+        "count tokens",
+        "draw",
+        "decode",
+        "finish",
+    }
+    assert not any(
+        span.context.trace_id == int("1" * 32, 16) for span in spans.get_finished_spans()
+    )
 
 
-def test_a_refusal_is_named_and_its_words_are_not(served: Platform, spans: InMemorySpanExporter) -> None:
+def test_a_refusal_is_named_and_its_words_are_not(
+    served: Platform, spans: InMemorySpanExporter
+) -> None:
     refused = served.draw(f"{FORBIDDEN} on a zeppelin")
     number = int(refused.headers["x-request-id"].removeprefix("req_"), 16)
     of_request = [span for span in spans.get_finished_spans() if span.context.trace_id == number]
-    assert {span.name: span.status.description for span in of_request}["guard prompts"] == "moderation_blocked"
+    assert {span.name: span.status.description for span in of_request}[
+        "guard prompts"
+    ] == "moderation_blocked"
     assert "draw" not in {span.name for span in of_request}
     assert not any("zeppelin" in span.to_json() for span in spans.get_finished_spans())

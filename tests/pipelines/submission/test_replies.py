@@ -1,4 +1,6 @@
-"""Replies that no Ray dashboard gives: each is one line, and nothing of them steers the terminal."""
+"""Replies that no Ray dashboard gives: each is one line, and nothing of them steers
+the terminal.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def dashboard(job: object, version: object = None, logs: object = None) -> Itera
     """A web server that answers every question about a job with `job`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.replies = {  # type: ignore[attr-defined]
-        "/api/version": {"version": "4", "ray_version": "99.0.0", "ray_commit": "x"} if version is None else version,
+        "/api/version": {"version": "4", "ray_version": "99.0.0", "ray_commit": "x"}
+        if version is None
+        else version,
         "/logs": {"logs": ""} if logs is None else logs,
         "/jobs/": job,
     }
@@ -84,19 +88,29 @@ def test_a_reply_about_a_job_that_is_none_is_one_line(reply: object, asked: Subm
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("reply", [[None], [], 7, {"ray_version": None}, {"ray_version": "new"}, {"version": "1"}])
+@pytest.mark.parametrize(
+    "reply", [[None], [], 7, {"ray_version": None}, {"ray_version": "new"}, {"version": "1"}]
+)
 def test_what_is_no_dashboard_is_told_at_once(reply: object) -> None:
-    with dashboard(JOB, version=reply) as address, pytest.raises(InputError, match="no Ray dashboard") as caught:
+    with (
+        dashboard(JOB, version=reply) as address,
+        pytest.raises(InputError, match="no Ray dashboard") as caught,
+    ):
         connect(address)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_web_page_in_the_place_of_a_reply_is_one_line(asked: Submission) -> None:
-    with dashboard(b"<html>Sign in</html>") as address, pytest.raises(JobError, match="does not answer as it should"):
+    with (
+        dashboard(b"<html>Sign in</html>") as address,
+        pytest.raises(JobError, match="does not answer as it should"),
+    ):
         submit(asked, address)
 
 
-def test_attempts_that_all_failed_come_to_an_end(asked: Submission, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_that_all_failed_come_to_an_end(
+    asked: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipelines.submission.submit.MOST_ATTEMPTS", 7)
     with dashboard({**JOB, "status": "FAILED"}) as address:
         client = connect(address)
@@ -110,10 +124,14 @@ def test_a_failed_job_never_ends_as_a_success(code: int | None, expected: int) -
         assert follow(connect(address), NAME, lambda text: None) == expected
 
 
-def test_logs_and_messages_cannot_steer_the_terminal(asked: Submission, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_and_messages_cannot_steer_the_terminal(
+    asked: Submission, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = {**JOB, "status": "FAILED", "message": "no room\x1b]0;owned\x07\x9b2J"}
     replies = {**job, "status": "SUCCEEDED", "message": "a\x1b[2Jb"}
-    with dashboard(replies, logs={"logs": "one\x1b[31m red\x1b[0m\ntwo\x1b[1A\x1b]52;c;x\x07\r\u202etxt\n"}) as address:
+    with dashboard(
+        replies, logs={"logs": "one\x1b[31m red\x1b[0m\ntwo\x1b[1A\x1b]52;c;x\x07\r\u202etxt\n"}
+    ) as address:
         assert submit(asked, address) == 0
     captured = capsys.readouterr()
     assert captured.out == "one red\ntwo\\x1b[1A\\x1b]52;c;x\\x07\\r\\u202etxt\n"

@@ -39,7 +39,9 @@ def submission(project: Path, *overrides: str, job: str = "probe") -> Submission
     return Submission(job, (str(project / "recipe.yaml"), *overrides), project)
 
 
-def test_the_id_is_the_same_for_the_same_thing_and_another_for_any_difference(project: Path) -> None:
+def test_the_id_is_the_same_for_the_same_thing_and_another_for_any_difference(
+    project: Path,
+) -> None:
     git(project, "init", "-q")
     git(project, "add", ".")
     git(project, "commit", "-qm", "one")
@@ -49,7 +51,11 @@ def test_the_id_is_the_same_for_the_same_thing_and_another_for_any_difference(pr
     (project / "notes.txt").write_text("not code")
     assert submission(project).submission_id == first
 
-    seen = {first, submission(project, "train.lr=1").submission_id, submission(project, "train.l", "r=1").submission_id}
+    seen = {
+        first,
+        submission(project, "train.lr=1").submission_id,
+        submission(project, "train.l", "r=1").submission_id,
+    }
     (project / "jobs" / "probe.py").write_text(PROBE + "# changed\n")
     seen.add(submission(project).submission_id)
     git(project, "commit", "-qam", "two")
@@ -79,7 +85,9 @@ def test_code_version_is_the_commit_when_clean_and_says_when_not(project: Path) 
 
 
 def test_entrypoint_and_metadata(project: Path) -> None:
-    asked = Submission("probe", (str(project / "recipe.yaml"), "name=a b; rm -rf"), project, corpus_digest="abc")
+    asked = Submission(
+        "probe", (str(project / "recipe.yaml"), "name=a b; rm -rf"), project, corpus_digest="abc"
+    )
     assert asked.entrypoint == "python -m jobs.probe recipe.yaml 'name=a b; rm -rf'"
     assert asked.metadata["lidit.corpus_digest"] == "abc"
     assert asked.metadata["git.commit"] == code_version(project)
@@ -100,7 +108,8 @@ def test_what_is_refused_before_anything_is_sent(project: Path, tmp_path: Path) 
         Submission("probe", (str(outside),), project)
     with pytest.raises(InputError, match="not the name of a job"):
         submission(project, job="probe; rm")
-    for url in ("https://me:hunter2@mlflow.example.com", "redis://:hunter2@h/0"):  # with a user's name and without
+    # with a user's name and without
+    for url in ("https://me:hunter2@mlflow.example.com", "redis://:hunter2@h/0"):
         with pytest.raises(InputError, match=r"tracking\.uri: a URL with a password") as caught:
             submission(project, f"tracking.uri={url}")
         assert "hunter2" not in str(caught.value)
@@ -139,7 +148,10 @@ def test_without_a_terminal_ctrl_c_leaves_the_job_running(monkeypatch: pytest.Mo
 
 
 def test_the_corpus_a_command_names_is_recorded(tmp_path: Path) -> None:
-    first, second = make_corpus(tmp_path / "first", [["a cat"]]), make_corpus(tmp_path / "second", [["a dog"]])
+    first, second = (
+        make_corpus(tmp_path / "first", [["a cat"]]),
+        make_corpus(tmp_path / "second", [["a dog"]]),
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"corpus: {tmp_path / 'first'}")
     assert first.digest != second.digest
@@ -150,7 +162,9 @@ def test_the_corpus_a_command_names_is_recorded(tmp_path: Path) -> None:
 
 
 class FakeClient:
-    """Ray's client as far as `start` needs it: knows one job at most, and may refuse a submission."""
+    """Ray's client as far as `start` needs it: knows one job at most, and may refuse
+    a submission.
+    """
 
     def __init__(self, status: str | None = None, refusal: Exception | None = None) -> None:
         self.status, self.refusal = status, refusal
@@ -169,7 +183,9 @@ class FakeClient:
 
 def test_what_the_driver_asks_for_is_recorded_and_no_part_of_the_identity(project: Path) -> None:
     plain = submission(project)
-    seated = dataclasses.replace(plain, driver=Driver(gpus=1, cpus=2.5, labels={"lidit/pool": "large"}))
+    seated = dataclasses.replace(
+        plain, driver=Driver(gpus=1, cpus=2.5, labels={"lidit/pool": "large"})
+    )
     assert seated.submission_id == plain.submission_id
     assert "lidit.driver" not in plain.metadata
     assert seated.metadata["lidit.driver"] == "gpus 1, cpus 2.5, lidit/pool=large"
@@ -177,7 +193,9 @@ def test_what_the_driver_asks_for_is_recorded_and_no_part_of_the_identity(projec
     assert start(nothing, plain) == (plain.submission_id, True)  # type: ignore[arg-type]
     assert start(something, seated) == (plain.submission_id, True)  # type: ignore[arg-type]
     assert not [name for name in nothing.asked if name.startswith("entrypoint_")]
-    assert {name: asked for name, asked in something.asked.items() if name.startswith("entrypoint_")} == {
+    assert {
+        name: asked for name, asked in something.asked.items() if name.startswith("entrypoint_")
+    } == {
         "entrypoint_num_gpus": 1,
         "entrypoint_num_cpus": 2.5,
         "entrypoint_label_selector": {"lidit/pool": "large"},
@@ -192,12 +210,15 @@ def test_what_the_driver_asks_for_is_recorded_and_no_part_of_the_identity(projec
 @pytest.mark.parametrize(
     "text",
     [
-        "Request failed with status code 500: ... Package size (600.00MiB) exceeds the maximum size of 512.00MiB. To",
+        "Request failed with status code 500: ... Package size (600.00MiB) exceeds the maximum "
+        "size of 512.00MiB. To",
         "Request failed with status code 500: ... Maximum request body size 104857600 exceeded.",
     ],
 )
 def test_a_folder_that_is_too_large_is_one_line(project: Path, text: str) -> None:
-    with pytest.raises(InputError, match=r"too large to be sent .* move .*, or name it in \.gitignore") as caught:
+    with pytest.raises(
+        InputError, match=r"too large to be sent .* move .*, or name it in " r"\.gitignore"
+    ) as caught:
         start(FakeClient(refusal=RuntimeError(text)), submission(project))  # type: ignore[arg-type]
     assert str(project) in str(caught.value)
     with pytest.raises(JobError, match="the cluster refused the job: something else"):
@@ -206,11 +227,15 @@ def test_a_folder_that_is_too_large_is_one_line(project: Path, text: str) -> Non
         start(FakeClient(refusal=ConnectionError("reset")), submission(project))  # type: ignore[arg-type]
 
 
-def test_jobs_are_found_by_the_name_people_type(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_found_by_the_name_people_type(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
     assert module_of("train-codec") == module_of("train_codec") == "train_codec"
     assert module_of("demo-pictures") == "demo_pictures"
-    with pytest.raises(InputError, match=r"'trian': no such job in jobs/; one of .*train, train-codec, verify"):
+    with pytest.raises(
+        InputError, match=r"'trian': no such job in jobs/; one of .*train, train-codec, " r"verify"
+    ):
         module_of("trian")
     for other in ("recipe", "start", "submit", "main"):
         with pytest.raises(InputError, match="no such job"):
@@ -244,7 +269,8 @@ def test_options_before_the_job_are_ours_and_those_behind_it_the_jobs(
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
     nobody = f"http://127.0.0.1:{closed_port()}"
     for words, told in (
-        (["--address", nobody, *sent], f"{nobody}: no Ray dashboard answers"),  # this one would be sent
+        # this one would be sent
+        (["--address", nobody, *sent], f"{nobody}: no Ray dashboard answers"),
         (["probe", "recipe.yaml", "--address", nobody], "give --address URL before the job"),
         (["--address", nobody, "--node-label", "pool", "probe"], "a label is KEY=VALUE"),
         (["--adress", nobody, "probe"], "No such option: --adress"),

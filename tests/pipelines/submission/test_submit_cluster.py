@@ -63,7 +63,7 @@ from pipelines.submission.submit import *
 def go(project, address=os.environ["ADDRESS"], *overrides):
     project = Path(project)
     sys.exit(submit(Submission("probe", (str(project / "recipe.yaml"), *overrides), project), address))
-"""
+"""  # noqa: E501
 
 
 def answers(port: int) -> bool:
@@ -100,7 +100,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         f"--temp-dir={home}/r",
         "--node-ip-address=127.0.0.1",
     ]
-    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    command += [
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}",
+    ]
     command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
     command += [f"--metrics-export-port={metrics}"]
     with (home / "ray.log").open("w") as log:
@@ -126,7 +130,8 @@ def runs(project: Path) -> int:
 @pytest.mark.slow
 def test_submitting_twice_runs_once(cluster: Cluster, project: Path) -> None:
     code = f"go({str(project)!r})"
-    first = cluster.run(code, RAY_ADDRESS="203.0.113.1:6379")  # --address wins over a stray RAY_ADDRESS
+    # --address wins over a stray RAY_ADDRESS
+    first = cluster.run(code, RAY_ADDRESS="203.0.113.1:6379")
     assert first.returncode == 0, first.stderr
     assert first.stdout.endswith("line 0\nline 1\nline 2\n")
     assert "submitted" in first.stderr
@@ -138,12 +143,21 @@ def test_submitting_twice_runs_once(cluster: Cluster, project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failed_job_gives_its_exit_code_and_may_be_tried_again(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_failed_job_gives_its_exit_code_and_may_be_tried_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     project = make_project(tmp_path / "fails", exit=3)
     code = f"go({str(project)!r})"
     assert cluster.run(code).returncode == 3
     again = subprocess.run(
-        [Path(sys.executable).with_name("lidit"), "submit", "--address", cluster.address, "probe", "recipe.yaml"],
+        [
+            Path(sys.executable).with_name("lidit"),
+            "submit",
+            "--address",
+            cluster.address,
+            "probe",
+            "recipe.yaml",
+        ],
         env=cluster.env,
         cwd=project,
         stdin=subprocess.DEVNULL,
@@ -159,7 +173,9 @@ def test_a_failed_job_gives_its_exit_code_and_may_be_tried_again(cluster: Cluste
 
 
 @pytest.mark.slow
-def test_missing_and_wrong_tokens_give_one_line_without_the_token(cluster: Cluster, project: Path) -> None:
+def test_missing_and_wrong_tokens_give_one_line_without_the_token(
+    cluster: Cluster, project: Path
+) -> None:
     code = f"""
     try:
         go({str(project)!r})
@@ -244,8 +260,12 @@ def test_ctrl_c_detaches_or_stops(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_driver_gets_what_it_asks_for_and_is_never_doubled(cluster: Cluster, project: Path) -> None:
-    """Two such jobs at once would write into the same folders: the first one stays, and its place is told."""
+def test_the_driver_gets_what_it_asks_for_and_is_never_doubled(
+    cluster: Cluster, project: Path
+) -> None:
+    """Two such jobs at once would write into the same folders: the first one stays, and its place
+    is told.
+    """
     (project / "jobs" / "where_here.py").write_text(
         "import os, time\n"
         "print('gpus', os.environ.get('CUDA_VISIBLE_DEVICES') or 'none', flush=True)\n"
@@ -253,7 +273,13 @@ def test_the_driver_gets_what_it_asks_for_and_is_never_doubled(cluster: Cluster,
     )
 
     def send(*words: str) -> subprocess.Popen[str]:
-        command = [Path(sys.executable).with_name("lidit"), "submit", "--address", cluster.address, *words]
+        command = [
+            Path(sys.executable).with_name("lidit"),
+            "submit",
+            "--address",
+            cluster.address,
+            *words,
+        ]
         return subprocess.Popen(
             command, env=cluster.env, cwd=project, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
@@ -277,16 +303,27 @@ def test_the_driver_gets_what_it_asks_for_and_is_never_doubled(cluster: Cluster,
 @pytest.mark.slow
 def test_a_folder_too_large_is_one_line(cluster: Cluster, project: Path) -> None:
     (project / "big.bin").write_bytes(os.urandom(110 << 20))
-    command = [Path(sys.executable).with_name("lidit"), "submit", "--address", cluster.address, "probe", "recipe.yaml"]
+    command = [
+        Path(sys.executable).with_name("lidit"),
+        "submit",
+        "--address",
+        cluster.address,
+        "probe",
+        "recipe.yaml",
+    ]
     for code, told in ((2, "too large to be sent to the cluster"), (0, "succeeded")):
-        done = subprocess.run(command, env=cluster.env, cwd=project, capture_output=True, text=True, timeout=150)
+        done = subprocess.run(
+            command, env=cluster.env, cwd=project, capture_output=True, text=True, timeout=150
+        )
         assert (done.returncode, told in done.stderr) == (code, True), done.stderr
         assert "Traceback" not in done.stderr
         (project / ".gitignore").write_text("/big.bin\n")
 
 
 class CuttingProxy:
-    """A TCP proxy on loopback that drops every connection after it has lived a while, as a bad tunnel would."""
+    """A TCP proxy on loopback that drops every connection after it has lived a while, as a bad
+    tunnel would.
+    """
 
     def __init__(self, target: int, lifetime: float) -> None:
         self.target, self.lifetime, self.cuts = target, lifetime, 0
@@ -353,14 +390,18 @@ def test_the_whole_work_is_submitted_job_by_job(cluster: Cluster, tmp_path: Path
     """With our command and with Ray's own, from a folder that holds the code and the recipe."""
     project, work = tmp_path / "project", tmp_path / "work"
     for package in ("lidit", "pipelines", "jobs"):
-        shutil.copytree(REPOSITORY / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            REPOSITORY / package, project / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     (project / "recipe.yaml").write_text(RECIPE.format(work=work))
     (project / "tiny.yaml").write_text(f"name: tiny\nmodel: {tiny_llm(work / 'llama', 'llama')}\n")
     write_scene_shards(work / "scenes", SceneSet(60, 32, seed=3))
     env = {**cluster.env, "RAY_AUTH_TOKEN": cluster.token}
 
     def run(*command: str | Path) -> str:
-        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, cwd=project, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, (command, done.stdout[-3000:], done.stderr[-3000:])
         return done.stdout + done.stderr
 
@@ -368,15 +409,35 @@ def test_the_whole_work_is_submitted_job_by_job(cluster: Cluster, tmp_path: Path
         return run("lidit", "submit", "--address", cluster.address, *words)
 
     corpus, model, pictures = work / "corpus", work / "runs/sent/model", work / "pictures"
-    send("ingest", work / "scenes", "--corpus", corpus, "--set", "resolution=32", "--set", "bucket_multiple=8")
+    send(
+        "ingest",
+        work / "scenes",
+        "--corpus",
+        corpus,
+        "--set",
+        "resolution=32",
+        "--set",
+        "bucket_multiple=8",
+    )
     send("embed", corpus, "--encoder", "tiny.yaml")
     send("latents", corpus, "--codec", "pixels")
     trained = send("train", "recipe.yaml")
     name = next(word.rstrip(":") for word in trained.split() if word.startswith("lidit-train-"))
     assert "succeeded, following" in send("train", "recipe.yaml")
-    details = json.loads(cluster.run(f"print(connect(os.environ['ADDRESS']).get_job_info({name!r}).json())").stdout)
+    details = json.loads(
+        cluster.run(f"print(connect(os.environ['ADDRESS']).get_job_info({name!r}).json())").stdout
+    )
     assert details["metadata"]["lidit.corpus_digest"] == Corpus.open(corpus).digest
-    drawing = ["python", "-m", "jobs.sample", str(model), "--prompt", "'a red circle'", "--out", str(pictures)]
+    drawing = [
+        "python",
+        "-m",
+        "jobs.sample",
+        str(model),
+        "--prompt",
+        "'a red circle'",
+        "--out",
+        str(pictures),
+    ]
     run("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *drawing)
     assert Image.open(pictures / "grid.png").width > 32
     assert len(list(pictures.glob("000-*.png"))) == 4

@@ -1,6 +1,8 @@
-"""Files and registrations: slow ones arrive, a model is never registered without its files, what is owed arrives later.
+"""Files and registrations: slow ones arrive, a model is never registered without its files, what is
+owed arrives later.
 
-Against a real sqlite store, and against a small HTTP server that stands for an MLflow server with a slow bucket.
+Against a real sqlite store, and against a small HTTP server that stands for an MLflow server with a
+slow bucket.
 """
 
 import json
@@ -22,7 +24,9 @@ ROOT = "mlflow-artifacts:/1/run/artifacts"
 
 
 class SlowServer(ThreadingHTTPServer):
-    """Answers a file after `delay` seconds, as a proxy does that sends it on first. `calls`: what came, in order."""
+    """Answers a file after `delay` seconds, as a proxy does that sends it on first. `calls`: what
+    came, in order.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -45,11 +49,20 @@ class _Answers(BaseHTTPRequestHandler):
         if self.command == "PUT":
             self.server.calls.append(f"begun {path.rpartition('/artifacts/')[2]}")
             self.server.closed.wait(self.server.delay)
-        self.server.calls.append(path.rpartition("/artifacts/" if self.command == "PUT" else "/mlflow/")[2])
-        info = {"run_id": "run", "artifact_uri": ROOT, "status": "RUNNING", "lifecycle_stage": "active"}
+        self.server.calls.append(
+            path.rpartition("/artifacts/" if self.command == "PUT" else "/mlflow/")[2]
+        )
+        info = {
+            "run_id": "run",
+            "artifact_uri": ROOT,
+            "status": "RUNNING",
+            "lifecycle_stage": "active",
+        }
         version = {"name": "lidit", "version": "1", "status": "READY"}
         answer = {"run": {"info": info, "data": {}}, "model_version": version}
-        body = json.dumps({**answer, "run_info": info, "registered_model": {"name": "lidit"}}).encode()
+        body = json.dumps(
+            {**answer, "run_info": info, "registered_model": {"name": "lidit"}}
+        ).encode()
         try:
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -99,7 +112,11 @@ def driver(server: SlowServer, folder: Path) -> tracking.Tracker:
 def waiting(folder: Path) -> list[str]:
     """Kinds of what is owed."""
     path = folder / tracking.OUTBOX
-    return [next(iter(json.loads(line))) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [next(iter(json.loads(line))) for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def tracked(uri: str, folder: Path):
@@ -144,7 +161,9 @@ def test_a_server_that_never_answers_is_given_up_and_everything_is_kept(
         closing = threading.Thread(target=tracker.close, args=("FINISHED",))
         closing.start()
         wait_until(lambda: "begun model/config.json" in server.calls, seconds=10)
-        assert waiting(folder) == ["artifact", "register", "step"], "a kill now would lose the model"
+        assert waiting(folder) == ["artifact", "register", "step"], (
+            "a kill now would lose the model"
+        )
         closing.join(timeout=20)
         assert not closing.is_alive(), "the run's end waits for a file that nobody takes"
         assert "registered-models/alias" not in server.calls
@@ -153,7 +172,9 @@ def test_a_server_that_never_answers_is_given_up_and_everything_is_kept(
     assert set(waiting(folder)) == {"artifact", "register", "step"}
     with slow_server(delay=0.0) as server:
         driver(server, folder).close("FINISHED")
-        assert server.calls.index("model/config.json") < server.calls.index("registered-models/alias")
+        assert server.calls.index("model/config.json") < server.calls.index(
+            "registered-models/alias"
+        )
         assert server.calls.count("model/config.json") == 1
     assert waiting(folder) == []
 
@@ -176,7 +197,10 @@ def test_a_model_is_registered_when_its_files_are_there_and_a_later_start_delive
         pass  # as `drive` does for a finished run
     version = client.get_model_version_by_alias("lidit", "newest")
     assert version.run_id == run.handle.run_id
-    assert {path.name for path in Path(version.source.removeprefix("file://")).iterdir()} == {"config.json", "parts"}
+    assert {path.name for path in Path(version.source.removeprefix("file://")).iterdir()} == {
+        "config.json",
+        "parts",
+    }
     assert client.get_run(run.handle.run_id).info.status == "FINISHED"
     assert not (folder / tracking.OUTBOX).exists()
 
@@ -194,11 +218,15 @@ def test_what_a_worker_could_not_deliver_is_the_drivers(tmp_path: Path) -> None:
         again.close()
         assert waiting(tmp_path) == ["artifact"], "files are for the driver's end"
     client = MlflowClient(uri)
-    assert [file.path for file in client.list_artifacts(run.handle.run_id, "samples")] == ["samples/step-1.png"]
+    assert [file.path for file in client.list_artifacts(run.handle.run_id, "samples")] == [
+        "samples/step-1.png"
+    ]
     assert not (tmp_path / tracking.OUTBOX).exists()
 
 
-def test_files_that_are_gone_do_not_wait_for_ever_nor_does_their_registration(tmp_path: Path) -> None:
+def test_files_that_are_gone_do_not_wait_for_ever_nor_does_their_registration(
+    tmp_path: Path,
+) -> None:
     uri = tracking.local_store(tmp_path)
     with tracked(uri, tmp_path) as run:
         run.artifact(tmp_path / "model", "model")

@@ -1,4 +1,6 @@
-"""A tracked model folder is an MLflow model: found by its alias, it draws what the pipeline draws."""
+"""A tracked model folder is an MLflow model: found by its alias, it draws what the
+pipeline draws.
+"""
 
 import base64
 import io
@@ -30,9 +32,12 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_alias_loads_a_model_that_draws(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_alias_loads_a_model_that_draws(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LIDIT_CACHE", str(tmp_path / "cache"))
-    LIDiTPipeline.from_pretrained(model).save_pretrained(model)  # with checksums, as a training leaves it
+    # with checksums, as a training leaves it
+    LIDiTPipeline.from_pretrained(model).save_pretrained(model)
     uri, run = tracking.local_store(tmp_path), tmp_path / "run"
     with tracked_run(uri, "test", "run", "key", {}, {}, run) as tracker:
         tracker.artifact(model, "model")
@@ -48,7 +53,9 @@ def test_the_alias_loads_a_model_that_draws(model: Path, tmp_path: Path, monkeyp
     found = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in pngs]
     pipe = LIDiTPipeline.from_pretrained(model)
     expected = pipe(PROMPTS, seed=[3, 4], num_inference_steps=2).images
-    np.testing.assert_array_equal(np.stack(found), np.stack([np.asarray(image) for image in expected]))
+    np.testing.assert_array_equal(
+        np.stack(found), np.stack([np.asarray(image) for image in expected])
+    )
     own = loaded.predict(PROMPTS[:1])
     assert base64.b64decode(own[0]).startswith(b"\x89PNG")
     assert loaded.metadata.signature.params.to_dict()[0]["name"] == "seed"

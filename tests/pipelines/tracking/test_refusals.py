@@ -1,4 +1,6 @@
-"""A store that answers is not away: what it refuses is told before the work, and what it would refuse is mended."""
+"""A store that answers is not away: what it refuses is told before the work, and what it would
+refuse is mended.
+"""
 
 import logging
 import shlex
@@ -34,26 +36,45 @@ def test_a_deleted_experiment_is_told_before_the_work(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("test").experiment_id
     client.delete_experiment(experiment)
     entered = []
-    with pytest.raises(InputError, match=f"deleted.*--experiment-id {experiment}"), tracked(uri, tmp_path, key="new"):
+    with (
+        pytest.raises(InputError, match=f"deleted.*--experiment-id {experiment}"),
+        tracked(uri, tmp_path, key="new"),
+    ):
         entered.append(1)
     assert not entered
     with pytest.raises(InputError, match="deleted"):
         tracking.check_experiment(uri, "test")
     client.restore_experiment(experiment)
     tracking.check_experiment(uri, "test")
-    states = [run.info.status for run in client.search_runs([experiment], run_view_type=ViewType.ALL)]
+    states = [
+        run.info.status for run in client.search_runs([experiment], run_view_type=ViewType.ALL)
+    ]
     assert states == ["FINISHED"], "a refused start leaves no run behind"
 
 
 def test_names_that_mlflow_refuses_are_written_in_its_letters(tmp_path: Path) -> None:
     uri = tracking.local_store(tmp_path)
     long = "x" * 300
-    params = {"fields.a[0]": "1", "../up": "2", "a//b": "3", "plain.name": "4", long: "5", "é:ü/ß": "6"}
+    params = {
+        "fields.a[0]": "1",
+        "../up": "2",
+        "a//b": "3",
+        "plain.name": "4",
+        long: "5",
+        "é:ü/ß": "6",
+    }
     with tracked(uri, tmp_path, params) as run:
         run.metrics({"two (objects)": 0.5, "loss": 1.0}, 1)
     data = MlflowClient(uri).get_run(run.handle.run_id).data
     assert data.metrics == {"two _objects_": 0.5, "loss": 1.0}
-    expected = {"fields.a_0_": "1", "___up": "2", "a__b": "3", "plain.name": "4", "x" * 250: "5", "é:ü/ß": "6"}
+    expected = {
+        "fields.a_0_": "1",
+        "___up": "2",
+        "a__b": "3",
+        "plain.name": "4",
+        "x" * 250: "5",
+        "é:ü/ß": "6",
+    }
     assert data.params == expected
     assert not (tmp_path / tracking.OUTBOX).exists()
 
@@ -67,7 +88,9 @@ def test_a_store_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     with tracked(uri, folder) as run:
         run.artifact(tmp_path / "note.txt")
     # MLflow itself makes an empty folder of the encoded name.
-    outside = [path for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
+    outside = [
+        path for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents
+    ]
     assert outside == [tmp_path / "note.txt"]
     assert sqlite_file(uri) == folder / "mlflow.db"
     assert (folder / "mlflow.db").is_file()
@@ -85,10 +108,15 @@ def test_a_moved_folder_keeps_its_run_and_says_where_its_files_go(
         first.metrics({"loss": 1.0}, 1)
     (here / "a" / tracking.RUN_FILE).write_text(first.handle.run_id)
     shutil.copytree(here, there)
-    with caplog.at_level(logging.WARNING), tracked(tracking.local_store(there), there / "a", key="other") as second:
+    with (
+        caplog.at_level(logging.WARNING),
+        tracked(tracking.local_store(there), there / "a", key="other") as second,
+    ):
         second.metrics({"loss": 1.0}, 2)
     assert second.handle.run_id == first.handle.run_id
-    history = MlflowClient(tracking.local_store(there)).get_metric_history(first.handle.run_id, "loss")
+    history = MlflowClient(tracking.local_store(there)).get_metric_history(
+        first.handle.run_id, "loss"
+    )
     assert sorted(point.step for point in history) == [1, 2]
     assert f"go to {here / 'artifacts'}" in caplog.text
     # Another store does not know the run: it gets one of its own.
@@ -100,10 +128,14 @@ def test_a_moved_folder_keeps_its_run_and_says_where_its_files_go(
 def test_another_job_of_the_folder_has_a_run_of_its_own(tmp_path: Path) -> None:
     uri, folder = tracking.local_store(tmp_path), tmp_path / "arm"
     folder.mkdir()
-    with tracking.tracked_run(uri, "test", "arm", "one", {}, {"lidit.job": "train"}, folder) as training:
+    with tracking.tracked_run(
+        uri, "test", "arm", "one", {}, {"lidit.job": "train"}, folder
+    ) as training:
         pass
     (folder / tracking.RUN_FILE).write_text(training.handle.run_id)
-    with tracking.tracked_run(uri, "test", "arm", "two", {}, {"lidit.job": "arm"}, folder) as result:
+    with tracking.tracked_run(
+        uri, "test", "arm", "two", {}, {"lidit.job": "arm"}, folder
+    ) as result:
         pass
     assert result.handle.run_id not in ("", training.handle.run_id)
 
@@ -133,7 +165,9 @@ def answering(status: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_refuses_is_told_and_one_that_is_busy_is_not(tmp_path: Path, status: int) -> None:
+def test_a_server_that_refuses_is_told_and_one_that_is_busy_is_not(
+    tmp_path: Path, status: int
+) -> None:
     with answering(status) as uri:
         with pytest.raises(InputError, match=f"refuses.*{status}"), tracked(uri, tmp_path):
             pass
@@ -149,7 +183,9 @@ def test_a_server_that_refuses_is_told_and_one_that_is_busy_is_not(tmp_path: Pat
 def test_a_server_that_is_silent_does_not_hold_up_a_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It takes the connection and says nothing; the block runs all the same, while the thread still waits."""
+    """It takes the connection and says nothing; the block runs all the same, while the thread still
+    waits.
+    """
     monkeypatch.setattr(tracker_module, "CONNECT_SECONDS", 0.1)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -166,7 +202,9 @@ def test_a_store_of_a_kind_that_mlflow_lacks_is_told(tmp_path: Path) -> None:
         tracking.check_experiment("ftp://host/store", "test")
 
 
-@pytest.mark.parametrize("settings", [{"experiment": ""}, {"experiment": "x" * 501}, {"registered_model": "a/b"}])
+@pytest.mark.parametrize(
+    "settings", [{"experiment": ""}, {"experiment": "x" * 501}, {"registered_model": "a/b"}]
+)
 def test_names_that_cannot_be_mended_are_refused_with_the_recipe(settings: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         TrackingSettings(**settings)

@@ -1,4 +1,6 @@
-"""The tracker: one run over restarts, no doubled step, nothing lost when the server goes away, never an exception."""
+"""The tracker: one run over restarts, no doubled step, nothing lost when the server goes away,
+never an exception.
+"""
 
 import contextlib
 import json
@@ -32,7 +34,10 @@ def steps(uri: str, run_id: str, metric: str = "loss") -> list[int]:
 
 def test_a_restart_continues_the_same_run(tmp_path: Path) -> None:
     uri = tracking.local_store(tmp_path)
-    with contextlib.suppress(RuntimeError), tracked(uri, tmp_path, {"lr": "1", "workers": "2"}) as first:
+    with (
+        contextlib.suppress(RuntimeError),
+        tracked(uri, tmp_path, {"lr": "1", "workers": "2"}) as first,
+    ):
         for step in (10, 20, 30):
             first.metrics({"loss": 1.0}, step)
         raise RuntimeError("killed")
@@ -50,7 +55,9 @@ def test_a_restart_continues_the_same_run(tmp_path: Path) -> None:
 
 
 def test_a_worker_started_again_doubles_nothing(tmp_path: Path) -> None:
-    """Ray starts a killed worker with the handle of the first start; some metrics of its last step may be missing."""
+    """Ray starts a killed worker with the handle of the first start; some metrics of its last step
+    may be missing.
+    """
     uri = tracking.local_store(tmp_path)
     with tracked(uri, tmp_path, {}) as driver:
         first = tracking.Tracker(driver.handle)
@@ -70,7 +77,9 @@ def test_a_worker_started_again_doubles_nothing(tmp_path: Path) -> None:
     assert driver.history("loss") == ([10.0, 20.0, 30.0, 40.0, 50.0], [1.0, 1.0, 1.0, 3.0, 2.0])
 
 
-def test_the_commit_of_code_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_of_code_without_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(tracking.git_state()["git.commit"]) == 40
     monkeypatch.setenv("LIDIT_GIT_COMMIT", "c0ffee")
     assert tracking.git_state()["git.commit"] != "c0ffee"
@@ -95,7 +104,9 @@ def test_interrupted_is_not_failed(tmp_path: Path) -> None:
     assert MlflowClient(uri).get_run(run.handle.run_id).info.status == "KILLED"
 
 
-def test_a_tracker_that_is_down_from_the_start_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_is_down_from_the_start_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with tracked("http://127.0.0.1:9", tmp_path, {"lr": "1"}) as run:
         run.metrics({"loss": 1.0}, 1)
         run.artifact(tmp_path)
@@ -106,7 +117,9 @@ def test_a_tracker_that_is_down_from_the_start_stops_nothing(tmp_path: Path, cap
     assert [record["artifact"] for record in waiting if "artifact" in record] == [str(tmp_path)]
 
 
-def test_a_tracker_that_answers_later_gets_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_answers_later_gets_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri, real = tracking.local_store(tmp_path / "store"), runs.MlflowClient
     (tmp_path / "note.txt").write_text("x")
     monkeypatch.setattr(runs, "MlflowClient", lambda uri: real("http://127.0.0.1:9"))
@@ -121,14 +134,21 @@ def test_a_tracker_that_answers_later_gets_the_whole_run(tmp_path: Path, monkeyp
     tracker_context.__exit__(None, None, None)
     assert steps(uri, run.handle.run_id) == [1]
     assert real(uri).get_run(run.handle.run_id).info.status == "FINISHED"
-    assert [artifact.path for artifact in real(uri).list_artifacts(run.handle.run_id)] == ["note.txt"]
+    assert [artifact.path for artifact in real(uri).list_artifacts(run.handle.run_id)] == [
+        "note.txt"
+    ]
 
 
 @contextmanager
 def server(folder: Path, port: int) -> Iterator[str]:
     """A real `mlflow server` on loopback."""
     words = ["server", "--port", str(port), "--host", "127.0.0.1", "--workers", "1"]
-    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--default-artifact-root", f"{folder}/artifacts"]
+    words += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--default-artifact-root",
+        f"{folder}/artifacts",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", *words],
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
@@ -146,7 +166,9 @@ def server(folder: Path, port: int) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_goes_away_gets_everything_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.0)
     (port,) = free_ports(1)
     with server(tmp_path, port) as uri:
@@ -156,7 +178,9 @@ def test_a_server_that_goes_away_gets_everything_later(tmp_path: Path, monkeypat
         tracker.metrics({"loss": 1.0}, 1)
         tracker.close()
     tracker = tracking.Tracker(handle)
-    logging = threading.Thread(target=lambda: [tracker.metrics({"loss": 1.0}, step) for step in range(2, 50)])
+    logging = threading.Thread(
+        target=lambda: [tracker.metrics({"loss": 1.0}, step) for step in range(2, 50)]
+    )
     logging.start()
     logging.join(timeout=20)
     assert not logging.is_alive(), "logging waits for a dead server"

@@ -1,4 +1,6 @@
-"""What makes a checkpoint whole: every file as it was recorded, the exported model's too, all of one start."""
+"""What makes a checkpoint whole: every file as it was recorded, the exported model's too, all of
+one start.
+"""
 
 import json
 import shutil
@@ -48,7 +50,9 @@ def test_a_half_uploaded_model_is_not_published(tmp_path: Path) -> None:
 
 def test_a_last_checkpoint_without_a_model_is_not_published(tmp_path: Path) -> None:
     write(tmp_path, 8)
-    with pytest.raises(JobError, match="holds no exported model; delete it and run the same command again"):
+    with pytest.raises(
+        JobError, match="holds no exported model; delete it and run the same command again"
+    ):
         driver.publish_model(tmp_path)
 
 
@@ -72,7 +76,11 @@ def test_records_of_earlier_versions_still_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"step": 8', '"step": 9'), ('"ema_updates": 8', '"ema_updates": 0'), ('"world_size": 2', '"world_size": 1')],
+    [
+        ('"step": 8', '"step": 9'),
+        ('"ema_updates": 8', '"ema_updates": 0'),
+        ('"world_size": 2', '"world_size": 1'),
+    ],
 )
 def test_a_flipped_bit_of_the_position_is_seen(tmp_path: Path, old: str, new: str) -> None:
     whole, last = write(tmp_path, 4), write(tmp_path, 8)

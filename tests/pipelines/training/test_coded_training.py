@@ -1,4 +1,6 @@
-"""Training on coded states: a resumed run is the undisturbed one to the last bit, and sees what its states say."""
+"""Training on coded states: a resumed run is the undisturbed one to the last bit, and sees what its
+states say.
+"""
 
 import shutil
 from pathlib import Path
@@ -16,15 +18,27 @@ FINAL = "model/diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.slow
-def test_training_on_coded_states_resumes_to_the_last_bit(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_training_on_coded_states_resumes_to_the_last_bit(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     shutil.copytree(small_world.corpus, tmp_path / "corpus")
     shutil.rmtree(tmp_path / "corpus" / "text")
-    encoders = [e.model_copy(update={"storage": "coded", "storage_error": 0.2}) for e in small_world.encoders]
+    encoders = [
+        e.model_copy(update={"storage": "coded", "storage_error": 0.2})
+        for e in small_world.encoders
+    ]
     for encoder in encoders:
         embed_here(str(tmp_path / "corpus"), encoder)
-    changes = {"encoders": [e.model_dump(mode="json") for e in encoders], "corpus": str(tmp_path / "corpus")}
+    changes = {
+        "encoders": [e.model_dump(mode="json") for e in encoders],
+        "corpus": str(tmp_path / "corpus"),
+    }
     data = {"validation_fraction": 0.2}
-    train_settings = {"validate_every": 4, "validation_samples": 12, "sample_prompts": ["a red circle"]}
+    train_settings = {
+        "validate_every": 4,
+        "validation_samples": 12,
+        "sample_prompts": ["a red circle"],
+    }
     straight = small_world.recipe(tmp_path / "straight", **changes, data=data, train=train_settings)
     done = train(straight)
 

@@ -1,4 +1,6 @@
-"""Distilling: what is refused, what the student starts as, and runs that end in an ordinary model folder."""
+"""Distilling: what is refused, what the student starts as, and runs that end in an ordinary model
+folder.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from tests.helpers.trained import SmallWorld
 PROGRESSIVE = {"kind": "progressive", "sampler_steps": 2}
 
 
-def distillation(world: SmallWorld, teacher: Path, output: Path, *stages: dict[str, object]) -> Distillation:
+def distillation(
+    world: SmallWorld, teacher: Path, output: Path, *stages: dict[str, object]
+) -> Distillation:
     tree = {
         "name": "student",
         "teacher": str(teacher),
@@ -32,7 +36,8 @@ def distillation(world: SmallWorld, teacher: Path, output: Path, *stages: dict[s
         "corpus": str(world.corpus),
         "stages": list(stages),
         "data": {"window_units": 2},
-        "train": {"steps": 4, "batch_size": 12, "checkpoint_every": 2, "log_every": 1, "ema_decay": 0.9,
+        "train": {"steps": 4, "batch_size": 12, "checkpoint_every": 2, "log_every": 1,
+                  "ema_decay": 0.9,
                   "optimizer": {"lr": 1e-3}},
         "engine": {"workers": 2, "zero_stage": 2},
     }  # fmt: skip
@@ -48,7 +53,10 @@ def teacher(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -
     ("stage", "reason"),
     [
         ({"kind": "progressive"}, "sampler_steps: say how many steps"),
-        ({"kind": "progressive", "sampler_steps": 4, "teacher_steps": 6}, "6 is no multiple of sampler_steps = 4"),
+        (
+            {"kind": "progressive", "sampler_steps": 4, "teacher_steps": 6},
+            "6 is no multiple of sampler_steps = 4",
+        ),
         ({"kind": "guidance", "teacher_steps": 6}, "guidance is learnt at every noise level"),
         ({"kind": "guidance", "guidance_range": [4, 1]}, "give the smaller scale first"),
         ({"kind": "magic"}, "'guidance', 'progressive' or 'consistency'"),
@@ -63,7 +71,11 @@ def test_stages_that_make_no_sense_are_refused(stage: dict[str, object], reason:
 def test_a_stage_is_the_teachers_recipe_with_a_sampler_of_one_evaluation_per_step(
     small_world: SmallWorld, teacher: Path, tmp_path: Path
 ) -> None:
-    stages = [{"kind": "guidance", "train_steps": 7}, {"kind": "guidance", "guidance_range": [1, 4]}, PROGRESSIVE]
+    stages = [
+        {"kind": "guidance", "train_steps": 7},
+        {"kind": "guidance", "guidance_range": [1, 4]},
+        PROGRESSIVE,
+    ]
     recipe = distillation(small_world, teacher, tmp_path, *stages)
     made = [student_recipe(recipe, stage, "student", teacher) for stage in recipe.stages]
     own = LIDiTPipeline.from_pretrained(teacher)
@@ -93,7 +105,9 @@ def test_a_corpus_with_other_states_than_the_teachers_is_refused(
     facts["spec"]["weights_sha256"] = "0" * 64
     facts["fingerprint"] = digest_of(facts["spec"])
     path.write_text(json.dumps(facts))
-    with pytest.raises(InputError, match=r"'llama' are not those that(.|\n)*weights_sha256: \"0000"):
+    with pytest.raises(
+        InputError, match=r"'llama' are not those that(.|\n)*weights_sha256: \"0000"
+    ):
         distill(distillation(small_world, other, tmp_path, PROGRESSIVE))
     assert not (tmp_path / "student").exists()
 
@@ -124,7 +138,10 @@ def test_steps_that_the_objective_cannot_take_are_refused(
 def test_a_chain_of_students_ends_in_an_ordinary_folder_and_goes_on_bit_by_bit(
     small_world: SmallWorld, teacher: Path, tmp_path: Path
 ) -> None:
-    stages = [{"kind": "guidance", "train_steps": 2}, {"kind": "consistency", "sampler_steps": 2, "teacher_steps": 6}]
+    stages = [
+        {"kind": "guidance", "train_steps": 2},
+        {"kind": "consistency", "sampler_steps": 2, "teacher_steps": 6},
+    ]
     recipe = distillation(small_world, teacher, tmp_path, *stages)
     first, last = distill(recipe)
     assert (first.model.parent.name, last.model.parent.name) == ("student-stage1", "student")
@@ -136,7 +153,9 @@ def test_a_chain_of_students_ends_in_an_ordinary_folder_and_goes_on_bit_by_bit(
 
     # Drawn as its folder says: two steps, one evaluation each.
     pipe, passes = LIDiTPipeline.from_pretrained(last.model), []
-    pipe.model.transformer.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    pipe.model.transformer.register_forward_pre_hook(
+        lambda _, inputs: passes.append(len(inputs[0]))
+    )
     pipe(["a red circle", "a blue square"], seed=1)
     assert passes == [2, 2]
     before, after = load_file(first.model / WEIGHTS), load_file(last.model / WEIGHTS)

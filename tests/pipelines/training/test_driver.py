@@ -18,7 +18,9 @@ FACTS = {"config": {"seed": 0}, "corpus": "c"}
 def test_a_full_disk_is_told_with_its_remedy_and_anything_else_by_its_last_line() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     assert "make room and run the same command again" in str(_job_error(full))
-    assert "make room" in str(_job_error(RuntimeError("write failed: No space left on device (os error 28)")))
+    assert "make room" in str(
+        _job_error(RuntimeError("write failed: No space left on device (os error 28)"))
+    )
     other = _job_error(RuntimeError("Traceback\n  somewhere\nValueError: a peer is gone\n"))
     assert str(other) == "training failed: ValueError: a peer is gone"
     assert isinstance(other, JobError)
@@ -33,7 +35,9 @@ def publish_by_hand(folder: Path, step: int) -> None:
     (folder / "model" / "finished.json").write_text(json.dumps({"step": step}))
 
 
-def test_a_run_with_other_facts_is_refused_unless_drift_is_allowed(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_a_run_with_other_facts_is_refused_unless_drift_is_allowed(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     recipe, corpus = recipe_in(small_world, tmp_path), small_world.open()
     with open_run(recipe, corpus, FACTS, {}, allow_drift=False) as run:
         assert not run.finished
@@ -45,7 +49,9 @@ def test_a_run_with_other_facts_is_refused_unless_drift_is_allowed(small_world: 
         assert json.loads((run.folder / "run.json").read_text()) == other
 
 
-def test_a_finished_run_tracks_only_what_a_kill_left_untracked(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_a_finished_run_tracks_only_what_a_kill_left_untracked(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     recipe, corpus = recipe_in(small_world, tmp_path), small_world.open()
     with open_run(recipe, corpus, FACTS, {}, allow_drift=False) as run:
         publish_by_hand(run.folder, recipe.train.steps)
@@ -64,8 +70,13 @@ def test_a_finished_run_tracks_only_what_a_kill_left_untracked(small_world: Smal
     assert [file.path for file in files] == ["model/finished.json"]
 
 
-def test_an_error_in_the_block_fails_the_trackers_run(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_an_error_in_the_block_fails_the_trackers_run(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     recipe, corpus = recipe_in(small_world, tmp_path), small_world.open()
-    with pytest.raises(JobError, match="a worker failed"), open_run(recipe, corpus, FACTS, {}, False) as run:
+    with (
+        pytest.raises(JobError, match="a worker failed"),
+        open_run(recipe, corpus, FACTS, {}, False) as run,
+    ):
         raise JobError("a worker failed")
     assert MlflowClient(run.tracking_uri).get_run(run.tracker.handle.run_id).info.status == "FAILED"

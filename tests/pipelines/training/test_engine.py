@@ -1,4 +1,6 @@
-"""ZeRO 0 to 3 are one computation; checkpoints move between stages and worker counts. Real processes, real gloo."""
+"""ZeRO 0 to 3 are one computation; checkpoints move between stages and worker counts. Real
+processes, real gloo.
+"""
 
 import functools
 import math
@@ -30,8 +32,19 @@ def stage(number: int, **more: object) -> Job:
 def straight_and_resumed(number: int) -> list[Job]:
     """What every stage is asked for, by two workers."""
     return [
-        {"name": f"two-{number}", "engine": stage(number), "steps": STEPS, "save": f"two-{number}", "save_at": SAVED},
-        {"name": f"again-{number}", "engine": stage(number), "steps": STEPS, "restore": f"two-{number}"},
+        {
+            "name": f"two-{number}",
+            "engine": stage(number),
+            "steps": STEPS,
+            "save": f"two-{number}",
+            "save_at": SAVED,
+        },
+        {
+            "name": f"again-{number}",
+            "engine": stage(number),
+            "steps": STEPS,
+            "restore": f"two-{number}",
+        },
         {"name": f"average-{number}", "engine": stage(number), "steps": 4, "watch_average": True},
         {"name": f"bf16-{number}", "engine": stage(number, precision="bfloat16"), "steps": STEPS},
     ]
@@ -40,17 +53,26 @@ def straight_and_resumed(number: int) -> list[Job]:
 def not_finite() -> list[Job]:
     """Losses and gradients that are not numbers, by two workers; stage 3's is in `results`."""
     jobs: list[Job] = [
-        {"name": "poisoned", "engine": stage(2), "steps": SHORT, "poison": 1, "save": "poisoned", "save_at": 3},
+        {"name": "poisoned", "engine": stage(2), "steps": SHORT, "poison": 1, "save": "poisoned",
+         "save_at": 3},
         {"name": "poisoned-again", "engine": stage(2), "steps": SHORT, "restore": "poisoned"},
         {"name": "without", "engine": stage(2), "steps": SHORT, "leave_out": 1},
         {"name": "poisoned-first", "engine": stage(2), "steps": 3, "poison": 0, "poisoned_row": -1,
          "save": "poisoned-first", "save_at": 1},
-        {"name": "poisoned-first-again", "engine": stage(2), "steps": 3, "restore": "poisoned-first"},
+        {"name": "poisoned-first-again", "engine": stage(2), "steps": 3,
+         "restore": "poisoned-first"},
     ]  # fmt: skip
     for n in (0, 2):
         name = f"overflow-{n}"
         jobs += [
-            {"name": name, "engine": stage(n), "steps": 4, "overflow": 1, "save": name, "save_at": 3},
+            {
+                "name": name,
+                "engine": stage(n),
+                "steps": 4,
+                "overflow": 1,
+                "save": name,
+                "save_at": 3,
+            },
             {"name": f"{name}-again", "engine": stage(n), "steps": 4, "restore": name},
         ]
     return jobs
@@ -63,24 +85,40 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     @functools.cache
     def results(several: bool) -> dict[str, dict]:
         folder = tmp_path_factory.mktemp("engine")
-        stages = (0, 2, 3) if several else (1,)  # stage 3 last: DeepSpeed then replaces torch's linear for good
+        # stage 3 last: DeepSpeed then replaces torch's linear for good
+        stages = (0, 2, 3) if several else (1,)
         two = [job for number in stages for job in straight_and_resumed(number)]
         one = [{"name": "one", "engine": stage(0), "steps": STEPS, "save": "one", "save_at": SAVED}]
         three = [
-            {"name": f"to-three-{n}", "engine": stage(n), "steps": STEPS, "restore": f"two-{n}"} for n in stages if n
+            {"name": f"to-three-{n}", "engine": stage(n), "steps": STEPS, "restore": f"two-{n}"}
+            for n in stages
+            if n
         ]
-        one += [{**job, "name": str(job["name"]).replace("to-three", "two-to-one")} for job in three]
+        one += [
+            {**job, "name": str(job["name"]).replace("to-three", "two-to-one")} for job in three
+        ]
         if several:
-            two = [{"name": "accumulated", "engine": stage(2, accumulation=3), "steps": STEPS}, *not_finite(), *two]
-            two += [{"name": "at-once", "engine": stage(2), "steps": 4, "overflow": 1, "at_once": True}]
+            two = [
+                {"name": "accumulated", "engine": stage(2, accumulation=3), "steps": STEPS},
+                *not_finite(),
+                *two,
+            ]
+            two += [
+                {"name": "at-once", "engine": stage(2), "steps": 4, "overflow": 1, "at_once": True}
+            ]
             two += [{"name": "overflow-3", "engine": stage(3), "steps": 4, "overflow": 1}]
-            two += [{"name": "three-to-one", "engine": stage(1), "steps": STEPS, "restore": "two-3"}]
+            two += [
+                {"name": "three-to-one", "engine": stage(1), "steps": STEPS, "restore": "two-3"}
+            ]
             one += [{"name": "sixteen", "engine": stage(0), "steps": SHORT, "batch": 16}]
-            three += [{"name": "one-to-three", "engine": stage(3), "steps": STEPS, "restore": "one"}]
-            # Four workers wanted, three there: shares of 5, 5 and 6 in two parts, none larger than the four
-            # would have had.
             three += [
-                {"name": f"uneven-{n}", "engine": stage(n, workers=4), "steps": SHORT, "batch": 16} for n in (2, 3)
+                {"name": "one-to-three", "engine": stage(3), "steps": STEPS, "restore": "one"}
+            ]
+            # Four workers wanted, three there: shares of 5, 5 and 6 in two parts, none larger than
+            # the four would have had.
+            three += [
+                {"name": f"uneven-{n}", "engine": stage(n, workers=4), "steps": SHORT, "batch": 16}
+                for n in (2, 3)
             ]
         found = launch(folder, 2, two)
         found |= launch(folder, 1, one)
@@ -124,7 +162,9 @@ def test_resume_is_bit_identical(launched: Launched, number: int) -> None:
             assert torch.equal(value, resumed[part][name]), f"{part} {name}"
 
 
-def test_gradients_measured_at_once_are_clipped_and_refused_as_deepspeed_does(results: dict) -> None:
+def test_gradients_measured_at_once_are_clipped_and_refused_as_deepspeed_does(
+    results: dict,
+) -> None:
     found, expected = results["at-once"], results["overflow-2"]
     assert found["finite"] == expected["finite"] == [True, False, True, True]
     close(found["losses"], expected["losses"], 1e-6)
@@ -132,7 +172,9 @@ def test_gradients_measured_at_once_are_clipped_and_refused_as_deepspeed_does(re
 
 
 @pytest.mark.parametrize("number", STAGES[1:])
-def test_another_number_of_workers_goes_on_with_the_same_curve(launched: Launched, number: int) -> None:
+def test_another_number_of_workers_goes_on_with_the_same_curve(
+    launched: Launched, number: int
+) -> None:
     results = launched(number)
     for job in (f"two-to-one-{number}", f"to-three-{number}"):
         close(results[job]["losses"], results["one"]["losses"][SAVED:], 1e-5)
@@ -144,7 +186,9 @@ def test_another_stage_goes_on_with_the_same_curve(results: dict, job: str) -> N
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_fewer_workers_than_the_recipe_has_share_the_batch_unevenly(results: dict, number: int) -> None:
+def test_fewer_workers_than_the_recipe_has_share_the_batch_unevenly(
+    results: dict, number: int
+) -> None:
     same_curve(results[f"uneven-{number}"], results["sixteen"])
 
 
@@ -155,12 +199,20 @@ def test_no_part_grows_when_workers_are_missing(world_size: int, parts: int) -> 
     engine = {"workers": 8, "accumulation": 2, "min_workers": 1}
     encoders = [{"name": "a", "model": "none"}]
     recipe = Recipe.model_validate(
-        {"name": "r", "corpus": "c", "encoders": encoders, "model": {"fusion": {"mode": "none"}}, "engine": engine}
+        {
+            "name": "r",
+            "corpus": "c",
+            "encoders": encoders,
+            "model": {"fusion": {"mode": "none"}},
+            "engine": engine,
+        }
         | {"train": {"batch_size": 128}}
     )
     assert micro_steps(recipe, world_size) == parts
     largest = max(
-        cut.stop - cut.start for share in shares(128, world_size) for cut in shares(share.stop - share.start, parts)
+        cut.stop - cut.start
+        for share in shares(128, world_size)
+        for cut in shares(share.stop - share.start, parts)
     )
     assert largest <= 8
 
@@ -171,7 +223,11 @@ def test_the_sharded_average_is_the_plain_one(launched: Launched, number: int) -
     assert saved["plain"].keys() == saved["ema"].keys()
     for name, value in saved["plain"].items():
         torch.testing.assert_close(saved["ema"][name], value, rtol=1e-5, atol=1e-7, msg=name)
-    moved = [name for name, value in saved["ema"].items() if not torch.equal(value, saved["weights"][name])]
+    moved = [
+        name
+        for name, value in saved["ema"].items()
+        if not torch.equal(value, saved["weights"][name])
+    ]
     assert len(moved) > len(saved["ema"]) / 2, "the average is just the weights"
 
 
@@ -179,7 +235,9 @@ def test_a_loss_that_is_not_finite_changes_nothing(results: dict) -> None:
     poisoned, without = results["poisoned"], results["without"]
     assert poisoned["finite"] == [True, False, True, True, True, True]
     assert math.isnan(poisoned["losses"][1])
-    assert [loss for loss, taken in zip(poisoned["losses"], poisoned["finite"]) if taken] == without["losses"]
+    assert [
+        loss for loss, taken in zip(poisoned["losses"], poisoned["finite"]) if taken
+    ] == without["losses"]
     assert results["poisoned-again"]["losses"] == poisoned["losses"][3:]
     expected = tensors(results, "without")["weights"]
     for job in ("poisoned", "poisoned-again"):
@@ -195,7 +253,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(results: dict, number: in
     assert overflow["finite"] == [True, False, True, True]
     assert overflow["norms"][1] == math.inf
     assert all(map(math.isfinite, overflow["losses"]))
-    close([loss for loss, taken in zip(overflow["losses"], overflow["finite"]) if taken], without["losses"][:3], 1e-5)
+    close(
+        [loss for loss, taken in zip(overflow["losses"], overflow["finite"]) if taken],
+        without["losses"][:3],
+        1e-5,
+    )
     if number != 3:  # the average has taken as many steps as Adam has
         assert results[f"overflow-{number}-again"]["losses"] == overflow["losses"][3:]
 

@@ -1,4 +1,6 @@
-"""A run's checkpoints as Ray Train lists them: at every start the list agrees with the folders, for Ray's own code."""
+"""A run's checkpoints as Ray Train lists them: at every start the list agrees with the folders, for
+Ray's own code.
+"""
 
 import asyncio
 import json
@@ -15,7 +17,9 @@ from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from pipelines.training import checkpoints, ray_checkpoints
 
-BEST = CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min")
+BEST = CheckpointConfig(
+    num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
+)
 NEWEST = CheckpointConfig(num_to_keep=2)
 
 
@@ -29,7 +33,9 @@ def write(run: Path, step: int, content: bytes = b"numbers") -> None:
     checkpoints.write_record(folder, 0, position)
 
 
-def session(run: Path, config: CheckpointConfig, work: Callable[[Callable[[int, float], None]], None]) -> None:
+def session(
+    run: Path, config: CheckpointConfig, work: Callable[[Callable[[int, float], None]], None]
+) -> None:
     """One driver's life: Ray reads its list, `work` reports checkpoints."""
 
     async def live() -> None:
@@ -38,9 +44,13 @@ def session(run: Path, config: CheckpointConfig, work: Callable[[Callable[[int, 
 
         def report(step: int, loss: float) -> None:
             write(run, step)
-            at = Checkpoint(str(run / checkpoints.checkpoint_name(step)), filesystem=context.storage_filesystem)
+            at = Checkpoint(
+                str(run / checkpoints.checkpoint_name(step)), filesystem=context.storage_filesystem
+            )
             metrics = {"step": step, "validation_loss": loss}
-            manager.register_checkpoint(_TrainingReport(metrics=metrics, checkpoint=at, validation=False))
+            manager.register_checkpoint(
+                _TrainingReport(metrics=metrics, checkpoint=at, validation=False)
+            )
 
         work(report)
 
@@ -48,7 +58,9 @@ def session(run: Path, config: CheckpointConfig, work: Callable[[Callable[[int, 
 
 
 def start(run: Path, config: CheckpointConfig, *steps: int) -> list[str]:
-    """What a new driver does: find where to go on, make the list agree, take `steps`. The folders that are left."""
+    """What a new driver does: find where to go on, make the list agree, take `steps`. The folders
+    that are left.
+    """
     ray_checkpoints.agree(run, checkpoints.newest_complete(run))
     session(run, config, lambda report: [report(step, 1 / step) for step in steps] and None)
     return sorted(path.name[-1] for path in checkpoints.candidates(run))
@@ -72,7 +84,8 @@ def test_a_checkpoint_that_was_deleted_by_hand_is_no_obstacle(run: Path) -> None
 
 def test_a_step_taken_again_is_listed_once(run: Path) -> None:
     (run / checkpoints.checkpoint_name(3) / "rank-00000.safetensors").write_bytes(b"rotten!")
-    assert start(run, NEWEST, 3) == ["2", "3"]  # with two entries of one folder Ray would delete the good one
+    # with two entries of one folder Ray would delete the good one
+    assert start(run, NEWEST, 3) == ["2", "3"]
     assert start(run, NEWEST, 4) == ["3", "4"]
     assert len(list(run.glob("*.damaged"))) == 1
 

@@ -34,5 +34,7 @@ def test_constant_linear_keeps_the_rate_for_six_tenths_and_ends_near_a_tenth() -
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "constant_linear"])
 def test_warm_up_rises_in_equal_steps_into_the_schedule(schedule: str) -> None:
     found, without = rates(schedule, warmup=10), rates(schedule)
-    assert [a / b for a, b in zip(found, without, strict=True)][:10] == pytest.approx([n / 10 for n in range(1, 11)])
+    assert [a / b for a, b in zip(found, without, strict=True)][:10] == pytest.approx(
+        [n / 10 for n in range(1, 11)]
+    )
     assert found[9:] == without[9:]

@@ -1,4 +1,6 @@
-"""Training on several layers of an LLM: goes on after an interruption with the same bits, and the model draws."""
+"""Training on several layers of an LLM: goes on after an interruption with the same bits, and the
+model draws.
+"""
 
 import shutil
 from pathlib import Path
@@ -20,10 +22,14 @@ FINAL = "model/diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.slow
-def test_a_run_on_several_layers_goes_on_with_the_same_bits(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_a_run_on_several_layers_goes_on_with_the_same_bits(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     corpus = shutil.copytree(small_world.corpus, tmp_path / "corpus")
     llama, qwen = small_world.encoders
-    apart = llama.model_copy(update={"name": "apart", "layer": -3, "layers": (1, 2, -1), "join": "separate"})
+    apart = llama.model_copy(
+        update={"name": "apart", "layer": -3, "layers": (1, 2, -1), "join": "separate"}
+    )
     run_embed(str(corpus), apart, PoolSettings())
     recipe = small_world.recipe(
         tmp_path / "straight",
@@ -51,5 +57,7 @@ def test_a_run_on_several_layers_goes_on_with_the_same_bits(small_world: SmallWo
     assert pipe(["a red circle"], seed=[1], output_type="np").images.shape == (1, 32, 32, 3)
 
     one = recipe.model_copy(update={"model": recipe.model.model_copy(update={"layers": "one"})})
-    with pytest.raises(InputError, match="'one' reads one state per token, but encoder apart keeps 3 layers apart"):
+    with pytest.raises(
+        InputError, match="'one' reads one state per token, but encoder apart keeps 3 layers apart"
+    ):
         run_facts(one, Corpus.open(corpus))

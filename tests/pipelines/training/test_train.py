@@ -1,4 +1,6 @@
-"""Training on real Ray: resumes after kills with the same bits, refuses drift, keeps one honest MLflow run."""
+"""Training on real Ray: resumes after kills with the same bits, refuses drift, keeps one honest
+MLflow run.
+"""
 
 import json
 import shutil
@@ -25,10 +27,13 @@ FINAL = "model/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, TrainResult]:
+def undisturbed(
+    small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, TrainResult]:
     recipe = small_world.recipe(
         tmp_path_factory.mktemp("undisturbed"),
-        train={"sample_every": 4, "sample_prompts": ["a red circle", "a blue square"], "validate_every": 8,
+        train={"sample_every": 4, "sample_prompts": ["a red circle", "a blue square"],
+               "validate_every": 8,
                "validation_samples": 12},
         data={"validation_fraction": 0.2},
         tracking={"registered_model": "lidit-test"},
@@ -51,20 +56,29 @@ def test_the_model_folder_draws(undisturbed: tuple[Recipe, TrainResult]) -> None
         assert (recipe.run_folder / "samples" / f"step-{step:09}.png").stat().st_size > 500
 
 
-def test_sample_grids_and_the_published_pipeline_see_the_same_states(undisturbed: tuple[Recipe, TrainResult]) -> None:
-    """One of the encoders stores int8: both must round a prompt as the corpus rounds its captions."""
+def test_sample_grids_and_the_published_pipeline_see_the_same_states(
+    undisturbed: tuple[Recipe, TrainResult],
+) -> None:
+    """One of the encoders stores int8: both must round a prompt as the corpus rounds
+    its captions.
+    """
     recipe, result = undisturbed
     pipe = LIDiTPipeline.from_pretrained(result.model)
     assert [encoder.storage for encoder in recipe.encoders] == ["bfloat16", "int8"]
     for encoder in recipe.encoders:
         (kept,) = (recipe.run_folder / "prompts").glob(f"{encoder.name}-*.safetensors")
-        sampled, published = load_file(kept), pipe.encoders[encoder.name].encode(recipe.train.sample_prompts)
+        sampled, published = (
+            load_file(kept),
+            pipe.encoders[encoder.name].encode(recipe.train.sample_prompts),
+        )
         assert len(sampled) == len(published) == 2
         for number, states in enumerate(published):
             assert torch.equal(sampled[str(number)], states), encoder.name
 
 
-def test_one_run_holds_everything(undisturbed: tuple[Recipe, TrainResult], small_world: SmallWorld) -> None:
+def test_one_run_holds_everything(
+    undisturbed: tuple[Recipe, TrainResult], small_world: SmallWorld
+) -> None:
     recipe, result = undisturbed
     client = MlflowClient(result.tracking_uri)
     run = client.get_run(result.run_id)
@@ -78,7 +92,10 @@ def test_one_run_holds_everything(undisturbed: tuple[Recipe, TrainResult], small
     assert run.inputs.dataset_inputs[0].dataset.digest == small_world.open().digest[:36]
     names = {artifact.path for artifact in client.list_artifacts(result.run_id)}
     assert {"model", "samples", "recipe.json", "plots"} <= names
-    assert {a.path for a in client.list_artifacts(result.run_id, "plots")} == {"plots/loss.png", "plots/timesteps.png"}
+    assert {a.path for a in client.list_artifacts(result.run_id, "plots")} == {
+        "plots/loss.png",
+        "plots/timesteps.png",
+    }
     registered = client.get_model_version_by_alias("lidit-test", recipe.tracking.alias)
     folder = Path(registered.source.removeprefix("file://"))
     assert LIDiTPipeline.from_pretrained(folder).config.height == 32
@@ -100,7 +117,9 @@ def test_drift_is_refused_with_what_differs(undisturbed: tuple[Recipe, TrainResu
         train(changed)
 
 
-def test_a_missing_family_and_other_settings_are_named(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_a_missing_family_and_other_settings_are_named(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     recipe = small_world.recipe(tmp_path)
     other = recipe.encoders[0].model_copy(update={"instruction": "Look:"})
     with pytest.raises(InputError, match=r"instruction: .* -> \"Look:\"(.|\n)*lidit embed"):
@@ -112,31 +131,49 @@ def test_a_missing_family_and_other_settings_are_named(small_world: SmallWorld, 
         train(recipe.model_copy(update={"corpus": str(tmp_path)}))
 
 
-def test_what_this_machine_does_not_have_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_what_this_machine_does_not_have_is_refused(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     for engine in ({"gpus_per_worker": 1}, {"resources": {"trainer": 1}}):
-        with pytest.raises(InputError, match=r"engine: 2 workers ask for .* offers 0; lower engine\.workers"):
+        with pytest.raises(
+            InputError, match=r"engine: 2 workers ask for .* offers 0; lower engine\.workers"
+        ):
             train(small_world.recipe(tmp_path, engine=engine))
 
 
-def test_too_few_held_out_samples_are_told_before_training(small_world: SmallWorld, tmp_path: Path) -> None:
-    recipe = small_world.recipe(tmp_path, train={"validate_every": 4}, data={"validation_fraction": 0.01})
-    with pytest.raises(InputError, match=r"only \d samples are held out, fewer than one batch of 12(.|\n)*batch_size"):
+def test_too_few_held_out_samples_are_told_before_training(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
+    recipe = small_world.recipe(
+        tmp_path, train={"validate_every": 4}, data={"validation_fraction": 0.01}
+    )
+    with pytest.raises(
+        InputError,
+        match=r"only \d samples are held out, fewer than one batch of " r"12(.|\n)*batch_size",
+    ):
         train(recipe)
     assert not recipe.run_folder.exists()
 
 
-def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nothing_but_time(
+    undisturbed: tuple[Recipe, TrainResult], tmp_path: Path
+) -> None:
     recipe, result = undisturbed
     settings = recipe.train.model_copy(update={"async_upload": True})
     again = recipe.model_copy(update={"output": str(tmp_path), "train": settings})
     pids: list[int] = []
-    left = Path(tempfile.gettempdir()) / f"{checkpoints.unsent_prefix(again.run_folder)}of-a-killed-worker"
+    left = (
+        Path(tempfile.gettempdir())
+        / f"{checkpoints.unsent_prefix(again.run_folder)}of-a-killed-worker"
+    )
     left.mkdir()
     hunter = kill_a_worker_after(again.run_folder, 4, pids)
     killed = train(again)
     hunter.join()
     assert pids, "nothing was killed"
-    assert not list(left.parent.glob(f"{checkpoints.unsent_prefix(again.run_folder)}*")), "checkpoints fill the disk"
+    assert not list(left.parent.glob(f"{checkpoints.unsent_prefix(again.run_folder)}*")), (
+        "checkpoints fill the disk"
+    )
     straight, resumed = (load_file(r.model / FINAL) for r in (result, killed))
     assert straight.keys() == resumed.keys()
     for name, value in straight.items():
@@ -145,10 +182,13 @@ def test_a_killed_worker_costs_nothing_but_time(undisturbed: tuple[Recipe, Train
 
 
 @pytest.mark.slow
-def test_the_best_and_the_newest_checkpoints_are_kept(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_the_best_and_the_newest_checkpoints_are_kept(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     recipe = small_world.recipe(
         tmp_path,
-        train={"steps": 9, "checkpoint_every": 1, "validate_every": 1, "validation_samples": 12, "keep_best": True,
+        train={"steps": 9, "checkpoint_every": 1, "validate_every": 1, "validation_samples": 12,
+               "keep_best": True,
                "optimizer": {"lr": 0.1}},
         data={"validation_fraction": 0.2},
         engine={"workers": 1},
@@ -158,7 +198,10 @@ def test_the_best_and_the_newest_checkpoints_are_kept(small_world: SmallWorld, t
     losses = {point.step: point.value for point in points}
     assert len(losses) == 9
     best = sorted(losses, key=lambda step: losses[step])[:2]
-    kept = {int(folder.name.removeprefix("step-")) for folder in checkpoints.candidates(recipe.run_folder)}
+    kept = {
+        int(folder.name.removeprefix("step-"))
+        for folder in checkpoints.candidates(recipe.run_folder)
+    }
     assert best != [9, 8], "nothing was learned about the choice"
     assert kept == {*best, 9}
 
@@ -195,11 +238,14 @@ def test_a_second_stage_starts_from_the_first_ones_weights(
     assert pipe(["a red circle"], seed=[1], output_type="np").images.shape == (1, 64, 64, 3)
 
 
-def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, TrainResult], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    undisturbed: tuple[Recipe, TrainResult], tmp_path: Path
+) -> None:
     recipe, _ = undisturbed
     for step in (4, 8):
         shutil.copytree(
-            recipe.run_folder / checkpoints.checkpoint_name(step), tmp_path / checkpoints.checkpoint_name(step)
+            recipe.run_folder / checkpoints.checkpoint_name(step),
+            tmp_path / checkpoints.checkpoint_name(step),
         )
     newest = tmp_path / checkpoints.checkpoint_name(8)
     assert checkpoints.newest_complete(tmp_path) == newest
@@ -211,8 +257,11 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Recipe, TrainRes
         checkpoints.newest_complete(tmp_path)
 
 
-@pytest.mark.slow  # what a bad loss does to an engine is in test_engine.py; here it goes through the whole job
-def test_a_loss_that_is_not_finite_stops_and_names_the_batch(small_world: SmallWorld, tmp_path: Path) -> None:
+# what a bad loss does to an engine is in test_engine.py; here it goes through the whole job
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
     recipe = small_world.recipe(
         tmp_path,
         train={"optimizer": {"lr": 1e30, "gradient_clip": 0.0}, "checkpoint_every": 100},
@@ -227,4 +276,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(small_world: SmallW
     assert checkpoints.read_position(newest).step == told["step"] > 0
     keys = told["keys"]
     assert len(keys) == 12
-    assert set(keys) <= {k for u in range(5) for k in small_world.open().samples(u)["key"].to_pylist()}
+    assert set(keys) <= {
+        k for u in range(5) for k in small_world.open().samples(u)["key"].to_pylist()
+    }

@@ -1,4 +1,6 @@
-"""A codec trained on real Ray: resumed with the same bits, usable by `lidit latents`, refused where it cannot fit."""
+"""A codec trained on real Ray: resumed with the same bits, usable by `lidit latents`, refused where
+it cannot fit.
+"""
 
 import json
 from pathlib import Path
@@ -31,10 +33,12 @@ def recipe_of(corpus: Path, output: Path, **changes: dict[str, Any]) -> CodecRec
         "name": "codec",
         "output": str(output),
         "corpus": str(corpus),
-        "model": {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "latent_channels": 4, "norm_groups": 4,
+        "model": {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "latent_channels": 4,
+                  "norm_groups": 4,
                   "middle_attention": False},
         "data": {"validation_fraction": 0.3, "window_units": 2},
-        "train": {"steps": 24, "batch_size": 12, "checkpoint_every": 12, "log_every": 4, "ema_decay": 0.8,
+        "train": {"steps": 24, "batch_size": 12, "checkpoint_every": 12, "log_every": 4,
+                  "ema_decay": 0.8,
                   "validate_every": 12, "grid_images": 4, "optimizer": {"lr": 4e-3}},
         "engine": {"workers": 2, "zero_stage": 1},
     }  # fmt: skip
@@ -54,7 +58,9 @@ def corpus(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CodecRecipe, TrainResult]:
+def trained(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CodecRecipe, TrainResult]:
     recipe = recipe_of(corpus, tmp_path_factory.mktemp("codec"))
     return recipe, train_codec(recipe)
 
@@ -73,11 +79,16 @@ def test_it_learns_and_its_run_holds_the_evidence(trained: tuple[CodecRecipe, Tr
     assert last > first
     for step in (12, 24):
         assert (recipe.run_folder / "reconstructions" / f"step-{step:09}.png").stat().st_size > 500
-    names = {artifact.path for artifact in MlflowClient(result.tracking_uri).list_artifacts(result.run_id)}
+    names = {
+        artifact.path
+        for artifact in MlflowClient(result.tracking_uri).list_artifacts(result.run_id)
+    }
     assert {"model", "reconstructions"} <= names
 
 
-def test_the_folder_is_a_codec_with_a_measured_scale(trained: tuple[CodecRecipe, TrainResult], corpus: Path) -> None:
+def test_the_folder_is_a_codec_with_a_measured_scale(
+    trained: tuple[CodecRecipe, TrainResult], corpus: Path
+) -> None:
     _, result = trained
     codec = load_codec(CodecSettings(name="mine", model=str(result.model)))
     assert (codec.factor, codec.channels) == (4, 4)
@@ -107,15 +118,24 @@ class LoneJob(CodecJob):
         self.metrics = TrainingMetrics(recipe, engine, feed, None, None)  # type: ignore[arg-type]
 
 
-def test_measuring_puts_no_more_images_on_a_device_than_training(corpus: Path, tmp_path: Path) -> None:
-    """A global batch of 12, all at once and as 2 workers with parts of 12 / (2 x 2) images see it."""
+def test_measuring_puts_no_more_images_on_a_device_than_training(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """A global batch of 12, all at once and as 2 workers with parts of 12 / (2 x 2)
+    images see it.
+    """
     found: dict[str, list[float]] = {}
-    for name, engine, largest in (("whole", {"workers": 1}, 12), ("parts", {"workers": 2, "accumulation": 2}, 3)):
+    for name, engine, largest in (
+        ("whole", {"workers": 1}, 12),
+        ("parts", {"workers": 2, "accumulation": 2}, 3),
+    ):
         recipe = recipe_of(corpus, tmp_path / name, engine=engine)
         recipe.run_folder.mkdir(parents=True)
         torch.manual_seed(0)
         model, seen = TrainableAutoencoder(recipe.model).eval(), list[int]()
-        model.autoencoder.encoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(len(given[0])))
+        model.autoencoder.encoder.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(len(given[0]))
+        )
         job = LoneJob(recipe, int(engine["workers"]))
         quality = job._measure(model)
         measured = len(seen)
@@ -128,7 +148,9 @@ def test_measuring_puts_no_more_images_on_a_device_than_training(corpus: Path, t
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_bits(trained: tuple[CodecRecipe, TrainResult], corpus: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_same_bits(
+    trained: tuple[CodecRecipe, TrainResult], corpus: Path, tmp_path: Path
+) -> None:
     _, straight = trained
     first = recipe_of(corpus, tmp_path, train={"steps": 12})
     train_codec(first)
@@ -146,5 +168,8 @@ def test_what_does_not_fit_is_refused_before_training(corpus: Path, tmp_path: Pa
     deep = {"block_out_channels": [4] * 5, "norm_groups": 4}
     with pytest.raises(InputError, match="multiples of 8, the codec needs multiples of 16"):
         train_codec(recipe_of(corpus, tmp_path, model=deep))
-    with pytest.raises(InputError, match=r"validation_fraction: only \d+ samples are held out, fewer than one batch"):
+    with pytest.raises(
+        InputError,
+        match=r"validation_fraction: only \d+ samples are held out, fewer than " r"one batch",
+    ):
         train_codec(recipe_of(corpus, tmp_path, data={"validation_fraction": 0.02}))

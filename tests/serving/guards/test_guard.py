@@ -1,4 +1,6 @@
-"""Every failure of a checker closes: each broken one here is a way in which checkers fail in earnest."""
+"""Every failure of a checker closes: each broken one here is a way in which checkers fail in
+earnest.
+"""
 
 from __future__ import annotations
 
@@ -78,13 +80,21 @@ def test_a_checker_without_a_version_closes() -> None:
 
 def test_an_item_is_flagged_from_the_threshold_on() -> None:
     guard = Guard[float]("same", Checks(list), 0.5)
-    assert [verdict.flagged for verdict in guard.judge([0, 0.49, 0.5, 1, np.float32(0.75)])] == [0, 0, 1, 1, 1]
+    assert [verdict.flagged for verdict in guard.judge([0, 0.49, 0.5, 1, np.float32(0.75)])] == [
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
     assert guard.judge([0.25]) == [Verdict("same", "checks-1", 0.25, False)]
     assert guard.judge([]) == []
 
 
 def test_a_call_that_hangs_holds_up_no_other() -> None:
-    guard = Guard[str]("slow", Checks(lambda items: [float(items[0] == "hang" and never.wait(60))]), 0.5, 0.2)
+    guard = Guard[str](
+        "slow", Checks(lambda items: [float(items[0] == "hang" and never.wait(60))]), 0.5, 0.2
+    )
     with pytest.raises(SafetyUnavailable, match="in time"):
         guard.judge(["hang"])
     guard.deadline = 60
@@ -109,6 +119,8 @@ def test_a_checker_that_always_hangs_is_given_up_until_a_call_returns() -> None:
 @pytest.mark.parametrize(
     ("threshold", "deadline"), [(0, 1), (1.1, 1), (float("nan"), 1), (0.5, 0), (0.5, float("nan"))]
 )
-def test_a_guard_that_could_flag_nothing_or_everything_is_refused(threshold: float, deadline: float) -> None:
+def test_a_guard_that_could_flag_nothing_or_everything_is_refused(
+    threshold: float, deadline: float
+) -> None:
     with pytest.raises(ValueError, match="guard g"):
         Guard[str]("g", Checks(list), threshold, deadline)

@@ -1,4 +1,6 @@
-"""Images are scored by a rule on pixels and by a classifier in a file; what cannot be scored passes nobody."""
+"""Images are scored by a rule on pixels and by a classifier in a file; what cannot be scored passes
+nobody.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ def picture(*parts: tuple[tuple[int, int, int], int]) -> Image:
 
 def test_a_rule_counts_pixels_near_its_colour() -> None:
     rule = PixelRule(RED, share=0.5)
-    images = [picture((GREY, 8)), picture((RED, 2), (GREY, 6)), picture((RED, 4), (GREY, 4)), picture((RED, 8))]
+    images = [
+        picture((GREY, 8)),
+        picture((RED, 2), (GREY, 6)),
+        picture((RED, 4), (GREY, 4)),
+        picture((RED, 8)),
+    ]
     assert rule.scores(images) == [0, 0.5, 1, 1]
     assert rule.scores([picture(((200, 50, 40), 8))]) == [1]
     assert PixelRule(RED, 0.25).version != rule.version
@@ -46,7 +53,8 @@ def test_what_is_no_image_closes_the_guard(wrong: Image, tmp_path: Path) -> None
 def settings(folder: Path, *operations: str, **changes: object) -> OnnxSettings:
     content = tiny_classifier(*operations)
     (folder / "tiny.onnx").write_bytes(content)
-    values = {"file": folder / "tiny.onnx", "sha256": hashlib.sha256(content).hexdigest(), "height": 4, "width": 6,
+    values = {"file": folder / "tiny.onnx", "sha256": hashlib.sha256(content).hexdigest(),
+              "height": 4, "width": 6,
               "unsafe": 0, "activation": "none", **changes}  # fmt: skip
     return OnnxSettings.model_validate(values)
 
@@ -66,7 +74,9 @@ def test_a_classifier_gets_its_input_as_it_wants_it(tmp_path: Path) -> None:
     assert moved.scores([image, picture((GREY, 8))]) == pytest.approx([0.5, 1.27])
     probability = classifier(tmp_path, activation="softmax").scores([image])
     assert probability == pytest.approx([np.e / (np.e + np.exp(0.2) + 1)])
-    assert classifier(tmp_path, activation="sigmoid").scores([image]) == pytest.approx([1 / (1 + np.exp(-1))])
+    assert classifier(tmp_path, activation="sigmoid").scores([image]) == pytest.approx(
+        [1 / (1 + np.exp(-1))]
+    )
     # NHWC: the means are over width and channels, one for each row of pixels.
     assert classifier(tmp_path, layout="NHWC", unsafe=2).scores([image]) == pytest.approx([0.4])
 
@@ -81,7 +91,9 @@ def test_answers_of_a_classifier_that_are_no_scores_close_the_guard(tmp_path: Pa
         with pytest.raises(SafetyUnavailable):
             Guard[Image]("onnx", checker, 0.5).judge([picture((GREY, 8))])
     guard = Guard[Image]("onnx", classifier(tmp_path), 0.6)
-    assert [verdict.flagged for verdict in guard.judge([picture((GREY, 8)), picture((RED, 8))])] == [False, True]
+    assert [
+        verdict.flagged for verdict in guard.judge([picture((GREY, 8)), picture((RED, 8))])
+    ] == [False, True]
 
 
 def test_a_classifier_that_is_not_the_right_file_is_refused(tmp_path: Path) -> None:

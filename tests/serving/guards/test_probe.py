@@ -1,4 +1,6 @@
-"""The probe learns from labelled prompts what an LLM's states tell of them, and says how often it is right."""
+"""The probe learns from labelled prompts what an LLM's states tell of them, and says how often it
+is right.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ HARMLESS = ("picture", "drawing")
 def prompts() -> list[Labelled]:
     """Prompts that differ in one word by their label, among words that say nothing."""
     made = itertools.product(COLOURS, THINGS, (*FORBIDDEN, *HARMLESS), ("left of", "under"))
-    return [Labelled(f"a {colour} {thing} {side} a {word}", word in FORBIDDEN) for colour, thing, word, side in made]
+    return [
+        Labelled(f"a {colour} {thing} {side} a {word}", word in FORBIDDEN)
+        for colour, thing, word, side in made
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +62,17 @@ def fingerprints(encoders: dict[str, ModelEncoder]) -> dict[str, str]:
     return {name: encoder.fingerprint for name, encoder in encoders.items()}
 
 
-def test_a_probe_tells_prompts_apart_that_it_has_not_seen(trained: Trained, encoders: dict[str, ModelEncoder]) -> None:
+def test_a_probe_tells_prompts_apart_that_it_has_not_seen(
+    trained: Trained, encoders: dict[str, ModelEncoder]
+) -> None:
     assert trained.separation > 0.9
     assert trained.refused.hits / trained.refused.of > 0.7
     assert trained.blocked.hits / trained.blocked.of < 0.2
     assert trained.trained_on + trained.refused.of + trained.blocked.of == len(prompts())
     guard = Guard[States]("probe", trained.probe, trained.probe.threshold, 60)
-    bad, good = guard.judge([states_of(encoders, f"a red circle under a {word}") for word in ("bomb", "drawing")])
+    bad, good = guard.judge(
+        [states_of(encoders, f"a red circle under a {word}") for word in ("bomb", "drawing")]
+    )
     assert bad.flagged
     assert bad.score > good.score
     assert not good.flagged
@@ -100,7 +109,10 @@ def test_a_probe_is_the_same_after_it_was_saved(
 
 def damaged(probe: Probe, folder: Path) -> dict[str, Path]:
     """Files that would let everything or nothing pass."""
-    files = {name: folder / f"{name}.safetensors" for name in ("absent", "noise", "nan", "zero", "never", "foreign")}
+    files = {
+        name: folder / f"{name}.safetensors"
+        for name in ("absent", "noise", "nan", "zero", "never", "foreign")
+    }
     files["noise"].write_bytes(b"noise")
     for name, changes in (
         ("nan", {"weight": probe.weight * np.nan}),
@@ -108,7 +120,9 @@ def damaged(probe: Probe, folder: Path) -> dict[str, Path]:
         ("never", {"threshold": 1.5}),
     ):
         values = {"weight": probe.weight, "threshold": probe.threshold, **changes}
-        Probe(probe.fingerprints, values["weight"], probe.bias, values["threshold"]).save(files[name])
+        Probe(probe.fingerprints, values["weight"], probe.bias, values["threshold"]).save(
+            files[name]
+        )
     save_file({"weight": probe.weight}, files["foreign"])
     return files
 
@@ -130,7 +144,9 @@ def test_a_probe_of_another_model_is_refused(
             Probe.load(tmp_path / "probe.safetensors", other)
 
 
-def test_states_that_mean_nothing_close_the_guard(trained: Trained, encoders: dict[str, ModelEncoder]) -> None:
+def test_states_that_mean_nothing_close_the_guard(
+    trained: Trained, encoders: dict[str, ModelEncoder]
+) -> None:
     guard = Guard[States]("probe", trained.probe, trained.probe.threshold, 60)
     good = states_of(encoders, "a red circle")
     for wrong in (
@@ -164,7 +180,13 @@ def write(path: Path, *lines: str) -> Path:
 def test_a_labelled_file_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": one.prompt, "refuse": one.refuse}) for one in prompts()]
     assert read_labelled(write(tmp_path / "good.jsonl", *lines, "")) == prompts()
-    for wrong in ("text", "[]", '{"prompt": "a"}', '{"prompt": 3, "refuse": true}', '{"prompt": "a", "refuse": 1}'):
+    for wrong in (
+        "text",
+        "[]",
+        '{"prompt": "a"}',
+        '{"prompt": 3, "refuse": true}',
+        '{"prompt": "a", "refuse": 1}',
+    ):
         with pytest.raises(InputError, match="line 3: "):
             read_labelled(write(tmp_path / "bad.jsonl", *lines[:2], wrong))
     with pytest.raises(InputError, match="at least 20 are needed"):

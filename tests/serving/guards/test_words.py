@@ -49,7 +49,10 @@ NOT_SEEN_THROUGH = {"translated": "verboten", "base64": base64.b64encode(PLAIN.e
 
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory: pytest.TempPathFactory) -> WordList:
-    return word_list(tmp_path_factory.mktemp("list"), "# planted\nforbidden\nlarge red ball  # a phrase\nklein\nass\n")
+    return word_list(
+        tmp_path_factory.mktemp("list"),
+        "# planted\nforbidden\nlarge red ball  # a phrase\nklein\nass\n",
+    )
 
 
 def word_list(folder: Path, content: str) -> WordList:
@@ -74,7 +77,12 @@ def test_a_phrase_is_found_as_words_in_their_order(guard: WordList) -> None:
 
 @pytest.mark.parametrize(
     "harmless",
-    ["a glass of kvass in the grass", "a class passes 455 bass players", "an unforbiddenly long word", "as as"],
+    [
+        "a glass of kvass in the grass",
+        "a class passes 455 bass players",
+        "an unforbiddenly long word",
+        "as as",
+    ],
 )
 def test_a_word_within_a_word_is_no_word(guard: WordList, harmless: str) -> None:
     assert guard.scores([harmless])[0] < FOUND

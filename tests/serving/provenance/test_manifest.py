@@ -17,10 +17,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from lidit.errors import InputError
 from lidit.serving.provenance.certificates import make_certificates
-from lidit.serving.provenance.manifest import Format, ManifestSigner, ProvenanceUnavailable, read_manifest
+from lidit.serving.provenance.manifest import (
+    Format,
+    ManifestSigner,
+    ProvenanceUnavailable,
+    read_manifest,
+)
 from tests.helpers.marked_pictures import encoded, photo
 
-KINDS: list[tuple[str, Format]] = [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp")]
+KINDS: list[tuple[str, Format]] = [
+    ("PNG", "image/png"),
+    ("JPEG", "image/jpeg"),
+    ("WEBP", "image/webp"),
+]
 MODEL = "0" * 64
 
 
@@ -55,13 +64,18 @@ def test_a_signed_picture_is_whole_and_trusted_by_its_root(
 def test_another_root_trusts_nothing(signer: ManifestSigner, tmp_path: Path) -> None:
     make_certificates(tmp_path, "Pictures & Co")
     signed, _ = signer.sign(encoded(photo(64)), "image/png", "request-1", MODEL)
-    assert read_manifest(signed, "image/png", (tmp_path / "root.pem").read_text()).state == "untrusted"
+    assert (
+        read_manifest(signed, "image/png", (tmp_path / "root.pem").read_text()).state == "untrusted"
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_every_changed_byte_of_the_pixels_is_seen(name: str, kind: Format, signer: ManifestSigner) -> None:
+def test_every_changed_byte_of_the_pixels_is_seen(
+    name: str, kind: Format, signer: ManifestSigner
+) -> None:
     signed, _ = signer.sign(encoded(photo(64), name), kind, "request-1", MODEL)
-    # A WebP file begins with its pixels and ends with the manifest; the others are the other way around.
+    # A WebP file begins with its pixels and ends with the manifest; the others are the other way
+    # around.
     places = range(60, 300, 30) if name == "WEBP" else range(-300, -30, 30)
     for place in places:
         changed = bytearray(signed)
@@ -107,9 +121,13 @@ def test_bytes_that_are_no_picture_are_not_signed(signer: ManifestSigner) -> Non
 def test_threads_share_a_signer(signer: ManifestSigner) -> None:
     picture = encoded(photo(64))
     with ThreadPoolExecutor(4) as pool:
-        signed = list(pool.map(lambda n: signer.sign(picture, "image/png", f"request-{n}", MODEL), range(8)))
+        signed = list(
+            pool.map(lambda n: signer.sign(picture, "image/png", f"request-{n}", MODEL), range(8))
+        )
     assert len({manifest for _, manifest in signed}) == 8
-    assert all(read_manifest(content, "image/png").manifest == manifest for content, manifest in signed)
+    assert all(
+        read_manifest(content, "image/png").manifest == manifest for content, manifest in signed
+    )
 
 
 def test_keys_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -149,7 +167,9 @@ def test_certificates_are_made_once_and_the_key_is_the_owners(tmp_path: Path) ->
         make_certificates(tmp_path / "new", "Others")
 
 
-def test_without_the_library_there_is_a_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_there_is_a_remedy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "c2pa", None)
     with pytest.raises(InputError, match=r"\[serve\]"):
         ManifestSigner.from_files(folder / "chain.pem", folder / "key.pem")

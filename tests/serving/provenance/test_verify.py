@@ -72,7 +72,10 @@ CHANGES: dict[str, tuple[Callable[[Image], bytes], str]] = {
     "compressed": (lambda image: encoded(image, "JPEG"), "mark"),
     "cropped": (lambda image: encoded(cropped(image)), "mark"),
     "cropped and compressed": (lambda image: encoded(cropped(image), "JPEG"), "mark"),
-    "scaled": (lambda image: encoded(np.asarray(Pillow.fromarray(image).resize((200, 200)))), "near"),
+    "scaled": (
+        lambda image: encoded(np.asarray(Pillow.fromarray(image).resize((200, 200)))),
+        "near",
+    ),
 }
 
 
@@ -116,18 +119,26 @@ def test_what_others_made_is_unknown(studio: Studio, tmp_path: Path) -> None:
         assert (found.manifest.state, found.watermark, found.issued) == ("absent", None, None)
     # Signed by somebody else, whatever program they name.
     chain, key, _ = make_certificates(tmp_path, "Studio")
-    forged, _ = ManifestSigner.from_files(chain, key).sign(encoded(scene(256, 50)), "image/png", "x", "0" * 64)
+    forged, _ = ManifestSigner.from_files(chain, key).sign(
+        encoded(scene(256, 50)), "image/png", "x", "0" * 64
+    )
     found = studio.ask(forged)
     assert (found.manifest.state, found.answer) == ("untrusted", "unknown")
 
 
 def test_what_is_not_given_is_not_asked(studio: Studio) -> None:
     found = verify_picture(studio.picture)
-    assert (found.manifest.state, found.watermark, found.issued, found.answer) == ("untrusted", None, None, "unknown")
+    assert (found.manifest.state, found.watermark, found.issued, found.answer) == (
+        "untrusted",
+        None,
+        None,
+        "unknown",
+    )
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"text", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(100), encoded(photo(64))[:500]]
+    "content",
+    [b"", b"text", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(100), encoded(photo(64))[:500]],
 )
 def test_what_is_no_picture_is_the_users_mistake(studio: Studio, content: bytes) -> None:
     with pytest.raises(InputError, match="give the file as it was"):
@@ -138,7 +149,11 @@ def test_likeness_lasts_through_what_happens_to_pictures() -> None:
     image = photo(512)
     own = perceptual_hash(image)
     assert own is not None
-    for copy in (compressed(image, 30), photo(128), np.clip(image * 0.8 + 20, 0, 255).astype(np.uint8)):
+    for copy in (
+        compressed(image, 30),
+        photo(128),
+        np.clip(image * 0.8 + 20, 0, 255).astype(np.uint8),
+    ):
         other = perceptual_hash(copy)
         assert other is not None
         assert (own ^ other).bit_count() <= 6

@@ -1,4 +1,6 @@
-"""The watermark is not seen, is read after JPEG and a crop, and says so where there is no room for it."""
+"""The watermark is not seen, is read after JPEG and a crop, and says so where there is no room for
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,12 @@ def test_a_mark_is_not_seen_and_lasts(picture: Image) -> None:
     difference = marked.astype(float) - picture
     assert 10 * np.log10(255**2 / (difference**2).mean()) > 34  # dB
     assert np.abs(difference).max() < 40
-    for change in (lambda image: image, compressed, cropped, lambda image: compressed(cropped(image))):
+    for change in (
+        lambda image: image,
+        compressed,
+        cropped,
+        lambda image: compressed(cropped(image)),
+    ):
         assert MARK.read(change(marked)) == PAYLOAD
 
 
@@ -42,7 +49,9 @@ def test_bits_are_right_after_a_crop_and_jpeg(make: object) -> None:
     for number in range(6):
         picture = scene(256, number) if make is scene else cropped(photo(512), 0.5, number)
         payload = int(np.random.default_rng(number).integers(1 << 32))
-        shares.append(bits_read(compressed(cropped(MARK.embed(picture, payload), seed=number)), payload))
+        shares.append(
+            bits_read(compressed(cropped(MARK.embed(picture, payload), seed=number)), payload)
+        )
     assert np.mean(shares) >= 0.95
 
 
@@ -56,10 +65,16 @@ def test_every_payload_is_carried() -> None:
 
 
 def test_pictures_without_a_mark_have_none() -> None:
-    pictures = [*PICTURES.values(), *(scene(256, seed) for seed in range(20)), *(photo(side) for side in (128, 300))]
+    pictures = [
+        *PICTURES.values(),
+        *(scene(256, seed) for seed in range(20)),
+        *(photo(side) for side in (128, 300)),
+    ]
     random = np.random.default_rng(0)
     noise = [random.integers(0, 256, (256, 256, 3), np.uint8) for _ in range(20)]
-    assert [MARK.read(picture) for picture in [*pictures, *noise]] == [None] * (len(pictures) + len(noise))
+    assert [MARK.read(picture) for picture in [*pictures, *noise]] == [None] * (
+        len(pictures) + len(noise)
+    )
 
 
 def test_another_secret_reads_nothing() -> None:

@@ -1,4 +1,6 @@
-"""Local copies of objects: read once from a real S3 server, bounded, healed when damaged, never in verify's way."""
+"""Local copies of objects: read once from a real S3 server, bounded, healed when damaged, never in
+verify's way.
+"""
 
 import os
 import uuid
@@ -85,7 +87,8 @@ def test_it_stays_below_its_limit(url: str, cache: Path, monkeypatch: pytest.Mon
 
 
 def test_a_damaged_copy_is_fetched_again(url: str, cache: Path) -> None:
-    whole = [state.clone() for state in all_states(opened(url))]  # the others are views of the copies
+    # the others are views of the copies
+    whole = [state.clone() for state in all_states(opened(url))]
     for path in cache.iterdir():
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1

@@ -30,7 +30,9 @@ with owned(Path(sys.argv[1]), "trained"):
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that owns tmp_path/run."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process
@@ -42,12 +44,17 @@ def test_the_second_is_told_who_the_first_is(holder: subprocess.Popen[str], tmp_
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     with pytest.raises(InputError) as refusal, owned(tmp_path / "run", "evaluated"):
         pass
-    told = rf"run: is being trained by process {holder.pid} on \S+ since \d{{4}}-\d\d-\d\d .*; wait for its end"
+    told = (
+        rf"run: is being trained by process {holder.pid} on \S+ since \d{{4}}-\d\d-\d\d .*; "
+        r"wait for its end"
+    )
     assert re.search(told, str(refusal.value))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
-def test_a_killed_owner_leaves_nothing_behind(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_killed_owner_leaves_nothing_behind(
+    holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "run" / MARK).exists()
@@ -66,7 +73,11 @@ def test_the_mark_goes_with_its_owner_and_work_stays(tmp_path: Path) -> None:
     with owned(tmp_path / "full", "trained"):
         (tmp_path / "full" / "work").write_text("kept")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["work"]
-    with owned(tmp_path / "full", "trained"), pytest.raises(InputError), owned(tmp_path / "full", "trained"):
+    with (
+        owned(tmp_path / "full", "trained"),
+        pytest.raises(InputError),
+        owned(tmp_path / "full", "trained"),
+    ):
         pass
 
 
@@ -78,7 +89,10 @@ def test_without_locks_a_touched_mark_counts_and_a_forgotten_one_does_not(
 
     monkeypatch.setattr(owner.fcntl, "flock", no_locks)
     with owned(tmp_path / "run", "trained"):
-        with pytest.raises(InputError, match="is being trained by process"), owned(tmp_path / "run", "trained"):
+        with (
+            pytest.raises(InputError, match="is being trained by process"),
+            owned(tmp_path / "run", "trained"),
+        ):
             pass
         long_ago = time.time() - owner.FORGOTTEN_SECONDS - 1
         os.utime(tmp_path / "run" / MARK, (long_ago, long_ago))

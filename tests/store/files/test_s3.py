@@ -52,7 +52,10 @@ def test_family_on_s3_is_the_local_one(url: str, tmp_path: Path) -> None:
     assert family_job.run(url, "int8") == [0, 1]
     assert family_job.run(url, "int8") == []
     family_job.run(str(tmp_path / "local"), "int8")
-    remote, local = Corpus.open(url).text_family("fake"), Corpus.open(tmp_path / "local").text_family("fake")
+    remote, local = (
+        Corpus.open(url).text_family("fake"),
+        Corpus.open(tmp_path / "local").text_family("fake"),
+    )
     assert remote.digest == local.digest
     for unit in range(2):
         remote.verify_unit(unit)
@@ -89,12 +92,16 @@ def test_lost_and_damaged_objects_are_found_and_computed_again(url: str) -> None
     assert family_job.run(url, "bfloat16") == [0]
 
 
-def test_orphans_are_removed_only_once_they_are_old(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphans_are_removed_only_once_they_are_old(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_corpus(url, UNITS)
     writer = family_job.open_writer(url, "float32")
     writer.write_shared(family_job.shared())
     file_system, root = fsspec.core.url_to_fs(writer.folder.location)
-    file_system.pipe_file(f"{root}/00000-0123456789ab.arrow", b"an upload whose record may still come")
+    file_system.pipe_file(
+        f"{root}/00000-0123456789ab.arrow", b"an upload whose record may still come"
+    )
     writer.pending()
     assert writer.folder.exists("00000-0123456789ab.arrow")
     monkeypatch.setattr(writer_module, "OBJECT_STORE_GRACE_SECONDS", -1e9)
@@ -120,7 +127,9 @@ def test_sources_on_s3_by_name_folder_and_glob(url: str, tmp_path: Path) -> None
 
 @pytest.fixture
 def stranger(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Someone without keys, profile or a cloud machine's role. Nothing of an earlier server is found again."""
+    """Someone without keys, profile or a cloud machine's role. Nothing of an earlier server is
+    found again.
+    """
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -139,14 +148,19 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_without_credentials_one_line_says_what_to_set(
     stranger: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    remedy = "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL outside AWS)"
+    remedy = (
+        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
+        "AWS_ENDPOINT_URL outside AWS)"
+    )
     place = f"s3://{uuid.uuid4().hex}/corpus"  # file systems are kept per address
     assert refused(capsys, "inspect", place) == f"error: {place}: {remedy}"
     source = f"s3://{uuid.uuid4().hex}/x"
     assert refused(capsys, "ingest", source, "--corpus", "c") == f"error: {source}: {remedy}"
 
 
-def test_an_endpoint_that_does_not_answer(stranger: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_endpoint_that_does_not_answer(
+    stranger: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         stranger.setenv(name, "test")
     stranger.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -157,20 +171,43 @@ def test_an_endpoint_that_does_not_answer(stranger: pytest.MonkeyPatch, capsys: 
     assert told.endswith("check the network and AWS_ENDPOINT_URL")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     stranger.setenv("AWS_ENDPOINT_URL", "nonsense")
-    assert "Invalid endpoint: nonsense" in refused(capsys, "inspect", f"s3://{uuid.uuid4().hex}/corpus")
+    assert "Invalid endpoint: nonsense" in refused(
+        capsys, "inspect", f"s3://{uuid.uuid4().hex}/corpus"
+    )
 
 
 def test_what_is_a_refusal_and_what_is_not() -> None:
     for error, told in (
-        (PermissionError("Forbidden"), "access refused (Forbidden); give credentials that may read and write there"),
-        (ConnectionError("http://me:pass@h/x is gone"), "no answer (http://h/x is gone); check the network"),
+        (
+            PermissionError("Forbidden"),
+            "access refused (Forbidden); give credentials that may read and write there",
+        ),
+        (
+            ConnectionError("http://me:pass@h/x is gone"),
+            "no answer (http://h/x is gone); check the network",
+        ),
         (TimeoutError(), "no answer (TimeoutError); check the network and AWS_ENDPOINT_URL"),
-        (OSError(22, "wrong region"), "the object store refuses ([Errno 22] wrong region); check the address"),
-        (botocore.exceptions.ProfileNotFound(profile="p"), "the object store refuses (The config profile (p)"),
+        (
+            OSError(22, "wrong region"),
+            "the object store refuses ([Errno 22] wrong region); check the address",
+        ),
+        (
+            botocore.exceptions.ProfileNotFound(profile="p"),
+            "the object store refuses (The config profile (p)",
+        ),
     ):
-        with pytest.raises(StorageError, match=re.escape(f"s3://b/x: {told}")), plain_refusals("s3://b/x"):
+        with (
+            pytest.raises(StorageError, match=re.escape(f"s3://b/x: {told}")),
+            plain_refusals("s3://b/x"),
+        ):
             raise error
-    for error in (FileNotFoundError("x"), OSError(28, "disk full"), KeyError("x"), ValueError("x"), InputError("x")):
+    for error in (
+        FileNotFoundError("x"),
+        OSError(28, "disk full"),
+        KeyError("x"),
+        ValueError("x"),
+        InputError("x"),
+    ):
         with pytest.raises(type(error)) as caught, plain_refusals("s3://b/x"):
             raise error
         assert caught.value is error
@@ -193,17 +230,28 @@ assert run_ingest([source], corpus, settings).skipped
 def test_ingest_and_latents_from_s3_to_s3(url: str, tmp_path: Path) -> None:
     file_system, root = fsspec.core.url_to_fs(url)
     (tmp_path / "shards").mkdir()
-    write_tar(tmp_path / "shards" / "x.tar", [m for i in range(5) for m in sample(f"s{i}", f"c {i}", seed=i)])
+    write_tar(
+        tmp_path / "shards" / "x.tar",
+        [m for i in range(5) for m in sample(f"s{i}", f"c {i}", seed=i)],
+    )
     file_system.put_file(str(tmp_path / "shards" / "x.tar"), f"{root}/shards/x.tar")
     results = []
-    for source, corpus in ((f"{url}/shards", f"{url}/corpus"), (str(tmp_path / "shards"), str(tmp_path / "corpus"))):
+    for source, corpus in (
+        (f"{url}/shards", f"{url}/corpus"),
+        (str(tmp_path / "shards"), str(tmp_path / "corpus")),
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", WHOLE_JOB, source, corpus], capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", WHOLE_JOB, source, corpus],
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         results.append(done.stdout)
     assert results[0] == results[1]
     assert results[0].split()[-1] == "5"
-    remote, local = (Corpus.open(c).latent_family("pixels") for c in (f"{url}/corpus", tmp_path / "corpus"))
+    remote, local = (
+        Corpus.open(c).latent_family("pixels") for c in (f"{url}/corpus", tmp_path / "corpus")
+    )
     assert remote.digest == local.digest
     assert verify_corpus(f"{url}/corpus", deep=True).sound
