@@ -35,7 +35,14 @@ MAY_BE_LOADED = {
     "typing_extensions",
     "typing_inspection",
 }
-OURS = {"lidit", "lidit.errors", "lidit.serving", "lidit.serving.keys"}  # which import no library
+# Which import no library.
+OURS = {
+    "lidit",
+    "lidit.errors",
+    "lidit.serving",
+    "lidit.serving.keys",
+    "lidit.serving.shared_keys",
+}
 ROOT = Path(__file__).parents[2]
 
 
