@@ -154,7 +154,7 @@ def test_modules_stay_short() -> None:
     long = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
-            if (count := len(path.read_text().splitlines())) > 400:
+            if (count := len(path.read_text().splitlines())) > 500:  # of at most 100 characters
                 long[str(path.relative_to(ROOT))] = count
     assert long == {}
 
@@ -162,14 +162,8 @@ def test_modules_stay_short() -> None:
 # More parameters than six, and why.
 WIDE = {
     "lidit/data/feed.py:open_feed": "the front door's options, all but the corpus by name",
-    "lidit/datasets/scenes/benchmark.py:_new_prompt": "a rejection loop's fixed part, drawn from "
-    "again "
-    "and "
-    "again",
-    "lidit/datasets/scenes/layouts.py:_free_spot": "a rejection loop's fixed part, drawn from "
-    "again "
-    "and "
-    "again",
+    "lidit/datasets/scenes/benchmark.py:_new_prompt": "a rejection loop's fixed part, drawn often",
+    "lidit/datasets/scenes/layouts.py:_free_spot": "a rejection loop's fixed part, drawn often",
     "lidit/models/conditioner.py:__init__": "diffusers saves a model's configuration as flat "
     "arguments",
     "lidit/models/lidit.py:__init__": "diffusers saves a model's configuration as flat arguments",

@@ -43,7 +43,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
 
     Args:
         recipe: A YAML file with the keys of `Recipe`, or the name of a recipe that ships with the
-        package, such as
+            package, such as
             `demo`. Its `encoders` may name encoder files: shipped, or relative to the recipe.
         overrides: Changes such as `train.steps=200`, each a key path and a YAML value.
 
@@ -52,7 +52,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises:
         InputError: No such recipe, another kind of recipe, or a key or value that is not allowed;
-        one line per
+            one line per
             mistake.
     """
     path = find(recipe, RECIPES, "recipe")

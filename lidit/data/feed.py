@@ -128,15 +128,15 @@ def open_feed(
     Args:
         corpus: A corpus with at least one text family and one family of latents.
         settings: Seed, shuffling window, caption dropout, caption weights, held-out share; a
-        recipe's `data` section.
+            recipe's `data` section.
         batch_size: Samples of a global batch, over all workers.
         part: "train", or "validation" for the held-out samples (`settings.validation_fraction`).
         rank: This worker's number, from 0 to world_size - 1.
         world_size: Workers that share each global batch.
         families: The latents and text states to read. Default: every text family of the corpus and
-        its only latents.
+            its only latents.
         coded: Whether states of coded families stay whole steps, which a model turns into states
-        where it computes
+            where it computes
             (`conditioner.set_code`). Default: they become states here.
 
     Returns:
@@ -147,7 +147,7 @@ def open_feed(
 
     Raises:
         InputError: The corpus has no images, no sample is held out, a family is missing, unfinished
-        or ambiguous, or
+            or ambiguous, or
             rank and batch size do not fit. While reading: a file is damaged.
     """
     if not 0 <= rank < world_size <= batch_size:
@@ -183,7 +183,7 @@ class FeedDataset(IterableDataset[Any]):
 
     Raises:
         InputError: When iterated in a worker process of a DataLoader: every worker would yield the
-        same batches.
+            same batches.
     """
 
     def __init__(self, feed: Feed[Any], start: int = 0, stop: int | None = None) -> None:

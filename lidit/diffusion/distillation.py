@@ -43,7 +43,7 @@ class Teacher:
     Args:
         model: the network, which is never changed. objective: the network's.
         empty: states of one empty caption per encoder. sampler: scale, interval and rescale of
-        guidance.
+            guidance.
     """
 
     def __init__(

@@ -25,9 +25,9 @@ class GuidedPredictor:
     Args:
         model: the network. text: states of R captions per encoder.
         empty: of N captions that guidance leads away from: the empty one, or what a picture should
-        not show.
+            not show.
         sampler: guidance_scale, guidance_interval (timesteps, 0 data, 1 noise), guidance_rescale
-        (arXiv 2305.08891).
+            (arXiv 2305.08891).
         rows: each image's caption, B indices; None: one image each, B = R.
         empty_rows: each image's caption of `empty`, B indices; None: the one that there is.
     Raises:

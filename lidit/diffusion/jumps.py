@@ -74,7 +74,7 @@ class JumpGrid:
 
     Args:
         levels: from the begin of each of the student's n steps to its end, over the teacher's m
-        steps in it,
+            steps in it,
             [n, m + 1]; the end is the next begin, at last `clean_end`.
     """
 

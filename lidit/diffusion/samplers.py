@@ -48,7 +48,7 @@ class Walk:
     Args:
         objective, sampler: which scheduler, and its steps. noise: [B, C, H, W] to start from.
         generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required
-        there.
+            there.
         scheduler: in place of the sampler's, with its steps set (`Schedule.prepared`).
     Raises:
         InputError: the sampler's scheduler cannot run this objective.
@@ -128,9 +128,9 @@ def sample(
 
     Args:
         predict: (x_t, t [B] in [0, 1]) -> the network's prediction, guidance included (see
-        `GuidedPredictor`).
+            `GuidedPredictor`).
         generators: one per sample, for the schedulers that add noise on the way ("ddpm"); required
-        there.
+            there.
         on_step: called after every step with its number and the latents.
     """
     walk = Walk(objective, noise, sampler, generators)

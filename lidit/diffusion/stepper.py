@@ -86,7 +86,7 @@ class Stepper:
 
     Args:
         model, objective: of one trained model. empty: states of one empty caption per encoder, on
-        the model's device.
+            the model's device.
     """
 
     def __init__(

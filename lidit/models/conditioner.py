@@ -165,20 +165,20 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         encoders: name -> width of its states. Branches are kept in the order of the names.
         width, heads: the transformer's.
         refiner_depth, refiner_causal, refiner_gated, refiner_mixing: see `LinguisticRefiner`; depth
-        0 leaves it out.
+            0 leaves it out.
         fusion_mode: "refiner" (collaborative), "concatenation", or "none" for exactly one encoder
-        (table 6). With one
+            (table 6). With one
             encoder there is nothing to fuse and all three are the same.
         fusion_depth: blocks of the collaborative refiner.
         visible_tokens: caption tokens per encoder that leave the conditioner, from the first; None
-        leaves all. The
+            leaves all. The
             refiners see every token whatever it is: what reaches the transformer from behind was
             carried by them.
         layers, stored_layers: how the layers that an encoder keeps apart become one (mixture.py),
-        and how many they are
+            and how many they are
             by the encoder's name; one where it is not named.
         blocks: of the transformer, for layers "per_block": the refiners read an average of their
-        own, and what they
+            own, and what they
             change in it is added to each block's.
     Raises:
         InputError: no encoder, several with fusion mode "none", or layers that no encoder has.

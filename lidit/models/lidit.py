@@ -63,7 +63,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         layers: How the layers that an encoder keeps apart become one.
         stored_layers: Encoder name -> how many layers it keeps apart; one where it is not named.
         guidance_input: Whether the guidance scale is an input, as of a distilled model that needs
-        no second pass.
+            no second pass.
     """
 
     _supports_gradient_checkpointing = True
@@ -129,7 +129,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             encoders: Encoder name -> width of its states.
             channels: Channels of the latents.
             stored_layers: Encoder name -> how many layers of a token its states keep apart: a
-            family with
+                family with
                 `join: separate`. One where it is not named.
 
         Returns:
@@ -137,7 +137,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Raises:
             InputError: Sizes that do not fit each other, or `model.layers` that the encoders do not
-            have.
+                have.
         """
         shape = resolve_shape(settings)
         model = cls(
@@ -178,7 +178,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Raises:
             InputError: No such folder, or its safetensors cannot be loaded, lack a tensor or hold
-            an unknown tensor.
+                an unknown tensor.
         """
         if not folder.is_dir():  # else it would be taken for the name of a model on the hub
             raise InputError(
@@ -237,12 +237,12 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             timestep: [B] float in [0, 1]; 0 is data, 1 is noise.
             text: Encoder name -> states of B captions, or of R captions with `rows`.
             rows: [B] long, the caption of each latent, where several latents share captions: each
-            of the R captions
+                of the R captions
                 is refined once. Latents of one caption must have the same timestep, because the
                 refiners depend on
                 it: true in sampling, not in training.
             guidance: [B] float, the guidance scale of each latent, for a model that takes it
-            (`takes_guidance`); None
+                (`takes_guidance`); None
                 is 1, no guidance.
 
         Returns:
@@ -250,7 +250,7 @@ class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Raises:
             InputError: An encoder's states are missing or of a wrong width, or captions and latents
-            differ in number.
+                differ in number.
         """
         captions = len(next(iter(text.values())).states) if text else 0
         if rows is not None:

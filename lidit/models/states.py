@@ -24,7 +24,7 @@ class TextStates:
         mask: [B, T] bool, True at real tokens. Values elsewhere never matter.
         prefix: [P, W], the states of the instruction, one copy for all captions; P may be 0.
         size: None, or [B, T] float32 where `states` are whole steps [B, T, W] of a coded family:
-        what a step of each
+            what a step of each
             token is. The prefix is never coded.
     """
 

@@ -95,10 +95,10 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
 
     Args:
         channels: latent channels C, in and out. width, depth, heads: D, number of blocks, attention
-        heads.
+            heads.
         patch_size: p; heights and widths must be divisible by it, any such size works.
         guidance_input: whether the guidance scale is an input, as of a distilled model that needs
-        no second pass.
+            no second pass.
     Raises:
         InputError: width not divisible by heads.
     """

@@ -42,7 +42,7 @@ class PipelineAdapters(LoraBaseMixin):
 
         Args:
             source: A safetensors file or a folder with one, such as `lora` of an aligned model; a
-            hub id; or tensors.
+                hub id; or tensors.
             adapter_name: By which `set_adapters` scales it; default: default_0, default_1, ...
             weight_name: The file's name in a folder or on the hub.
             revision: Commit of a hub id.
@@ -50,7 +50,7 @@ class PipelineAdapters(LoraBaseMixin):
 
         Raises:
             InputError: No such file, one that is no adapter of this network, or a name that is
-            taken.
+                taken.
         """
         require_peft()
         origin, tensors, metadata = _read(source, weight_name, revision, local_files_only)

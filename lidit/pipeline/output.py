@@ -22,7 +22,7 @@ class LIDiTPipelineOutput:
 
     Args:
         images: B images: a list of PIL images, an array [B, height, width, 3], a tensor
-        [B, 3, height, width], or
+            [B, 3, height, width], or
             latents [B, C, H, W], as the call's `output_type` says.
     """
 

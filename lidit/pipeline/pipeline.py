@@ -89,10 +89,10 @@ class LIDiTPipeline(PipelineParts):
             revision: Commit of a hub id.
             dtype: Of the weights; None keeps them as saved.
             encoders: Encoder name -> an encoder that is already loaded, to share it; or the folder
-            where its files are
+                where its files are
                 on this machine; or a hub id as `id@commit`.
             check_files: Compare every file with the checksums it was saved with; None does so below
-            20 GB.
+                20 GB.
             torch_dtype: The same as `dtype`, by its older name.
             device_map: The device that all parts go to, such as "cuda".
             variant: Which of several saved sets of the network's weights, such as "bf16".
@@ -103,7 +103,7 @@ class LIDiTPipeline(PipelineParts):
 
         Raises:
             InputError: The folder is no model folder, an encoder's files are missing, or a shared
-            encoder is not the
+                encoder is not the
                 one of the training.
         """
         device, dtype = device_of(device_map), one_dtype(dtype, torch_dtype)
@@ -260,39 +260,39 @@ class LIDiTPipeline(PipelineParts):
         Args:
             prompt: One or more captions, each encoded once however often it is given.
             height: Pixels, a multiple of codec factor x patch size. Default: that of `latents`,
-            else the training size.
+                else the training size.
             width: The same.
             num_inference_steps: Sampling steps. Default, here and below: the model's own settings.
             timesteps: The steps themselves, in the scheduler's units, for schedulers that take
-            them.
+                them.
             sigmas: The steps themselves, as noise levels from 1 down, for schedulers that take
-            them.
+                them.
             guidance_scale: Weight of the prompt against the empty caption; 1 is no guidance.
             guidance_interval: Timesteps (low, high) in [0, 1] between which guidance acts.
             guidance_rescale: Share in [0, 1] by which guided predictions get back their standard
-            deviation.
+                deviation.
             scheduler: Name of the sampler's method, "auto" for the objective's first. Default:
-            `pipe.scheduler`.
+                `pipe.scheduler`.
             negative_prompt: What guidance leads away from, in place of the empty caption: one, or
-            one per prompt.
+                one per prompt.
             num_images_per_prompt: Images of each prompt, one after the other.
             seed: One for all prompts, or one per prompt, or one per image: an image depends on its
-            prompt and seed,
+                prompt and seed,
                 not on the batch. The images of one prompt take the seed, seed + 1, and so on. None
                 draws seeds at random.
             generator: In place of seeds: one per image, or one that all images draw from in turn.
             latents: Noise to start from, [B, C, H, W], in place of the one that seeds or generators
-            give.
+                give.
             states: In place of prompts, encoder name -> states of captions, from `encode_prompts`
-            or a corpus.
+                or a corpus.
             prompt_embeds: The same as `states`, by diffusers' name.
             negative_prompt_embeds: The same for `negative_prompt`.
             output_type: "pil" gives a list of images; "np" float32 [B, height, width, 3] in [0, 1];
-            "pt" float32
+                "pt" float32
                 [B, 3, height, width] in [0, 1]; "latent" the latents [B, C, H, W], not decoded.
             return_dict: False gives the tuple (images,).
             callback_on_step_end: Called after each step with the pipeline, the step's number, its
-            timestep and
+                timestep and
                 {"latents": latents}; it may give back {"latents": others}. `pipe._interrupt = True`
                 ends the walk.
             callback_on_step_end_tensor_inputs: What the callback is given: "latents", or nothing.
@@ -302,7 +302,7 @@ class LIDiTPipeline(PipelineParts):
 
         Raises:
             InputError: A wrong size, a missing encoder, states of another instruction, a scheduler
-            that does not fit,
+                that does not fit,
                 a prompt that is no text, a seed of more than 64 bits, or a number of seeds that is
                 neither one nor that of the prompts.
         """

@@ -32,11 +32,11 @@ class Engine:
     Args:
         pipeline: a loaded model, on its device for good: no part of it may be offloaded.
         sizes: (height, width) in pixels whose row caps are measured now rather than at their first
-        request.
+            request.
         padding: what passes are padded to. cap_of: latent size -> rows of a pass, in place of
-        measured caps.
+            measured caps.
         on_pass: told (latent size, rows, seconds) of each pass, in the engine's thread; it must
-        return, and not raise.
+            return, and not raise.
     """
 
     def __init__(

@@ -25,11 +25,11 @@ class Request:
     Args:
         states: encoder name -> the prompt's states [T, W], as `PromptCache.states` gives them.
         seeds: one per image. sampler: what differs from the model's own. height, width: pixels;
-        None: training size.
+            None: training size.
         previews: how often `on_preview` is called for an image, at equal distances before its last
-        step.
+            step.
         negative: states of a prompt that guidance leads away from; None: from the empty caption, as
-        in training.
+            in training.
     """
 
     states: Mapping[str, torch.Tensor]

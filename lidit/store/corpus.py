@@ -63,7 +63,7 @@ class Corpus:
 
         Raises:
             InputError: No finished corpus at `path`, a damaged corpus.json, or another format
-            version.
+                version.
             StorageError: The object store cannot be used.
         """
         folder = Folder.at(path)
@@ -156,7 +156,7 @@ class Corpus:
 
         Returns:
             One table per source file with refusals: key, file, reason, and what was refused
-            (sample, caption, file).
+                (sample, caption, file).
         """
         folder = self.folder.child("quarantine")
         for name in sorted(folder.sizes()):
@@ -219,7 +219,7 @@ class Corpus:
 
         Returns:
             Handles sorted by directory: name, directory, fingerprint, spec, and whether the family
-            is complete.
+                is complete.
         """
         parent = self.folder.child(kind)
         found = []
@@ -261,7 +261,7 @@ class Corpus:
             wanted: Its name, directory, or at least 12 digits of its fingerprint.
             keep_open: Unit files kept open at once; at least as many as a reader moves among.
             rolling: Whether to accept a rolling family too, whose reader waits for units that are
-            not there.
+                not there.
 
         Returns:
             The family, ready to read.

@@ -80,11 +80,11 @@ def export_corpus(
         path: Folder or URL of the corpus.
         out: Folder or URL to write to: a new one, or that of the same export.
         to: "webdataset", "parquet", "diffusers", or a `ParquetLayout` for Parquet files of another
-        dtype or of distinct
+            dtype or of distinct
             captions.
         families: Text families to include, by name, directory or fingerprint.
         images: Gives the image bytes of a unit's samples in order, to include them: (corpus, unit)
-        -> bytes each.
+            -> bytes each.
         progress: Counts units.
 
     Returns:

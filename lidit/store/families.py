@@ -297,7 +297,7 @@ class TextFamily(Family):
             unit: Number of the unit, from 0.
             rows: Rows of the unit's captions; None reads all.
             check: Whether to refuse rows in which a bit has flipped, by the rows' own checksums; in
-            files without
+                files without
                 them by the whole file's sha256, once.
 
         Returns:
@@ -351,7 +351,10 @@ class TextFamily(Family):
         Returns:
             One [X] float32 tensor per row; None where the family has no pooled vectors.
         """
-        return self._whole(unit).pooled(rows)
+        vectors = self._whole(unit).pooled(rows)
+        if vectors is None and self.shared().empty_pooled is not None:
+            return []  # a unit without a caption has no batch that says so
+        return vectors
 
     def prompt_embeds(
         self, unit: int, rows: Sequence[int] | None = None, padded: int | None = None
@@ -426,7 +429,7 @@ class LatentFamily(Family):
             unit: Number of the unit, from 0.
             rows: Rows of the unit's samples; None reads all.
             seeds: For codecs with a posterior, one seed per row: mean + deviation x noise of that
-            seed. None gives the
+                seed. None gives the
                 mean.
 
         Returns:

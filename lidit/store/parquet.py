@@ -34,7 +34,7 @@ class ParquetLayout:
 
     Args:
         rows: "samples" writes a row per sample and caption, "captions" one per distinct caption of
-        a unit.
+            a unit.
         dtype: Of the states.
     """
 

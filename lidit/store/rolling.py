@@ -78,7 +78,7 @@ class RollingTextFamily(TextFamily):
         Raises:
             InputError: No such unit.
             JobError: The unit was not computed within the family's patience, or its producer
-            failed.
+                failed.
         """
         if not 0 <= unit < self.num_units:
             raise InputError(

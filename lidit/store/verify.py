@@ -82,7 +82,7 @@ def verify_corpus(
         path: Folder or URL of the corpus.
         deep: Whether to check every value and alignment too.
         encode: Computes captions again with a family's own encoder: (family, captions) -> one
-        [T, W] tensor each.
+            [T, W] tensor each.
             None compares no states.
         encode_rows: Captions of each text family that are computed again.
         progress: Counts files; more of them turn up with every family.

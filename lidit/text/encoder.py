@@ -133,7 +133,7 @@ class PromptEncoder:
 
         Args:
             captions: Any number of texts; text that looks like a special token is read as plain
-            text.
+                text.
             token_budget: Most tokens of one forward pass, padding included.
 
         Returns:
@@ -200,11 +200,11 @@ class PromptEncoder:
             token_ids: Ids of each caption; one without any is in no batch.
             token_budget: Most tokens of one forward pass, padding included.
             finish: From the rows of a batch and their states [N, W] to the tensors that are wanted
-            of them.
+                of them.
 
         Returns:
             Pairs: the rows of a batch, and its tensors on the CPU, behind them the pooled vectors
-            [B, X] where the encoder gives such.
+                [B, X] where the encoder gives such.
         """
         written = [row for row, ids in enumerate(token_ids) if ids]
         waiting: tuple[list[int], tuple[torch.Tensor, ...], torch.cuda.Event | None] | None = None
@@ -351,7 +351,7 @@ def load_encoder(encoder: str | Path | EncoderSettings, device: str | None = Non
 
     Args:
         encoder: The name of an encoder that ships with the package (`smollm2`, `gemma3`), a YAML
-        file with the keys
+            file with the keys
             of `EncoderSettings`, or the settings themselves.
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU where there is one.
 
@@ -360,7 +360,7 @@ def load_encoder(encoder: str | Path | EncoderSettings, device: str | None = Non
 
     Raises:
         InputError: No such encoder or file, settings that the model cannot serve, or a model that
-        is neither here
+            is neither here
             nor on the hub.
     """
     settings = (

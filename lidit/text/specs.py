@@ -134,7 +134,7 @@ def resolve_encoder(settings: EncoderSettings, device: str | None = None) -> Enc
 
     Raises:
         InputError: no such model, no safetensors, a hub id without revision, a layer the model does
-        not have.
+            not have.
     """
     folder = model_folder(settings.model, settings.revision)
     config = _read_config(folder)

@@ -23,7 +23,7 @@ def render_dated(render: Callable[[str], str], template: str, fixed: str | None,
 
     Raises:
         InputError: No date is fixed and the text depends on it, or the template computes the format
-        of a date.
+            of a date.
     """
     if not CLOCK.search(template):
         return render(template)

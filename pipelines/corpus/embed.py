@@ -103,9 +103,9 @@ def run_embed(
 
     Raises:
         InputError: no corpus, no model, settings the model cannot serve, resources this machine
-        does not have.
+            does not have.
         JobError: the disk is full, an encoder died too often, states are not finite; finished units
-        are kept.
+            are kept.
     """
     pool = pool or PoolSettings()
     started = time.monotonic()

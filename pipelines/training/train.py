@@ -77,7 +77,7 @@ def train(
 
     Raises:
         InputError: Before anything is started: a family is missing or was made with other settings,
-        the held-out
+            the held-out
             samples fill no batch, the machine lacks what the recipe asks for, or the run has
             drifted.
         JobError: The training failed; its checkpoints are kept.

@@ -416,6 +416,11 @@ def test_a_run_folder_that_would_lose_the_run_is_found(
     )
 
 
+# A node of one's own has no queue and no spot price.
+WITH_QUEUES = pytest.mark.parametrize("documents", ["small", "large"], indirect=True)
+
+
+@WITH_QUEUES
 def test_training_is_one_gang(documents: list[dict[str, Any]]) -> None:
     job = find(documents, "RayJob", "lidit-train")
     assert job["spec"]["suspend"] is True
@@ -442,6 +447,7 @@ def test_training_is_one_gang(documents: list[dict[str, Any]]) -> None:
     assert gpus <= quota["nvidia.com/gpu"]
 
 
+@WITH_QUEUES
 def test_encoder_pools_are_separate_spot_and_may_be_empty(documents: list[dict[str, Any]]) -> None:
     for size in ("large", "small"):
         cluster = find(documents, "RayJob", f"lidit-embed-{size}")["spec"]["rayClusterSpec"]

@@ -60,7 +60,7 @@ class Guard(Generic[Item]):
     Args:
         threshold: in (0, 1]; an item with this score or more is flagged.
         deadline: seconds a call may take. A call that takes longer goes on in its thread and is
-        left alone; while
+            left alone; while
             `MOST_STUCK` of them are stuck, the guard fails at once.
     """
 

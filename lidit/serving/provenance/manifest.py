@@ -33,7 +33,7 @@ class ManifestSigner:
 
     Args:
         certificates: PEM chain, the signer's first. sign: bytes -> ES256 signature, as 64 bytes (r,
-        s).
+            s).
     """
 
     def __init__(self, certificates: str, sign: Callable[[bytes], bytes]) -> None:

@@ -39,7 +39,7 @@ class Model:
 
     Args:
         frequencies: [W, S] uint16, of the values -radius ... radius of a component, then of the
-        escape, then zeros;
+            escape, then zeros;
             each row sums to 4096.
         radius: [W] int16, the largest magnitude with a symbol of its own.
     """

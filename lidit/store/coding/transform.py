@@ -38,7 +38,7 @@ class CodeQuality:
         rms: Error in deviations.
         worst_token: The largest error of a token, as a share of its own size.
         swap: Error of the difference that exchanging two words makes, as a share of it; None where
-        no caption has two.
+            no caption has two.
     """
 
     bits: float
@@ -55,7 +55,7 @@ class StateCode:
         basis: [W, W] float32; column i is component i, columns are orthonormal.
         step: In sizes of a token.
         model: Frequencies for the entropy coder; None where states are only rounded as a family
-        stores them.
+            stores them.
         quality: What was measured when the code was made.
     """
 

@@ -234,7 +234,8 @@ def test_jobs_are_found_by_the_name_people_type(
     assert module_of("train-codec") == module_of("train_codec") == "train_codec"
     assert module_of("demo-pictures") == "demo_pictures"
     with pytest.raises(
-        InputError, match=r"'trian': no such job in jobs/; one of .*train, train-codec, " r"verify"
+        InputError,
+        match=r"'trian': no such job in jobs/; one of .*train, train-codec, tune-sampler, verify",
     ):
         module_of("trian")
     for other in ("recipe", "start", "submit", "main"):
