@@ -58,7 +58,7 @@ def _require_listener(address: str) -> None:
         raise InputError(f"{CLUSTER_ADDRESS}={address}: is no host:port; {REMEDY}")
     for attempt in range(TRIES):
         if attempt:
-            time.sleep(BETWEEN)
+            time.sleep(BETWEEN)  # for a head that is still starting
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=BETWEEN).close()
             return

@@ -135,7 +135,7 @@ def _repeat_gauges() -> None:
 
     def repeat() -> None:
         while True:
-            time.sleep(REPEAT_S)
+            time.sleep(REPEAT_S)  # within the time between two scrapes
             ray = sys.modules["ray"]
             if not ray.is_initialized():  # another Ray of this process begins without them
                 _gauges.clear()

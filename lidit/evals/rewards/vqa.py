@@ -75,6 +75,8 @@ class VqaReward:
             headers["Authorization"] = f"Bearer {key}"
         request = Request(self.address, json.dumps(body).encode(), headers)
         for number in range(TRIES):
+            if number:  # a model behind an address restarts, or has too much to do
+                time.sleep(PAUSE * 2 ** (number - 1))
             try:
                 with urlopen(request, timeout=self.settings.timeout) as reply:
                     return json.load(reply)
@@ -86,7 +88,6 @@ class VqaReward:
                 reason = f"{error.code} {error.reason}"
             except (OSError, ValueError) as error:
                 reason = one_line(error, 120)
-            time.sleep(PAUSE * 2**number)
         raise JobError(
             f"{self.address}: no answer after {TRIES} tries ({reason}); the run goes on "
             "when it is back"
