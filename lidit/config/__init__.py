@@ -2,28 +2,26 @@
 ship with us.
 """
 
+from lidit.config.corpus import CodecSettings, IngestSettings, PoolSettings
 from lidit.config.encoder import PAPER_INSTRUCTION, EncoderSettings
+from lidit.config.model import (
+    FusionSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    RefinerSettings,
+    SamplerSettings,
+)
 from lidit.config.online import OnlineSettings
-from lidit.config.recipe import (
-    CodecSettings,
+from lidit.config.recipe import Recipe, RunRecipe, Stage
+from lidit.config.training import (
     DataSettings,
     EncoderShape,
     EngineSettings,
     EvaluateSettings,
-    FusionSettings,
-    IngestSettings,
     LoopSettings,
-    ModelSettings,
-    ObjectiveSettings,
     OptimizerSettings,
     PlanSettings,
-    PoolSettings,
-    Recipe,
-    RefinerSettings,
-    RunRecipe,
     SamplerChanges,
-    SamplerSettings,
-    Stage,
     TrackingSettings,
     TrainSettings,
 )

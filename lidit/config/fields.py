@@ -77,3 +77,4 @@ def _drawable(prompt: str) -> str:
 Place = Annotated[str, AfterValidator(expand_home)]
 Prompt = Annotated[str, AfterValidator(_drawable)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Fraction = Annotated[float, Field(ge=0, le=1)]

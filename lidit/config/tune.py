@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lidit.config.fields import Place, Seed
-from lidit.config.recipe import Fraction
+from lidit.config.fields import Fraction, Place, Seed
 from lidit.config.settings import Settings
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lidit.config import ModelSettings, SamplerSettings
 from lidit.config.distill import Distillation, DistillStage, StudentRecipe
-from lidit.config.recipe import FusionSettings, RefinerSettings
+from lidit.config.model import FusionSettings, RefinerSettings
 from lidit.data.assembler import TrainingBatch
 from lidit.data.matching import matching_family, matching_latents
 from lidit.diffusion import Objective, build_objective
