@@ -26,9 +26,8 @@ class ConditionSettings(Settings):
     mask_if_full: bool = Field(True, description="whether a mask without any padding is given")
     instruction: int | Literal["all"] = Field(
         0,
-        description="how many of the instruction's states stand before the caption's: the first, "
-        "or "
-        "-N: the last",
+        description="how many of the instruction's states stand before the caption's: the "
+        "first, or -N: the last",
     )
     layout: Literal["batch", "list", "layers_first"] = Field(
         "batch",

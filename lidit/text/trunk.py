@@ -177,8 +177,7 @@ class Trunk:
         if states.shape != (2, 3, self.spec.width):
             raise self._refusal(
                 f"a block of this model gives {list(states.shape)} for 2 captions of 3 tokens, "
-                "expected "
-                f"{[2, 3, self.spec.width]}",
+                f"expected {[2, 3, self.spec.width]}",
                 self._elsewhere,
             )
         if self.spec.kind == "encoder":

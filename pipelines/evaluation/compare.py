@@ -115,8 +115,7 @@ def _scores(name: str, folder: Path) -> _Scores:
         if changed := [key for key, value in then.items() if key not in now or now[key] != value]:
             scores.notes.append(
                 f"{name}: {file} is left out, its scores are not of the model that drew these "
-                "pictures "
-                f"(other {', '.join(changed)}); {again}"
+                f"pictures (other {', '.join(changed)}); {again}"
             )
             continue
         settings = {

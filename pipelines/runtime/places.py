@@ -57,8 +57,7 @@ def ray_folder(short: Sequence[str] = SHORT) -> RayFolder:
             return RayFolder(str(private / "r"), spill)
     raise InputError(
         f"{asked} {problem}, and neither does {' nor '.join(short)} serve; set RAY_TMPDIR to a "
-        "folder "
-        f"you may write, of at most {room() - len('/ray')} bytes"
+        f"folder you may write, of at most {room() - len('/ray')} bytes"
     )
 
 

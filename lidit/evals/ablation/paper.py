@@ -35,8 +35,7 @@ MEANING = {
     "two-llms": "both, a second LLM, collaborative refiner",
     "causal-refiner": "refiner that keeps the causal mask",
     "own-token": "refiner whose attention sees only the own token: its parameters without its "
-    "mixing "
-    "(ours)",
+    "mixing (ours)",
     "encoder": "a bidirectional encoder in the LLM's place (the paper's is T5)",
     "encoder-refiner": "the bidirectional encoder with a refiner",
     "unmasked": "the LLM run with its mask removed, no refiner (ours)",
