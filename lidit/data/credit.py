@@ -17,7 +17,7 @@ from lidit.config import Recipe
 from lidit.data.rows import Rows
 from lidit.errors import InputError, JobError, StorageError, one_line
 from lidit.store import Corpus
-from lidit.store.files.atomic import publish_bytes
+from lidit.store.files.atomic import publish_bytes, remove_leftovers
 from lidit.store.files.folder import Folder
 from lidit.store.rolling import READERS
 from lidit.store.schema import digest_of, seal, unseal
@@ -124,6 +124,8 @@ class CreditKeeper:
         self.credit = replace(credit, beat=time.time_ns())
         self._lock, self._woken, self._closed = threading.Lock(), threading.Event(), False
         self._window = self._window_of(credit.step)
+        for family in families:  # a start that was killed as it wrote left half a file
+            remove_leftovers(family.child(READERS))
         self._publish()  # before the first read: what an earlier start said may lie far ahead
         self._thread = threading.Thread(target=self._run, name="credit", daemon=True)
         self._thread.start()

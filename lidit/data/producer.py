@@ -26,9 +26,9 @@ from lidit.data.production import Needs, Reader, needs, plan_step, windows_ready
 from lidit.data.rows import Rows
 from lidit.errors import InputError, JobError, StorageError, one_line
 from lidit.store import Corpus, FamilyWriter
-from lidit.store.files.atomic import publish_bytes
+from lidit.store.files.atomic import publish_bytes, remove_leftovers
 from lidit.store.janitor import delete_unit, first_record
-from lidit.store.rolling import PRODUCER_FILE
+from lidit.store.rolling import DELETED, PRODUCER_FILE
 from lidit.store.schema import seal
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class Producer:
         self.writer, self.online = work.writer, work.online
         self.folder, self.corpus = work.writer.folder, work.writer.corpus
         self.kept = kept_units(self.writer.fingerprint, self.corpus.num_units, self.online.keep)
+        remove_leftovers(self.folder.child(DELETED))  # of a producer that was killed
         self.present = set(range(self.corpus.num_units)) - set(self.writer.pending())
         self.in_flight: set[int] = set()
         self.speed = _Speed()

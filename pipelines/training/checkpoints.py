@@ -17,9 +17,12 @@ import hashlib
 import json
 import logging
 import re
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -37,6 +40,7 @@ from pipelines.training.ema import (
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{9})$")
+T = TypeVar("T")
 MODEL = "model"
 POSITION = "position.json"
 # What reading a damaged JSON file of a checkpoint raises; RecursionError for brackets without end.
@@ -115,6 +119,22 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def send(folder: Path, rank: int, persist: Callable[[Path], T]) -> T:
+    """Persist a rank's part: its files, then the record of them; what `persist` gave last.
+
+    Copying is not atomic and takes files in any order: a record that is there means that all it
+    names had arrived, so a part that is short later is damage and not a copy that was cut off.
+    """
+    of_record = Path(tempfile.mkdtemp(prefix=f"{folder.name}-record-", dir=folder.parent))
+    try:
+        record = folder / f"rank-{rank:05}.json"
+        record.rename(of_record / record.name)
+        persist(folder)
+        return persist(of_record)
+    finally:
+        shutil.rmtree(of_record, ignore_errors=True)
+
+
 def problem(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be used; None when every file is there, matches its record and
     is of one start.
@@ -181,13 +201,15 @@ def newest_complete(root: Path) -> Path | None:
     all damaged: starting over silently would throw work away.
     """
     folders = candidates(root)
+    # Looked at first: workers of an earlier start may still be sending the rest of theirs.
+    never_finished = all(map(unfinished, folders))
     for folder in folders:
         if (reason := problem(folder)) is None:
             return folder
         log.warning(
             "checkpoint %s is not usable (%s): falling back to the one before", folder.name, reason
         )
-    if not all(map(unfinished, folders)):
+    if not never_finished:
         raise InputError(
             f"{root}: no checkpoint is whole; remove the step-* folders to start the run over"
         )

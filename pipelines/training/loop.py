@@ -197,11 +197,26 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
                 checkpoint_upload_mode=CheckpointUploadMode.ASYNC
                 if behind
                 else CheckpointUploadMode.SYNC,
+                checkpoint_upload_fn=self._sender(),
             )
         finally:
             if not behind:
                 shutil.rmtree(folder, ignore_errors=True)
         self.metrics.checkpoint_saved()
+
+    def _sender(self) -> Callable[[rt.Checkpoint, str], rt.Checkpoint]:
+        """Ray's own copying, the record of this rank's part last."""
+        storage, rank = rt.get_context().get_storage(), self.rank
+
+        def send(part: rt.Checkpoint, name: str) -> rt.Checkpoint:
+            def persist(folder: Path) -> rt.Checkpoint:
+                return storage.persist_current_checkpoint(
+                    rt.Checkpoint.from_directory(str(folder)), name
+                )
+
+            return checkpoints.send(Path(part.path), rank, persist)
+
+        return send
 
     def averaged(self) -> AnyModel | None:
         """The model with averaged weights on rank 0, None elsewhere. Collective."""

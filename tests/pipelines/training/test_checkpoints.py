@@ -56,6 +56,35 @@ def test_a_last_checkpoint_without_a_model_is_not_published(tmp_path: Path) -> N
         driver.publish_model(tmp_path)
 
 
+def test_sending_that_is_cut_off_leaves_no_finished_checkpoint(tmp_path: Path) -> None:
+    """The first checkpoint of a run, one of whose workers is killed as it sends its part: the run
+    begins anew, for nothing was lost but that.
+    """
+    run, target = tmp_path / "run", tmp_path / "run" / checkpoints.checkpoint_name(4)
+    parts = [write(tmp_path / f"of-{rank}", 4) for rank in range(2)]
+    for rank, part in enumerate(parts):
+        for file in part.glob(f"*-{1 - rank:05}.*"):
+            file.unlink()
+    (parts[1] / "position.json").unlink()
+
+    def copied(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, target, dirs_exist_ok=True))
+
+    def cut_off(folder: Path) -> Path:
+        file = copied(folder) / "rank-00001.safetensors"
+        file.write_bytes(file.read_bytes()[:50])
+        raise KeyboardInterrupt
+
+    checkpoints.send(parts[0], 0, copied)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.send(parts[1], 1, cut_off)
+    assert checkpoints.newest_complete(run) is None
+    parts[1] = write(tmp_path / "again", 4)
+    assert checkpoints.send(parts[1], 1, copied) == target
+    assert checkpoints.newest_complete(run) == target
+    assert not list(tmp_path.rglob("*-record-*"))
+
+
 def test_parts_of_two_starts_are_no_checkpoint(tmp_path: Path) -> None:
     whole, mixed = write(tmp_path, 4), write(tmp_path, 8, ("a", "b"))
     assert "of another start" in str(checkpoints.problem(mixed))
