@@ -14,7 +14,7 @@ from jobs.support.start import run
 from lidit.errors import InputError, JobError
 
 if TYPE_CHECKING:
-    from lidit.store.verify import VerifyReport
+    from lidit.store.checks.report import VerifyReport
 
 
 def command(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lidit.config import DataSettings
 from lidit.errors import InputError
 from lidit.store import Corpus, LatentFamily, TextFamily
-from lidit.store.families import OPEN_FILES
+from lidit.store.family import OPEN_FILES
 from lidit.store.rolling import RollingTextFamily
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from lidit.errors import InputError
 from lidit.models import LIDiT
 from lidit.pipeline.model_encoder import ModelEncoder
-from lidit.pipeline.pipeline import CARD, LIDiTPipeline
+from lidit.pipeline.pipeline import LIDiTPipeline
 from lidit.pipeline.settings import PipelineSettings
+from lidit.pipeline.sharing import CARD
 
 
 def save_pipeline(

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from lidit.errors import InputError
-from lidit.store.families import OPEN_FILES, LatentFamily, TextFamily
+from lidit.store.families import LatentFamily, TextFamily
+from lidit.store.family import OPEN_FILES
 from lidit.store.files.atomic import publish_bytes, publish_table
 from lidit.store.files.folder import Folder, is_url
 from lidit.store.manifest import (

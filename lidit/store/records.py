@@ -14,7 +14,7 @@ import torch
 
 from lidit.store.coding.transform import StateCode
 from lidit.store.loss import StorageLoss, storage_loss
-from lidit.store.schema import RECORDS, ROW_INDEX, seal, unseal
+from lidit.store.schema import RECORDS, ROW_INDEX, digest_of, seal, unseal
 from lidit.store.states import value_range
 
 Content = bytes  # the class below has a field of that name
@@ -142,3 +142,15 @@ def totals(records: Sequence[CommitRecord]) -> dict[str, Any]:
         if error.worst:
             facts["storage_error"]["worst_token"] = error.worst
     return facts
+
+
+def family_digest(fingerprint: str, shared: str | None, records: pa.Table) -> str:
+    """The identity of a family's contents: its spec and every byte of its data, but not how long
+    that took.
+    """
+    assert records.schema.names[: len(RECORDS)] == RECORDS.names
+    units = [
+        [unit, sha256]
+        for unit, sha256 in zip(*(records[c].to_pylist() for c in ("unit", "sha256")), strict=True)
+    ]
+    return digest_of({"fingerprint": fingerprint, "shared": shared, "units": units})

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lidit.store.checks.report import Problem
 from lidit.store.files.folder import Folder
 from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE
-from lidit.store.verify import Problem
 from lidit.store.writer import SHARED_FILE
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from lidit.plots import new_figure, save_figure
 from lidit.store.corpus import Corpus
-from lidit.store.families import Family, TextFamily
+from lidit.store.families import TextFamily
+from lidit.store.family import Family
 from lidit.store.records import CommitRecord
 
 SAMPLED_UNITS = 16

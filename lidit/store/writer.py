@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lidit.errors import InputError, JobError
 from lidit.store.corpus import Corpus
+from lidit.store.counting import Counter
 from lidit.store.files.atomic import (
     TEMPORARY_PREFIX,
     arrow_writer,
@@ -28,9 +28,9 @@ from lidit.store.files.atomic import (
 )
 from lidit.store.files.folder import Folder
 from lidit.store.manifest import FAMILY_FILE, MANIFEST_FILE, named, spec_differences
-from lidit.store.records import CommitRecord, UnitStatistics, records_table, totals
+from lidit.store.records import CommitRecord, UnitStatistics, family_digest, records_table, totals
 from lidit.store.row_index import positions
-from lidit.store.schema import FORMAT_VERSION, RECORDS, canonical_json, digest_of, seal, unseal
+from lidit.store.schema import FORMAT_VERSION, canonical_json, digest_of, seal, unseal
 from lidit.store.shared import SharedStates, read_shared
 
 SHARED_FILE = "shared.arrow"
@@ -194,7 +194,7 @@ class FamilyWriter:
         """
         started = time.monotonic()
         statistics = statistics or UnitStatistics()
-        counter = _Counter(tables if not isinstance(tables, pa.Table) else [tables])
+        counter = Counter(tables if not isinstance(tables, pa.Table) else [tables])
         name = self.corpus.unit_name(unit)
         index: list[list[int]] | None = None
 
@@ -392,28 +392,3 @@ class FamilyWriter:
         crash_point("manifest-published")
         self._clean(self.folder.sizes(), {record.file for record in records} | {file.name})
         return manifest
-
-
-def family_digest(fingerprint: str, shared: str | None, records: pa.Table) -> str:
-    """The identity of a family's contents: its spec and every byte of its data, but not how long
-    that took.
-    """
-    assert records.schema.names[: len(RECORDS)] == RECORDS.names
-    units = [
-        [unit, sha256]
-        for unit, sha256 in zip(*(records[c].to_pylist() for c in ("unit", "sha256")), strict=True)
-    ]
-    return digest_of({"fingerprint": fingerprint, "shared": shared, "units": units})
-
-
-class _Counter:
-    """Passes tables through and counts their rows and tokens (latents: spatial positions)."""
-
-    def __init__(self, tables: Iterable[pa.Table]) -> None:
-        self.tables, self.rows, self.tokens = tables, 0, 0
-
-    def __iter__(self) -> Iterator[pa.Table]:
-        for table in self.tables:
-            self.rows += table.num_rows
-            self.tokens += int(pc.sum(table["tokens"]).as_py() or 0)
-            yield table

@@ -18,8 +18,8 @@ from ray.serve.handle import DeploymentHandle
 from lidit.codecs import load_codec
 from lidit.config.settings import validate
 from lidit.errors import InputError
+from lidit.pipeline.components import ENCODERS
 from lidit.pipeline.model_encoder import ModelEncoder
-from lidit.pipeline.pipeline import ENCODERS
 from lidit.serving.shared_keys import open_keys
 from lidit.text.specs import default_device
 from pipelines.evaluation.models import load_pipeline, weights_digest

@@ -13,7 +13,7 @@ from lidit.config.json_object import read_object
 from lidit.config.settings import validate
 from lidit.errors import InputError
 from lidit.pipeline import INDEX, LIDiTPipeline
-from lidit.pipeline.pipeline import VAE
+from lidit.pipeline.components import VAE
 from lidit.serving.audit import load_key
 from lidit.serving.guards.guard import Guard
 from lidit.serving.guards.images import OnnxClassifier, PixelRule

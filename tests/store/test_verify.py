@@ -14,10 +14,11 @@ import torch
 
 from lidit.errors import InputError
 from lidit.store import Corpus, FamilyWriter, TextFamily, latents_table, text_table
+from lidit.store.checks.again import spread_rows
 from lidit.store.latent_file import Crop
 from lidit.store.repair import repair_corpus
 from lidit.store.schema import seal, unseal
-from lidit.store.verify import _spread_rows, verify_corpus
+from lidit.store.verify import verify_corpus
 from tests.helpers import family_job
 from tests.helpers.corpus_factory import WORDS, make_corpus
 
@@ -173,19 +174,19 @@ def family_of(rows: list[int]) -> TextFamily:
 def test_rows_to_compute_again_are_drawn_from_all_and_only_from_those_there_are() -> None:
     rows = [0, 3, 0, 0, 2, 1, 0]
     everything = [(unit, list(range(count))) for unit, count in enumerate(rows) if count]
-    assert list(_spread_rows(family_of(rows), 16)) == everything
-    drawn = list(_spread_rows(family_of(rows), 4))
-    assert drawn == list(_spread_rows(family_of(rows), 4))
+    assert list(spread_rows(family_of(rows), 16)) == everything
+    drawn = list(spread_rows(family_of(rows), 4))
+    assert drawn == list(spread_rows(family_of(rows), 4))
     assert sum(len(found) for _, found in drawn) == 4
     assert all(set(found) <= set(range(rows[unit])) for unit, found in drawn)
-    assert list(_spread_rows(family_of([]), 4)) == list(_spread_rows(family_of([0]), 4)) == []
+    assert list(spread_rows(family_of([]), 4)) == list(spread_rows(family_of([0]), 4)) == []
 
 
 def test_drawing_a_few_rows_takes_no_memory_for_the_others() -> None:
     family = family_of([1000] * 300)
     tracemalloc.start()
     try:
-        assert len(list(_spread_rows(family, 16))) > 10
+        assert len(list(spread_rows(family, 16))) > 10
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
