@@ -91,6 +91,7 @@ def test_the_model_folder_draws_its_picture(released: Path) -> None:
     assert difference.max() <= 1  # another kind of CPU may round the last bit otherwise
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_model_it_had_become(
     ray_cluster: None, released: Path, tmp_path: Path
 ) -> None:

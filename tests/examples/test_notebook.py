@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.helpers.notebook import run_notebook
 
 TOUR = Path(__file__).parents[2] / "examples" / "notebooks" / "tour.ipynb"
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_its_model_has_learned() -> None:
     notebook = json.loads(TOUR.read_text(encoding="utf-8"))
     made = run_notebook(notebook)

@@ -94,6 +94,7 @@ def wait_for_child(process: subprocess.Popen[str], name: str) -> psutil.Process:
 # -- starting --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_long_tmpdir_and_no_home_are_told_and_the_job_is_done(tmp_path: Path) -> None:
     long = tmp_path / "the-temporary-folder-of-a-job-on-a-cluster-with-long-names"
     long.mkdir()
@@ -203,7 +204,8 @@ __import__("threading").Event().wait()
 """
 
 
-@pytest.mark.parametrize("name", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_a_waiting_driver_learns_that_ray_died(name: str, tmp_path: Path) -> None:
     process = started([sys.executable, "-c", WAITING], tmp_path)
     assert process.stderr is not None

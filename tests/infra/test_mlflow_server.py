@@ -228,6 +228,7 @@ def check_server(url: str, folder: Path) -> None:
     assert ADMIN_PASSWORD not in (folder / "server.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_real_server_on_sqlite(documents: list[dict[str, Any]], tmp_path: Path) -> None:
     backend, auth = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/auth.db"
     with running_server(documents, tmp_path, backend, auth, {}) as url:

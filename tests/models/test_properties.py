@@ -425,7 +425,14 @@ def test_the_prefix_is_projected_once_whatever_the_batch(make_model, make_text):
     assert torch.Size([3, 20]) in seen
 
 
-@pytest.mark.parametrize("settings", [{}, {"refiner": {"causal": True}}, {"refiner": {"depth": 0}}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"refiner": {"causal": True}}, marks=pytest.mark.slow),
+        pytest.param({"refiner": {"depth": 0}}, marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_into_one_graph(make_model, make_text, settings):
     """fullgraph refuses any graph break; the eager backend keeps code generation out
     of the test.

@@ -258,7 +258,7 @@ def live_bytes() -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_batch_leaves_nothing_behind(
     model_of: Callable[[str], Path], settings: Make, family: str
 ) -> None:

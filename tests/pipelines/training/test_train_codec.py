@@ -70,6 +70,7 @@ def history(result: TrainResult, metric: str) -> list[float]:
     return [point.value for point in sorted(found, key=lambda point: point.step)]
 
 
+@pytest.mark.slow
 def test_it_learns_and_its_run_holds_the_evidence(trained: tuple[CodecRecipe, TrainResult]) -> None:
     recipe, result = trained
     loss = history(result, "loss")
@@ -86,6 +87,7 @@ def test_it_learns_and_its_run_holds_the_evidence(trained: tuple[CodecRecipe, Tr
     assert {"model", "reconstructions"} <= names
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_codec_with_a_measured_scale(
     trained: tuple[CodecRecipe, TrainResult], corpus: Path
 ) -> None:
