@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from threading import Condition, Thread
 from types import TracebackType
 from typing import Self
@@ -21,6 +22,8 @@ from lidit.serving.admission import accept, stepper_of
 from lidit.serving.loop import Counts, Job, OnPass, StepLoop
 from lidit.serving.profile import Capacity, Size
 from lidit.serving.request import Request
+
+AGAIN_S = 0.001
 
 
 class Engine:
@@ -50,7 +53,12 @@ class Engine:
         self.pipeline = pipeline
         _ = pipeline.codec  # loaded here, not by whichever threads come first
         stepper = stepper_of(pipeline, padding)
-        self._loop = StepLoop(stepper, cap_of or Capacity(stepper), on_pass)
+        measured = Capacity(stepper)
+        self._loop = (
+            StepLoop(stepper, measured, on_pass, measured.brisk)
+            if cap_of is None
+            else StepLoop(stepper, cap_of, on_pass)
+        )
         for height, width in sizes:
             self._loop.cap_of(pipeline.latent_shape(height, width)[1:])
         self._changed = Condition()
@@ -86,9 +94,14 @@ class Engine:
             arrived = sum(job.units for job in self._arrived)
             return self._units + arrived
 
-    def row_cap(self, height: int | None = None, width: int | None = None) -> int:
-        """Rows of a pass at most for images of this size in pixels; a guided image has two rows."""
-        return self._loop.cap_of(self.pipeline.latent_shape(height, width)[1:])
+    def row_cap(
+        self, height: int | None = None, width: int | None = None, brisk: bool = False
+    ) -> int:
+        """Rows of a pass at most for images of this size in pixels; a guided image has two rows.
+        `brisk`: of a pass that a short request takes part in.
+        """
+        cap_of = self._loop.brisk_of if brisk else self._loop.cap_of
+        return cap_of(self.pipeline.latent_shape(height, width)[1:])
 
     @property
     def counts(self) -> Counts:
@@ -120,6 +133,10 @@ class Engine:
     ) -> None:
         self.close(drain=kind is None)
 
+    def _asked(self, requests: int) -> bool:
+        """Whether so many have come since the last turn, or nobody will."""
+        return self._closing or len(self._arrived) >= requests
+
     def _run(self) -> None:
         busy = True
         while True:
@@ -132,12 +149,18 @@ class Engine:
                 self._units += sum(job.units for job in arrived)
             for job in arrived:
                 self._loop.add(job)
+            before = self._loop.counts.finished
             try:
                 busy = self._loop.turn()
             except Exception as error:  # nobody may wait for ever for a thread that is gone
                 self._loop.fail_all(error)
+            finished = self._loop.counts.finished - before
             with self._changed:
                 self._units = self._loop.units
+                # Whoever has an answer may ask again at once: without this breath the next pass
+                # would leave before the question is here, with an empty place.
+                if finished:
+                    self._changed.wait_for(partial(self._asked, finished), AGAIN_S)
         for job in arrived:
             self._loop.add(job)
         self._loop.cancel_all()

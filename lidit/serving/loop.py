@@ -7,6 +7,7 @@ Shapes: C latent channels, H x W latent size, n images of a request.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from lidit.config import SamplerSettings
 from lidit.diffusion.stepper import Caption, Row, Stepper
 from lidit.serving.profile import Size
 from lidit.serving.request import OnPreview
-from lidit.serving.turns import DeficitRoundRobin
+from lidit.serving.turns import DeficitRoundRobin, line_up
 
 # (latent size, rows, seconds) of a pass that was made. On a GPU, whose work is only begun here,
 # seconds are right on average: its queue is short, so whoever fills it waits for it.
@@ -88,15 +89,22 @@ class Counts:
 class StepLoop:
     """Images in queues by latent size; `turn` takes one step of some of them.
 
-    Within a size the first to come are served, as many as `cap_of` allows; sizes share the device
-    by compute units, pixels x rows of a pass. `on_pass` must not raise.
+    Within a size the first to come are served, as many as `cap_of` allows. Short requests go before
+    them, and no more than `brisk_of` allows go with them, so that long ones do not hold them up.
+    Sizes share the device by compute units, pixels x rows of a pass. `on_pass` must not raise.
     """
 
     def __init__(
-        self, stepper: Stepper, cap_of: Callable[[Size], int], on_pass: OnPass | None = None
+        self,
+        stepper: Stepper,
+        cap_of: Callable[[Size], int],
+        on_pass: OnPass | None = None,
+        brisk_of: Callable[[Size], int] | None = None,
     ) -> None:
         self.stepper, self.cap_of, self.on_pass = stepper, cap_of, on_pass
+        self.brisk_of = brisk_of or cap_of
         self.counts = Counts()
+        self._passes: Counter[Size] = Counter()  # of each queue since it was last empty
         self._queues: dict[Size, list[Image]] = {}
         self._turns: DeficitRoundRobin[Size] = DeficitRoundRobin()
 
@@ -146,13 +154,15 @@ class StepLoop:
             self.counts.cancelled += len(gone)
             queue[:] = [image for image in queue if not image.job.future.done()]
             if not queue:
-                del self._queues[size]
+                del self._queues[size], self._passes[size]
 
     def _next_of(self, size: Size) -> list[Image]:
-        """The first images of a queue whose rows fit into a pass; one image always does."""
-        left = self.cap_of(size)
+        """The images of a queue whose rows fit into its next pass; one image always does."""
+        queue = self._queues[size]
+        order, brisk = line_up([image.job.units for image in queue], self._passes[size] % 2 == 0)
+        left = self.brisk_of(size) if brisk else self.cap_of(size)
         chosen: list[Image] = []
-        for image in self._queues[size]:
+        for image in (queue[place] for place in order):
             if image.row is None:
                 job = image.job
                 seed = job.seeds[image.place]
@@ -174,6 +184,7 @@ class StepLoop:
         ]
         size, weight, began = images[0].job.shape[1:], _weight(images), time.perf_counter()
         self.counts.passes += 1
+        self._passes[size] += 1
         self.counts.rows += weight
         try:
             estimates = self.stepper.advance(rows, {image.row for image in shown if image.row})

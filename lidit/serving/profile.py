@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from lidit.config import SamplerSettings
 from lidit.diffusion.stepper import Caption, Row, Stepper
 
 ENOUGH = 0.9  # of the best rate: more rows than that takes only make everybody wait
+BRISK = 2.0  # times a single image's pass: what a short request may have to bear beside others
 GAIN = 1.05  # of rate: two passes in a row with less end the measuring
 MEMORY_SHARE = 0.5  # of what is free: codec and LLMs may want the rest
 REPETITIONS = 3
@@ -52,6 +54,19 @@ def row_cap(passes: Sequence[Pass], memory: int) -> int:
     return min(done.rows for done in fitting if done.rate >= ENOUGH * best)
 
 
+def brisk_rows(passes: Sequence[Pass]) -> int:
+    """The most rows of a pass that takes at most `BRISK` times as long as a single image's: what is
+    between two measured passes is taken to lie on a straight line.
+    """
+    limit, rows = BRISK * passes[0].seconds, passes[0].rows
+    for small, large in pairwise(passes):
+        if large.seconds > limit:
+            share = (limit - small.seconds) / (large.seconds - small.seconds)
+            return small.rows + int(share * (large.rows - small.rows))
+        rows = large.rows
+    return rows
+
+
 def still_pays(passes: Sequence[Pass]) -> bool:
     """Whether larger passes are worth a try: a single slow pass may be another process's doing."""
     if len(passes) < 3:
@@ -60,17 +75,26 @@ def still_pays(passes: Sequence[Pass]) -> bool:
 
 
 class Capacity:
-    """The row cap of each latent size on this machine, measured when a size is first asked for."""
+    """The row caps of each latent size on this machine, measured when a size is first asked for."""
 
     def __init__(self, stepper: Stepper) -> None:
         self.stepper = stepper
-        self.measured: dict[Size, int] = {}
+        self.measured: dict[Size, tuple[int, int]] = {}
 
     def __call__(self, size: Size) -> int:
         """Rows of a pass at most; a guided row counts twice."""
+        return self._caps(size)[0]
+
+    def brisk(self, size: Size) -> int:
+        """Rows of a pass at most that a short request takes part in."""
+        return self._caps(size)[1]
+
+    def _caps(self, size: Size) -> tuple[int, int]:
         if size not in self.measured:
             memory = int(MEMORY_SHARE * free_memory(self.stepper.device))
-            self.measured[size] = row_cap(list(self._passes(size, memory)), memory)
+            passes = list(self._passes(size, memory))
+            cap = row_cap(passes, memory)
+            self.measured[size] = cap, min(brisk_rows(passes), cap)
         return self.measured[size]
 
     def _passes(self, size: Size, memory: int) -> Iterator[Pass]:

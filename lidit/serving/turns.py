@@ -1,12 +1,31 @@
-"""Which queue is next when a turn of one costs more than a turn of another."""
+"""Which queue is next when a turn of one costs more than a turn of another, and who goes first
+within one.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
+SHORT = 0.5  # of the mean: whoever asks for no more shall not wait for the others' work
+
+
+def line_up(work: Sequence[float], short_first: bool) -> tuple[list[int], bool]:
+    """The order in which those who wait get places, and whether there are short ones among them.
+
+    work: of each one's whole request, in the order they came. Short ones go first; but with
+    `short_first` false the one that came first does, so that no stream of short ones keeps it out.
+    """
+    most = SHORT * fmean(work)
+    short = [place for place, units in enumerate(work) if units <= most]
+    if not short:
+        return list(range(len(work))), False
+    front = short if short_first else [0, *(place for place in short if place)]
+    others = [place for place in range(len(work)) if place not in set(front)]
+    return [*front, *others], True
 
 
 class DeficitRoundRobin(Generic[Key]):

@@ -13,6 +13,7 @@ from lidit.config import SamplerChanges
 from lidit.errors import InputError, JobError
 from lidit.pipeline import LIDiTPipeline
 from lidit.serving import Engine, Request
+from lidit.serving.request import OnPreview
 from tests.helpers.random_pipeline import random_pipeline, random_states
 
 STATES = random_states(5, 1)
@@ -96,6 +97,34 @@ def test_nothing_is_computed_for_a_cancelled_request(engine: Engine) -> None:
     last.result(60)
     engine.submit(Request(STATES, [3], SamplerChanges(steps=1))).result(60)
     assert (engine.counts.steps, engine.counts.cancelled) == (2 + 3 + 1, 2)
+
+
+def test_a_short_request_is_not_held_up_by_long_ones(pipeline: LIDiTPipeline) -> None:
+    """With one place in a pass it takes every other one, the oldest of the long ones the rest."""
+    order: list[tuple[str, int]] = []
+
+    def told(name: str) -> OnPreview:
+        return lambda place, step, latents: order.append((name, step))
+
+    def asked(name: str, steps: int) -> Request:
+        changes = SamplerChanges(steps=steps)
+        return Request(STATES, [0], changes, previews=steps - 1, on_preview=told(name))
+
+    with Engine(pipeline, cap_of=lambda size: 2) as engine:
+        held, there, go = gate(steps=2)
+        engine.submit(held)
+        assert there.wait(60)
+        long = [engine.submit(asked(name, 20)) for name in ("first", "second")]
+        short = engine.submit(asked("short", 5))
+        go.set()
+        short.result(60)
+        while_short = list(order)
+        for future in long:
+            future.result(60)
+    assert [step for name, step in while_short if name == "short"] == [1, 2, 3, 4]
+    steps = {name: sum(who == name for who, _ in while_short) for name in ("first", "second")}
+    assert 3 <= steps["first"] <= 6
+    assert steps["second"] == 0
 
 
 def test_previews_come_at_equal_distances_and_before_the_end(engine: Engine) -> None:

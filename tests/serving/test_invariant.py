@@ -91,7 +91,7 @@ def drawn(schedule: Schedule) -> list[Future[torch.Tensor]]:
     pipeline = pipeline_of(schedule.kind)
     plain = stepper_of(pipeline, schedule.padding)
     stepper = Watched(plain.model, plain.objective, plain.empty, plain.padding)
-    loop = StepLoop(stepper, lambda size: schedule.cap)
+    loop = StepLoop(stepper, lambda size: schedule.cap, brisk_of=lambda size: schedule.cap // 2)
     jobs = [accept(pipeline, arrival.request) for arrival in schedule.arrivals]
     last = max(arrival.comes for arrival in schedule.arrivals)
     turn, busy = 0, True

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from lidit.serving.admission import stepper_of
-from lidit.serving.profile import Capacity, Pass, row_cap, still_pays
-from lidit.serving.turns import DeficitRoundRobin
+from lidit.serving.profile import Capacity, Pass, brisk_rows, row_cap, still_pays
+from lidit.serving.turns import DeficitRoundRobin, line_up
 from tests.helpers.random_pipeline import random_pipeline
 
 
@@ -41,6 +41,36 @@ PASSES = [Pass(1, 1.0, 10), Pass(2, 1.2, 20), Pass(4, 1.6, 40), Pass(8, 3.19, 80
 @pytest.mark.parametrize(("memory", "cap"), [(100, 4), (40, 4), (39, 2), (5, 1)])
 def test_the_cap_ends_where_rows_stop_paying_or_memory_ends(memory: int, cap: int) -> None:
     assert row_cap(PASSES, memory) == cap
+
+
+@pytest.mark.parametrize(
+    ("passes", "rows"),
+    [
+        (PASSES, 5),  # 2 s lie a quarter of the way from 1.6 to 3.19
+        (PASSES[:3], 4),
+        ([Pass(2, 1.0, 0), Pass(4, 2.2, 0)], 3),
+        ([Pass(2, 1.0, 0)], 2),
+    ],
+)
+def test_a_brisk_pass_takes_no_more_than_twice_one_images(passes: list[Pass], rows: int) -> None:
+    assert brisk_rows(passes) == rows
+
+
+@pytest.mark.parametrize(
+    ("work", "short_first", "expected"),
+    [
+        ([32, 16, 8, 32], True, ([2, 0, 1, 3], True)),
+        ([32, 16, 8, 32], False, ([0, 2, 1, 3], True)),
+        ([8, 32, 32, 32], False, ([0, 1, 2, 3], True)),
+        ([25, 25, 25], True, ([0, 1, 2], False)),
+        ([8, 8, 8, 8, 16], True, ([0, 1, 2, 3, 4], False)),  # nobody asks for much more than others
+        ([5], True, ([0], False)),
+    ],
+)
+def test_short_requests_go_first_and_the_oldest_every_other_time(
+    work: list[int], short_first: bool, expected: tuple[list[int], bool]
+) -> None:
+    assert line_up(work, short_first) == expected
 
 
 @pytest.mark.parametrize(
