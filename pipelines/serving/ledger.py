@@ -31,6 +31,8 @@ from pipelines.serving.settings import LimitSettings
 
 log = logging.getLogger(__name__)
 FACTS_S = 5.0
+# What no answer of `draw` tells: on its way to a gateway each event takes a message of its own.
+UNTOLD = ("queued", "started", "step")
 KEYS, AUDIT, AUDIT_KEY = "keys.sqlite", "audit.jsonl", "audit.key"
 
 
@@ -186,15 +188,16 @@ class Ledger:
                 yield event
 
     async def draw(self, key: str, order: Order, request: str) -> AsyncGenerator[Happened, None]:
-        """An order and its events in one call: whoever stops listening ends the work, and nothing
-        is kept.
+        """An order and its events in one call, less its place and its steps: whoever stops
+        listening ends the work, and nothing is kept.
         """
         view = await self.submit(key, order, request)
         job = self.board.find(key, view.id)
         try:
             async with aclosing(job.follow()) as events:
                 async for event in events:
-                    yield event
+                    if event.kind not in UNTOLD:
+                        yield event
         finally:
             self._stop(job)
             self.board.forget(job)

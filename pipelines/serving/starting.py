@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.schema import TracingConfig
 
 from lidit.errors import InputError, JobError, one_line
@@ -32,6 +33,9 @@ from pipelines.serving.traces import EXPORTER
 
 FIRST_SCOPES = ("generate", "moderate", "verify")
 NET_S = 60.0  # Serve's own deadline stands so far behind ours
+# Serve ends a proxy that is not ready after five seconds and starts another: on a busy machine it
+# would end them all.
+PATIENCE, PATIENCE_S = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"
 EXAMPLE = "a red circle left of a blue square"
 
 log = logging.getLogger(__name__)
@@ -61,6 +65,7 @@ def serve_here(settings: ServeSettings) -> None:
     """Start a Ray of this process's own, serve until a signal, and end it."""
     # Every process of Serve inherits this: without it, clients could steer Serve by headers.
     os.environ[CALLBACK] = PLACE
+    os.environ.setdefault(PATIENCE, PATIENCE_S)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     key = first_key(settings)
     # Processes that wait for each other need a logical CPU each: with too few, they would wait for
@@ -91,7 +96,8 @@ def serve_here(settings: ServeSettings) -> None:
         ready.set()
         _tell(settings, key)
         ended.wait()
-    except RuntimeError as error:
+    # of a deployment that failed, of a proxy that is late, of a process that was lost
+    except (RuntimeError, TimeoutError, RayError) as error:
         raise JobError(f"the platform did not start: {one_line(error, 300)}") from None
     finally:
         serve.shutdown()

@@ -9,6 +9,7 @@ Shapes: T caption tokens, W width of an LLM, C latent channels, H x W latent siz
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from pipelines.serving.errors import ApiError, invalid, worker_lost
 from pipelines.serving.orders import Order
 
 STEPS_TOLD = 32  # at most so many steps of an image are told while it is drawn
+TELL_S = 0.1  # and no two within this time: each takes a message between processes
 Pixels = NDArray[np.uint8]  # [height, width, 3]
 
 
@@ -118,12 +120,16 @@ class Denoiser:
         if self.probe is not None:
             await demand(self.probe, prompts, "prompt")
         total = order.sampler.applied(self.pipeline.sampler).steps
-        shown = _shown(total, order.previews)
+        shown = shown_after(total, order.previews)
         events: asyncio.Queue[Advance | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        last: dict[int, float] = {}  # image -> when its last step was told
 
         def told(image: int, number: int, latents: torch.Tensor) -> None:
-            preview = shown.get(number)
+            preview, now = shown.get(number), time.monotonic()
+            if preview is None and now < last.get(image, 0.0) + TELL_S:
+                return
+            last[image] = now
             advance = Advance(
                 image, number, total, None if preview is None else latents.cpu(), preview
             )
@@ -181,7 +187,11 @@ async def _state(entry: torch.Tensor | Awaitable[torch.Tensor]) -> torch.Tensor:
     return entry if isinstance(entry, torch.Tensor) else await entry
 
 
-def _shown(steps: int, previews: int) -> dict[int, int]:
-    """Step -> number of the preview that is due after it, at equal distances."""
-    at = sorted({-(-number * steps // (previews + 1)) for number in range(1, previews + 1)})
+def shown_after(steps: int, previews: int) -> dict[int, int]:
+    """Step -> number of the preview that is due after it: the first one a sixth of the way, so that
+    there is something to see within a quarter of the time, the others at equal distances.
+    """
+    at = sorted(
+        {-(-steps * (previews + 5 * number) // (6 * previews)) for number in range(previews)}
+    )
     return {step: number for number, step in enumerate(step for step in at if step < steps)}

@@ -27,6 +27,7 @@ from pipelines.serving.finisher import Finisher
 from pipelines.serving.flow import Flow
 from pipelines.serving.ledger import AUDIT, KEYS
 from pipelines.serving.settings import ServeSettings
+from pipelines.serving.workers import shown_after
 from tests.helpers.one_process import FORBIDDEN, LONG, Answer, Platform, platform, settings_for
 from tests.helpers.waiting import wait_until
 
@@ -230,6 +231,39 @@ def test_openais_client_draws_streams_and_is_refused(served: Platform) -> None:
     assert [model.id for model in openai.models.list()] == ["small"]
     judged = openai.moderations.create(input=["a cat", FORBIDDEN.upper()])
     assert [result.flagged for result in judged.results] == [False, True]
+
+
+def test_openais_client_cancels_by_leaving_its_stream(served: Platform) -> None:
+    """After its first preview; most of the steps that were asked for are never taken."""
+    before = served.flow.stages.denoiser.engine.counts
+    with client(served).images.generate(
+        prompt=PROMPT, stream=True, partial_images=3, extra_body={"steps": LONG}
+    ) as stream:
+        assert next(iter(stream)).type == "image_generation.partial_image"
+    until(lambda: served.flow.stages.denoiser.engine.counts.cancelled == before.cancelled + 1)
+    ended = served.steps
+    assert ended < before.steps + LONG
+    until(lambda: served.ledger.admission.units == 0)
+    assert served.draw(PROMPT, steps=1).status == 200
+    assert served.steps == ended + 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "previews", "expected"),
+    [
+        (24, 3, [4, 11, 18]),
+        (24, 1, [4]),
+        (4, 3, [1, 2, 3]),
+        (6, 2, [1, 4]),
+        (2, 3, [1]),
+        (9, 0, []),
+    ],
+)
+def test_the_first_preview_comes_within_a_quarter_of_the_steps(
+    steps: int, previews: int, expected: list[int]
+) -> None:
+    assert list(shown_after(steps, previews)) == expected
+    assert list(shown_after(steps, previews).values()) == list(range(len(expected)))
 
 
 def test_whoever_hangs_up_ends_the_work(served: Platform) -> None:
