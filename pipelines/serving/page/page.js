@@ -6,6 +6,7 @@ const KEPT = 100; // jobs in this browser
 const OWN = "own";
 let key = sessionStorage.getItem("key") || "";
 let facts = null;
+const unfinished = []; // cards of jobs that were being drawn when the page was left
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The server
@@ -139,6 +140,10 @@ class Card {
     });
     this.part("frames").classList.toggle("few", n > 1 && n < 5);
     this.part("cancel").onclick = () => this.cancel();
+    this.part("another").onclick = () => {
+      const { seed, ...settings } = this.job.asked;
+      send(settings);
+    };
     this.part("again").onclick = () => reuse(this.job);
     this.part("program").onclick = () => showCode(this.job);
     this.part("forget").onclick = () => this.remove();
@@ -182,22 +187,27 @@ class Card {
     else bar.removeAttribute("value");
   }
 
-  end(problem, calm) {
+  // lasting: the server may still be drawing it, so a page that is loaded again asks once more
+  end(problem, { calm = false, lasting = false } = {}) {
     this.state("");
+    if (this.job.open && !lasting) {
+      delete this.job.open;
+      kept("readwrite", (jobs) => jobs.delete(this.job.id)); // what was drawn is kept anew, by its pictures
+    }
     this.part("cancel").hidden = true;
     const drawn = this.job.pictures.length > 0;
-    for (const name of ["again", "forget"]) this.part(name).hidden = false;
+    for (const name of ["another", "again", "forget"]) this.part(name).hidden = false;
     this.part("program").hidden = !drawn;
     this.element.classList.toggle("bare", !drawn);
     for (const frame of this.frames.filter((one) => one.classList.contains("coming"))) frame.remove();
     this.part("problem").hidden = !problem;
     this.part("problem").textContent = problem || "";
-    this.part("problem").classList.toggle("calm", Boolean(calm));
+    this.part("problem").classList.toggle("calm", calm);
   }
 
   async cancel() {
     this.part("cancel").disabled = true;
-    await call(`/v1/jobs/${this.job.id}`, { method: "DELETE" }).catch((error) => this.end(inWords(error)));
+    await call(`/v1/jobs/${this.job.id}`, { method: "DELETE" }).catch((error) => this.end(inWords(error), { lasting: error.code === "unreachable" }));
   }
 
   async remove() {
@@ -228,11 +238,11 @@ class Card {
           say("Picture ready");
           this.facts();
           await keep(job);
-        } else if (event.type === "job.cancelled") this.end("Cancelled.", true);
+        } else if (event.type === "job.cancelled") this.end("Cancelled.", { calm: true });
         else if (event.type === "job.failed") this.end(inWords(event.error));
       }
     } catch (error) {
-      this.end(inWords(error));
+      this.end(inWords(error), { lasting: error.code === "unreachable" });
     }
     if (!this.part("problem").hidden) say(this.part("problem").textContent);
   }
@@ -274,23 +284,27 @@ function asked() {
   return body;
 }
 
-async function draw(event) {
+function draw(event) {
   event.preventDefault();
-  const body = asked();
+  return send(asked());
+}
+
+async function send(body) {
   at("draw-problem").hidden = true;
   at("draw").disabled = true;
   try {
     // Should the answer be lost, the same words under the same name are not drawn twice.
     const name = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
-    const send = () => call("/v1/jobs", {
+    const ask = () => call("/v1/jobs", {
       method: "POST",
       body: JSON.stringify({ ...body, partial_images: 3 }),
       headers: { "idempotency-key": name },
     });
-    const answer = await send().catch((error) => (error.code === "unreachable" ? send() : Promise.reject(error)));
+    const answer = await ask().catch((error) => (error.code === "unreachable" ? ask() : Promise.reject(error)));
     const { id } = await answer.json();
-    const card = new Card({ id, asked: body, created: Date.now(), pictures: [] });
-    card.follow();
+    const job = { id, asked: body, created: Date.now(), pictures: [], open: true };
+    await keep(job); // a page that is loaded again takes it up
+    new Card(job).follow();
   } catch (error) {
     if (error.status === 401) return askKey(inWords(error));
     at("draw-problem").textContent = inWords(error);
@@ -391,6 +405,7 @@ async function enter() {
   sessionStorage.setItem("key", key);
   at("key-form").hidden = true;
   for (const id of ["draw-form", "pictures", "key-change"]) at(id).hidden = false;
+  for (const card of unfinished.splice(0)) card.follow();
   at("model").textContent = facts.id;
   at("count").max = facts.limits.n;
   Object.assign(at("steps"), { max: Math.min(facts.limits.steps, Math.max(50, 2 * facts.steps)), value: facts.steps });
@@ -415,6 +430,12 @@ at("draw-form").addEventListener("input", showValues);
 at("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("draw-form").requestSubmit();
 });
+for (const example of at("examples").children) {
+  example.onclick = () => {
+    at("prompt").value = example.textContent;
+    at("draw-form").requestSubmit();
+  };
+}
 at("copy").onclick = copy;
 at("clear").onclick = async () => {
   await kept("readwrite", (jobs) => jobs.clear());
@@ -424,6 +445,10 @@ at("clear").onclick = async () => {
 
 for (const job of (await kept("readonly", (jobs) => jobs.getAll())).sort((a, b) => a.created - b.created)) {
   const card = new Card(job);
+  if (job.open) {
+    unfinished.push(card); // followed as soon as there is a key
+    continue;
+  }
   job.pictures.forEach(({ blob, seed }, index) => card.show(index, blob, true, seed));
   card.facts();
   card.end();

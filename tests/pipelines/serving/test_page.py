@@ -116,6 +116,9 @@ def test_the_page_draws_and_keeps_what_it_has_drawn(served: Platform, visit: Vis
     expect(page.get_by_role("button", name="Enlarge picture 1")).to_have_count(2)
     page.get_by_role("button", name="Forget all pictures").click()
     expect(page.get_by_text("Your pictures appear here.")).to_be_visible()
+    page.get_by_role("button", name="two green triangles").click()
+    example = page.get_by_role("article", name="two green triangles")
+    expect(example.get_by_role("button", name="Enlarge picture 1")).to_be_visible()
 
 
 def test_the_page_cancels(served: Platform, visit: Visit) -> None:
@@ -130,6 +133,25 @@ def test_the_page_cancels(served: Platform, visit: Visit) -> None:
     expect(card.get_by_role("alert")).to_have_text("Cancelled.")
     engine = served.flow.stages.denoiser.engine  # type: ignore[attr-defined]
     wait_until(lambda: engine.counts.cancelled == before + 1, 30)
+
+
+def test_the_page_takes_up_what_it_was_drawing_when_it_was_left(
+    served: Platform, visit: Visit
+) -> None:
+    visit.enter(served)
+    page = visit.page
+    page.evaluate(f"document.getElementById('steps').max = {LONG}")
+    visit.draw("a circle", steps=LONG)
+    card = page.get_by_role("article", name="a circle")
+    expect(card.locator(".state")).to_contain_text("Step")
+    page.reload()
+    expect(card.get_by_role("button", name="Cancel")).to_be_visible()
+    expect(card.get_by_role("button", name="Enlarge picture 1")).to_be_visible()
+    # Its settings with another seed are another picture, without a word being typed.
+    card.get_by_role("button", name="Draw another").click()
+    expect(page.get_by_role("button", name="Enlarge picture 1")).to_have_count(2)
+    shown = page.locator(".frame img").evaluate_all(PIXELS)
+    assert shown[0] != shown[1]
 
 
 def test_the_page_says_why_it_was_refused(served: Platform, visit: Visit) -> None:
