@@ -4,7 +4,12 @@ the first preview.
 Part of `python -m benchmarks.serving`. The platform runs as a person starts it, on a Ray of its
 own, in processes of their own; one client asks for one picture at a time, in turns with the
 pipeline in this process. Its prompt has been read before on both sides, so no LLM is in either
-time; decoding and the PNG file are in both.
+time; decoding and the PNG file are in both. Both sides have the same priority: Ray's processes
+step back behind others unless they are told not to.
+
+Other work on the machine stretches these times, and the platform's most, which takes turns of
+several processes. So each figure is also given as its tenth percentile, which a busy machine still
+reaches in its quiet moments.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -64,13 +70,15 @@ def demo_folder(folder: Path) -> Path:
 
 
 def measure(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """Milliseconds at the median of each side and of their difference, and the first preview's
-    share of a picture.
+    """Seconds from the command to the line that says where to go; milliseconds at the median of
+    each side and of their difference; the first preview's share of a picture.
     """
     pipeline = LIDiTPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     states = pipeline.encode_prompts([PROMPT])
+    began = time.perf_counter()
     with _platform(model, folder) as (url, key):
+        started = time.perf_counter() - began
         ask = lambda **fields: _ask(url, key, {"prompt": PROMPT, "seed": 1, **fields})  # noqa: E731
         for _ in range(5):
             ask(steps=STEPS)
@@ -87,12 +95,23 @@ def measure(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
         for _ in range(max(rounds // 5, 3)):
             shares.append(_first_preview(url, key))
     return {
+        "started_s": round(started, 1),
         "plain_ms": round(statistics.median(plain), 1),
         "served_ms": round(statistics.median(served), 1),
         "overhead_ms": round(statistics.median(served) - statistics.median(plain), 1),
         "queue_full_ms": round(statistics.median(full), 1),
         "first_preview_share": round(statistics.median(shares), 3),
+        "of_quiet_moments": {
+            "plain_ms": round(_tenth(plain), 1),
+            "served_ms": round(_tenth(served), 1),
+            "overhead_ms": round(_tenth(served) - _tenth(plain), 1),
+            "queue_full_ms": round(_tenth(full), 1),
+        },
     }
+
+
+def _tenth(values: list[float]) -> float:
+    return sorted(values)[len(values) // 10]
 
 
 @contextmanager
@@ -110,7 +129,11 @@ def _platform(model: Path, folder: Path) -> Iterator[tuple[str, str]]:
     ]
     command += ["--set", f"limits.queue_units={QUEUE}", "--set", "limits.steps=1000"]
     process = subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+        command,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"RAY_worker_niceness": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     try:
