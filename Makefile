@@ -41,8 +41,9 @@ lint: setup      ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-api: setup       ## write docs/api.md anew from the docstrings of what lidit exports
+api: setup       ## write docs/api.md and docs/recipe-reference.md anew
 	$(BIN)/python docs/generate_api.py
+	$(BIN)/python docs/generate_recipe_reference.py
 
 lock: setup      ## write constraints.txt anew from the installed environment
 	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/^\(torch==[^+]*\)+.*/\1/' > constraints.txt

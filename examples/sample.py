@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lidit import LIDiTPipeline
-from lidit.plots import labelled_grid
+from lidit.grids import labelled_grid
 
 
 def main() -> None:

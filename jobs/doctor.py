@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,7 +28,8 @@ LEAST_DISK, LEAST_MEMORY = 20e9, 2e9  # bytes; a demo's, and what Ray's object s
 # bytes/s of an all-reduce below which something is not as it should be, bytes of locked memory
 LEAST_IN_MACHINE, LEAST_BETWEEN_MACHINES, LEAST_LOCKED = 50e9, 10e9, 2**30
 MODEL_1B_BYTES = 2.2e9  # LI-DiT-1B's gradients in bfloat16
-PACKAGES = ("torch", "transformers", "diffusers", "ray", "deepspeed", "mlflow", "pyarrow")
+PACKAGES = ("torch", "transformers", "diffusers", "pyarrow")
+CLUSTER_PACKAGES = ("ray", "deepspeed", "mlflow")  # of the extra cluster
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 
 
@@ -98,14 +100,19 @@ def python() -> Finding:
 
 def libraries() -> Finding:
     found, missing = [], []
-    for name in PACKAGES:
+    for name in (*PACKAGES, *CLUSTER_PACKAGES):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
-    if missing:
+    if any(name in PACKAGES for name in missing):
         return Finding(
             "bad", "libraries", f"{', '.join(missing)} not installed", "pip install lidit-pipeline"
+        )
+    if missing:
+        remedy = "pip install 'lidit-pipeline[cluster]' to train, track and use Ray"
+        return Finding(
+            "note", "libraries", f"{', '.join(found)}; {', '.join(missing)} not installed", remedy
         )
     return Finding("ok", "libraries", ", ".join(found))
 
@@ -237,6 +244,8 @@ def starting_ray() -> Finding:
         if os.environ.get("RAY_ADDRESS")
         else "a Ray of this machine alone"
     )
+    if find_spec("ray") is None:
+        return Finding("note", "ray", "not installed", "pip install 'lidit-pipeline[cluster]'")
     from pipelines.runtime import resources
 
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.support.dry_run import embedding
-from jobs.support.options import node_labels
+from jobs.support.options import has_tracker, node_labels
 from jobs.support.start import run
 from lidit.errors import InputError
 
@@ -127,6 +127,10 @@ def embed(corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
     with ProgressBar(f"embed {settings.name}", None, "captions") as progress:
         made = run_embed(corpus, settings, pool, progress)
     show(corpus, made)
+    if has_tracker():
+        from pipelines.corpus.tracked import track_embed
+
+        track_embed(corpus, settings, made)
 
 
 def show(corpus: str, made: EmbedSummary) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.support.options import apart
+from jobs.support.options import apart, has_tracker
 from jobs.support.start import run
 from lidit.errors import InputError
 
@@ -57,6 +57,10 @@ def ingest(sources: list[str], corpus: str, settings: IngestSettings) -> None:
     with ProgressBar("ingest", None, "files") as progress:
         made = run_ingest(sources, corpus, settings, progress)
     show(corpus, made)
+    if has_tracker():
+        from pipelines.corpus.tracked import track_ingest
+
+        track_ingest(corpus, settings, made)
 
 
 def show(corpus: str, made: IngestSummary) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.support.options import node_labels
+from jobs.support.options import has_tracker, node_labels
 from jobs.support.start import run
 from lidit.errors import InputError
 
@@ -57,6 +57,10 @@ def command(
     with ProgressBar(f"latents {settings.name}", None, "units") as progress:
         made = run_latents(corpus, settings, pool, progress)
     show(corpus, made)
+    if has_tracker():
+        from pipelines.corpus.tracked import track_latents
+
+        track_latents(corpus, settings, made)
 
 
 def codec_settings(

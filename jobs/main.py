@@ -41,6 +41,7 @@ from jobs import (
     train,
     train_codec,
     tune_sampler,
+    ui,
     verify,
     verify_image,
 )
@@ -79,6 +80,7 @@ PANELS: dict[str, tuple[tuple[str, ModuleType], ...]] = {
         ("distill", distill),
         ("runs", runs),
         ("status", status),
+        ("ui", ui),
     ),
     "Check": (
         ("sample", sample),
@@ -128,7 +130,7 @@ def show_help(
 def _show_version(wanted: bool) -> None:
     if not wanted:
         return
-    from pipelines.tracking import git_state
+    from lidit.commit import git_state
 
     state = git_state()
     changed = " with changes" if state.get("git.dirty") == "true" else ""

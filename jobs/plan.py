@@ -109,13 +109,20 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
     console.print(table)
     _show_states(recipe, plan, console)
 
-    embedding = ", ".join(f"{name} {hours:,.1f}" for name, hours in plan.embed_gpu_hours.items())
+    hours = ", ".join(f"{name} {each:,.1f}" for name, each in plan.embed_gpu_hours.items())
+    repeated = (
+        f"{facts.repeated:.0%} of the captions stand in several units" if facts.repeated else ""
+    )
     bandwidth = plan.read_bytes_per_second_per_node / 1e6
     for label, text in (
         (
             "embedding",
-            f"{embedding} GPU-hours at {setting.embed_mfu:.0%} of {setting.peak_tflops:.0f} "
-            "TFLOP/s",
+            f"{hours} GPU-hours at {setting.embed_mfu:.0%} of {setting.peak_tflops:.0f} TFLOP/s",
+        ),
+        *(
+            (("repeated", f"{repeated}: larger units (ingest.unit_samples) repeat less"),)
+            if repeated
+            else ()
         ),
         (
             "a step",

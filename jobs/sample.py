@@ -38,7 +38,7 @@ def command(
     pictures`
     """
     from lidit.config.fields import check_prompts, check_seeds
-    from lidit.plots import labelled_grid
+    from lidit.grids import labelled_grid
     from pipelines.evaluation.models import load_pipeline
     from pipelines.runtime.progress import ProgressBar
 

@@ -12,6 +12,8 @@ import typer
 from jobs.support.run_folders import RECIPE, read_json, required_run
 from jobs.support.start import run
 
+LOSS = "train/loss"
+
 
 def command(
     run_folder: Annotated[
@@ -51,16 +53,15 @@ def tracked(run_folder: Path) -> dict[str, Any]:
     """What the tracker knows: the last (step, loss), the run's id, and where it is shown; None
     where it is silent.
     """
-    from pipelines.tracking import RUN_FILE, curves, open_command, store_uri
+    from pipelines.tracking import curves, open_command, read_run_id, store_uri
     from pipelines.tracking.store import sqlite_file
 
-    path = run_folder / RUN_FILE
-    run_id = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    run_id = read_run_id(run_folder)
     settings = read_json(run_folder / RECIPE).get("tracking") or {}
     uri = store_uri(settings.get("uri"), run_folder.resolve().parent)
     file = sqlite_file(uri)
     there = file is None or file.is_file()  # MLflow would make a store where there is none
-    points = curves(uri, run_id, ["loss"]).get("loss", []) if run_id and there else []
+    points = curves(uri, run_id, [LOSS]).get(LOSS, []) if run_id and there else []
     shown = f"{open_command(uri)}  # run {run_id}" if run_id else None
     return {"loss": points[-1] if points else None, "run_id": run_id or None, "mlflow": shown}
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # A job's options may be called as ours (`--gpus`): whatever stands behind JOB is the job's.
 OPEN = {"allow_extra_args": True, "allow_interspersed_args": False}
-NO_JOBS = {"__init__", "entry", "main", "recipe", "start", "submit"}
+NO_JOBS = {"__init__", "entry", "main", "recipe", "start", "submit", "ui"}
 
 
 def command(

@@ -1,66 +1,46 @@
-"""What people look at: labelled grids of images, and the frame of every figure, as PNG."""
+"""The one style of every figure: font, sizes, colours that colour-blind readers tell apart, labels
+beside the lines.
+"""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LABEL_LINES, LINE_HEIGHT, MARGIN = 3, 13, 6
-SMALLEST_CELL = 128
-RIGHT, WRONG = (30, 150, 60), (210, 50, 40)
+# Okabe and Ito's colours, dark enough for thin lines on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5195", "#E69F00", "#56B4E9", "#333333")
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+DPI = 120
+LABEL_GAP = 0.055  # of the axes' height, between two labels
 
 
-def labelled_grid(
-    images: Sequence[NDArray[np.uint8] | Image.Image],
-    labels: Sequence[str],
-    columns: int = 6,
-    right: Sequence[bool] | None = None,
-) -> Image.Image:
-    """Images, or arrays [H, W, 3], in rows of `columns`, each with its label below.
-
-    Small images are enlarged by whole factors.
-
-    `right`, one per image, frames it green (True) or red (False).
-    """
-    if len(images) != len(labels) or not images:
-        raise ValueError(f"{len(images)} images and {len(labels)} labels")
-    arrays = [np.asarray(image) for image in images]
-    height, width = (max(image.shape[axis] for image in arrays) for axis in (0, 1))
-    factor = max(1, -(-SMALLEST_CELL // width))
-    cell = (width * factor + MARGIN, height * factor + LABEL_LINES * LINE_HEIGHT + MARGIN)
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), "white")
-    drawing, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
-    letters = max(8, int(width * factor / 5.6))
-    for index, (image, label) in enumerate(zip(arrays, labels)):
-        left = MARGIN + index % columns * cell[0]
-        top = MARGIN + index // columns * cell[1]
-        picture = Image.fromarray(image).resize(
-            (image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.NEAREST
-        )
-        grid.paste(picture, (left, top))
-        if right is not None:
-            frame = (left - 2, top - 2, left + picture.width + 1, top + picture.height + 1)
-            drawing.rectangle(frame, outline=RIGHT if right[index] else WRONG, width=2)
-        lines = textwrap.wrap(label, letters, max_lines=LABEL_LINES, placeholder=" ...")
-        drawing.text(
-            (left, top + height * factor + 2), "\n".join(lines), fill="black", font=font, spacing=1
-        )
-    return grid
-
-
-def new_figure(size: tuple[float, float], dpi: int = 100) -> Figure:
+def new_figure(size: tuple[float, float], dpi: int = DPI) -> Figure:
     """An empty figure of `size` inches. It belongs to no window and is not among pyplot's global
     figures.
     """
@@ -74,6 +54,30 @@ def new_figure(size: tuple[float, float], dpi: int = 100) -> Figure:
     return figure
 
 
+def new_panels(
+    size: tuple[float, float],
+    rows: int = 1,
+    columns: int = 1,
+    sharex: bool = False,
+    sharey: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row, in our style.
+
+    The style is set while the axes are made, so whoever plots beside us keeps theirs.
+    """
+    import matplotlib
+    from cycler import cycler
+
+    figure = new_figure(size)
+    style: Any = {**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}
+    with matplotlib.rc_context(style):
+        found = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False)
+    axes = list(found.flat)
+    for each in axes:
+        each.tick_params(labelsize=STYLE["xtick.labelsize"], colors=STYLE["xtick.color"], length=3)
+    return figure, axes
+
+
 def save_figure(figure: Figure, target: Path | BytesIO) -> None:
     """Write the figure as PNG, without the name of the program in it; the folder of `target` is
     made.
@@ -83,10 +87,33 @@ def save_figure(figure: Figure, target: Path | BytesIO) -> None:
     figure.savefig(target, format="png", metadata={"Software": ""})
 
 
-def add_grid(*every: Axes) -> None:
-    """The faint grid that all our axes have."""
-    for axes in every:
-        axes.grid(alpha=0.3)
+def set_title(axes: Axes, text: str) -> None:
+    """What the panel shows, above its left end."""
+    axes.set_title(text, loc="left", fontsize=STYLE["axes.titlesize"], fontweight="bold")
+
+
+def label_lines(axes: Axes) -> None:
+    """Write each line's label at its right end, in its colour: no legend over the data. Call it
+    last.
+    """
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    ends = []
+    for line in lines:
+        if not np.size(line.get_xdata()):
+            continue
+        x, y = (np.asarray(values, float)[-1] for values in (line.get_xdata(), line.get_ydata()))
+        height = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
+        ends.append((float(height), line))
+    ends.sort(key=lambda end: end[0])
+    # Upwards, each at least a label's height above the one below.
+    place = -np.inf
+    for height, line in ends:
+        place = max(height, place + LABEL_GAP)
+        axes.annotate(
+            str(line.get_label()), (1.0, place), xycoords="axes fraction", xytext=(5, 0),
+            textcoords="offset points",
+            color=line.get_color(), fontsize=8, va="center", annotation_clip=False,
+        )  # fmt: skip
 
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y values
@@ -99,19 +126,16 @@ def plot_lines(
     title: str = "",
     size: tuple[float, float] = (8, 4.5),
 ) -> None:
-    """Lines over training steps with a legend, as a PNG; logarithmic where all
-    values are positive.
-    """
-    figure = new_figure(size, dpi=120)
-    axes = figure.add_subplot()
+    """Lines over training steps as a PNG; logarithmic where all values are positive."""
+    figure, (axes,) = new_panels(size)
     for name, (steps, values) in series.items():
-        axes.plot(steps, values, label=name, linewidth=1)
+        axes.plot(steps, values, label=name)
     positive = [value for _, values in series.values() for value in values]
     if positive and min(positive) > 0:
         axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel=y_label, title=title)
-    add_grid(axes)
-    axes.legend()
+    axes.set(xlabel="step", ylabel=y_label)
+    set_title(axes, title)
+    label_lines(axes)
     save_figure(figure, target)
 
 
@@ -126,27 +150,32 @@ class Bounded(Protocol):
     def high(self) -> float: ...
 
 
+def draw_intervals(
+    axes: Axes, label: str, intervals: Sequence[Bounded], x: Sequence[float], colour: str
+) -> None:
+    """A line through values with their intervals."""
+    y = np.array([interval.value for interval in intervals])
+    below = np.maximum(0, y - np.array([interval.low for interval in intervals]))
+    above = np.maximum(0, np.array([interval.high for interval in intervals]) - y)
+    axes.errorbar(
+        x, y, yerr=[below, above], fmt="none", ecolor=colour, elinewidth=1, capsize=2, alpha=0.6
+    )
+    axes.plot(x, y, marker="o", color=colour, label=label)
+
+
 def plot_intervals(
     path: Path, series: Mapping[str, Sequence[Bounded]], y_label: str, title: str
 ) -> None:
     """Values by position (label -> an interval per segment) as a PNG; x is the relative position in
     [0, 1].
     """
-    figure = new_figure((6, 4), dpi=120)
-    axes = figure.add_subplot()
-    for label, intervals in series.items():
-        x = (np.arange(len(intervals)) + 0.5) / len(intervals)
-        y = np.array([interval.value for interval in intervals])
-        low = np.array([interval.low for interval in intervals])
-        high = np.array([interval.high for interval in intervals])
-        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=label)
+    figure, (axes,) = new_panels((6, 4))
+    for number, (label, intervals) in enumerate(series.items()):
+        x = ((np.arange(len(intervals)) + 0.5) / len(intervals)).tolist()
+        draw_intervals(axes, label, intervals, x, COLOURS[number % len(COLOURS)])
     axes.set(
-        xlim=(0, 1),
-        ylim=(-0.02, 1.02),
-        xlabel="relative position of the segment",
-        ylabel=y_label,
-        title=title,
+        xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="relative position of the segment", ylabel=y_label
     )
-    add_grid(axes)
-    axes.legend()
+    set_title(axes, title)
+    label_lines(axes)
     save_figure(figure, path)

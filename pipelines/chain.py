@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 from lidit.codecs import codec_spec
@@ -30,6 +31,7 @@ from lidit.text import resolve_encoder
 from pipelines.corpus.embed import EmbedSummary, run_embed
 from pipelines.corpus.ingest import run_ingest
 from pipelines.corpus.latents import run_latents
+from pipelines.corpus.tracked import track_embed, track_ingest, track_latents
 from pipelines.evaluation.scenes import evaluate_scenes
 from pipelines.runtime import resources
 from pipelines.runtime.progress import Display, ProgressBar
@@ -69,6 +71,9 @@ def run_chain(
     if recipe.sources:
         with ProgressBar("ingest", None, "files") as progress:
             made_corpus = run_ingest(recipe.sources, recipe.corpus, recipe.ingest, progress, cpus)
+        track_ingest(
+            recipe.corpus, recipe.ingest, made_corpus, recipe.tracking, Path(recipe.output)
+        )
         keep("ingest", made_corpus)
     corpus = Corpus.open(recipe.corpus)
     if "embed" in stages:
@@ -76,6 +81,7 @@ def run_chain(
     if "latents" in stages:
         with ProgressBar(f"latents {recipe.codec.name}", None, "units") as progress:
             latents = run_latents(recipe.corpus, recipe.codec, recipe.pool, progress, cpus)
+        track_latents(recipe.corpus, recipe.codec, latents, recipe.tracking, Path(recipe.output))
         keep("latents", latents)
     if "train" not in stages:
         return made
@@ -129,9 +135,11 @@ def _embed(recipe: Recipe, corpus: Corpus, cpus: int, show: ShowSummary) -> None
             with ProgressBar(
                 f"embed {encoder.name}", None, "captions", display=display
             ) as progress:
-                return run_embed(
+                summary = run_embed(
                     recipe.corpus, encoder, recipe.pool_of(encoder.name), progress, cpus
                 )
+            track_embed(recipe.corpus, encoder, summary, recipe.tracking, Path(recipe.output))
+            return summary
 
         pending = []
         for encoder in recipe.encoders:

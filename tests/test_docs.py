@@ -69,8 +69,14 @@ def parse(words: list[str]) -> dict[str, object]:
     refuse them.
     """
     command = typer.main.get_command(app)
-    sub = command.commands[words[0]]  # type: ignore[attr-defined]
-    return sub.make_context(words[0], list(words[1:])).params
+    sub, name, rest = command.commands[words[0]], words[0], words[1:]  # type: ignore[attr-defined]
+    context = sub.make_context(name, list(rest))
+    while hasattr(
+        sub, "commands"
+    ):  # a group, such as evaluate: the words that follow are its command's
+        name, sub, rest = sub.resolve_command(context, [*context._protected_args, *context.args])
+        context = sub.make_context(name, list(rest), parent=context)
+    return dict(context.params)
 
 
 def check_command(text: str) -> None:

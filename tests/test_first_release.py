@@ -103,7 +103,7 @@ def test_a_run_goes_on_to_the_model_it_had_become(
         settings["model"] = str(released / "llms" / settings["name"])
     result = train(Recipe.model_validate(tree))
     assert (result.step, result.trained) == (4, True)
-    losses = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "loss")
+    losses = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "train/loss")
     assert sorted(point.step for point in losses) == [3, 4], "it did not go on from step 2"
     weights = Path("model") / "diffusion_pytorch_model.safetensors"
     now, then = load_file(result.model / weights), load_file(RELEASED / "model" / weights)

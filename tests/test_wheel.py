@@ -18,6 +18,11 @@ from lidit.config.shipped import ENCODERS, RECIPES
 ROOT = Path(__file__).parents[1]
 # Extra -> a command that needs it, and what it says.
 EXTRAS = {
+    "cluster": (
+        "import ray, deepspeed, mlflow, psutil, pipelines.training.train; print('cluster')",
+        "cluster",
+    ),
+    "serve": ("import c2pa, pipelines.serving.api; print('serve')", "serve"),
     "gguf": (
         "import gguf, transformers; from lidit.text.packaged import MODELS; print(len(MODELS) > 0)",
         "True",
@@ -95,10 +100,26 @@ def test_an_empty_environment_installs_the_wheel_with_its_extras(
     pip = (python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
     # deepspeed comes as source, and its build looks for torch; told so, it compiles nothing.
     run(*pip, "torch", "setuptools", "wheel", "ninja", "py-cpuinfo", cwd=tmp_path)
-    listed = ",".join(EXTRAS)
     environment = {**os.environ, "DS_BUILD_OPS": "0", "PYTHONPATH": ""}
-    run(*pip, "--no-build-isolation", f"{wheel}[{listed}]", cwd=tmp_path, environment=environment)
+
+    # The library alone: what needs no cluster works, and the rest names its extra in one line.
+    run(*pip, wheel, cwd=tmp_path, environment=environment)
     assert run(command, "--version", cwd=tmp_path, environment=environment).startswith("lidit ")
+    run(command, "doctor", cwd=tmp_path, environment=environment)
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
+    ingest = (command, "ingest", "captions.txt", "--corpus", "corpus", "captions_only=true")
+    refused = subprocess.run(
+        [*map(str, ingest)], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert refused.returncode == 2
+    assert (
+        refused.stderr == "error: this command needs ray: pip install 'lidit-pipeline[cluster]'\n"
+    )
+
+    # Each extra, by a command or a module of ours that needs it.
+    listed = ",".join(EXTRAS)
+    run(*pip, "--no-build-isolation", f"{wheel}[{listed}]", cwd=tmp_path, environment=environment)
+    assert "2 captions in 1 units" in run(*ingest, cwd=tmp_path, environment=environment)
     assert "demo" in run(command, "recipes", "list", cwd=tmp_path, environment=environment)
     for code, expected in EXTRAS.values():
         assert (

@@ -5,7 +5,7 @@
 # PYTHON: the interpreter (default python). TORCH_INDEX: index of the torch build (default: pip's own). EXTRAS: of pyproject.toml.
 set -eu
 python=${PYTHON:-python}
-extras=${EXTRAS:-compiled,s3,gguf,serve}
+extras=${EXTRAS:-cluster,compiled,s3,gguf,serve}
 folder=$2
 
 case $1 in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,3 +31,8 @@ def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
     return [word for word in words if word not in settings], settings
+
+
+def has_tracker() -> bool:
+    """Whether a command without a recipe is tracked: only where the environment names a store."""
+    return bool(os.environ.get("MLFLOW_TRACKING_URI"))

@@ -28,6 +28,13 @@ EXIT_INPUT = 2
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 QUIET = "LIDIT_QUIET"  # read where progress is shown, in processes that a job starts too
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+# Packages that only some commands need -> the extra that brings them.
+EXTRAS = {
+    "ray": "cluster", "deepspeed": "cluster", "mlflow": "cluster", "psutil": "cluster",
+    "fastapi": "serve", "starlette": "serve", "uvicorn": "serve", "c2pa": "serve",
+    "confusable_homoglyphs": "serve",
+    "s3fs": "s3", "gguf": "gguf",
+}  # fmt: skip
 WRONG_PLACE = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -94,6 +101,13 @@ def _run(app: typer.Typer) -> None:
         _end(f"error: {error}", EXIT_INPUT)
     except typer.TyperException as error:
         _end(_usage(error), EXIT_INPUT)
+    except ModuleNotFoundError as error:
+        if (extra := EXTRAS.get(str(error.name).partition(".")[0])) is None:
+            raise
+        _end(
+            f"error: this command needs {error.name}: pip install 'lidit-pipeline[{extra}]'",
+            EXIT_INPUT,
+        )
     except JobError as error:
         _end(f"failed: {error}", EXIT_FAILED)
     except KeyboardInterrupt:

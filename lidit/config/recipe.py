@@ -7,10 +7,11 @@ are frozen, so a setting can be read anywhere and changed nowhere.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from lidit.config.corpus import CodecSettings, IngestSettings, PoolSettings
 from lidit.config.encoder import EncoderSettings
@@ -39,6 +40,15 @@ def _absolute(place: str | None) -> str | None:
     return str(Path(place).resolve()) if place and Path(place).is_dir() else place
 
 
+@dataclass(frozen=True)
+class Written:
+    """The file that a recipe was read from; recipes of one content are equal, however they were
+    written.
+    """
+
+    text: str = field(compare=False)
+
+
 class RunRecipe(Settings):
     """What every training run is made of, of LI-DiT or of a codec."""
 
@@ -51,6 +61,19 @@ class RunRecipe(Settings):
     train: LoopSettings = LoopSettings()
     engine: EngineSettings = EngineSettings()
     tracking: TrackingSettings = TrackingSettings()
+    _written: Written = PrivateAttr(Written(""))
+
+    @property
+    def written(self) -> str:
+        """The recipe's file as a person wrote it, overrides as comments; empty for a recipe made in
+        Python.
+        """
+        return self._written.text
+
+    def keep_written(self, text: str) -> Self:
+        """This recipe, which remembers the file it was read from."""
+        self._written = Written(text)
+        return self
 
     @field_validator("output")
     @classmethod

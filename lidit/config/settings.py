@@ -219,8 +219,10 @@ def _section_at(kind: type[Settings], location: tuple[int | str, ...]) -> type[S
     return kind
 
 
-def flatten(settings: BaseModel) -> dict[str, str]:
-    """Dotted key -> text, as experiment trackers want parameters."""
+def flatten(settings: BaseModel, given_only: bool = False) -> dict[str, str]:
+    """Dotted key -> text, as experiment trackers want parameters; given_only: without those at
+    their defaults.
+    """
 
     def walk(prefix: str, value: Any) -> dict[str, str]:
         if isinstance(value, dict) and value:
@@ -233,4 +235,4 @@ def flatten(settings: BaseModel) -> dict[str, str]:
             return walk(prefix, {child.get("name", i): child for i, child in enumerate(value)})
         return {prefix[:-1]: str(value)}
 
-    return walk("", settings.model_dump(mode="json"))
+    return walk("", settings.model_dump(mode="json", exclude_defaults=given_only))

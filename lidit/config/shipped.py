@@ -57,7 +57,17 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
     """
     path = find(recipe, RECIPES, "recipe")
     tree = apply_overrides(_with_encoders(load_yaml(path), path), overrides or [])
-    return validate(Recipe, _with_encoders(tree, path), str(recipe))
+    return validate(Recipe, _with_encoders(tree, path), str(recipe)).keep_written(
+        _written(path, overrides)
+    )
+
+
+def _written(path: Path, overrides: list[str] | None) -> str:
+    """The file's text, and the overrides below it."""
+    changed = "".join(f"# {word}\n" for word in overrides or [])
+    return path.read_text(encoding="utf-8") + (
+        f"\n# changed on the command line:\n{changed}" if changed else ""
+    )
 
 
 def load_ablation(recipe: str, overrides: list[str] | None = None) -> Ablation:
@@ -77,8 +87,9 @@ def load_encoder_settings(name: str, overrides: list[str] | None = None) -> Enco
 
 def load_codec_recipe(recipe: str, overrides: list[str] | None = None) -> CodecRecipe:
     """A codec recipe by path or shipped name, with overrides."""
-    tree = apply_overrides(load_yaml(find(recipe, RECIPES, "codec recipe")), overrides or [])
-    return validate(CodecRecipe, tree, str(recipe))
+    path = find(recipe, RECIPES, "codec recipe")
+    tree = apply_overrides(load_yaml(path), overrides or [])
+    return validate(CodecRecipe, tree, str(recipe)).keep_written(_written(path, overrides))
 
 
 def load_distillation(recipe: str, overrides: list[str] | None = None) -> Distillation:

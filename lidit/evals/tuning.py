@@ -19,7 +19,7 @@ from lidit.diffusion import Objective
 from lidit.diffusion.guidance import acts_at
 from lidit.errors import InputError
 from lidit.evals.statistics import Interval, bootstrap_overall
-from lidit.plots import add_grid, new_figure, save_figure
+from lidit.plots import new_panels, save_figure
 
 LEAST_PROMPTS = 4
 
@@ -162,8 +162,7 @@ def plot_pareto(
     """Evaluations against score with 95 % intervals; the candidates of the group
     `line` are joined.
     """
-    figure = new_figure((7, 4.5), dpi=120)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_panels((7, 4.5))
     for name, group in groups.items():
         scores = [candidate.score(tags) for candidate in group]
         if not scores:
@@ -183,6 +182,5 @@ def plot_pareto(
         ylabel="score",
         ylim=(-0.02, 1.02),
     )
-    add_grid(axes)
     axes.legend()
     save_figure(figure, path)

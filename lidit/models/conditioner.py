@@ -20,7 +20,7 @@ from torch import nn
 
 from lidit.errors import InputError
 from lidit.models.fusion import CollaborativeRefiner
-from lidit.models.layers import TimestepEmbedder, normalise
+from lidit.models.layers import TimestepEmbedder, compute_dtype, normalise
 from lidit.models.mixture import LayerMixture, Layers, check_layers
 from lidit.models.refiner import LinguisticRefiner
 from lidit.models.states import PromptCondition, TextStates, attendable, masked_mean
@@ -89,13 +89,13 @@ class StateProjection(nn.Module):
         standardised = standardised.clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
         layers = standardised.unflatten(-1, (self.layers, -1))  # [..., L, W]
         if self.mixture is None:
-            return self.linear(layers.to(self.linear.weight.dtype))
+            return self.linear(layers.to(compute_dtype(self.linear)))
         layers = normalise(layers)
         # The projection is linear and weights sum to 1: it comes before or behind the average,
         # where it costs less.
         if self.mixture.averages == 1:
-            return self.linear(self.mixture(layers).to(self.linear.weight.dtype))
-        return self.mixture(self.linear(layers.to(self.linear.weight.dtype)))
+            return self.linear(self.mixture(layers).to(compute_dtype(self.linear)))
+        return self.mixture(self.linear(layers.to(compute_dtype(self.linear))))
 
 
 class AdaptiveCondition(nn.Module):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
+from lidit.errors import InputError
+
 EPSILON = 1e-6
 FREQUENCIES = 256
 
@@ -144,6 +146,65 @@ def normalise(hidden_states: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=EPSILON)
 
 
+def compute_dtype(layer: nn.Linear) -> torch.dtype:
+    """What the layer computes in: where diffusers' layerwise casting stores its weights smaller,
+    not their dtype.
+    """
+    registry = getattr(layer, "_diffusers_hook", None)
+    casting = registry.get_hook("layerwise_casting") if registry is not None else None
+    dtype: torch.dtype = layer.weight.dtype if casting is None else casting.compute_dtype
+    return dtype
+
+
+class PlainAttention:
+    """What diffusers' models offer for attention processors, refused: a switch that changes nothing
+    would mislead.
+    """
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Accept the backend that is used, torch's own.
+
+        Args:
+            backend: `native`.
+
+        Raises:
+            InputError: Another backend.
+        """
+        if backend.lower() != "native":
+            raise InputError(
+                f"attention backend {backend!r}: attention here is torch's "
+                "scaled_dot_product_attention; choose its "
+                "kernel with torch.nn.attention.sdpa_kernel"
+            )
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: object = None) -> None:
+        """Refuse: there is no attention processor that could be exchanged.
+
+        Args:
+            attention_op: Not looked at.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "xformers attention: attention here is torch's scaled_dot_product_attention, as fast"
+        )
+
+    def enable_cache(self, config: object) -> None:
+        """Refuse: diffusers' caches hook block classes and processors that it knows.
+
+        Args:
+            config: A cache's configuration of diffusers, named in the message.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            f"{type(config).__name__}: the caches of diffusers do not know these blocks; draw "
+            "with fewer steps instead"
+        )
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids of 1000 t, then two linear layers. t float [B] in [0, 1] -> [B, D]."""
 
@@ -162,7 +223,7 @@ class TimestepEmbedder(nn.Module):
             # [B, 256], float32 whatever the model's dtype: t in bfloat16 would merge neighbouring
             # steps
         )
-        return self.contract(F.silu(self.expand(frequencies.to(self.expand.weight.dtype))))
+        return self.contract(F.silu(self.expand(frequencies.to(compute_dtype(self.expand)))))
 
 
 class GuidanceEmbedder(TimestepEmbedder):

@@ -32,14 +32,14 @@ from lidit.config import ModelSettings
 from lidit.config.json_object import read_object
 from lidit.errors import InputError, one_line
 from lidit.models.conditioner import PromptConditioner
-from lidit.models.layers import initialise
+from lidit.models.layers import PlainAttention, initialise
 from lidit.models.mixture import Layers
 from lidit.models.presets import resolve_shape
 from lidit.models.states import TextStates
 from lidit.models.transformer import LIDiTTransformer
 
 
-class LIDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The network: noisy latents, timesteps and the captions' LLM states in, prediction out. A
     torch module.
 

@@ -20,9 +20,11 @@ from lidit.models.layers import (
     FeedForward,
     GuidanceEmbedder,
     Modulation,
+    PlainAttention,
     SelfAttention,
     TimestepEmbedder,
     call_block,
+    compute_dtype,
     gated_add,
     normalise,
     shift_scale,
@@ -90,7 +92,7 @@ class LIDiTBlock(nn.Module):
         return gated_add(hidden_states, gate3, expanded)
 
 
-class LIDiTTransformer(ModelMixin, ConfigMixin):
+class LIDiTTransformer(PlainAttention, ModelMixin, ConfigMixin):
     """Noisy latents + timestep + text condition -> prediction of the same shape.
 
     Args:
@@ -156,7 +158,7 @@ class LIDiTTransformer(ModelMixin, ConfigMixin):
                 f"{self.patch_size}: both sides must be multiples of it"
             )
         patches = F.pixel_unshuffle(
-            hidden_states.to(self.patch_embedder.weight.dtype), self.patch_size
+            hidden_states.to(compute_dtype(self.patch_embedder)), self.patch_size
         )
         tokens = self.patch_embedder(patches.flatten(2).transpose(1, 2))  # [B, N, D]
         # [B, D, h, w], channels last in memory

@@ -13,6 +13,7 @@ from lidit.errors import InputError, StorageError
 from lidit.plan import Facts, PlannedEncoder
 from lidit.store import Corpus, TextFamily
 from lidit.store.corpus import CORPUS_FILE
+from lidit.store.distinct import count_distinct
 from lidit.store.files.folder import Folder
 from lidit.store.rolling import RollingTextFamily
 from lidit.text.packaged import MODELS, PREFIX, cache_folder
@@ -53,6 +54,7 @@ def gather_facts(recipe: Recipe) -> Facts:
     return Facts(
         samples=samples,
         captions=max(samples, round(samples * per_sample)),
+        repeated=_repeated(corpus),
         caption_tokens=tokens,
         prefix_tokens=prefixes,
         encoders=encoders,
@@ -91,6 +93,16 @@ def _stored_tokens(encoder: EncoderSettings, caption_tokens: float, prefix: int)
         longest,
         math.ceil(caption_tokens / encoder.padding.multiple_of) * encoder.padding.multiple_of,
     )
+
+
+def _repeated(corpus: Corpus | None) -> float | None:
+    """The share of a corpus's captions that an earlier unit has too; None before ingest, and for
+    very large ones.
+    """
+    distinct = None if corpus is None else count_distinct(corpus)
+    if corpus is None or distinct is None:
+        return None
+    return 1 - distinct / max(1, corpus.facts["totals"]["captions"])
 
 
 def _corpus(recipe: Recipe) -> Corpus | None:

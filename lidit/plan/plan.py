@@ -59,6 +59,7 @@ class Facts:
 
     `caption_tokens`, `prefix_tokens`: mean per caption, and once per encoder. `latent`: (channels,
     height, width).
+    `repeated`: share of the captions that an earlier unit holds, too.
     """
 
     samples: int
@@ -71,6 +72,7 @@ class Facts:
     posterior: bool
     # per value, of encoders whose coded states are there
     coded_bits: Mapping[str, float] = field(default_factory=dict)
+    repeated: float | None = None
 
     def __post_init__(self) -> None:
         if self.captions < self.samples or min(self.samples, *self.latent) < 1:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lidit.plots import new_figure, save_figure
+from lidit.plots import label_lines, new_panels, save_figure, set_title
 from lidit.store.corpus import Corpus
+from lidit.store.distinct import count_distinct
 from lidit.store.families import TextFamily
 from lidit.store.family import Family
 from lidit.store.records import CommitRecord
@@ -21,7 +22,7 @@ from lidit.store.records import CommitRecord
 SAMPLED_UNITS = 16
 SAMPLED_ROWS = 64
 POSITIONS = 256
-FIGURE_SIZE, DPI = (7, 4), 120
+FIGURE_SIZE = (7, 4)
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,13 @@ def summarise(corpus: Corpus, count_limit: int = 20_000_000) -> CorpusSummary:
     `count_limit` captions.
     """
     totals = corpus.facts["totals"]
-    distinct: set[bytes] | None = set() if totals["captions"] <= count_limit else None
-    if distinct is not None:
-        for unit in range(corpus.num_units):
-            distinct.update(corpus.captions(unit)["sha256"].to_pylist())
     return CorpusSummary(
         corpus.folder.location,
         corpus.digest,
         totals["units"],
         totals["samples"],
         totals["captions"],
-        None if distinct is None else len(distinct),
+        count_distinct(corpus, count_limit),
         totals.get("refused", 0),
         totals.get("refused_captions", 0),
         totals.get("reasons", {}),
@@ -187,40 +184,37 @@ def norms_by_position(family: TextFamily) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _plot_bars(buckets: dict[str, int], path: Path) -> Path:
-    figure = new_figure(FIGURE_SIZE, DPI)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_panels(FIGURE_SIZE)
     names = sorted(buckets, key=lambda name: tuple(map(int, name.split("x"))))
     axes.bar(names, [buckets[name] for name in names])
-    axes.set(title="Samples per aspect bucket", xlabel="width x height", ylabel="samples")
+    axes.set(xlabel="width x height", ylabel="samples")
+    set_title(axes, "Samples per aspect bucket")
     axes.tick_params(axis="x", rotation=60)
     save_figure(figure, path)
     return path
 
 
 def _plot_lengths(family: TextFamily, path: Path) -> Path:
-    figure = new_figure(FIGURE_SIZE, DPI)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_panels(FIGURE_SIZE)
     lengths = token_lengths(family)
-    # each number of tokens has its own bar
-    edges = np.arange(0, max(lengths.max(initial=1), 1) + 2) - 0.5
+    longest = max(int(lengths.max(initial=1)), 1)
+    # Each number of tokens has its own bar.
+    edges = np.arange(int(lengths.min(initial=longest)), longest + 2) - 0.5
     axes.hist(lengths, bins=edges.tolist())
-    axes.set(title=f"{family.directory}: tokens per caption", xlabel="tokens", ylabel="captions")
+    axes.set(xlabel="tokens", ylabel="captions")
+    set_title(axes, f"{family.directory}: tokens per caption")
     save_figure(figure, path)
     return path
 
 
 def _plot_norms(family: TextFamily, path: Path) -> Path:
-    figure = new_figure(FIGURE_SIZE, DPI)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_panels(FIGURE_SIZE)
     raw, standardised = norms_by_position(family)
     axes.plot(raw, label="as computed")
     axes.plot(standardised, label="standardised per channel")
-    axes.set(
-        title=f"{family.directory}: state norm by position",
-        xlabel="caption token",
-        ylabel="mean L2 norm",
-    )
+    axes.set(xlabel="caption token", ylabel="mean L2 norm")
+    set_title(axes, f"{family.directory}: state norm by position")
     axes.set_yscale("log")
-    axes.legend()
+    label_lines(axes)
     save_figure(figure, path)
     return path

@@ -35,7 +35,6 @@ from pipelines.runtime import resources
 from pipelines.runtime.progress import ProgressBar
 from pipelines.training.train import run_facts, train
 
-PARENT = "mlflow.parentRunId"
 TRACKED = "tracked"  # a file in an arm's folder, made when the tracker has all of its numbers
 Report = Callable[[str], None]
 
@@ -246,7 +245,8 @@ def _train_with_workers(job: ArmJob, uri: str, parent: str) -> ArmResult:
     started = time.monotonic()
     tracked = job.recipe.tracking.model_copy(update={"uri": uri})
     trained = train(
-        job.recipe.model_copy(update={"tracking": tracked}), tags={PARENT: parent} if parent else {}
+        job.recipe.model_copy(update={"tracking": tracked}),
+        tags={tracking.PARENT: parent} if parent else {},
     )
     task = _measure.options(**resources.demands(resources.worker_pool(job.recipe.engine)))
     ((point, parameters),) = _get([task.remote(job, trained.model, trained.step)])
@@ -274,7 +274,7 @@ def _track(job: ArmJob, result: ArmResult, uri: str, experiment: str, parent: st
         "lidit.job": "arm",
         "lidit.arm": job.arm,
         "lidit.seed": str(job.seed),
-        **({PARENT: parent} if parent else {}),
+        **({tracking.PARENT: parent} if parent else {}),
     }
     key = digest_of({"arm": job.identity, "folder": str(job.folder)})[:32]
     with tracking.tracked_run(

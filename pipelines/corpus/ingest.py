@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
-
-import ray
+from collections.abc import Sequence
 
 from lidit.config import IngestSettings
 from lidit.progress import SILENT, Progress
@@ -17,6 +14,7 @@ from lidit.store.files.folder import Folder
 from lidit.store.files.owner import owned
 from pipelines.runtime import resources
 from pipelines.runtime.prometheus import IngestMetrics
+from pipelines.runtime.tasks import in_tasks
 
 
 def run_ingest(
@@ -47,7 +45,7 @@ def _compute(job: Ingest, settings: IngestSettings, progress: Progress, cpus: in
     # Read and check every source that no earlier call has read.
     metrics = IngestMetrics(job.folder.location.rpartition("/")[2])
     readings = ((file.path, (job.staging, file, index, settings)) for index, file in unread)
-    for staged in _in_tasks(stage_source, readings, _refuse_source):
+    for staged in in_tasks(stage_source, readings, _refuse_source):
         metrics.source_read(staged.samples, sum(staged.refused.values()))
         job.add_read(staged, progress)
 
@@ -55,7 +53,7 @@ def _compute(job: Ingest, settings: IngestSettings, progress: Progress, cpus: in
     writings = (
         (listing.name, (job.folder, job.staging, listing)) for listing in job.number_units()
     )
-    return job.publish(list(_in_tasks(write_units, writings)))
+    return job.publish(list(in_tasks(write_units, writings)))
 
 
 def _refuse_source(
@@ -66,38 +64,3 @@ def _refuse_source(
     return stage_source(
         staging, refused_unread(file, "each of three processes ended"), index, settings
     )
-
-
-def _in_tasks(
-    function: Callable[..., Any],
-    calls: Iterable[tuple[str, tuple[Any, ...]]],
-    instead: Callable[..., Any] | None = None,
-) -> Iterator[Any]:
-    """Results as they come, with a bounded number of tasks in flight. calls: (file the call is
-    about, arguments).
-
-    instead: called here with the arguments of a task whose worker died each time.
-    """
-    # A worker that dies is retried twice: bytes that kill a decoder do so every time and must not
-    # loop for ever.
-    task = ray.remote(num_cpus=1, max_retries=2)(function)
-    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    running: dict[Any, tuple[str, tuple[Any, ...]]] = {}
-    remaining = iter(calls)
-    while True:
-        while len(running) < limit and (call := next(remaining, None)) is not None:
-            running[task.remote(*call[1])] = call
-        if not running:
-            return
-        (finished,), _ = ray.wait(list(running), num_returns=1)
-        file, arguments = running.pop(finished)
-        with resources.plain_errors(
-            f"{file}: the process reading it died three times; take this file out"
-        ):
-            try:
-                result = ray.get(finished)
-            except ray.exceptions.WorkerCrashedError:
-                if instead is None:
-                    raise
-                result = instead(*arguments)
-        yield result

@@ -19,7 +19,7 @@ from pipelines import tracking
 from pipelines.evaluation.models import load_pipeline, model_identity, run_recipe
 from pipelines.runtime.progress import ProgressBar
 
-SHOWN_CURVES = ("loss", "validation/loss", "images_per_second")
+SHOWN_CURVES = ("train/loss", "validation/loss", "train/images_per_second")
 # Score file -> prefix of its scores on the page, and the command that makes it again.
 SCORE_FILES = {
     "evaluation/scores.json": ("", "lidit evaluate {model}"),
@@ -147,8 +147,8 @@ def _read_scores(path: Path, again: str) -> tuple[dict[str, float], dict[str, An
 
 
 def _curves(folder: Path, recipe: Recipe | None) -> dict[str, list[tuple[int, float]]]:
-    path = folder / tracking.RUN_FILE
-    if not path.is_file():
+    run_id = tracking.read_run_id(folder)
+    if not run_id:
         return {}
     uri = tracking.store_uri(recipe.tracking.uri if recipe else None, folder.resolve().parent)
-    return tracking.curves(uri, path.read_text(), SHOWN_CURVES)
+    return tracking.curves(uri, run_id, SHOWN_CURVES)

@@ -18,9 +18,9 @@ from lidit.evals.classifier.caption_loss import pipeline_latents, pipeline_loss
 from lidit.evals.preference import HeldOutPicture, caption_preference, read_pictures, wrong_captions
 from lidit.evals.scenes.evaluation import with_bounds
 from lidit.evals.statistics import Interval
+from lidit.grids import labelled_grid
 from lidit.pipeline import LIDiTPipeline, image_bytes
 from lidit.pixels import from_bytes
-from lidit.plots import labelled_grid
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scorecard import Job, Scorecard
 

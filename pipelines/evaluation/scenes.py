@@ -11,7 +11,7 @@ from lidit.datasets.scenes.generator import GENERATOR_VERSION
 from lidit.evals.scenes.evaluation import Evaluation, ScoredImage, evaluate_images, write_results
 from lidit.evals.scenes.positional import plot_curves, positions_table, scene_curves
 from lidit.evals.scenes.scorer import SCORER_VERSION
-from lidit.plots import labelled_grid
+from lidit.grids import labelled_grid
 from pipelines.evaluation.models import load_pipeline, model_identity
 from pipelines.evaluation.scene_images import (
     images_folder,
@@ -106,15 +106,20 @@ def _write_grid(path: Path, evaluation: Evaluation, images: Path) -> None:
     """The first images of each category, a row each, framed by the strict rule: chosen by position,
     not by result.
     """
-    shown: list[ScoredImage] = []
-    for tag in evaluation.tags:
-        shown += [image for image in evaluation.images if image.item["tag"] == tag.tag][
+    rows = {
+        tag.tag: [image for image in evaluation.images if image.item["tag"] == tag.tag][
             :GRID_PER_TAG
         ]
+        for tag in evaluation.tags
+    }
+    # As many columns as the shortest category fills: a category begins a row of its own.
+    columns = min(map(len, rows.values()))
+    shown: list[ScoredImage] = [image for row in rows.values() for image in row[:columns]]
     grid = labelled_grid(
         [read_image(images / image.filename) for image in shown],
         [str(image.item["prompt"]) for image in shown],
-        columns=GRID_PER_TAG,
+        columns=columns,
         right=[image.score.strict for image in shown],
+        headings=[tag.replace("_", " ") for tag in rows],
     )
     grid.save(path)

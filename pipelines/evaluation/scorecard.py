@@ -52,6 +52,7 @@ class Job:
     params: Mapping[str, str]
     prefix: str = ""
     file: str | None = None
+    training: str = ""
 
     @classmethod
     def of_model(
@@ -63,12 +64,17 @@ class Job:
         prefix: str,
         file: str | None = None,
     ) -> Self:
-        """An evaluation of the model folder OUTPUT/NAME/model, tracked in the store that its
-        training used.
+        """An evaluation of the model folder OUTPUT/NAME/model, tracked below the run of its
+        training.
         """
         run_folder = model.resolve().parent
         tags = {"lidit.job": kind, "lidit.model": str(model)}
-        return cls(f"{title} {run_folder.name}", run_folder.parent, tags, params, prefix, file)
+        training = tracking.read_run_id(run_folder)
+        if training:
+            tags[tracking.PARENT] = training
+        return cls(
+            f"{title} {run_folder.name}", run_folder.parent, tags, params, prefix, file, training
+        )
 
 
 class Scorecard:
@@ -133,7 +139,9 @@ class Scorecard:
         with tracking.tracked_run(
             uri, self.settings.experiment, job.run, key, job.params, tags, self.out
         ) as run:
-            run.metrics({f"{prefix}{name}": value for name, value in metrics.items()}, 0)
+            run.metrics(
+                {f"{prefix}{name}": value for name, value in metrics.items()}, 0, job.training
+            )
             for file in files:
                 run.artifact(self.out / file)
         if job.file is not None:

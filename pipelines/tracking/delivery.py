@@ -32,7 +32,8 @@ CLOSE_AT_MOST = 600.0  # in all, beyond what the waiting files may take
 
 log = logging.getLogger(__name__)
 # Told apart by a key: "values" metrics, "artifact" a file or folder that goes into "folder",
-# "register" a model that is made "of" such a folder, "dataset".
+# "register" a model that is made "from" such a folder, "whole" a model whose files are all sent,
+# "image" a picture of a step, "dataset".
 Record = dict[str, Any]
 
 
@@ -348,9 +349,11 @@ def _parsed(line: str) -> Record:
 
 
 def _name(record: Record) -> str:
-    for kind in ("artifact", "dataset"):
+    for kind in ("artifact", "image", "dataset"):
         if kind in record:
             return f"{kind} {record[kind]}"
+    if "whole" in record:
+        return f"the model {record['whole']}"
     return f"registration of model {record['register']}" if "register" in record else "metrics"
 
 

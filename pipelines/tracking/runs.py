@@ -5,10 +5,8 @@ that is away.
 from __future__ import annotations
 
 import logging
-import os
 import posixpath
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
 from lidit.errors import InputError, one_line
+from pipelines.tracking.origin import DESCRIPTION, PARENT, origin_tags
 from pipelines.tracking.store import sign_in, sqlite_file
 
 RUN_KEY = "lidit.run_key"
 JOB = "lidit.job"  # tag: the kind of job
+# tags: digest of what a run made; digests of what it reads
+MADE, MADE_FROM = "lidit.made", "lidit.made_from"
+# tag: MLflow opens the experiment in its view for training, not for chats
+KIND = "mlflow.experimentKind"
 RUN_FILE = "mlflow-run"  # in a run's folder: the id of its run
 PARAM_LIMIT = 6000
 NAME_LIMIT = 250
@@ -70,7 +73,11 @@ def find_or_create(uri: str, spec: RunSpec) -> str:
         client = MlflowClient(uri)
         experiment = _experiment(client, uri, spec.experiment)
         params = {accepted_name(name): value[:PARAM_LIMIT] for name, value in spec.params.items()}
-        tags = {accepted_name(name): value for name, value in {**git_state(), **spec.tags}.items()}
+        tags = {
+            accepted_name(name): value for name, value in {**origin_tags(), **spec.tags}.items()
+        }
+        if PARENT in tags and not _is_known(client, tags[PARENT]):
+            del tags[PARENT]
         run = _own_run(client, spec) or _run_with_key(client, experiment.experiment_id, spec.key)
         if run is None:
             run = client.create_run(
@@ -78,7 +85,12 @@ def find_or_create(uri: str, spec: RunSpec) -> str:
                 run_name=spec.name,
                 tags={RUN_KEY: spec.key, "lidit.attempt": "1"},
             )
+            if DESCRIPTION in tags:
+                tags[DESCRIPTION] += _links(
+                    client, experiment.experiment_id, tags.get(MADE_FROM, "")
+                )
         else:
+            tags.pop(DESCRIPTION, None)  # people edit it
             known = run.data.params
             changed = {k: v for k, v in params.items() if known.get(k, v) != v}
             attempt = int(run.data.tags.get("lidit.attempt", "1")) + 1
@@ -101,6 +113,12 @@ def find_or_create(uri: str, spec: RunSpec) -> str:
             ) from None
         raise
     return str(run.info.run_id)
+
+
+def read_run_id(folder: Path) -> str:
+    """The id of the tracker's run that a run folder holds; empty before the tracker gave one."""
+    path = folder / RUN_FILE
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def check_experiment(uri: str, experiment: str) -> None:
@@ -165,6 +183,30 @@ def _own_run(client: MlflowClient, spec: RunSpec) -> Run | None:
     return run if run.data.tags.get(JOB) == spec.tags.get(JOB) else None
 
 
+def _is_known(client: MlflowClient, run_id: str) -> bool:
+    """Whether the store has this run: a model that came from elsewhere names a parent of another
+    store.
+    """
+    try:
+        return bool(client.get_run(run_id))
+    except MlflowException as error:
+        if _is_refusal(error):
+            return False
+        raise
+
+
+def _links(client: MlflowClient, experiment_id: str, digests: str) -> str:
+    """Markdown links to the runs that made what this one reads, where the experiment has them."""
+    lines = []
+    for digest in digests.split():
+        found = client.search_runs([experiment_id], f"tags.`{MADE}` = '{digest}'", max_results=1)
+        lines += [
+            f"- [{run.info.run_name}](#/experiments/{experiment_id}/runs/{run.info.run_id})"
+            for run in found
+        ]
+    return "\n\nMade from the results of\n" + "\n".join(lines) if lines else ""
+
+
 def _run_with_key(client: MlflowClient, experiment_id: str, key: str) -> Run | None:
     found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
     return found[0] if found else None
@@ -179,7 +221,9 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> Experiment:
         file = sqlite_file(uri)
         root = (file.parent / "artifacts").resolve().as_uri() if file else None
         try:
-            return client.get_experiment(client.create_experiment(name, root))
+            return client.get_experiment(
+                client.create_experiment(name, root, {KIND: "custom_model_development"})
+            )
         except MlflowException:  # another job created it a moment ago
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -212,30 +256,9 @@ def _tell_where_files_go(uri: str, run: Run) -> None:
         )
 
 
-def git_state() -> dict[str, str]:
-    """Commit and cleanliness of the checkout this code runs from; LIDIT_GIT_COMMIT where there is
-    none.
-
-    The variable is set by whatever took the code away from its checkout: an image's build,
-    `lidit submit`.
-    """
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        # not somebody else's checkout around an installation
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {
-            "git.commit": git("rev-parse", "HEAD"),
-            "git.dirty": str(bool(git("status", "--porcelain"))).lower(),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        commit = os.environ.get("LIDIT_GIT_COMMIT", "")
-        return {"git.commit": commit} if commit else {}
+def earlier_name(metric: str) -> str:
+    """What the first releases called a metric of training: they had no sections."""
+    return metric.removeprefix("train/")
 
 
 def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
@@ -245,12 +268,18 @@ def curves(uri: str, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[
     sign_in(uri)
     client = MlflowClient(uri)
     try:
-        histories = {name: client.get_metric_history(run_id, name) for name in names}
+        found = {name: history(client, run_id, name) for name in names}
     except MlflowException as error:
         log.warning("no curves of run %s: %s", run_id, one_line(error, 200))
         return {}
-    return {
-        name: [(point.step, point.value) for point in history]
-        for name, history in histories.items()
-        if history
-    }
+    return {name: points for name, points in found.items() if points}
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric in order of steps, those under its earlier name among them."""
+    named = [earlier_name(name), name] if earlier_name(name) != name else [name]
+    return sorted(
+        (point.step, point.value)
+        for each in named
+        for point in client.get_metric_history(run_id, each)
+    )

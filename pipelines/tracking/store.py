@@ -86,8 +86,14 @@ def credentials() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def server_environment() -> dict[str, str]:
+    """For MLflow's server beside a sqlite store: no processes that wait for jobs which nobody gives
+    them.
+    """
+    return {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
 def open_command(uri: str) -> str:
     """The one command that shows a store's runs."""
-    if sqlite_file(uri):
-        return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
-    return f"open {uri}"
+    file = sqlite_file(uri)
+    return f"lidit ui {shlex.quote(str(file.parent))}" if file else f"open {uri}"

@@ -20,17 +20,24 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 
 from lidit.errors import InputError, one_line
 from pipelines.tracking.delivery import Delivery, GoneError, Record, files_in, patience
-from pipelines.tracking.runs import RunHandle, RunSpec, accepted_name, find_or_create
+from pipelines.tracking.images import send_image
+from pipelines.tracking.inputs import DIGEST_LENGTH, InputData
+from pipelines.tracking.logged_model import create_logged_model, finish_logged_model, logged_model
+from pipelines.tracking.runs import RunHandle, RunSpec, accepted_name, find_or_create, history
 from pipelines.tracking.store import sign_in, sqlite_file
 
 STEP = "lidit.step"
+CONTEXT = "mlflow.data.context"
+MODEL = "model"  # the LoggedModel of a training
 OUTBOX = "tracking.spool.jsonl"  # the name is part of a run's folder: earlier releases wrote it
 # A start waits this long for the store's answer: a server's, and a file's, whose tables may have to
 # be created.
@@ -138,45 +145,64 @@ class Tracker:
                 self.handle.outbox,
             )
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
+    def metrics(self, values: Mapping[str, float], step: int, of_run: str = "") -> None:
         """Metrics of a global step; those that the run already has at this or a later step are left
         out.
+
+        of_run: the training whose model they are scores of, in the same store.
         """
         accepted = {accepted_name(name): value for name, value in values.items()}
-        self._delivery.put({"step": step, "time": int(time.time() * 1000), "values": accepted})
+        of = {"of": of_run} if of_run else {}
+        self._delivery.put(
+            {"step": step, "time": int(time.time() * 1000), "values": accepted, **of}
+        )
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file, or everything in a folder. It is read later: leave it where it is."""
         self._delivery.put({"artifact": str(path.absolute()), "folder": folder})
 
-    def dataset(self, name: str, digest: str, source: str) -> None:
-        """The corpus as the run's input: its digest is what training verified."""
-        self._delivery.put({"dataset": name, "digest": digest[:36], "source": source})
+    def image(self, path: Path, key: str, step: int) -> None:
+        """A picture of a step: MLflow shows the pictures of one key with a slider over steps."""
+        self._delivery.put({"image": str(path.absolute()), "key": key, "step": step})
 
-    def register(self, name: str, artifact: str, alias: str) -> None:
-        """The run's artifact folder as a new version of model `name`, found by
+    def dataset(self, data: InputData, context: str = "training") -> None:
+        """What the run reads; the corpus's digest is what training verified."""
+        digest, told = (
+            data.digest[:DIGEST_LENGTH],
+            {"schema": dict(data.schema), "profile": dict(data.profile)},
+        )
+        kind = {"source": data.source, "type": data.source_type, "context": context}
+        self._delivery.put({"dataset": data.name, "digest": digest, **kind, **told})
+
+    def model(self, path: Path, name: str, step: int) -> None:
+        """A file, or everything in a folder, of the run's LoggedModel `name` of this step."""
+        self._delivery.put({"artifact": str(path.absolute()), "folder": name, "model_step": step})
+
+    def model_is_whole(self, name: str, step: int) -> None:
+        """Mark the LoggedModel as ready once everything logged into it has arrived."""
+        self._delivery.put({"whole": name, "model_step": step})
+
+    def register(self, name: str, artifact: str, alias: str, description: str = "") -> None:
+        """The run's model or artifact folder as a new version of `name`, found by
         `models:/name@alias`.
 
         Not before everything logged into that folder has arrived: people load what the alias points
         at.
         """
-        self._delivery.put({"register": name, "of": artifact, "alias": alias})
+        self._delivery.put(
+            {"register": name, "from": artifact, "alias": alias, "description": description}
+        )
 
     def history(self, metric: str) -> tuple[list[float], list[float]]:
         """Steps and values the store holds of a metric, in order; empty where it
         does not answer.
         """
         try:
-            points = (
-                self.client.get_metric_history(self.handle.run_id, metric)
-                if self.handle.run_id
-                else []
-            )
+            points = history(self.client, self.handle.run_id, metric) if self.handle.run_id else []
         except Exception as error:
             log.warning("the history of %s could not be read: %s", metric, one_line(error, 200))
             points = []
-        points = sorted(points, key=lambda point: point.step)
-        return [float(point.step) for point in points], [point.value for point in points]
+        return [float(step) for step, _ in points], [value for _, value in points]
 
     def known(self, prefix: str) -> list[str]:
         """Names of the run's metrics that start with `prefix`, sorted; none where the store does
@@ -234,62 +260,94 @@ class Tracker:
         """Raises whatever the tracker's client raises, and GoneError."""
         match record:
             case {"values": values, "step": step, "time": when}:
-                self._send_metrics(values, step, when)
+                self._send_metrics(values, step, when, record.get("of", ""))
+            case {"artifact": path, "folder": name, "model_step": step}:
+                made = create_logged_model(self.client, self.handle.run_id, name, step)
+                self._send_files(Path(path), "", made.artifact_location)
             case {"artifact": path, "folder": folder}:
-                self._send_files(Path(path), folder)
-            case {"register": name, "of": folder, "alias": alias}:
-                self._register(name, folder, alias)
-            case {"dataset": name, "digest": digest, "source": source}:
-                entry = Dataset(
-                    name=name,
-                    digest=digest,
-                    source_type="local",
-                    source=json.dumps({"uri": source}),
+                self._send_files(
+                    Path(path), folder, self.client.get_run(self.handle.run_id).info.artifact_uri
                 )
-                self.client.log_inputs(self.handle.run_id, [DatasetInput(entry, [])])
+            case {"image": path, "key": key, "step": step}:
+                send_image(self.client, self.handle.run_id, Path(path), key, step)
+            case {"whole": name, "model_step": step}:
+                self._delivery.require_arrived(name)
+                made = create_logged_model(self.client, self.handle.run_id, name, step)
+                finish_logged_model(self.client, self.handle.run_id, made)
+            # An outbox of an earlier release says "of" for "from".
+            case {"register": name, "from": folder, "alias": alias} | {
+                "register": name,
+                "of": folder,
+                "alias": alias,
+            }:
+                self._register(name, folder, alias, record.get("description", ""))
+            case {"dataset": name, "digest": digest, "source": source}:
+                self._send_dataset(name, digest, source, record)
             case _:
                 raise ValueError(f"not known here: {record}")
 
-    def _send_metrics(self, values: Mapping[str, float], step: int, when: int) -> None:
+    def _send_metrics(self, values: Mapping[str, float], step: int, when: int, of_run: str) -> None:
         """Without what the store has already."""
         fresh = {
             key: float(value) for key, value in values.items() if step > self._newest_step(key)
         }
         if fresh:
-            metrics = [Metric(key, value, when, step) for key, value in fresh.items()]
+            model = logged_model(self.client, of_run, MODEL) if of_run else None
+            model_id = model.model_id if model else None
+            metrics = [Metric(key, value, when, step, model_id) for key, value in fresh.items()]
             self.client.log_batch(
                 self.handle.run_id, metrics=metrics, tags=[RunTag(STEP, str(step))]
             )
         self._newest.update(dict.fromkeys(fresh, step))
 
-    def _send_files(self, path: Path, folder: str) -> None:
+    def _send_dataset(self, name: str, digest: str, source: str, record: Record) -> None:
+        entry = Dataset(
+            name=name,
+            digest=digest,
+            source_type=record.get("type", "local"),
+            source=json.dumps({"uri": source}),
+            schema=json.dumps(record.get("schema", {})),
+            profile=json.dumps(record.get("profile", {})),
+        )
+        tags = [InputTag(CONTEXT, record.get("context", "training"))]
+        self.client.log_inputs(self.handle.run_id, [DatasetInput(entry, tags)])
+
+    def _send_files(self, path: Path, folder: str, root: str) -> None:
+        """Send a file, or a folder's, into `folder` below the artifacts' address `root`."""
         if not path.exists():
             raise GoneError(f"{path} is no longer there")
-        root = self.client.get_run(self.handle.run_id).info.artifact_uri
-        proxied = (
+        artifacts: ArtifactRepository = (
             _ProxiedArtifacts(root, self.handle.uri)
             if root.startswith("mlflow-artifacts:")
-            else None
+            else get_artifact_repository(root, self.handle.uri)
         )
         top = path if path.is_dir() else path.parent
         for file in files_in(path):
             inside = PurePosixPath(folder, file.parent.relative_to(top))
-            where = str(inside) if inside.parts else None
             with self._delivery.sending(file):
-                if proxied:
-                    proxied.log_artifact(str(file), where)
-                else:
-                    self.client.log_artifact(self.handle.run_id, str(file), where)
+                artifacts.log_artifact(str(file), str(inside) if inside.parts else None)
 
-    def _register(self, name: str, folder: str, alias: str) -> None:
+    def _register(self, name: str, folder: str, alias: str, description: str) -> None:
         self._delivery.require_arrived(folder)
         try:
             self.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        root = self.client.get_run(self.handle.run_id).info.artifact_uri
-        made = self.client.create_model_version(name, f"{root}/{folder}", self.handle.run_id)
+        run_id = self.handle.run_id
+        model = logged_model(self.client, run_id, folder)
+        source = (
+            model.artifact_location
+            if model
+            else f"{self.client.get_run(run_id).info.artifact_uri}/{folder}"
+        )
+        made = self.client.create_model_version(
+            name,
+            source,
+            run_id,
+            description=description,
+            model_id=model.model_id if model else None,
+        )
         self.client.set_registered_model_alias(name, alias, made.version)
 
     def _newest_step(self, metric: str) -> int:

@@ -19,23 +19,20 @@ import ray.train as rt
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lidit.config import Recipe, RunRecipe
-from lidit.config.settings import flatten
+from lidit.config import RunRecipe
 from lidit.errors import InputError, JobError, one_line
-from lidit.pipeline import INDEX
-from lidit.plots import plot_lines
-from lidit.store import Corpus, digest_of, spec_differences
+from lidit.store import Corpus, spec_differences
 from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
 from lidit.store.files.owner import owned
 from pipelines import tracking
 from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import check_engine, connect
-from pipelines.tracking.flavor import write_flavor
 from pipelines.training import checkpoints, ray_checkpoints
 from pipelines.training.board import Board
 from pipelines.training.interrupt import is_disk_full, saved_on_sigterm
 from pipelines.training.loop import TrainWorker
+from pipelines.training.record import track_model, tracked_training
 
 log = logging.getLogger(__name__)
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
@@ -90,9 +87,12 @@ def open_run(
     if run.finished:
         untracked = (folder / UNTRACKED).exists()  # killed between publishing and tracking
         if untracked or (folder / tracking.OUTBOX).exists():
-            with owned(folder, "trained"), _tracked(run, corpus, tags) as tracker:
+            with (
+                owned(folder, "trained"),
+                tracked_training(run.recipe, run.folder, run.tracking_uri, corpus, tags) as tracker,
+            ):
                 if untracked:
-                    track_model(recipe, tracker, folder)
+                    track_model(recipe, tracker, folder, run.recipe.train.steps)
             (folder / UNTRACKED).unlink(missing_ok=True)
         yield run
         return
@@ -101,7 +101,9 @@ def open_run(
     with owned(folder, "trained"):
         connect(cpus=math.ceil(recipe.engine.workers * recipe.engine.cpus_per_worker) + 2)
         check_engine(recipe.engine)
-        with _tracked(run, corpus, tags) as run.tracker:
+        with tracked_training(
+            run.recipe, run.folder, run.tracking_uri, corpus, tags
+        ) as run.tracker:
             # Whole or not at all, and by a run that can start: a run whose facts were torn by a
             # full disk could never go on, and a refused start must not bind the next one.
             facts_bytes = json.dumps(facts, indent=1, sort_keys=True).encode()
@@ -132,7 +134,11 @@ class Run(Generic[AnyRecipe]):
     def result(self) -> TrainResult:
         step = finished_step(self.folder) or 0
         return TrainResult(
-            self.folder / "model", step, self.tracking_uri, read_run_id(self.folder), self.trained
+            self.folder / "model",
+            step,
+            self.tracking_uri,
+            tracking.read_run_id(self.folder),
+            self.trained,
         )
 
     def launch(self, worker: TrainWorker, config: dict[str, Any]) -> None:
@@ -181,7 +187,7 @@ class Run(Generic[AnyRecipe]):
         (self.folder / UNTRACKED).touch()
         publish_model(self.folder)
         self.trained = True
-        track_model(self.recipe, self.tracker, self.folder)
+        track_model(self.recipe, self.tracker, self.folder, self.recipe.train.steps)
 
 
 # -- a run's folder and its tracker ----------------------------------------------------------------
@@ -209,68 +215,6 @@ def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
         )
 
 
-@contextmanager
-def _tracked(run: Run[Any], corpus: Corpus, tags: dict[str, str]) -> Iterator[tracking.Tracker]:
-    """The tracker's run of this training, with its settings and its corpus."""
-    recipe, folder = run.recipe, run.folder
-    tags = {
-        **tags,
-        "lidit.corpus_digest": corpus.digest,
-        "lidit.ray_job": os.environ.get("RAY_JOB_ID", "embedded"),
-    }
-    key = digest_of({"name": recipe.name, "output": recipe.output})[:32]
-    experiment, settings = recipe.tracking.experiment, flatten(recipe)
-    with tracking.tracked_run(
-        run.tracking_uri, experiment, recipe.name, key, settings, tags, folder
-    ) as tracker:
-        tracker.dataset(Path(recipe.corpus).name, corpus.digest, recipe.corpus)
-        (folder / "recipe.json").write_text(recipe.model_dump_json(indent=1))
-        tracker.artifact(folder / "recipe.json")
-        yield tracker
-
-
-def track_model(recipe: RunRecipe, tracker: tracking.Tracker, folder: Path) -> None:
-    """Track the published model and the run's curves; register the model if the recipe says so."""
-    tracker.artifact(folder / "model", "model")
-    # a codec draws nothing by itself
-    if isinstance(recipe, Recipe) and (folder / "model" / INDEX).is_file():
-        _track_flavor(recipe, tracker, folder / "mlflow-model")
-    plot_curves(tracker, folder / "plots")
-    if recipe.tracking.registered_model:
-        tracker.register(recipe.tracking.registered_model, "model", recipe.tracking.alias)
-
-
-def _track_flavor(recipe: Recipe, tracker: tracking.Tracker, folder: Path) -> None:
-    """Put what makes it an MLflow model beside the tracked model."""
-    prompts = recipe.train.sample_prompts
-    try:
-        tracker.artifact(
-            write_flavor(folder, prompts[0] if prompts else "a photo of a cat"), "model"
-        )
-    except Exception as error:
-        # the model is trained and tracked; only MLflow's own loader will miss it
-        log.warning("the model cannot be loaded by mlflow.pyfunc: %s", one_line(error, 200))
-
-
-def plot_curves(tracker: tracking.Tracker, folder: Path) -> None:
-    """Plot and track loss over steps and validation loss per noise level, as the
-    tracker has them.
-    """
-    folder.mkdir(exist_ok=True)
-    names = {name: name for name in ("loss", "validation/loss")}
-    levels = {
-        name: f"t = {name.rpartition('_t')[2]}" for name in tracker.known("validation/loss_t")
-    }
-    for file, title, metrics in (
-        ("loss.png", "loss", names),
-        ("timesteps.png", "validation loss by timestep", levels),
-    ):
-        series = {label: tracker.history(name) for name, label in metrics.items()}
-        if shown := {label: points for label, points in series.items() if points[0]}:
-            plot_lines(folder / file, shown, "loss", title)
-            tracker.artifact(folder / file, "plots")
-
-
 def note_run(folder: Path, tracker: tracking.Tracker) -> None:
     """Keep the tracker's run id in the run's folder."""
     (folder / tracking.RUN_FILE).write_text(tracker.handle.run_id)
@@ -282,12 +226,6 @@ def finished_step(folder: Path) -> int | None:
         return int(json.loads((folder / "model" / "finished.json").read_text())["step"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def read_run_id(folder: Path) -> str:
-    """The tracker's run id; empty before the tracker gave one."""
-    path = folder / tracking.RUN_FILE
-    return path.read_text() if path.exists() else ""
 
 
 def publish_model(folder: Path) -> None:
@@ -377,10 +315,13 @@ def _shown(board: Any, progress: ProgressBar) -> Iterator[None]:
             stop.wait(1.0)
             for message in ray.get(board.take.remote()):
                 values = message["values"]
-                if "loss" in values:
-                    note = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
+                if "train/loss" in values:
+                    note = (
+                        f"loss {values['train/loss']:.4f}, "
+                        f"{values['train/images_per_second']:.0f} images/s"
+                    )
                     progress.update(
-                        message["step"], f"{note}, data wait {values['data_wait_share']:.0%}"
+                        message["step"], f"{note}, data wait {values['train/data_wait_share']:.0%}"
                     )
 
     thread = threading.Thread(target=show, daemon=True)

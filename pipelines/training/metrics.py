@@ -15,6 +15,7 @@ from lidit.config import RunRecipe
 from lidit.data.feed import Feed
 from pipelines.runtime.prometheus import TrainMetrics
 from pipelines.tracking import RunHandle, Tracker
+from pipelines.tracking.machine import MachineLoad
 from pipelines.training.engine import Batch, ShardedEngine, StepResult
 from pipelines.training.mfu import step_flops, utilisation
 from pipelines.training.schedule import learning_rate
@@ -38,6 +39,7 @@ class TrainingMetrics:
         self.is_rank_zero = engine.rank == 0
         self.tracker = Tracker(handle) if self.is_rank_zero and handle else None
         self.board, self.prometheus = board, TrainMetrics(recipe.name)
+        self.machine = MachineLoad()
         self.flops_per_step: float | None = None
         # the newest one, on every rank: checkpoints are compared by it
         self.validation_loss = math.inf
@@ -68,7 +70,10 @@ class TrainingMetrics:
         if done % self.recipe.train.log_every and done != self.recipe.train.steps:
             return
         elapsed = time.perf_counter() - self.began
+        seen = done * self.recipe.train.batch_size
         values = {
+            "epoch": done / self.feed.steps_per_epoch,
+            "samples_seen": float(seen),
             "learning_rate": learning_rate(self.recipe.train, batch.step),
             "images_per_second": self.images / elapsed,
             "tokens_per_second": self.tokens / elapsed,
@@ -87,7 +92,7 @@ class TrainingMetrics:
             values["teraflops_per_worker"] = self.flops_per_step * self.steps / elapsed / 1e12
         if (mfu := self._mfu(self.steps, elapsed)) is not None:
             values["mfu"] = mfu
-        self.log(values, done)
+        self.log({f"train/{name}": value for name, value in values.items()} | self._system(), done)
         self._reset()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -99,6 +104,10 @@ class TrainingMetrics:
             self.tracker.metrics(values, step)
         if self.board is not None:
             self.board.post.remote({"step": step, "values": dict(values)})
+
+    def _system(self) -> dict[str, float]:
+        """Load of rank 0's node, under the names by which MLflow shows them as system metrics."""
+        return self.machine.read() if self.tracker else {}
 
     def _mfu(self, steps: int, seconds: float) -> float | None:
         if self.flops_per_step is None:

@@ -18,10 +18,10 @@ from lidit.codecs import load_codec
 from lidit.config import EncoderSettings, Recipe
 from lidit.data.families import Families
 from lidit.diffusion import GuidedPredictor, Objective, initial_noise, sample, seeded_generators
+from lidit.grids import labelled_grid
 from lidit.models import LIDiT, TextStates
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.pixels import unit_to_bytes
-from lidit.plots import labelled_grid
 from lidit.store import Corpus, digest_of
 from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder

@@ -221,7 +221,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
             model, self.engine.objective, self.recipe, self.config["prompts"], self.families, path
         )
         if self.metrics.tracker:
-            self.metrics.tracker.artifact(path, "samples")
+            self.metrics.tracker.image(path, "samples", self.step)
 
     def validate_if_due(self) -> None:
         """The loss on the held-out samples, which no step trains on."""

@@ -28,8 +28,8 @@ from lidit.config.codec import CodecRecipe
 from lidit.data.feed import Feed
 from lidit.data.pixels import PixelAssembler, PixelBatch
 from lidit.data.rows import Part, Rows, require_held_out
+from lidit.grids import labelled_grid
 from lidit.pixels import to_bytes
-from lidit.plots import labelled_grid
 from lidit.store import Corpus
 from pipelines.corpus.latents import run_latents
 from pipelines.runtime.progress import ProgressBar
@@ -203,7 +203,7 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         ]
         labelled_grid(images, labels, columns=len(shown)).save(path)
         if self.metrics.tracker:
-            self.metrics.tracker.artifact(path, "reconstructions")
+            self.metrics.tracker.image(path, "reconstructions", self.step)
         return [float(torch.cat(ratios).mean()), float(torch.cat(errors).mean())]
 
     def export(self, folder: Path, model: TrainableAutoencoder) -> None:

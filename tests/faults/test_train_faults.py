@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 
 from lidit.config import Recipe
 from lidit.errors import InputError
+from pipelines.tracking import read_run_id
 from pipelines.training import checkpoints
-from pipelines.training.driver import UNTRACKED, TrainResult, read_run_id
+from pipelines.training.driver import UNTRACKED, TrainResult
 from pipelines.training.train import train
 from tests.helpers.trained import SmallWorld
 from tests.helpers.waiting import wait_until
@@ -48,7 +49,7 @@ def undisturbed(
 
 
 def losses(result: TrainResult) -> list[float]:
-    points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "loss")
+    points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "train/loss")
     assert sorted(point.step for point in points) == list(range(1, len(points) + 1)), (
         "doubled or lost steps"
     )
@@ -122,7 +123,7 @@ def test_a_checkpoint_cut_in_half_is_passed_over(
 
 
 def losses_from(result: TrainResult) -> list[float]:
-    points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "loss")
+    points = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "train/loss")
     return [point.value for point in sorted(points, key=lambda point: point.step)]
 
 
@@ -155,10 +156,10 @@ def test_a_driver_killed_as_its_model_is_published_tracks_it_at_the_next_start(
     assert found.run_id == run_id
     assert same_bits(result, model)
     client = MlflowClient(found.tracking_uri)
-    tracked = {
-        file.path for folder in ("model", "plots") for file in client.list_artifacts(run_id, folder)
-    }
-    assert {f"model/{file.name}" for file in model.iterdir()} | {"plots/loss.png"} <= tracked
+    (output,) = client.get_run(run_id).outputs.model_outputs
+    tracked = {file.path for file in client.list_logged_model_artifacts(output.model_id)}
+    assert {file.name for file in model.iterdir()} <= tracked
+    assert "plots/loss.png" in {file.path for file in client.list_artifacts(run_id, "plots")}
     assert client.get_run(run_id).info.status == "FINISHED"
     assert not (again.run_folder / UNTRACKED).exists()
 
@@ -193,7 +194,7 @@ def test_sigterm_saves_and_leaves(undisturbed: tuple[Recipe, TrainResult], tmp_p
         wait_for(run, process)
         client = MlflowClient(uri)
         wait_until(
-            lambda: len(client.get_metric_history(run.read_text(), "loss")) >= 3,
+            lambda: len(client.get_metric_history(run.read_text(), "train/loss")) >= 3,
             300,
             lambda: ended(process),
             every=0.1,

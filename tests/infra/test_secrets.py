@@ -89,7 +89,7 @@ def test_planted_secrets_are_nowhere(
             runs = client.search_runs([client.get_experiment_by_name("lidit").experiment_id])
             trained = next(run for run in runs if run.data.tags["lidit.job"] == "train")
             assert [
-                point.step for point in client.get_metric_history(trained.info.run_id, "loss")
+                point.step for point in client.get_metric_history(trained.info.run_id, "train/loss")
             ] == [1, 2]
     assert len(runs) == 2
     assert list((server / "artifacts").rglob("model_index.json"))

@@ -198,3 +198,10 @@ def test_a_doctor_names_what_is_missing(
     assert "failed: lidit doctor: mlflow: see above" in captured.err
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert lidit("doctor", "--no-ray") == 0
+
+
+def test_the_pages_of_a_folder_without_runs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lidit("ui", tmp_path) == 2
+    assert f"{tmp_path}: no mlflow.db; give the OUTPUT of your trainings" in capsys.readouterr().err

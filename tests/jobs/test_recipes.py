@@ -48,3 +48,10 @@ def test_a_schema_takes_what_ships() -> None:
     assert shipped.keys() <= schema["properties"].keys()
     assert schema["additionalProperties"] is False
     assert isinstance(CliRunner().invoke(app, ["schema", "nothing"]).exception, InputError)
+
+
+def test_a_recipe_remembers_how_it_was_written() -> None:
+    recipe = load_recipe("demo", ["train.steps=7"])
+    assert recipe.written.startswith("# The demo")
+    assert recipe.written.endswith("# changed on the command line:\n# train.steps=7\n")
+    assert recipe.placed("/elsewhere", "/corpus").written == recipe.written

@@ -5,15 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lidit.evals.ablation.paper import MEANING, PAPER
+from lidit.evals.ablation.paper import CLAIMS, MEANING, PAPER
 from lidit.evals.ablation.results import ArmResult, ArmSummary, Comparison, compare, summaries
 from lidit.evals.statistics import Interval
-from lidit.plots import add_grid, new_figure, save_figure
+from lidit.plots import COLOURS, draw_intervals, label_lines, new_panels, save_figure, set_title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FEW = 6
+LEAST_POSITIONS = 3
+OTHERS = "others"
+# Table of the paper -> what its panel shows.
+TITLES = {
+    "2": "Table 2: instruction, refiner, two LLMs",
+    "3": "Table 3: causal mask, encoders",
+    "5": "Table 5: the refiner's depth and gates",
+    "6": "Table 6: how two LLMs are fused",
+    "layers": "Layers of the LLM that are read",
+    "ours": "Ours: what the refiner's mixing gives",
+    "control": "Control: what only a refiner can carry",
+    OTHERS: "Arms that the paper does not compare",
+}
 PAGE, LEARNING_PLOT, POSITION_PLOT = "README.md", "learning.png", "positions.png"
 INTRODUCTION = """\
 Every arm has the same scenes, steps, data order and seeds; only encoders and model differ. An arm is judged on scenes
@@ -37,8 +54,8 @@ def write_ablation_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     arms, comparisons = summaries(results), compare(results)
-    _plot_learning(folder / LEARNING_PLOT, results)
-    _plot_positions(folder / POSITION_PLOT, arms)
+    plot_learning(folder / LEARNING_PLOT, arms)
+    curved = plot_positions(folder / POSITION_PLOT, arms)
     parts = [f"# {title}", INTRODUCTION, _facts_table(facts)]
     if missing:
         shown = f"{', '.join(missing[:FEW])}{' and others' if len(missing) > FEW else ''}"
@@ -52,9 +69,13 @@ def write_ablation_report(
         words(comparisons),
         _claims_table(comparisons, arms),
     ]
-    parts += ["## Arms", _arms_table(arms), f"![accuracy while learning]({LEARNING_PLOT})"]
+    parts += [
+        "## Arms",
+        _arms_table(arms),
+        f"![accuracy over training and at its end]({LEARNING_PLOT})",
+    ]
     parts += ["## By position of the segment in the caption", _positions_table(arms)]
-    parts.append(f"![accuracy by position]({POSITION_PLOT})")
+    parts += [f"![accuracy by position]({POSITION_PLOT})"] if curved else []
     page = folder / PAGE
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
@@ -191,56 +212,95 @@ def _positions_table(arms: Mapping[str, ArmSummary]) -> str:
     return "\n".join(lines)
 
 
-def _plot_learning(path: Path, results: Sequence[ArmResult]) -> None:
-    figure = new_figure((10, 5), dpi=110)
-    curves, bars = figure.subplots(1, 2)
-    arms = list(dict.fromkeys(result.arm for result in results))
-    for number, arm in enumerate(arms):
-        chosen = [result for result in results if result.arm == arm]
-        steps = [point.step for point in chosen[0].points]
-        # [seeds, points]
-        table = np.array([[point.accuracy for point in result.points] for result in chosen])
-        style = ("-", "--", ":")[number // 10 % 3]
-        (line,) = curves.plot(
-            steps, table.mean(axis=0), style, marker="o", markersize=3, linewidth=1.2, label=arm
-        )
-        if len(chosen) > 1:
-            curves.fill_between(
-                steps, table.min(axis=0), table.max(axis=0), alpha=0.12, color=line.get_color()
-            )
-        mean = table.mean(axis=1)  # [seeds]
-        bars.barh(number, mean.mean(), color=line.get_color(), alpha=0.6)
-        bars.plot(mean, [number] * len(mean), "k|", markersize=9)
-    curves.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-    curves.set(
-        xlabel="step", ylabel="binding accuracy", title="while learning (band: range over seeds)"
+def plot_learning(path: Path, arms: Mapping[str, ArmSummary]) -> None:
+    """A panel per table of the paper: accuracy over training (dots) and at its end (rings), with
+    intervals.
+    """
+    panels = _by_table(arms)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    tallest = max(len(shown) for shown in panels.values())
+    figure, every = new_panels(
+        (max(6.5, 4.2 * columns), (0.34 * tallest + 1.1) * rows), rows, columns, sharex=True
     )
-    curves.legend(fontsize=7)
-    bars.set_yticks(range(len(arms)), arms, fontsize=8)
-    bars.invert_yaxis()
-    bars.set(xlim=(0.45, 1.0), title="accuracy averaged over training (ticks: seeds)")
-    add_grid(curves, bars)
+    for axes, (table, shown) in zip(every, panels.items()):
+        shown = sorted(shown, key=lambda name: arms[name].learning.value)
+        for place, name in enumerate(shown):
+            for interval, shift, filled in (
+                (arms[name].learning, 0.12, True),
+                (arms[name].final, -0.12, False),
+            ):
+                _dot(axes, interval, place + shift, filled)
+        axes.axvline(0.5, color="#555555", linewidth=0.9, linestyle=":")
+        axes.set_yticks(range(len(shown)), shown)
+        axes.set(xlim=(0.38, 1.02), ylim=(-0.6, len(shown) - 0.4))
+        set_title(axes, TITLES.get(table, f"Table {table}"))
+    for place, axes in enumerate(every):
+        axes.tick_params(labelbottom=place + columns >= len(panels))  # nothing is below it
+        if place >= len(panels):
+            axes.set_axis_off()
+    figure.supxlabel(
+        "binding accuracy, chance .5 (dots: over training; rings: at its end; lines: 95 % "
+        "intervals)",
+        fontsize=9,
+    )
     save_figure(figure, path)
 
 
-def _plot_positions(path: Path, arms: Mapping[str, ArmSummary]) -> None:
-    figure = new_figure((8.5, 4.5), dpi=110)
-    axes = figure.add_subplot()
-    for number, (name, arm) in enumerate(arms.items()):
-        values = [interval.value for interval in arm.by_position]
-        style = ("-", "--", ":")[number // 10 % 3]
+def _by_table(arms: Mapping[str, ArmSummary]) -> dict[str, list[str]]:
+    """Table of the paper -> the arms that it compares, as far as there are results; then the arms
+    of no table.
+    """
+    found: dict[str, list[str]] = {}
+    for claim in CLAIMS:
+        for name in (claim.better, claim.worse):
+            if name in arms and name not in found.setdefault(claim.table, []):
+                found[claim.table].append(name)
+    shown = {name for names in found.values() if len(names) > 1 for name in names}
+    others = [name for name in arms if name not in shown]
+    return {table: names for table, names in found.items() if len(names) > 1} | (
+        {OTHERS: others} if others else {}
+    )
+
+
+def _dot(axes: Axes, interval: Interval, place: float, filled: bool) -> None:
+    colour = COLOURS[0] if filled else COLOURS[1]
+    if not math.isinf(interval.low):
         axes.plot(
-            range(1, len(values) + 1),
-            values,
-            style,
-            marker="o",
-            markersize=4,
-            linewidth=1.2,
-            label=name,
+            [interval.low, interval.high], [place, place], color=colour, linewidth=1.2, alpha=0.7
         )
+    face = colour if filled else "white"
+    axes.plot(
+        [interval.value], [place], marker="o", color=colour, markerfacecolor=face, markersize=5
+    )
+
+
+def plot_positions(path: Path, arms: Mapping[str, ArmSummary]) -> bool:
+    """A panel per table: accuracy by the segment that is wrong, with intervals. False where nothing
+    is plotted: two segments make no curve.
+    """
     count = max(len(arm.by_position) for arm in arms.values())
-    axes.set(xticks=range(1, count + 1), xlabel="segment of the caption", ylabel="binding accuracy")
-    axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-    add_grid(axes)
-    figure.legend(fontsize=8, loc="outside right center")  # beside the axes: fifteen arms fill them
+    panels = _by_table(arms)
+    if count < LEAST_POSITIONS:
+        return False
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, every = new_panels((4.8 * columns, 2.9 * rows), rows, columns, sharey=True)
+    for axes, (table, shown) in zip(every, panels.items()):
+        for number, name in enumerate(shown):
+            x = (
+                np.arange(1, count + 1) + (number - len(shown) / 2) * 0.04
+            )  # side by side, not on top of each other
+            draw_intervals(
+                axes, name, arms[name].by_position, x.tolist(), COLOURS[number % len(COLOURS)]
+            )
+        axes.axhline(0.5, color="#555555", linewidth=0.9, linestyle=":")
+        axes.set(xticks=range(1, count + 1), ylim=(0.3, 1.02))
+        set_title(axes, TITLES.get(table, f"Table {table}"))
+        label_lines(axes)
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("segment of the caption that is wrong", fontsize=9)
+    figure.supylabel("binding accuracy", fontsize=9)
     save_figure(figure, path)
+    return True

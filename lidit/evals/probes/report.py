@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lidit.evals.probes.probe import QUESTIONS, ProbeResult, chance
-from lidit.plots import add_grid, new_figure, save_figure
+from lidit.plots import label_lines, new_panels, save_figure, set_title
 
 ACCURACY_PLOT, NORMS_PLOT = "accuracy.png", "norms.png"
 THIRD_TO_LAST = -3
@@ -163,47 +163,39 @@ def _norm_table(results: Sequence[ProbeResult]) -> str:
 
 
 def _plot_accuracy(path: Path, results: Sequence[ProbeResult]) -> None:
-    styles = _styles(results)
-    figure = new_figure((3.2 * len(QUESTIONS), 3.2 * len(styles) + 1))
-    grid = figure.subplots(len(styles), len(QUESTIONS), sharex=True, sharey=True, squeeze=False)
-    for row, style in zip(grid, styles):
-        for axes, question in zip(row, QUESTIONS):
-            for result in (result for result in results if result.style == style):
-                values = result.accuracy[question].mean(axis=1)
-                depth = (np.arange(len(values)) + 1) / len(values)
-                axes.plot(depth, values, label=result.encoder, linewidth=1.2)
-            axes.axhline(chance(question), color="black", linewidth=0.8, linestyle=":")
-            axes.set(ylim=(0, 1.03), title=f"{question}\n({style})")
-            axes.title.set_fontsize(9)
-            add_grid(axes)
-    grid[-1][0].set(xlabel="depth of the block", ylabel="probe accuracy")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    # Style by style, a panel per question, in two columns: each is wide enough to be read.
+    panels = [(style, question) for style in _styles(results) for question in QUESTIONS]
+    rows = -(-len(panels) // 2)
+    figure, every = new_panels((9, 2.4 * rows + 0.8), rows, 2, sharex=True, sharey=True)
+    for axes, (style, question) in zip(every, panels):
+        for result in (result for result in results if result.style == style):
+            values = result.accuracy[question].mean(axis=1)
+            axes.plot((np.arange(len(values)) + 1) / len(values), values, label=result.encoder)
+        axes.axhline(chance(question), color="#555555", linewidth=0.9, linestyle=":")
+        axes.set(ylim=(0, 1.03))
+        set_title(axes, f"{question}, {style}")
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("depth of the block; dotted: chance", fontsize=9)
+    figure.supylabel("probe accuracy", fontsize=9)
+    handles, labels = every[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
 def _plot_norms(path: Path, results: Sequence[ProbeResult]) -> None:
-    figure = new_figure((11, 4))
-    norms, shares = figure.subplots(1, 2)
+    figure, (norms, shares) = new_panels((11, 4), columns=2)
     for result in (result for result in results if result.style == results[0].style):
         depth = (np.arange(len(result.layers)) + 1) / len(result.layers)
-        (line,) = norms.plot(
-            depth, [facts.norm for facts in result.layers], label=result.encoder, linewidth=1.2
-        )
-        sinks = [facts.sink_norm for facts in result.layers]
-        if all(sink is not None for sink in sinks):
+        (line,) = norms.plot(depth, [facts.norm for facts in result.layers], label=result.encoder)
+        sinks = [facts.sink_norm for facts in result.layers if facts.sink_norm is not None]
+        if len(sinks) == len(depth):
             norms.plot(depth, sinks, color=line.get_color(), linestyle=":", linewidth=1)
-        shares.plot(depth, [facts.strongest_share for facts in result.layers], linewidth=1.2)
-    norms.set(
-        yscale="log",
-        xlabel="depth of the block",
-        title="mean norm of caption tokens (dotted: first token)",
-    )
-    shares.set(
-        ylim=(0, 1),
-        xlabel="depth of the block",
-        title="share of the squared norm in the strongest channel",
-    )
-    norms.legend(fontsize=7)
-    add_grid(norms, shares)
+        shares.plot(depth, [facts.strongest_share for facts in result.layers], label=result.encoder)
+    norms.set(yscale="log", xlabel="depth of the block")
+    shares.set(ylim=(0, 1), xlabel="depth of the block")
+    set_title(norms, "Mean norm of caption tokens (dotted: first token)")
+    set_title(shares, "Share of the squared norm in the strongest channel")
+    label_lines(norms)
+    label_lines(shares)
     save_figure(figure, path)

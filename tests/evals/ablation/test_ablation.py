@@ -102,11 +102,8 @@ def test_one_seed_tells_nothing() -> None:
 
 
 def test_the_page_puts_our_figures_beside_the_papers(tmp_path: Path) -> None:
-    results = [
-        result(arm, seed, (0.98, 0.99))
-        for arm in ("baseline", "instruction", "mine")
-        for seed in (0, 1)
-    ]
+    arms, positions = ("baseline", "instruction", "mine"), (0.9, 0.8, 0.7)
+    results = [result(arm, seed, (0.98, 0.99), positions) for arm in arms for seed in (0, 1)]
     page = write_ablation_report(tmp_path, results, "T", {"seeds": "0, 1"}, ["both seed 0"])
     text = page.read_text()
     assert "38.72 / 66.15" in text
@@ -118,6 +115,12 @@ def test_the_page_puts_our_figures_beside_the_papers(tmp_path: Path) -> None:
     assert all(
         (tmp_path / name).stat().st_size > 4000 for name in ("learning.png", "positions.png")
     )
+    # Two segments make no curve.
+    short = write_ablation_report(
+        tmp_path / "short", [result("mine", seed, (0.9,)) for seed in (0, 1)], "T", {}
+    )
+    assert "positions.png" not in short.read_text()
+    assert not (tmp_path / "short" / "positions.png").exists()
 
 
 def test_the_papers_orderings_agree_with_its_figures() -> None:

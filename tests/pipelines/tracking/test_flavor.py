@@ -40,9 +40,25 @@ def test_the_alias_loads_a_model_that_draws(
     LIDiTPipeline.from_pretrained(model).save_pretrained(model)
     uri, run = tracking.local_store(tmp_path), tmp_path / "run"
     with tracked_run(uri, "test", "run", "key", {}, {}, run) as tracker:
-        tracker.artifact(model, "model")
-        tracker.artifact(write_flavor(run / "mlflow-model", PROMPTS[0]), "model")
-        tracker.register("lidit", "model", "newest")
+        tracker.metrics({"train/loss": 0.5}, 4)
+        tracker.model(model, "model", 4)
+        tracker.model(write_flavor(run / "mlflow-model", PROMPTS[0]), "model", 4)
+        tracker.model_is_whole("model", 4)
+        tracker.register("lidit", "model", "newest", "after 4 steps")
+    with tracked_run(
+        uri, "test", "scores", "other", {}, {tracking.PARENT: tracker.handle.run_id}, run
+    ) as scores:
+        scores.metrics({"scenes/overall": 0.75}, 0, tracker.handle.run_id)
+    client = mlflow.MlflowClient(uri)
+    version = client.get_model_version_by_alias("lidit", "newest")
+    assert version.description == "after 4 steps"
+    (output,) = client.get_run(tracker.handle.run_id).outputs.model_outputs
+    assert output.model_id in version.source
+    logged = client.get_logged_model(output.model_id)
+    assert {metric.key: metric.value for metric in logged.metrics} == {
+        "train/loss": 0.5,
+        "scenes/overall": 0.75,
+    }
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     try:

@@ -95,7 +95,7 @@ def test_a_store_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     assert sqlite_file(uri) == folder / "mlflow.db"
     assert (folder / "mlflow.db").is_file()
     assert list(folder.rglob("note.txt"))
-    assert shlex.split(tracking.open_command(uri))[-1] == uri
+    assert shlex.split(tracking.open_command(uri)) == ["lidit", "ui", str(folder)]
     assert MlflowClient(uri).get_run(run.handle.run_id).info.status == "FINISHED"
 
 

@@ -17,6 +17,8 @@ import pytest
 from mlflow import MlflowClient
 from pydantic import ValidationError
 
+from lidit import commit
+from lidit.commit import git_state
 from lidit.config import TrackingSettings
 from pipelines import tracking
 from pipelines.tracking import delivery, runs
@@ -80,15 +82,15 @@ def test_a_worker_started_again_doubles_nothing(tmp_path: Path) -> None:
 def test_the_commit_of_code_without_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len(tracking.git_state()["git.commit"]) == 40
+    assert len(git_state()["git.commit"]) == 40
     monkeypatch.setenv("LIDIT_GIT_COMMIT", "c0ffee")
-    assert tracking.git_state()["git.commit"] != "c0ffee"
-    (tmp_path / "pipelines").mkdir()
+    assert git_state()["git.commit"] != "c0ffee"
+    (tmp_path / "lidit").mkdir()
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # somebody else's
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "pipelines" / "runs.py"))
-    assert tracking.git_state() == {"git.commit": "c0ffee"}
+    monkeypatch.setattr(commit, "__file__", str(tmp_path / "lidit" / "commit.py"))
+    assert git_state() == {"git.commit": "c0ffee"}
     monkeypatch.delenv("LIDIT_GIT_COMMIT")
-    assert tracking.git_state() == {}
+    assert git_state() == {}
 
 
 @pytest.mark.parametrize("alias", ["latest", "v3", "12", "two words"])

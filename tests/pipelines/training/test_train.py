@@ -83,22 +83,55 @@ def test_one_run_holds_everything(
     client = MlflowClient(result.tracking_uri)
     run = client.get_run(result.run_id)
     assert run.info.status == "FINISHED"
-    assert history(result, "loss") == [2, 4, 6, 8]
+    assert history(result, "train/loss") == [2, 4, 6, 8]
     assert history(result, "validation/loss") == [8]
     assert run.data.params["train.optimizer.lr"] == "0.001"
     assert run.data.tags["lidit.corpus_digest"] == small_world.open().digest
     for family in small_world.open().text_families():
         assert run.data.tags[f"lidit.text.{family.name}"] == family.fingerprint
-    assert run.inputs.dataset_inputs[0].dataset.digest == small_world.open().digest[:36]
+    read = {entry.dataset.name: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert read["corpus"].digest == small_world.open().digest[:36]
+    families = [*small_world.open().text_families(), *small_world.open().latent_families()]
+    assert set(read) == {"corpus", *(family.directory for family in families)}
+    assert all(json.loads(data.profile)["rows"] for name, data in read.items() if name != "corpus")
     names = {artifact.path for artifact in client.list_artifacts(result.run_id)}
-    assert {"model", "samples", "recipe.json", "plots"} <= names
+    assert {"images", "recipe.json", "plots", "environment"} <= names
+    shown = {
+        Path(each.path).name.split("+timestamp")[0]
+        for each in client.list_artifacts(result.run_id, "images")
+    }
+    assert shown == {"samples+step+4", "samples+step+8"}
     assert {a.path for a in client.list_artifacts(result.run_id, "plots")} == {
         "plots/loss.png",
         "plots/timesteps.png",
     }
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (str(model.status), output.step) == ("READY", 8)
+    assert {metric.key for metric in model.metrics} == {"train/loss", "validation/loss"}
     registered = client.get_model_version_by_alias("lidit-test", recipe.tracking.alias)
+    assert output.model_id in registered.source
     folder = Path(registered.source.removeprefix("file://"))
     assert LIDiTPipeline.from_pretrained(folder).config.height == 32
+
+
+def test_a_run_says_who_what_and_on_which_machine(undisturbed: tuple[Recipe, TrainResult]) -> None:
+    recipe, result = undisturbed
+    client = MlflowClient(result.tracking_uri)
+    run = client.get_run(result.run_id)
+    tags = run.data.tags
+    assert tags["mlflow.source.name"]
+    assert len(tags["mlflow.source.git.commit"]) == 40
+    for said in (str(recipe.run_folder), "8 steps", *(encoder.name for encoder in recipe.encoders)):
+        assert said in tags["mlflow.note.content"]
+    # No defaults, and what the defaults came to.
+    assert "train.non_finite" not in run.data.params
+    assert run.data.params["engine.world_size"] == str(recipe.engine.workers)
+    assert int(run.data.params["model.parameters"]) > 10_000
+    assert run.data.metrics["train/samples_seen"] == 8 * recipe.train.batch_size
+    assert 0 < run.data.metrics["system/system_memory_usage_percentage"] <= 100
+    found = {Path(each.path).name for each in client.list_artifacts(result.run_id, "environment")}
+    assert found == {"requirements.txt", "hardware.json"}
 
 
 def test_the_same_command_again_does_nothing(undisturbed: tuple[Recipe, TrainResult]) -> None:
@@ -178,7 +211,7 @@ def test_a_killed_worker_costs_nothing_but_time(
     assert straight.keys() == resumed.keys()
     for name, value in straight.items():
         assert torch.equal(value, resumed[name]), name
-    assert history(killed, "loss") == [2, 4, 6, 8]
+    assert history(killed, "train/loss") == [2, 4, 6, 8]
 
 
 @pytest.mark.slow

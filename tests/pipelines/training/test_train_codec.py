@@ -73,7 +73,7 @@ def history(result: TrainResult, metric: str) -> list[float]:
 @pytest.mark.slow
 def test_it_learns_and_its_run_holds_the_evidence(trained: tuple[CodecRecipe, TrainResult]) -> None:
     recipe, result = trained
-    loss = history(result, "loss")
+    loss = history(result, "train/loss")
     assert len(loss) == 6
     assert loss[-1] < 0.8 * loss[0]
     first, last = history(result, "validation/psnr")

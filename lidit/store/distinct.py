@@ -1,0 +1,72 @@
+"""Which captions units repeat: each unit holds distinct captions, and may hold those of earlier
+units, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lidit.store.corpus import Corpus
+
+DIGEST_WORDS = 2  # of 64 bits, of a caption's sha256: two captions in 2^128 are alike
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class CaptionIndex:
+    """Where each caption of a corpus stands among the distinct ones: [captions] each, units one
+    after the other.
+
+    units: the first unit that has it; rows: its row among the captions that are new in that unit.
+    """
+
+    starts: Ints  # [units + 1]
+    units: Ints
+    rows: Ints
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> CaptionIndex:
+        """Read every caption's digest: about 60 bytes of memory per caption while it is made."""
+        parts = [_digests(corpus, unit) for unit in range(corpus.num_units)]
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        digests = np.concatenate(parts) if parts else np.zeros((0, DIGEST_WORDS), np.uint64)
+        # A stable sort keeps equal captions in the order of units: the first of each group owns it.
+        order = np.lexsort(digests.T)
+        first = np.ones(len(order), bool)
+        first[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+        owner = np.empty(len(order), np.int64)
+        owner[order] = order[np.flatnonzero(first)][np.cumsum(first) - 1]
+        # Its row among the new captions of its unit: how many new ones stand before it there.
+        new = owner == np.arange(len(owner))
+        before = np.concatenate([[0], np.cumsum(new)])
+        unit_of = np.repeat(np.arange(len(parts)), np.diff(starts))
+        units = unit_of[owner]
+        return cls(starts, units, before[owner] - before[starts[units]])
+
+    def unit(self, unit: int) -> tuple[Ints, Ints]:
+        """Owners' units and rows of one unit's captions."""
+        part = slice(int(self.starts[unit]), int(self.starts[unit + 1]))
+        return self.units[part], self.rows[part]
+
+    @property
+    def distinct(self) -> int:
+        """How many captions differ."""
+        return (
+            len(np.unique(np.stack([self.units, self.rows], 1), axis=0)) if len(self.units) else 0
+        )
+
+
+def count_distinct(corpus: Corpus, limit: int = 20_000_000) -> int | None:
+    """How many captions of a corpus differ; None above `limit` captions, whose digests take long to
+    read.
+    """
+    return CaptionIndex.of(corpus).distinct if corpus.facts["totals"]["captions"] <= limit else None
+
+
+def _digests(corpus: Corpus, unit: int) -> NDArray[np.uint64]:
+    column = corpus.captions(unit)["sha256"].combine_chunks()
+    content = b"".join(column.to_pylist())
+    return np.frombuffer(content, np.uint64).reshape(-1, 4)[:, :DIGEST_WORDS].copy()
