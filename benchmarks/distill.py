@@ -39,7 +39,7 @@ from lidit.evals.scenes.scorer import score_image
 from lidit.evals.statistics import Interval, bootstrap_overall
 from lidit.models import TextStates
 from lidit.pipeline import LIDiTPipeline, image_bytes
-from lidit.plots import labelled_grid
+from lidit.grids import labelled_grid
 from pipelines.evaluation.models import load_pipeline, weights_digest
 from pipelines.evaluation.scene_images import scene_targets
 

@@ -82,7 +82,7 @@ class StateProjection(nn.Module):
                     "before training"
                 )
             # Steps are below 256 but for few, so exact in bfloat16; the size comes after the sum.
-            dtype = self.linear.weight.dtype
+            dtype = compute_dtype(self.linear)
             standardised = (states.to(dtype) @ self.steps_to_standard.to(dtype)).float() * size[
                 ..., None
             ]

@@ -2,6 +2,8 @@
 refused.
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, FirstBlockCacheConfig
@@ -27,6 +29,24 @@ def test_group_offloading_changes_no_bit(make_model, make_text, kind) -> None:
     )
     assert any(hasattr(module, "_diffusers_hook") for module in model.modules())
     torch.testing.assert_close(outputs(model, text), expected, rtol=0, atol=0)
+
+
+def test_layerwise_casting_stores_eight_bits_and_computes_as_rounded_weights(
+    make_model, make_text
+) -> None:
+    model, text = make_model(), make_text()
+    rounded = deepcopy(model)
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    small = [name for name, each in model.named_parameters() if each.dtype == torch.float8_e4m3fn]
+    assert any(".blocks.1." in name for name in small)
+    assert any(name.startswith("conditioner.") for name in small)
+    with torch.no_grad():
+        for name in small:
+            parameter = rounded.get_parameter(name)
+            parameter.copy_(parameter.to(torch.float8_e4m3fn))
+    expected = outputs(rounded, text)
+    torch.testing.assert_close(outputs(model, text), expected, rtol=0, atol=0)
+    assert model.get_parameter(small[0]).dtype == torch.float8_e4m3fn
 
 
 def test_checkpointing_can_be_switched_on_and_off(make_model, make_text) -> None:

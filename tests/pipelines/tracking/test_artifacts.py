@@ -128,7 +128,7 @@ def test_a_file_may_take_longer_than_other_calls_and_close_waits_while_files_arr
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "FILE_SECONDS", 10.0)
-    monkeypatch.setattr(delivery, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(delivery, "CLOSE_SECONDS", 1.5)
     with slow_server(delay=2.0) as server:
         tracker = driver(server, model.parent)
         tracker.artifact(model, "model")
