@@ -37,9 +37,9 @@ from lidit.config import EvaluateSettings
 from lidit.datasets.scenes.benchmark import benchmark_prompts
 from lidit.evals.scenes.scorer import score_image
 from lidit.evals.statistics import Interval, bootstrap_overall
+from lidit.grids import labelled_grid
 from lidit.models import TextStates
 from lidit.pipeline import LIDiTPipeline, image_bytes
-from lidit.grids import labelled_grid
 from pipelines.evaluation.models import load_pipeline, weights_digest
 from pipelines.evaluation.scene_images import scene_targets
 
