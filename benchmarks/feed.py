@@ -10,7 +10,9 @@ cache. A worker is a thread of the feed here and a process of torch's DataLoader
 their noise and timesteps in the workers too, without a seed per sample, and WebDataset shuffles
 within a buffer, as it is used. The first pass over a corpus also checks every file's sha256; it is
 reported beside the others, which is what `ratio_webdataset` compares (the smaller of the ratios of
-1 and 2 workers). The last line printed is one JSON object.
+1 and 2 workers). `ratio_int8` compares int8 states of two LLMs of width 4096 that go to the model
+as they are stored with the same made float32 by the feed, by processor time. The last line printed
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lidit.config import DataSettings
 from lidit.data.feed import Feed, open_feed
+from lidit.data.order import Order, shares
 from lidit.store import (
     Corpus,
     Crop,
@@ -54,6 +57,7 @@ from lidit.store import (
 from lidit.store.files.folder import Folder
 
 WIDTHS = {"first": 576, "second": 640}  # SmolLM2-135M and Gemma-3-270m
+WIDE = {"first": 4096, "second": 4096}  # two LLMs of 7 or 8 billion parameters
 SHAPE = (4, 32, 32)  # 256 pixels through an autoencoder of factor 8
 UNIT = 1024
 WORKERS = (1, 2)
@@ -62,7 +66,7 @@ Content = dict[str, np.ndarray]  # latents, and the bits of each LLM's states [T
 Epoch = Callable[[int], Iterator[tuple[int, int]]]  # workers -> (samples, tokens) of each batch
 
 
-def contents(unit: int, samples: int) -> list[Content]:
+def contents(unit: int, samples: int, widths: Mapping[str, int] = WIDTHS) -> list[Content]:
     """The samples of one unit, the same whenever they are asked for."""
     source, generator = np.random.default_rng(unit), torch.Generator().manual_seed(unit)
     long = source.normal(85, 30, samples)
@@ -76,13 +80,19 @@ def contents(unit: int, samples: int) -> list[Content]:
             .bfloat16()
             .view(torch.uint16)
             .numpy()
-            for name, width in WIDTHS.items()
+            for name, width in widths.items()
         }
         made.append({"latents": torch.randn(SHAPE, generator=generator).numpy(), **states})
     return made
 
 
-def write_corpus(folder: Path, units: int, samples: int) -> None:
+def write_corpus(
+    folder: Path,
+    units: int,
+    samples: int,
+    widths: Mapping[str, int] = WIDTHS,
+    storage: str = "bfloat16",
+) -> None:
     rows = []
     for unit in range(units):
         image = ImageReference("x.tar", "x.png")
@@ -107,18 +117,20 @@ def write_corpus(folder: Path, units: int, samples: int) -> None:
         {},
         {"refused": 0, "reasons": {}},
     )
-    for name, width in WIDTHS.items():
+    for name, width in widths.items():
         writer = FamilyWriter.open_or_create(
-            str(folder), "text", name, {"storage": "bfloat16", "name": name}
+            str(folder), "text", name, {"storage": storage, "name": name}
         )
         one = torch.zeros(1, width, dtype=torch.bfloat16)
-        writer.write_shared(shared_table([0], one, [0], one, *channel_statistics([one, one + 1])))
+        statistics = channel_statistics([one, one + 1])
+        writer.write_shared(shared_table([0], one, [0], one, *statistics))
         for unit in range(units):
             states = [
                 torch.from_numpy(item[name]).view(torch.bfloat16)
-                for item in contents(unit, samples)
+                for item in contents(unit, samples, widths)
             ]
-            writer.publish(unit, text_table([[0] * len(s) for s in states], states, "bfloat16"))
+            ids = [[0] * len(state) for state in states]
+            writer.publish(unit, text_table(ids, states, storage, width, *statistics))
         writer.finish()
     writer = FamilyWriter.open_or_create(str(folder), "latents", "codec", {"storage": "float32"})
     for unit in range(units):
@@ -156,7 +168,7 @@ def our_feed(folder: Path, batch: int) -> Callable[[int], Feed]:
     settings = DataSettings(caption_dropout=0.0)
     feed = open_feed(Corpus.open(folder), settings, batch_size=batch)
     return lambda readers: Feed(
-        feed.order, feed.assembler, 0, 1, settings.prefetch_batches, readers
+        feed.order, feed.assembler, 0, 1, settings.model_copy(update={"readers": readers})
     )
 
 
@@ -260,7 +272,55 @@ def main() -> None:
         )
         expected = (units * UNIT, tokens)
         result = compare(work, arguments.batch, rounds, expected)
+        result |= int8(work, rounds)
     print(json.dumps(result))
+
+
+def units_opened(ranks: int = 64, per_node: int = 8, batch: int = 2048) -> dict[str, float]:
+    """Units of a window (64 of 1,024 samples) that a rank and a node open: as batches are drawn,
+    and by unit.
+    """
+    order = Order(np.full((256, 1), 1024), lambda unit: np.zeros(1024, np.int64), batch, 0, 64)
+    steps = [order.batch(step) for step in range(64 * 1024 // batch)]
+    found = {}
+    for name, batches in (("drawn", steps), ("by_unit", [step.by_unit() for step in steps])):
+        for who, parts in (("rank", ranks), ("node", ranks // per_node)):
+            opened = [
+                len(
+                    {
+                        int(unit)
+                        for whole in batches
+                        for unit in whole.slice(part.start, part.stop).unit
+                    }
+                )
+                for part in shares(batch, parts)
+            ]
+            found[f"units_per_{who}_{name}"] = round(float(np.mean(opened)), 1)
+    return found
+
+
+def int8(work: Path, rounds: int, units: int = 4, samples: int = 64) -> dict[str, Any]:
+    """Samples per second of one core, of int8 states as float32 and as they are stored."""
+    write_corpus(work / "int8", units, samples, WIDE, "int8")
+    settings = DataSettings(caption_dropout=0.1, readers=1)
+    feeds = {
+        name: open_feed(Corpus.open(work / "int8"), settings, batch_size=32, coded=coded)
+        for name, coded in (("float32", False), ("as_stored", True))
+    }
+    rates, sizes = dict.fromkeys(feeds, 0.0), {}
+    for number in range(rounds + 1):  # the first pass checks every row
+        for name, feed in feeds.items():
+            began, count = time.process_time(), 0
+            for batch in feed.batches(0, feed.steps_per_epoch):
+                count += len(batch.keys)
+                sizes[name] = sum(text.states.nbytes for text in batch.text.values()) / 32
+            if number:
+                rates[name] = max(rates[name], count / (time.process_time() - began))
+    return {
+        "int8_samples_per_second_of_a_core": {n: round(found) for n, found in rates.items()},
+        "int8_bytes_per_sample": {n: round(size) for n, size in sizes.items()},
+        "ratio_int8": round(rates["as_stored"] / rates["float32"], 2),
+    }
 
 
 def compare(work: Path, batch: int, rounds: int, expected: tuple[int, int]) -> dict[str, Any]:
@@ -309,6 +369,7 @@ def compare(work: Path, batch: int, rounds: int, expected: tuple[int, int]) -> d
             for n, found in rates.items()
         },
         "first_pass_samples_per_second": round(checked),
+        **units_opened(),
     }
 
 

@@ -55,6 +55,8 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lidit.plan import GPU_SHARE
+
     console, setting = Console(), recipe.plan
     gpus = setting.gpus or recipe.engine.workers
     console.print(
@@ -85,7 +87,7 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
         table.add_column(column, justify="right")
     for stage, memory in plan.memory.items():
         parts = (memory.states, memory.buffers, memory.activations, memory.total)
-        fits = "yes" if memory.total < 0.95e9 * setting.gpu_gigabytes else "no"
+        fits = "yes" if memory.total < GPU_SHARE * 1e9 * setting.gpu_gigabytes else "no"
         mark = f"{stage} (recipe)" if stage == recipe.engine.zero_stage else str(stage)
         table.add_row(mark, *(f"{part / 1e9:.1f}" for part in parts), fits)
     console.print(table)
@@ -114,6 +116,7 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
         f"{facts.repeated:.0%} of the captions stand in several units" if facts.repeated else ""
     )
     bandwidth = plan.read_bytes_per_second_per_node / 1e6
+    fetched = plan.fetched_bytes_per_second_per_node / 1e6
     for label, text in (
         (
             "embedding",
@@ -133,11 +136,13 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
         (
             "reading",
             f"{bandwidth:,.1f} MB/s per node of {setting.gpus_per_node} GPUs, "
-            f"{plan.bytes_per_sample:,.0f} bytes a sample",
+            f"{plan.bytes_per_sample:,.0f} bytes a sample; behind a URL {fetched:,.1f} MB/s, "
+            "latents by whole units",
         ),
+        ("recomputing", recomputing(recipe, plan)),
         ("cost", f"{plan.cost:,.0f} at {setting.price_per_gpu_hour:g} per GPU-hour"),
     ):
-        console.print(f"  {label:<10} {text}", highlight=False)
+        console.print(f"  {label:<11} {text}", highlight=False)
     console.print(f"\n  text states: {plan.states.advice}", highlight=False)
     console.print(
         "\nMFU counts three forward passes a step, without recomputation. Captions are counted "
@@ -176,6 +181,33 @@ def _show_states(recipe: Recipe, plan: Plan, console: Console) -> None:
         "and online.ahead of at "
         f"least {states.ahead}",
         highlight=False,
+    )
+
+
+def recomputing(recipe: Recipe, plan: Plan) -> str:
+    """Whether blocks must be computed again in the backward pass, for memory at the
+    price of time.
+    """
+    model = recipe.model
+    has = (model.checkpointed_every or 1) if model.activation_checkpointing else 0
+    if plan.checkpointing is None:
+        return (
+            "activations do not fit even so; take more GPUs, engine.accumulation or "
+            "engine.zero_stage=3"
+        )
+    if plan.checkpointing == 0:
+        needless = (
+            "; model.activation_checkpointing=false saves up to a quarter of the time"
+            if has
+            else ""
+        )
+        return f"not needed: activations fit{needless}"
+    every = "each block" if plan.checkpointing == 1 else f"every {plan.checkpointing}th block"
+    if has == plan.checkpointing:
+        return f"needed for {every}, as the recipe has it"
+    return (
+        f"needed for {every}: model.activation_checkpointing=true "
+        f"model.checkpointed_every={plan.checkpointing}"
     )
 
 

@@ -44,7 +44,7 @@ def command(
 
     check_prompts(prompt, "--prompt")
     check_seeds((seed, seed + count - 1), "--seed")
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, drawing=True)
     out.mkdir(parents=True, exist_ok=True)
     images, labels = [], []
     with ProgressBar("sample", len(prompt) * count, "images") as progress:

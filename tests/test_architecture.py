@@ -35,7 +35,9 @@ NARROW = {
 }
 ONLY_IN = {
     "ray": ("pipelines/",),
-    "deepspeed": tuple(f"pipelines/training/{name}.py" for name in ("ema", "engine", "gradients")),
+    "deepspeed": tuple(
+        f"pipelines/training/{name}.py" for name in ("ema", "engine", "gradients", "partition")
+    ),
     "mlflow": ("pipelines/tracking/",),
 }
 

@@ -2,8 +2,8 @@
 GPU.
 
 Forward and backward pass, ZeRO-1's master weights and optimizer, clipping, the average of the
-weights, the checks of
-loss and gradient: all of `pipelines.training.engine`. Batches are on the GPU already.
+weights, the checks of loss and gradient: all of `pipelines.training.engine`. Batches are on the GPU
+already, but where they come as the feed gives them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import socket
 import statistics
 import time
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ from lidit.config import (
     Recipe,
     TrainSettings,
 )
+from lidit.data.ahead import copied_ahead, with_tensors
 from lidit.data.assembler import TrainingBatch
 from lidit.diffusion import build_objective
-from lidit.models import LIDiT
+from lidit.models import LIDiT, TextStates
 from lidit.models.compiled import compile_blocks
 from lidit.models.flops import forward_flops
 from pipelines.training.engine import Engine, set_up_device
@@ -71,6 +73,7 @@ class RealStep:
                 zero_stage=1,
                 precision="bfloat16" if run.cuda else "float32",
                 gpus_per_worker=1 if run.cuda else 0,
+                compile=False,  # measured first; `part_9` compiles afterwards
             ),
         )
         torch.manual_seed(0)
@@ -162,6 +165,51 @@ class RealStep:
             "mfu_useful": self._share(sum(useful[late:]), sum(clocks[late:])),
         }
 
+    def fed(self, size: int, steps: int) -> dict[str, Any]:
+        """Steps whose batches are read from int8 families: pinned, copied a step ahead, made states
+        by the model. Then the same batches from pageable memory, in the loop's own thread.
+        """
+        for name in LLMS:
+            self.engine.module.conditioner.set_code(name, None)
+        lengths, found = self.fixed(size), {}
+        read = [self.stored(number, size, lengths) for number in range(3)]
+        device, ready = self.engine.device, read
+        if self.run.cuda:  # the feed's readers pin
+            ready = [with_tensors(batch, torch.Tensor.pin_memory) for batch in read]
+        for name, batches in (
+            ("ahead", lambda: copied_ahead(cycle(ready), device)),
+            ("in_the_loop", lambda: (batch.to(device) for batch in cycle(read))),
+        ):
+            feed = batches()
+            self.engine.train_step(next(feed))
+            seconds = statistics.median(
+                timing.wall(self.run, lambda: self.engine.train_step(next(feed)))  # noqa: B023 - called at once
+                for _ in range(1 if self.run.toy else steps)
+            )
+            found[f"{name}_step_ms"] = round(1e3 * seconds, 2)
+            found[f"{name}_images_per_second"] = round(size / seconds, 1)
+            useful = lengths.float().mean(1).tolist()
+            found[f"{name}_mfu_useful"] = self._share(size * self.flops(useful), seconds)
+        return {"batch": size, **found}
+
+    def stored(self, step: int, size: int, lengths: torch.Tensor) -> TrainingBatch:
+        """A batch as the feed makes it of int8 families, on the CPU."""
+        longest = int(lengths.max())
+        found = lidit_inputs(self.shape, lengths, 1, torch.device("cpu"), torch.float32)
+        masks = torch.arange(longest) < lengths[..., None]
+        text = {
+            name: TextStates(
+                torch.randint(-127, 128, (size, longest, self.shape.encoder_width)).to(torch.int8),
+                masks[place],
+                found["text"][name].prefix,
+                torch.full((size, longest), 1 / 50),
+            )
+            for place, name in enumerate(LLMS)
+        }
+        keys = tuple(map(str, range(size)))
+        tokens = int(lengths.sum())
+        return TrainingBatch(step, keys, found["latents"], found["noise"], found["t"], text, tokens)
+
     def kernels(self, size: int) -> dict[str, Any]:
         """What the GPU runs in a step."""
         batch = self.batch(0, size, self.fixed(size))
@@ -190,6 +238,11 @@ def part_9(run: Run) -> None:
     run.attempt("compiled, kernels", lambda: real.kernels(size), needs=6)
     if not run.toy:
         _step(run, real, f"compiled, batch {size + size // 2}", size + size // 2)
+    fed = run.attempt("compiled, fed int8", lambda: real.fed(size, 8), needs=8)
+    if fed:
+        run.headline(
+            f"fed {fed['ahead_step_ms']:.0f} ms, in the loop {fed['in_the_loop_step_ms']:.0f}"
+        )
     found = run.attempt("compiled, drawn", lambda: real.as_drawn(size, 12), needs=8)
     if found:
         run.headline(f"drawn {found['images_per_second']:.0f} images/s")

@@ -30,4 +30,5 @@ PARTS = (
     Part(7, "codec", "codec", 25),
     Part(8, "waiting for the GPU in a step", "waits", 20),
     Part(6, "offloading", "offload", 25),
+    Part(10, "stacks of small models", "small", 25),
 )

@@ -51,6 +51,11 @@ class Codec(Protocol):
         """Moves its weights, where it has any; `decode` brings them to the latents."""
 
 
+# A decoder's activations take 1.9 GB per million pixels: of one megapixel each, as many as fill a
+# GPU's kernels.
+DECODED_PIXELS = 4 * 2**20
+
+
 class PixelCodec:
     """Latents are the pixels on [-1, 1]; stored as the 8 bits they came from."""
 
@@ -93,9 +98,11 @@ class AutoencoderCodec:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         if latents.device != self._device:
             self.to(latents.device)
-        unscaled = latents.float() / self.scaling + self.shift
-        images = self.model.decode(unscaled.to(self._dtype)).sample
-        return to_unit(images)
+        unscaled = (latents.float() / self.scaling + self.shift).to(self._dtype)
+        at_once = max(1, DECODED_PIXELS // (self.factor**2 * latents.shape[-1] * latents.shape[-2]))
+        return torch.cat(
+            [to_unit(self.model.decode(part).sample) for part in unscaled.split(at_once)]
+        )
 
     def to(self, device: str | torch.device) -> None:
         self.model.to(device)

@@ -8,7 +8,9 @@ loop over units, with the pixels of `lidit.sources.reading.bucket_images`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +60,18 @@ def unit_chunks(corpus: Corpus, unit: int, scale: int = 1) -> list[tuple[int, in
     return [*chunks, (start, len(buckets))]
 
 
+@dataclass(frozen=True)
+class BatchOnItsWay:
+    """A batch that is being encoded. mean, deviation: [B, C, h, w], to be looked at after
+    `copied`.
+    """
+
+    rows: list[int]
+    mean: torch.Tensor
+    deviation: torch.Tensor | None
+    copied: torch.cuda.Event | None
+
+
 class LatentEncoder:
     """A codec at work. `codec_seconds` is the time it has computed since it was last
     set to zero.
@@ -89,24 +103,55 @@ class LatentEncoder:
             rows_of_shape.setdefault(image.shape, []).append(row)
         means: dict[int, torch.Tensor] = {}
         deviations: dict[int, torch.Tensor] = {}
+        begun: deque[BatchOnItsWay] = deque()
+        at_once = 1 if self.device == "cpu" else 2  # a GPU has the next batch before it needs it
+
+        def finish_until(most: int) -> None:
+            while len(begun) > most:
+                done = begun.popleft()
+                mean, deviation = self._finish(done)
+                means.update(zip(done.rows, mean, strict=True))
+                if deviation is not None:
+                    deviations.update(zip(done.rows, deviation, strict=True))
+
         for (height, width, _), rows in rows_of_shape.items():
             size = max(1, BATCH_PIXELS[self.device] // (height * width))
             for first in range(0, len(rows), size):
-                batch = rows[first : first + size]
-                mean, deviation = self._encode_batch(np.stack([pixels[row] for row in batch]))
-                means.update(zip(batch, mean, strict=True))
-                if deviation is not None:
-                    deviations.update(zip(batch, deviation, strict=True))
+                begun.append(self._begin(rows[first : first + size], pixels))
+                finish_until(at_once - 1)
+        finish_until(0)
         in_order = [means[row] for row in range(len(pixels))]
         return in_order, [deviations[row] for row in range(len(pixels))] if deviations else None
 
-    def _encode_batch(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """pixels: [B, H, W, 3] uint8; means and deviations: [B, C, h, w] on the CPU."""
-        began = time.monotonic()
+    def _begin(self, rows: list[int], pixels: Sequence[np.ndarray]) -> BatchOnItsWay:
+        """Encode images of one shape; on a GPU everything is queued and nothing waited for."""
+        began, on_gpu = time.monotonic(), self.device != "cpu"
+        stacked = torch.from_numpy(np.stack([pixels[row] for row in rows]))  # [B, H, W, 3]
+        if on_gpu:
+            stacked = stacked.pin_memory()
         # [B, 3, H, W]
-        images = from_bytes(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2))
+        images = from_bytes(stacked.to(self.device, non_blocking=True).permute(0, 3, 1, 2))
         encoded = self.codec.encode(images)
-        mean = encoded.mean.cpu()
-        deviation = None if encoded.deviation is None else encoded.deviation.cpu()
+        mean, deviation = encoded.mean, encoded.deviation
+        copied = None
+        if on_gpu:
+            mean = _on_its_way(mean)
+            deviation = None if deviation is None else _on_its_way(deviation)
+            copied = torch.cuda.Event()
+            copied.record()
         self.codec_seconds += time.monotonic() - began
-        return mean, deviation
+        return BatchOnItsWay(rows, mean, deviation, copied)
+
+    def _finish(self, batch: BatchOnItsWay) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Means and deviations [B, C, h, w], on the CPU."""
+        began = time.monotonic()
+        if batch.copied is not None:
+            batch.copied.synchronize()
+        self.codec_seconds += time.monotonic() - began
+        return batch.mean, batch.deviation
+
+
+def _on_its_way(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory: there when the GPU has come to it."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)

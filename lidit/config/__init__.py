@@ -4,6 +4,7 @@ ship with us.
 
 from lidit.config.corpus import CodecSettings, IngestSettings, PoolSettings
 from lidit.config.encoder import PAPER_INSTRUCTION, EncoderSettings
+from lidit.config.engine import EngineSettings
 from lidit.config.model import (
     FusionSettings,
     ModelSettings,
@@ -16,7 +17,6 @@ from lidit.config.recipe import Recipe, RunRecipe, Stage
 from lidit.config.training import (
     DataSettings,
     EncoderShape,
-    EngineSettings,
     EvaluateSettings,
     LoopSettings,
     OptimizerSettings,

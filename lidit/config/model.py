@@ -56,6 +56,12 @@ class ModelSettings(Settings):
         "token",
     )
     activation_checkpointing: bool = False
+    checkpointed_every: int | None = Field(
+        None,
+        ge=1,
+        description="with activation_checkpointing, every k-th block of the transformer; None: "
+        "each",
+    )
 
 
 class ObjectiveSettings(Settings):

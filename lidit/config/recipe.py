@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from lidit.config.corpus import CodecSettings, IngestSettings, PoolSettings
 from lidit.config.encoder import EncoderSettings
+from lidit.config.engine import EngineSettings
 from lidit.config.fields import Place
 from lidit.config.model import (
     ModelSettings,
@@ -24,7 +25,6 @@ from lidit.config.model import (
 from lidit.config.settings import Settings
 from lidit.config.training import (
     DataSettings,
-    EngineSettings,
     EvaluateSettings,
     LoopSettings,
     PlanSettings,

@@ -1,4 +1,4 @@
-"""Training and what follows it: data, optimizer, engine, scores, tracker, plan."""
+"""Training and what follows it: data, optimizer, scores, tracker, plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ class DataSettings(Settings):
     origin_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="caption origin -> weight; empty: every caption alike"
     )
+    sort_by_unit: bool | None = Field(
+        None,
+        description="workers share a batch out by unit, so that each opens few; None: as it is "
+        "drawn",
+    )
     prefetch_batches: int = Field(4, ge=0, description="batches read ahead")
+    readers: int = Field(2, ge=1, le=64, description="threads of a worker that read batches")
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of samples kept out of training"
     )
@@ -38,32 +44,6 @@ class OptimizerSettings(Settings):
         "constant",
         description="constant_linear: constant to 60 % of the steps, then linear to 10 %",
     )
-
-
-class EngineSettings(Settings):
-    """Workers and how DeepSpeed shards them."""
-
-    workers: int = Field(1, ge=1)
-    min_workers: int | None = Field(
-        None, ge=1, description="start and go on with as few as this when nodes are gone"
-    )
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["float32", "bfloat16"] = "float32"
-    accumulation: int = Field(1, ge=1)
-    # not nvme: DeepSpeed then takes the fp32 weights out of memory, where the average and the
-    # checkpoints read them
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: Place | None = None
-    fused_optimizer: bool = Field(
-        False, description="DeepSpeed's fused AdamW; compiles on first use"
-    )
-    compile: bool = False
-    max_failures: int = Field(3, ge=0, description="worker failures survived before the run fails")
-    resources: dict[str, float] = Field(default_factory=dict)
-    label_selector: dict[str, str] = Field(default_factory=dict)
 
 
 class LoopSettings(Settings):

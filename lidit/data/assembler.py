@@ -87,7 +87,8 @@ class TrainingBatch:
 class Assembler:
     """Makes the tensors of any part of a global batch, by (seed, epoch, sample) alone.
 
-    coded: whether states of coded families stay whole steps, for a model that knows their code.
+    coded: whether states of coded and int8 families stay whole steps, for a model that knows how
+    to read them.
     """
 
     def __init__(
@@ -176,9 +177,8 @@ class CaptionReader:
     def __init__(self, family: TextFamily, coded: bool) -> None:
         self.family, shared = family, family.shared()
         self.prefix = shared.prefix
-        self.coded = coded and shared.code is not None
+        self.coded = coded and family.has_steps
         if self.coded:
-            assert shared.code is not None
             z = standardise(shared.empty, shared.mean, shared.deviation)
             self.empty = CaptionRow(*exactly(z, shared.code))
         else:
@@ -205,7 +205,8 @@ def collate(rows: list[CaptionRow], prefix: torch.Tensor) -> TextStates:
     size = None if rows[0].size is None else torch.zeros(mask.shape)  # [B, T]
     for place, row in enumerate(rows):
         states[place, : len(row.values)] = row.values
-        states[place, len(row.values) :] = 0
+        if states.is_floating_point():  # of integers every one is a number
+            states[place, len(row.values) :] = 0
         if size is not None and row.size is not None:
             size[place, : len(row.values)] = row.size
     return TextStates(states, mask, prefix, size)

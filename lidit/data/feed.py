@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lidit.config import DataSettings
+from lidit.data.ahead import copied_ahead, with_tensors
 from lidit.data.assembler import Assembler, TrainingBatch
 from lidit.data.families import Families
 from lidit.data.order import GlobalBatch, Order, shares
@@ -44,15 +46,10 @@ class Feed(Generic[AnyBatch_co]):
         assembler: Assembles[AnyBatch_co],
         rank: int,
         world_size: int,
-        prefetch: int,
-        readers: int = 2,
+        settings: DataSettings,
     ) -> None:
-        self.order, self.assembler, self.prefetch, self.readers = (
-            order,
-            assembler,
-            prefetch,
-            readers,
-        )
+        self.order, self.assembler = order, assembler
+        self.prefetch, self.readers = settings.prefetch_batches, settings.readers
         self._ordering = threading.Lock()  # the order caches its permutations in plain dictionaries
         share = shares(order.batch_size, world_size)[rank]
         self.start, self.stop = share.start, share.stop
@@ -60,22 +57,27 @@ class Feed(Generic[AnyBatch_co]):
         # for units of a rolling family
         self.stop_waiting: Callable[[bool], None] = lambda stop: None
 
-    def _make(self, step: int) -> AnyBatch_co:
+    def _make(self, step: int, pinned: bool) -> AnyBatch_co:
         with self._ordering:
             part = self.order.batch(step).slice(self.start, self.stop)
-        return self.assembler.assemble(part)
+        batch = self.assembler.assemble(part)
+        return with_tensors(batch, torch.Tensor.pin_memory) if pinned else batch
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of the first epoch; later epochs may have one more per bucket, from leftovers."""
         return self.order.batches_before(1)
 
-    def batches(self, start: int, stop: int) -> Iterator[AnyBatch_co]:
+    def batches(
+        self, start: int, stop: int, device: torch.device | None = None
+    ) -> Iterator[AnyBatch_co]:
         """Read batches `start`, `start + 1`, ... `stop - 1`, over as many epochs as that takes.
 
         Args:
             start: The first step.
             stop: The step to stop before.
+            device: A GPU to which each batch is copied while the one before it is worked on.
+                Default: batches stay on the CPU.
 
         Returns:
             An iterator of batches, each [B, ...] for this worker's B samples.
@@ -84,6 +86,11 @@ class Feed(Generic[AnyBatch_co]):
             InputError: A file of the corpus is missing or damaged.
             JobError: A unit of a rolling family did not come in time.
         """
+        on_gpu = device is not None and device.type == "cuda"
+        read = self._read(start, stop, pinned=on_gpu)
+        return copied_ahead(read, device) if device is not None and on_gpu else read
+
+    def _read(self, start: int, stop: int, pinned: bool) -> Iterator[AnyBatch_co]:
         self.stop_waiting(False)
         with ThreadPoolExecutor(max_workers=self.readers, thread_name_prefix="feed") as pool:
             queue: deque[Future[AnyBatch_co]] = deque()
@@ -93,7 +100,7 @@ class Feed(Generic[AnyBatch_co]):
                     while (
                         len(queue) <= self.prefetch and (step := next(upcoming, None)) is not None
                     ):
-                        queue.append(pool.submit(self._make, step))
+                        queue.append(pool.submit(self._make, step, pinned))
                     if not queue:
                         return
                     began = time.perf_counter()
@@ -135,9 +142,8 @@ def open_feed(
         world_size: Workers that share each global batch.
         families: The latents and text states to read. Default: every text family of the corpus and
             its only latents.
-        coded: Whether states of coded families stay whole steps, which a model turns into states
-            where it computes
-            (`conditioner.set_code`). Default: they become states here.
+        coded: Whether states of coded and int8 families stay whole steps, which a model turns into
+            states where it computes (`conditioner.set_code`). Default: they become states here.
 
     Returns:
         A feed whose batches hold, for this worker's B samples: `latents` and `noise` [B, C, H, W]
@@ -164,7 +170,10 @@ def open_feed(
         )
     families = families or Families.open(corpus, settings)
     assembler = Assembler(families, rows, settings, coded)
-    feed = Feed(rows.order(batch_size), assembler, rank, world_size, settings.prefetch_batches)
+    # Validation draws a sample's noise by its place in the batch, which stays.
+    by_unit = bool(settings.sort_by_unit) and part == "train"
+    order = rows.order(batch_size, by_unit)
+    feed = Feed(order, assembler, rank, world_size, settings)
     feed.stop_waiting = families.stop_waiting
     return feed
 

@@ -53,6 +53,15 @@ class GlobalBatch:
             self.row[start:stop],
         )
 
+    def by_unit(self) -> GlobalBatch:
+        """The same samples, those of one unit side by side: workers that share the batch out open
+        few units each.
+        """
+        places = np.lexsort((self.row, self.unit, self.epoch))
+        return GlobalBatch(
+            self.step, self.bucket, self.epoch[places], self.unit[places], self.row[places]
+        )
+
 
 @dataclass(frozen=True)
 class EpochSchedule:
@@ -66,6 +75,8 @@ class Order:
     """`counts` [U, K]: samples of each bucket in each unit. `buckets_of(unit)` -> bucket of each
     row, -1 = left out.
 
+    by_unit: whether the rows of a batch stand unit by unit, for workers that share it out.
+
     Memory: the counts, one permutation and W x K prefix sums; rows are looked at only for windows
     in use.
     """
@@ -77,9 +88,15 @@ class Order:
         batch_size: int,
         seed: int,
         window_units: int,
+        by_unit: bool = False,
     ) -> None:
         self.counts, self.buckets_of = counts, buckets_of
-        self.batch_size, self.seed, self.window_units = batch_size, seed, window_units
+        self.batch_size, self.seed, self.window_units, self.by_unit = (
+            batch_size,
+            seed,
+            window_units,
+            by_unit,
+        )
         self.per_epoch = counts.sum(0, dtype=np.int64)  # [K]
         self.num_windows = -(-len(counts) // window_units)
         self._schedules: OrderedDict[int, EpochSchedule] = OrderedDict()
@@ -113,7 +130,8 @@ class Order:
         place = int(shuffled[step - done[window].sum()])
         bucket = int(np.searchsorted(np.cumsum(emitted), place, side="right"))
         number = int(done[window, bucket] + place - emitted[:bucket].sum())
-        return self._chunk(step, bucket, number * self.batch_size)
+        batch = self._chunk(step, bucket, number * self.batch_size)
+        return batch.by_unit() if self.by_unit else batch
 
     def _completing(self, step: int) -> tuple[int, int, Ints]:
         """Epoch and window that complete batch `step`, and the epoch's [W + 1, K] batches before

@@ -58,10 +58,15 @@ class Rows:
         self._cache: OrderedDict[int, UnitRows] = OrderedDict()
         self._lock = threading.Lock()
 
-    def order(self, batch_size: int) -> Order:
-        """The order in which global batches of `batch_size` take these rows."""
+    def order(self, batch_size: int, by_unit: bool = False) -> Order:
+        """The order in which global batches of `batch_size` take these rows; see `Order`."""
         return Order(
-            self.counts, self.buckets_of, batch_size, self.settings.seed, self.settings.window_units
+            self.counts,
+            self.buckets_of,
+            batch_size,
+            self.settings.seed,
+            self.settings.window_units,
+            by_unit,
         )
 
     def unit(self, unit: int) -> UnitRows:

@@ -122,6 +122,7 @@ class NoisePrediction(Objective):
         self.train_steps = settings.train_steps
         betas = torch.linspace(BETA_START, BETA_END, self.train_steps, dtype=torch.float32)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self._signals = {torch.device("cpu"): self.alphas_cumprod}  # a copy waits for the GPU
 
     def timesteps(self, u: torch.Tensor) -> torch.Tensor:
         u = logit_normal(u) if self.settings.timesteps == "logit_normal" else u
@@ -199,7 +200,9 @@ class NoisePrediction(Objective):
 
     def _signal(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         step = (t.double() * self.train_steps).round().long().clamp(0, self.train_steps - 1)
-        return _per_sample(self.alphas_cumprod.to(t.device)[step], like)
+        if t.device not in self._signals:
+            self._signals[t.device] = self.alphas_cumprod.to(t.device)
+        return _per_sample(self._signals[t.device][step], like)
 
 
 class RectifiedFlow(Objective):

@@ -36,8 +36,9 @@ class StateProjection(nn.Module):
     An LLM's residual stream has channels hundreds of deviations wide; the statistics are the
     family's own. With a `mixture` a state holds L layers one behind the other, each normalised over
     its width before they are averaged. Of a coded family come whole steps, which
-    `steps_to_standard` [W, W] turns into standardised states here, where a product is cheap; it
-    belongs to the family, not to the weights, and is in no checkpoint.
+    `steps_to_standard` [W, W] turns into standardised states here, where a product is cheap; of an
+    int8 family too, where it is None. It belongs to the family, not to the weights, and is in no
+    checkpoint.
     """
 
     mean: torch.Tensor
@@ -51,6 +52,7 @@ class StateProjection(nn.Module):
         self.register_buffer("mean", torch.zeros(encoder_width))
         self.register_buffer("deviation", torch.ones(encoder_width))
         self.register_buffer("steps_to_standard", None, persistent=False)
+        self.takes_steps = False
         self.layers = layers
         self.mixture = mixture
         self.linear = nn.Linear(encoder_width // layers, width)
@@ -76,16 +78,7 @@ class StateProjection(nn.Module):
         if size is None:
             standardised = (states - self.mean) / self.deviation
         else:
-            if self.steps_to_standard is None:
-                raise InputError(
-                    "coded states need their family's code: call conditioner.set_code "
-                    "before training"
-                )
-            # Steps are below 256 but for few, so exact in bfloat16; the size comes after the sum.
-            dtype = compute_dtype(self.linear)
-            standardised = (states.to(dtype) @ self.steps_to_standard.to(dtype)).float() * size[
-                ..., None
-            ]
+            standardised = self._of_steps(states).float() * size[..., None]
         standardised = standardised.clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
         layers = standardised.unflatten(-1, (self.layers, -1))  # [..., L, W]
         if self.mixture is None:
@@ -96,6 +89,18 @@ class StateProjection(nn.Module):
         if self.mixture.averages == 1:
             return self.linear(self.mixture(layers).to(compute_dtype(self.linear)))
         return self.mixture(self.linear(layers.to(compute_dtype(self.linear))))
+
+    def _of_steps(self, steps: torch.Tensor) -> torch.Tensor:
+        """Whole steps [..., W] -> standardised states in steps."""
+        if not self.takes_steps:
+            raise InputError(
+                "coded states need their family's code: call conditioner.set_code before training"
+            )
+        if self.steps_to_standard is None:
+            return steps
+        # Steps are below 256 but for few, so exact in bfloat16; the size comes after the sum.
+        dtype = compute_dtype(self.linear)
+        return steps.to(dtype) @ self.steps_to_standard.to(dtype)
 
 
 class AdaptiveCondition(nn.Module):
@@ -263,25 +268,28 @@ class PromptConditioner(ModelMixin, ConfigMixin):
         varies = deviation > CONSTANT * mean.abs()
         projection.deviation.copy_(torch.where(varies, deviation, torch.ones_like(deviation)))
 
-    def set_code(self, name: str, steps_to_standard: torch.Tensor) -> None:
+    def set_code(self, name: str, steps_to_standard: torch.Tensor | None) -> None:
         """What turns the whole steps of encoder `name`'s coded family into standardised states:
-        [W, W] float32.
+        [W, W] float32; None: they are standardised, as an int8 family's.
 
         Raises InputError for an unknown encoder or a wrong width.
         """
         projection = self.branch(name).projection
         width = len(projection.mean)
-        if steps_to_standard.shape != (width, width):
+        if steps_to_standard is not None and steps_to_standard.shape != (width, width):
             raise InputError(
                 f"encoder {name!r}: the code has shape {list(steps_to_standard.shape)}, the "
                 "model expects "
                 f"{[width, width]}"
             )
-        projection.steps_to_standard = steps_to_standard.to(projection.mean.device, copy=True)
+        if steps_to_standard is not None:
+            steps_to_standard = steps_to_standard.to(projection.mean.device, copy=True)
+        projection.takes_steps, projection.steps_to_standard = True, steps_to_standard
 
     def knows_code(self, name: str) -> bool:
         """Whether encoder `name`'s states may come as whole steps."""
-        return self.branch(name).projection.steps_to_standard is not None
+        found: bool = self.branch(name).projection.takes_steps
+        return found
 
     def branch(self, name: str) -> Any:
         """The branch of encoder `name`. Raises InputError naming what exists."""

@@ -20,7 +20,7 @@ from lidit.models.lidit import LIDiT
 def forward_flops(
     model: LIDiT,
     latent_size: tuple[int, int],
-    caption_tokens: Mapping[str, int],
+    caption_tokens: Mapping[str, float],
     prefix_tokens: Mapping[str, int],
 ) -> dict[str, float]:
     """FLOPs of one sample's forward pass, {"conditioner": ..., "transformer": ...}.

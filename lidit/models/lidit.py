@@ -160,6 +160,7 @@ class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         if settings.activation_checkpointing:
             model.enable_gradient_checkpointing()
+            model.transformer.checkpointed_every = settings.checkpointed_every or 1
         return model
 
     @classmethod

@@ -135,6 +135,8 @@ class LIDiTTransformer(PlainAttention, ModelMixin, ConfigMixin):
         self.final_modulation = Modulation(width, 2)
         self.final_linear = nn.Linear(width, patch_values)
         self.gradient_checkpointing = False
+        # of `gradient_checkpointing`: this many blocks to one that is computed again
+        self.checkpointed_every = 1
 
     def forward(
         self,
@@ -172,7 +174,9 @@ class LIDiTTransformer(PlainAttention, ModelMixin, ConfigMixin):
             vector = vector + self.guidance_embedder(scale)
         for number, block in enumerate(self.blocks):
             read = condition.of_block(number)
-            tokens = call_block(self, block, tokens, read, condition.mask, vector, condition.rows)
+            inputs = tokens, read, condition.mask, vector, condition.rows
+            again = number % self.checkpointed_every == 0
+            tokens = call_block(self, block, *inputs) if again else block(*inputs)
 
         shift, scale = self.final_modulation(vector)
         patches = self.final_linear(shift_scale(normalise(tokens), shift, scale))  # [B, N, C p p]

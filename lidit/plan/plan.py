@@ -12,18 +12,19 @@ D of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
-
-from lidit.config import EncoderSettings, EncoderShape, ModelSettings, OnlineSettings, Recipe
-from lidit.models import LIDiT, TextStates
+from lidit.config import EncoderSettings, OnlineSettings, Recipe
+from lidit.models import LIDiT
 from lidit.models.flops import forward_flops
+from lidit.plan.memory import (
+    GPU_SHARE,
+    Memory,
+    activation_bytes,
+    buffer_bytes,
+    checkpointing_that_fits,
+    state_bytes,
+)
 from lidit.plan.states import (
     STATE_BITS,
     Run,
@@ -32,180 +33,10 @@ from lidit.plan.states import (
     plan_states,
     text_bytes,
 )
+from lidit.plan.subject import Facts, PlannedEncoder, build_on_meta
 
 LATENT_BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
-# In elements, DeepSpeed's defaults: gradients reduced together, and gathered parameters ZeRO-3 may
-# keep for reuse.
-REDUCE_BUCKET = 500_000_000
-LIVE_PARAMETERS = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class PlannedEncoder:
-    """An LLM of `shape` of which `blocks` run. `width`: of a stored token, `layers` of which are
-    kept apart; `pooled`: of a caption's own vector.
-    """
-
-    shape: EncoderShape
-    blocks: int
-    width: int
-    layers: int = 1
-    pooled: int = 0
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a plan is about, measured from a corpus or assumed in the recipe.
-
-    `caption_tokens`, `prefix_tokens`: mean per caption, and once per encoder. `latent`: (channels,
-    height, width).
-    `repeated`: share of the captions that an earlier unit holds, too.
-    """
-
-    samples: int
-    captions: int
-    caption_tokens: Mapping[str, float]
-    prefix_tokens: Mapping[str, int]
-    encoders: Mapping[str, PlannedEncoder]
-    latent: tuple[int, int, int]
-    latent_storage: str
-    posterior: bool
-    # per value, of encoders whose coded states are there
-    coded_bits: Mapping[str, float] = field(default_factory=dict)
-    repeated: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.captions < self.samples or min(self.samples, *self.latent) < 1:
-            raise ValueError(
-                f"a plan needs samples with at least one caption each and latents: {self}"
-            )
-
-
-def build_on_meta(settings: ModelSettings, facts: Facts) -> LIDiT:
-    """The model without its numbers."""
-    with torch.device("meta"):
-        widths = {name: encoder.width for name, encoder in facts.encoders.items()}
-        layers = {name: encoder.layers for name, encoder in facts.encoders.items()}
-        return LIDiT.from_settings(settings, widths, facts.latent[0], layers)
-
-
-# -- memory ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one worker. `states`: weights, gradients, optimizer moments, master weights,
-    average.
-    """
-
-    states: float
-    buffers: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        return self.states + self.buffers + self.activations
-
-
-def state_bytes(count: int, stage: int, workers: int, precision: str) -> float:
-    """Weights, gradients and everything the optimizer and the average keep for P = `count`, on one
-    worker.
-
-    ZeRO keeps master weights even in float32. Stage 0 has none: bfloat16 is then autocast over
-    float32 weights. Stage 1 holds whole gradients and, while they are averaged, its own share of
-    them again.
-    """
-    share = count / workers
-    low = 4 if precision == "float32" or stage == 0 else 2
-    weights = low * (share if stage == 3 else count)
-    gradients = low * {0: count, 1: count + share}.get(stage, share)
-    master = 4 * share if stage else 0
-    moments = 8 * (share if stage else count)
-    average = 4 * share
-    return weights + gradients + master + moments + average
-
-
-def buffer_bytes(count: int, stage: int, precision: str) -> float:
-    """What DeepSpeed holds for communication: a bucket of gradients, and under stage 3 gathered
-    parameters.
-    """
-    low = 4 if precision == "float32" else 2
-    if stage < 2:
-        return 0.0
-    return low * (min(count, REDUCE_BUCKET) + (min(count, LIVE_PARAMETERS) if stage == 3 else 0))
-
-
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch would take the attention that stores all weights; on CPU and GPU it
-    never does.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        mask = (kwargs or {}).get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            mask = mask.to(args[0].dtype)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *args[:3], attn_mask=mask
-        )[0]
-
-
-def saved_bytes(
-    model: LIDiT, latents: torch.Tensor, timestep: torch.Tensor, text: Mapping[str, TextStates]
-) -> int:
-    """Bytes that a forward pass keeps for the backward pass, parameters apart. On any device, meta
-    included.
-    """
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    # the storages stay alive here, so that no address comes twice
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model(latents, timestep, text)
-    del output
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def activation_bytes(recipe: Recipe, facts: Facts, micro_batch: int) -> float:
-    """What one micro-batch keeps between forward and backward; with checkpointing also one block's
-    own part.
-    """
-    dtype = torch.float32 if recipe.engine.precision == "float32" else torch.bfloat16
-    found = {}
-    for again in {False, recipe.model.activation_checkpointing}:
-        model = build_on_meta(
-            recipe.model.model_copy(update={"activation_checkpointing": again}), facts
-        ).train()
-        with torch.device("meta"), _FusedAttention():
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
-            text = {
-                name: TextStates(
-                    torch.empty(
-                        micro_batch,
-                        max(1, round(facts.caption_tokens[name])),
-                        encoder.width,
-                        dtype=dtype,
-                    ),
-                    torch.empty(
-                        micro_batch, max(1, round(facts.caption_tokens[name])), dtype=torch.bool
-                    ),
-                    torch.empty(facts.prefix_tokens[name], encoder.width, dtype=dtype),
-                )
-                for name, encoder in facts.encoders.items()
-            }
-            latents = torch.empty(micro_batch, *facts.latent, dtype=dtype)
-            found[again] = saved_bytes(model, latents, torch.empty(micro_batch), text)
-    if not recipe.model.activation_checkpointing:
-        return float(found[False])
-    return found[True] + found[False] / model.config.depth
+NEIGHBOURS = 3  # units beside its own that a node opens: a batch draws unequally from units
 
 
 # -- arithmetic ------------------------------------------------------------------------------------
@@ -268,6 +99,15 @@ def family_bytes(
     return text_bytes(captions, tokens, planned.width, storage, planned.pooled, bits)
 
 
+def opened_share(recipe: Recipe, nodes: int) -> float:
+    """The share of a window's units that a node opens: with `data.sort_by_unit` those of its part
+    of a batch and the neighbours at both ends, otherwise all.
+    """
+    if not recipe.data.sort_by_unit:
+        return 1.0
+    return min(1.0, 1 / nodes + NEIGHBOURS / recipe.data.window_units)
+
+
 def _storage(encoder: EncoderSettings) -> str:
     """`compute` means bfloat16 here: plans are made for GPUs."""
     return "bfloat16" if encoder.storage == "compute" else encoder.storage
@@ -294,8 +134,10 @@ class Plan:
     latent_bytes: float
     bytes_per_sample: float
     read_bytes_per_second_per_node: float
+    fetched_bytes_per_second_per_node: float  # of a corpus behind a URL
     cost: float
     states: StatesPlan
+    checkpointing: int | None  # of the recipe's stage; see `checkpointing_that_fits`
 
     @property
     def train_days(self) -> float:
@@ -310,13 +152,14 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     gpus = setting.gpus or recipe.engine.workers
     model = build_on_meta(recipe.model, facts)
     count = model.num_parameters()
-    activations = activation_bytes(
-        recipe, facts, max(1, batch // (gpus * recipe.engine.accumulation))
-    )
+    micro = max(1, batch // (gpus * recipe.engine.accumulation))
+    activations = activation_bytes(recipe, facts, micro)
     memory = {
         stage: Memory(
-            state_bytes(count, stage, gpus, recipe.engine.precision),
-            buffer_bytes(count, stage, recipe.engine.precision),
+            state_bytes(
+                count, stage, gpus, recipe.engine.precision, recipe.engine.accumulation > 1
+            ),
+            buffer_bytes(count, stage, recipe.engine.precision, gpus > 1),
             activations,
         )
         for stage in range(4)
@@ -335,8 +178,18 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         )
         embed[encoder.name] = gpu_hours(needed, setting.peak_tflops, setting.embed_mfu)
     latent = latent_bytes(1, facts.latent, facts.latent_storage, facts.posterior)
-    per_sample = sample_text_bytes(recipe, facts) + latent
+    held = memory[recipe.engine.zero_stage]
+    room = GPU_SHARE * 1e9 * setting.gpu_gigabytes - held.states - held.buffers
+    families = {
+        encoder.name: {
+            storage: family_bytes(facts.captions, recipe, facts, encoder, storage)
+            for storage in STATE_BITS
+        }
+        for encoder in recipe.encoders
+    }
     nodes = max(1, math.ceil(gpus / setting.gpus_per_node))
+    # Of states the rows that are used are fetched, of latents whole units.
+    text, opened = sample_text_bytes(recipe, facts), opened_share(recipe, nodes)
     return Plan(
         parameters=count,
         steps=recipe.train.steps,
@@ -346,20 +199,16 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         seconds_per_step=seconds,
         train_gpu_hours=train,
         embed_gpu_hours=embed,
-        text_bytes={
-            encoder.name: {
-                storage: family_bytes(facts.captions, recipe, facts, encoder, storage)
-                for storage in STATE_BITS
-            }
-            for encoder in recipe.encoders
-        },
+        text_bytes=families,
         latent_bytes=latent_bytes(
             facts.samples, facts.latent, facts.latent_storage, facts.posterior
         ),
-        bytes_per_sample=per_sample,
-        read_bytes_per_second_per_node=per_sample * batch / seconds / nodes,
+        bytes_per_sample=text + latent,
+        read_bytes_per_second_per_node=(text + latent) * batch / seconds / nodes,
+        fetched_bytes_per_second_per_node=(text / nodes + latent * opened) * batch / seconds,
         cost=(train + sum(embed.values())) * setting.price_per_gpu_hour,
         states=_states(recipe, facts, train, sum(embed.values()), batch / seconds),
+        checkpointing=checkpointing_that_fits(recipe, facts, micro, room),
     )
 
 

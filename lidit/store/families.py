@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lidit.errors import InputError
-from lidit.store.coding.transform import CodedStates, step_sizes
+from lidit.store.coding.transform import CodedStates, step_sizes, varying
 from lidit.store.condition import arguments
 from lidit.store.family import Family
 from lidit.store.files.cache import cache_limit, cache_place
@@ -139,8 +139,18 @@ class TextFamily(Family):
         self._compare(unit, file, check)
         return file.states(rows, self.shared(), check)
 
+    @cached_property
+    def has_steps(self) -> bool:
+        """Whether `read_coded` can give states as whole steps: of storage coded, and of int8 unless
+        a channel is constant, which a model only centres.
+        """
+        shared = self.shared()
+        if self.spec.get("storage") != "int8":
+            return shared.code is not None
+        return torch.equal(varying(shared.mean, shared.deviation), shared.deviation)
+
     def read_coded(self, unit: int, rows: Sequence[int], check: bool = False) -> list[CodedStates]:
-        """Read the states of captions as they are coded, in a family of storage coded: smaller, and
+        """Read the states of captions as they are coded, in a family that `has_steps`: smaller, and
         soon read.
 
         Args:
@@ -149,8 +159,8 @@ class TextFamily(Family):
             check: As in `read`.
 
         Returns:
-            Whole steps [T, W] and the size [T] of a step of each token, per row;
-            `shared().code.back` makes states of them.
+            Whole steps [T, W] and the size [T] of a step of each token, per row: steps times their
+            size are standardised states, in a family of storage coded after `shared().code.back`.
 
         Raises:
             InputError: No such unit, or its file is missing or damaged.
@@ -158,8 +168,9 @@ class TextFamily(Family):
         shared = self.shared()
         file = self._open(unit)
         self._compare(unit, file, check)
+        if shared.code is None:
+            return file.int8(rows, check)
         values, scale = file.coded(rows, shared, check)
-        assert shared.code is not None
         lengths = file.lengths[list(rows)].tolist()
         sizes = step_sizes(scale, shared.code.step).split(lengths)
         return [CodedStates(*row) for row in zip(values.split(lengths), sizes, strict=True)]

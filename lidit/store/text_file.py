@@ -16,6 +16,7 @@ import torch
 
 from lidit.errors import InputError
 from lidit.store.coding.compiled import decode_rows
+from lidit.store.coding.transform import CodedStates
 from lidit.store.packing import SCALE_TYPES, TORCH_TYPES, decode, row_width, scales_per_token
 from lidit.store.row_index import Layout, RowIndex, checksum, place
 from lidit.store.schema import read_metadata
@@ -158,6 +159,16 @@ class TextFile:
         except InputError as error:
             raise InputError(f"{self.where}: {error}; {self.remedy}") from None
         return torch.from_numpy(values), torch.from_numpy(scale)
+
+    def int8(self, rows: Sequence[int], check: bool = False) -> list[CodedStates]:
+        """Values and scales of rows as they lie in a file of storage int8, without a copy."""
+        assert self.layout.storage == "int8"
+        found = []
+        for content in self._bytes(self._known(rows), check):
+            values, _, scale = self._tensors(*content)
+            assert scale is not None
+            found.append(CodedStates(values, scale))
+        return found
 
     def stored(self, row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Values and scales of a row as they are stored, but for coded rows."""

@@ -63,6 +63,23 @@ def run_ablation(ablation: Ablation, report: Report = print) -> AblationSummary:
         return _run(ablation, folder, report)
 
 
+def prepare_arms(ablation: Ablation) -> list[ArmJob]:
+    """All that `run_ablation` makes before the first arm: scenes, corpus, states of the cases.
+
+    For arms that are trained elsewhere; with their results in their folders `run_ablation` writes
+    the report.
+    """
+    folder = ablation.recipe.run_folder.resolve()
+    ablation = _absolute(ablation, folder)
+    _check_machine(ablation)
+    with owned(folder, "filled by an ablation"):
+        eval_set = EvalSet.of(ablation, folder / "cases")
+        corpus = _prepare(ablation, folder)
+        jobs = _jobs(ablation, eval_set, corpus)
+        _encode_cases(jobs, corpus)
+    return jobs
+
+
 def _run(ablation: Ablation, folder: Path, report: Report) -> AblationSummary:
     # One corpus and one eval set for every arm and seed: arms differ by their settings alone.
     eval_set = EvalSet.of(ablation, folder / "cases")

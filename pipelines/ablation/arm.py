@@ -64,7 +64,7 @@ def train_arm(job: ArmJob) -> ArmResult:
     feed = open_feed(corpus, recipe.data, batch_size=recipe.train.batch_size, families=families)
     objective, images = build_objective(recipe.objective), job.eval_set.images()
 
-    model, fresh = initial_model(recipe, families), untrained_model(recipe, families)
+    model, fresh = initial_model(recipe, families), untrained_model(recipe, families).to("meta")
     parameters = model.num_parameters()
     _process_group_of_one(device)
     engine = Engine(recipe, model, objective, device)
@@ -82,7 +82,7 @@ def train_arm(job: ArmJob) -> ArmResult:
         if step in due:
             averaged = averaged_model(engine.deepspeed, engine.ema, fresh, device)
             assert averaged is not None  # this process is rank 0
-            loss = job.eval_set.loss(averaged, objective, corpus, job.texts)
+            loss = job.eval_set.loss(averaged.to(device), objective, corpus, job.texts)
             points.append(job.eval_set.measure(loss, images, step))
 
     seconds = time.monotonic() - started

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 
 from lidit.config import Recipe, SamplerChanges, SamplerSettings, TrackingSettings
 from lidit.config.json_object import read_object
@@ -17,27 +18,36 @@ from lidit.config.settings import validate
 from lidit.errors import InputError
 from lidit.pipeline import INDEX, LIDiTPipeline
 from lidit.text.specs import default_device
-from pipelines.runtime.kernels import avoid_plan_building
+from pipelines.runtime.kernels import avoid_plan_building, use_tensor_cores
 
 # The keys of model_index.json that scores depend on, apart from the weights.
 SAMPLED_BY = ("sampler", "objective", "codec", "height", "width")
 
 
-def load_pipeline(model: Path, changes: SamplerChanges | None = None) -> LIDiTPipeline:
+def load_pipeline(
+    model: Path, changes: SamplerChanges | None = None, drawing: bool = False
+) -> LIDiTPipeline:
     """The model folder's pipeline on this process's GPU where there is one, without a bar of its
     own.
 
-    changes: to the model's own sampler. Raises InputError for a folder that is no model, or changes
-    that no sampler takes.
+    changes: to the model's own sampler. drawing: whether images are all that is wanted: on a GPU
+    they are drawn in bfloat16; measures compare losses, in float32. Raises InputError for a folder
+    that is no model, or changes that no sampler takes.
     """
     # it counts loaded parts: one here, LLMs and codec come later
     diffusers.utils.logging.disable_progress_bar()
-    pipe = LIDiTPipeline.from_pretrained(model)
+    device = default_device()
+    on_gpu = torch.device(device).type == "cuda"
+    pipe = LIDiTPipeline.from_pretrained(
+        model, dtype=torch.bfloat16 if on_gpu and drawing else None
+    )
     if changes is not None:
         pipe.change_sampler(changes)
     pipe.set_progress_bar_config(disable=True)  # jobs count images, not the steps of one batch
     avoid_plan_building()  # prompts come in every length
-    return pipe.to(default_device())
+    if on_gpu:
+        use_tensor_cores()
+    return pipe.to(device)
 
 
 def tracking_of(model: Path) -> TrackingSettings:

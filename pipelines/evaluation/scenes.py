@@ -54,7 +54,7 @@ def evaluate_scenes(
 
     with card.evaluating():
         # Sample what an interrupted call has not sampled yet.
-        pipe = load_pipeline(model, settings.sampler)
+        pipe = load_pipeline(model, settings.sampler, drawing=True)
         items = benchmark_prompts(
             pipe.config.height, settings.layout, settings.seed, settings.per_tag, settings.tags
         )

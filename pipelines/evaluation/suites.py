@@ -131,7 +131,7 @@ class ImageActor:
 
     def __init__(self, model: Path, changes: SamplerChanges, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.pipe = load_pipeline(model, changes)
+        self.pipe = load_pipeline(model, changes, drawing=True)
 
     def sample(self, out: Path, targets: list[ImageTarget]) -> int:
         """Sample and write the targets; returns how many."""

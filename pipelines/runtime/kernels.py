@@ -1,8 +1,18 @@
-"""Which kernels a GPU process takes for attention."""
+"""Which kernels a GPU process takes."""
 
 from __future__ import annotations
 
 import torch
+
+
+def use_tensor_cores() -> None:
+    """Let float32 products run in TF32; call once in every process with a GPU.
+
+    A guided sampling step of the 1B shape took 268 ms on an H100 without and 82 ms with it
+    (benchmarks/README.md). Weights, sums and everything that is no product keep float32.
+    """
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
 
 
 def avoid_plan_building() -> None:

@@ -201,6 +201,10 @@ class DistillJob(TrainingJob):
         torch.manual_seed(recipe.data.seed)  # of what the teacher has no weights for
         return self.untrained(recipe).train()
 
+    def network(self, recipe: StudentRecipe) -> LIDiT:  # type: ignore[override]
+        """Whole on every rank, which reads the teacher's files anyway."""
+        return self.initial(recipe)
+
     def make_engine(self, recipe: StudentRecipe, model: LIDiT, device: torch.device) -> Engine:  # type: ignore[override]
         objective = build_objective(recipe.objective)
         sampler = LIDiTPipeline.from_pretrained(recipe.teacher, check_files=False).sampler
@@ -225,6 +229,7 @@ def student_network(teacher: LIDiT, recipe: StudentRecipe) -> LIDiT:
     assert all(name.startswith("transformer.guidance_embedder.") for name in found.missing_keys)
     if recipe.model.activation_checkpointing:
         student.enable_gradient_checkpointing()
+        student.transformer.checkpointed_every = recipe.model.checkpointed_every or 1
     return student
 
 

@@ -20,8 +20,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lidit.config import RunRecipe
-from lidit.errors import InputError, JobError, one_line
-from lidit.store import Corpus, spec_differences
+from lidit.errors import JobError
+from lidit.store import Corpus
 from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
 from lidit.store.files.owner import owned
@@ -30,19 +30,14 @@ from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import check_engine, connect
 from pipelines.training import checkpoints, ray_checkpoints
 from pipelines.training.board import Board
+from pipelines.training.drift import FACTS, check_drift
 from pipelines.training.interrupt import is_disk_full, saved_on_sigterm
 from pipelines.training.loop import TrainWorker
 from pipelines.training.record import track_model, tracked_training
 
 log = logging.getLogger(__name__)
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
-FACTS = "run.json"
 UNTRACKED = "untracked"  # a file beside the model until the tracker has the model
-# Settings that decide where and how fast a run goes, never what it computes.
-FREE_ENGINE = {"workers", "min_workers", "cpus_per_worker", "gpus_per_worker", "max_failures",
-               "resources",
-               "label_selector", "zero_stage", "offload_optimizer", "offload_parameters",
-               "nvme_path"}  # fmt: skip
 # No secrets: Ray writes a worker's environment into its logs and shows it in the dashboard. Nothing
 # of the driver's own machine either: it may have no GPU and a single CPU where the workers have
 # both.
@@ -191,28 +186,6 @@ class Run(Generic[AnyRecipe]):
 
 
 # -- a run's folder and its tracker ----------------------------------------------------------------
-
-
-def check_drift(folder: Path, facts: dict[str, Any], allow_drift: bool) -> None:
-    """Raise InputError naming what differs if the run was started with other facts."""
-    path = folder / FACTS
-    if not path.exists():
-        return
-    try:
-        started_with = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({one_line(error, 120)}); delete it if the run's settings "
-            "and data are "
-            "still those it was started with, or give the run another name (name=...)"
-        ) from None
-    differences = spec_differences(started_with, facts)
-    if differences and not allow_drift:
-        listed = "\n  ".join(differences)
-        raise InputError(
-            f"{folder}: this run was started with other settings or data:\n  {listed}\n"
-            "give the run another name (name=...), or continue it all the same with --allow-drift"
-        )
 
 
 def note_run(folder: Path, tracker: tracking.Tracker) -> None:

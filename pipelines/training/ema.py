@@ -8,6 +8,8 @@ any other.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -141,23 +143,25 @@ def gather_full(
 def averaged_model(
     engine: Any, ema: ShardedEMA, fresh: AnyModel | None, device: torch.device
 ) -> AnyModel | None:
-    """`fresh` with the averaged weights, on `device`. Collective; None on other ranks than 0.
+    """A model with the averaged weights, on the CPU. Collective; None on other ranks than 0.
 
-    fresh: rank 0's copy of the model, built once, because a sharded engine has no whole model to
-    put weights into.
+    fresh: rank 0's copy of the model, without numbers (on the meta device), because a sharded
+    engine has no whole model to put weights into. It stays as it is: what is returned is the
+    caller's alone, and its memory is free again when the caller is done.
+    device: the worker's, on which its process group computes.
     """
     full = gather_full(full_shapes(engine), ema.fragments, ema.average, device)
     if full is None or fresh is None:
         return None
-    buffers = dict(engine.module.named_buffers())
-    missing, unexpected = fresh.load_state_dict({**full, **buffers}, strict=False)
-    if (
-        unexpected
-        or set(missing) - set(fresh.state_dict())
-        or any(name in full for name in missing)
-    ):
-        raise RuntimeError(f"the averaged weights do not fit the model: {missing} {unexpected}")
-    return fresh.to(device).eval()
+    model = copy.deepcopy(fresh)
+    _, unexpected = model.load_state_dict(full, strict=False, assign=True)
+    for name, buffer in engine.module.named_buffers():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = buffer.detach().cpu().clone()
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    if unexpected or (missing := [name for name, tensor in tensors if tensor.is_meta]):
+        raise RuntimeError(f"the averaged weights do not fit the model: {unexpected or missing}")
+    return model.eval()
 
 
 def full_shapes(engine: Any) -> dict[str, torch.Size]:

@@ -4,10 +4,11 @@ LI-DiT's on top.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -20,12 +21,17 @@ from lidit.data.assembler import TrainingBatch
 from lidit.diffusion import Objective
 from lidit.errors import JobError
 from lidit.models import LIDiT
-from lidit.models.compiled import compile_blocks
+from lidit.models.compiled import compile_blocks, missing_tools, why_not_compiled
+from lidit.models.flops import forward_flops
 from lidit.plan import REDUCE_BUCKET
+from pipelines.runtime.kernels import use_tensor_cores
 from pipelines.training.ema import ShardedEMA, owned_fragments
 from pipelines.training.gradients import measure_at_once
+from pipelines.training.mfu import Flops
+from pipelines.training.partition import is_partitioned, partition_from_rank_zero
 from pipelines.training.schedule import learning_rate
 
+log = logging.getLogger(__name__)
 # caption tokens; of 1, 32 and 64 the fastest on an H100 (benchmarks/README.md)
 GPU_LENGTH_MULTIPLE = 64
 
@@ -44,7 +50,20 @@ def set_up_device(engine: EngineSettings) -> torch.device:
             "this node: it needs a "
             "CUDA build of torch and a driver"
         )
+    use_tensor_cores()
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def require_tools(device: torch.device) -> None:
+    """Raise JobError where a recipe asks for compiling that cannot work here; torch would tell in
+    the first step.
+    """
+    if device.type == "cuda" and (missing := missing_tools()):
+        raise JobError(
+            f"engine.compile is true, but this node has {missing}; install gcc and Python's "
+            "headers (of our images "
+            "cuda-compile has them), or set engine.compile=false"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,12 +71,13 @@ class StepResult:
     """Means over the global batch.
 
     `finite` is False when the step was not taken: because of a worker's loss (then `gradient_norm`
-    is NaN) or of the gradient (then it is infinite).
+    is NaN and `loss` this worker's own) or of the gradient (then it is infinite). `wish`: rank 0's.
     """
 
     loss: float
     gradient_norm: float
     finite: bool
+    wish: int = 0
 
 
 def micro_steps(recipe: RunRecipe, world_size: int) -> int:
@@ -88,6 +108,9 @@ def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dic
             zero[f"offload_{part}"] = {"device": target, "pin_memory": True}
             if target == "nvme":
                 zero[f"offload_{part}"]["nvme_path"] = engine.nvme_path
+    # Under stage 3 sums overlap the backward pass anyway; on a CPU there is nothing beside it.
+    if engine.gpus_per_worker and engine.zero_stage in (1, 2) and world_size > 1:
+        zero["overlap_comm"] = True
     parts = micro_steps(recipe, world_size)
     micro = -(-train.batch_size // (world_size * parts))
     config: dict[str, Any] = {
@@ -100,6 +123,10 @@ def deepspeed_config(recipe: RunRecipe, world_size: int, parameters: int) -> dic
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    # Eight sums in bfloat16 lose what the eighth part adds. (Under stage 1 it would be another
+    # optimizer of DeepSpeed's, without shares that checkpoints know.)
+    if engine.precision == "bfloat16" and engine.zero_stage >= 2 and parts > 1:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     if engine.offload_optimizer != "none" and not engine.fused_optimizer:
         config["zero_force_ds_cpu_optimizer"] = False
     if engine.precision == "bfloat16":
@@ -154,6 +181,10 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.micro_steps = micro_steps(recipe, self.world_size)
         settings = recipe.train.optimizer
+        count = sum(p.numel() for p in model.parameters())
+        config = deepspeed_config(recipe, self.world_size, count)
+        if is_partitioned(recipe.engine):
+            partition_from_rank_zero(model, config, device, self.compute_dtype)
         optimizer = None
         if not recipe.engine.fused_optimizer:
             # Over DeepSpeed's flat buffers torch's other AdamW takes a dozen passes, the fused one
@@ -169,20 +200,19 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
             optimizer=optimizer,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             dist_init_required=False,
-            config=deepspeed_config(
-                recipe, self.world_size, sum(p.numel() for p in model.parameters())
-            ),
+            config=config,
         )
         sharded = recipe.engine.zero_stage in (1, 2) and recipe.engine.offload_optimizer == "none"
         if device.type == "cuda" and sharded:  # a CPU's kernels cost nothing to launch
             measure_at_once(self.deepspeed.optimizer)
-        if recipe.engine.compile:
-            self._compile()
+        self._compile_if_wanted()
         self.ema = ShardedEMA(owned_fragments(self.deepspeed), recipe.train.ema_decay)
         self._own_norm = recipe.engine.zero_stage == 0
 
-    def _compile(self) -> None:
-        self.deepspeed.compile()
+    def _compile_if_wanted(self) -> None:
+        if self.recipe.engine.compile:
+            require_tools(self.device)
+            self.deepspeed.compile()
 
     @abstractmethod
     def loss(self, batch: AnyBatch) -> torch.Tensor:
@@ -191,19 +221,22 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
         """
 
     @abstractmethod
-    def forward(self, batch: AnyBatch) -> None:
-        """The model's forward pass alone, on this worker alone, for counting what it computes."""
+    def step_flops(self, batch: AnyBatch) -> Flops | None:
+        """What a step on this batch takes this worker, at no cost worth mentioning; None where
+        nobody can say.
+        """
 
     @property
     def compute_dtype(self) -> torch.dtype:
         low = self.recipe.engine.precision == "bfloat16" and self.recipe.engine.zero_stage > 0
         return torch.bfloat16 if low else torch.float32
 
-    def train_step(self, batch: AnyBatch) -> StepResult:
+    def train_step(self, batch: AnyBatch, wish: Callable[[], int] = lambda: 0) -> StepResult:
         """One optimizer step on this worker's part of a global batch.
 
         Where a loss or a gradient is not finite on any worker, no worker takes the step and no
-        weight changes.
+        weight changes. wish: asked on every rank at the end of the step; the sum of the answers
+        comes with the losses' sum, so that a step waits for the other workers once.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.train, batch.step)
@@ -214,29 +247,39 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
             weight = len(part.keys) * len(parts) * self.world_size / self.recipe.train.batch_size
             loss = self.loss(part) * weight
             total += loss.detach() / len(parts)
-            if not self._finite_everywhere(loss):
-                return StepResult(float(loss), math.nan, finite=False)
+            # A loss that is not finite makes every gradient so, on every worker, and such a step is
+            # not taken.
             self.deepspeed.backward(loss)
             norm = self._gradient_norm() if self._own_norm else None
             if norm is not None and part is parts[-1] and not torch.isfinite(norm):
                 self.deepspeed.zero_grad()  # DeepSpeed looks at gradients from stage 1 on only
-                return StepResult(self._mean(total), math.inf, finite=False)
+                return self._result(total, math.inf, taken=False, wish=wish())
             self.deepspeed.step()
-        if not self.deepspeed.was_step_applied():
-            return StepResult(self._mean(total), math.inf, finite=False)
-        if not self._own_norm:
-            norm = self.deepspeed.get_global_grad_norm()
-        self.ema.update()
-        return StepResult(self._mean(total), float(norm or 0.0), finite=True)
+        taken = self.deepspeed.was_step_applied()
+        if taken:
+            self.ema.update()
+            norm = norm if self._own_norm else self.deepspeed.get_global_grad_norm()
+        return self._result(total, norm if taken else math.inf, taken, wish())
 
-    def _mean(self, total: torch.Tensor) -> float:
-        dist.all_reduce(total)
-        return float(total) / self.world_size
-
-    def _finite_everywhere(self, loss: torch.Tensor) -> bool:
-        bad = (~torch.isfinite(loss.detach())).float()
-        dist.all_reduce(bad)
-        return bad.item() == 0
+    def _result(
+        self, total: torch.Tensor, norm: torch.Tensor | float | None, taken: bool, wish: int
+    ) -> StepResult:
+        """What all workers learn of a step, by a single sum over them. total: of this worker's
+        losses.
+        """
+        asked = torch.full_like(total, wish)
+        sums = torch.stack([total, (~torch.isfinite(total)).to(total), asked])
+        dist.all_reduce(sums)
+        loss, bad, wishes = sums.tolist()
+        if bad:
+            if taken:
+                raise RuntimeError(
+                    "a loss is not finite, and DeepSpeed has taken the step all the same"
+                )
+            return StepResult(float(total), math.nan, finite=False, wish=int(wishes))
+        return StepResult(
+            loss / self.world_size, float(norm or 0.0), finite=taken, wish=int(wishes)
+        )
 
     def _gradient_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
@@ -262,10 +305,18 @@ class Engine(ShardedEngine[TrainingBatch]):
         module: LIDiT = self.deepspeed.module
         return module
 
-    def _compile(self) -> None:
-        if self.recipe.engine.zero_stage == 3:  # its hooks inside the blocks gather their weights
-            super()._compile()
-        else:
+    def _compile_if_wanted(self) -> None:
+        engine = self.recipe.engine
+        # its hooks inside the blocks gather their weights: only all at once, where asked
+        if engine.zero_stage == 3:
+            super()._compile_if_wanted()
+            return
+        wanted, reason = engine.compile, why_not_compiled(self.device)
+        if wanted:
+            require_tools(self.device)
+        elif wanted is None and reason and self.device.type == "cuda" and self.rank == 0:
+            log.warning("blocks are not compiled: %s; a step takes about a third longer", reason)
+        if wanted or (wanted is None and reason is None):
             compile_blocks(self.module)
 
     def loss(self, batch: TrainingBatch) -> torch.Tensor:
@@ -275,5 +326,17 @@ class Engine(ShardedEngine[TrainingBatch]):
         prediction = self.deepspeed(noisy.to(self.compute_dtype), t, text)
         return self.objective.loss(prediction, batch.latents, batch.noise, t, noisy).mean()
 
-    def forward(self, batch: TrainingBatch) -> None:
-        self.module(batch.latents.to(next(self.module.parameters()).dtype), batch.u, batch.text)
+    def step_flops(self, batch: TrainingBatch) -> Flops:
+        """By formula: under every ZeRO stage, for the lengths of this very batch."""
+        count, size = len(batch.keys), (batch.latents.shape[-2], batch.latents.shape[-1])
+        prefix = {name: len(states.prefix) for name, states in batch.text.items()}
+        padded = {
+            name: -(-states.mask.shape[1] // self._length_multiple) * self._length_multiple
+            for name, states in batch.text.items()
+        }
+        filled = batch.tokens / (count * sum(padded.values()))  # of the places: no padding
+        useful, computed = (
+            3.0 * count * sum(forward_flops(self.module, size, tokens, prefix).values())
+            for tokens in ({name: length * filled for name, length in padded.items()}, padded)
+        )
+        return Flops(useful, computed)

@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 import ray.train as rt
-import torch
 import torch.distributed as dist
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,17 +35,14 @@ class Action(IntEnum):
 class Listener:
     """What all workers do after a step. Rank 0 asks the driver's board, without waiting."""
 
-    def __init__(self, board: Any, device: torch.device) -> None:
-        self.board, self.device = board if dist.get_rank() == 0 else None, device
+    def __init__(self, board: Any) -> None:
+        self.board = board if dist.get_rank() == 0 else None
         self._answer: Any = None
         self._asked, self._looked = -ASK_SECONDS, time.monotonic()
         self._saved_for: Any = None
 
-    def ask(self) -> Action:
-        """Collective: every worker calls it after every step."""
-        shared = torch.tensor(float(self._own_action()), device=self.device)
-        dist.broadcast(shared, 0)
-        action = Action(int(shared.item()))
+    def answer(self, action: Action) -> Action:
+        """What to do after a step at which rank 0 had this wish; the same on every worker."""
         if action is not Action.LOOK:
             return action
         info = rt.get_preemption_info()
@@ -55,7 +51,10 @@ class Listener:
         self._saved_for = info
         return Action.SAVE
 
-    def _own_action(self) -> Action:
+    def wish(self) -> Action:
+        """This worker's; on other ranks than 0 always GO_ON, so that the sum over all of them is
+        rank 0's.
+        """
         if self.board is None:
             return Action.GO_ON
         now = time.monotonic()

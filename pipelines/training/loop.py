@@ -62,7 +62,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
     """One worker's engine, feed and position.
 
     config: Ray Train's, with `facts`, the tracking handle and the progress board.
-    fresh: rank 0's copy of the model, for averaged weights.
+    fresh: rank 0's copy of the model, for averaged weights; its numbers are not kept.
     """
 
     engine: ShardedEngine[AnyBatch]
@@ -75,7 +75,8 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         feed: Feed[AnyBatch],
         fresh: AnyModel | None,
     ) -> None:
-        self.config, self.engine, self.feed, self.fresh = config, engine, feed, fresh
+        self.config, self.engine, self.feed = config, engine, feed
+        self.fresh = fresh if fresh is None else fresh.to("meta")
         self.recipe, self.device = engine.recipe, engine.device
         self.rank, self.world_size = engine.rank, engine.world_size
         # Rank 0 logs to the tracker with the driver's credentials, which no worker's environment
@@ -91,15 +92,16 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         ):
             shutil.rmtree(left, ignore_errors=True)
         self.step, self.waited = self._restore(), 0.0
-        self.saved, self.listener = self.step, Listener(config["board"], self.device)
+        self.saved, self.listener = self.step, Listener(config["board"])
+        self.wish = Action.GO_ON
 
     def batches(self) -> Iterator[AnyBatch]:
         """This worker's part of every remaining batch; ends early, all saved, if the
         driver asks.
         """
-        for batch in self.feed.batches(self.step, self.recipe.train.steps):
+        for batch in self.feed.batches(self.step, self.recipe.train.steps, self.device):
             yield batch
-            action = self.listener.ask()
+            action, self.wish = self.listener.answer(self.wish), Action.GO_ON
             if action is not Action.GO_ON and self.saved != self.step:
                 self.save()
             if action is Action.STOP:
@@ -125,14 +127,13 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         """One optimizer step on this worker's part of a global batch."""
         began = time.perf_counter()
         moved = batch.to(self.device)
-        if self.metrics.flops_per_step is None:
-            self.metrics.count_flops(moved)
-        result = self.engine.train_step(moved)
+        result = self.engine.train_step(moved, self.listener.wish)
+        self.wish = Action(result.wish)
         if not result.finite:
             self._not_finite(batch, result)
         self.step = batch.step + 1
         wait, self.waited = self.feed.waited - self.waited, self.feed.waited
-        self.metrics.step(batch, result, time.perf_counter() - began + wait, wait)
+        self.metrics.step(moved, result, time.perf_counter() - began + wait, wait)
 
     def _not_finite(self, batch: AnyBatch, result: StepResult) -> None:
         """Record a batch whose loss is bad; unless such steps are skipped, save and stop."""
@@ -219,7 +220,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         return send
 
     def averaged(self) -> AnyModel | None:
-        """The model with averaged weights on rank 0, None elsewhere. Collective."""
+        """A model with averaged weights in float32 on rank 0's CPU, None elsewhere. Collective."""
         return averaged_model(self.engine.deepspeed, self.engine.ema, self.fresh, self.device)
 
     @abstractmethod

@@ -17,7 +17,7 @@ from pipelines.runtime.prometheus import TrainMetrics
 from pipelines.tracking import RunHandle, Tracker
 from pipelines.tracking.machine import MachineLoad
 from pipelines.training.engine import Batch, ShardedEngine, StepResult
-from pipelines.training.mfu import step_flops, utilisation
+from pipelines.training.mfu import Flops, utilisation
 from pipelines.training.schedule import learning_rate
 
 
@@ -40,7 +40,6 @@ class TrainingMetrics:
         self.tracker = Tracker(handle) if self.is_rank_zero and handle else None
         self.board, self.prometheus = board, TrainMetrics(recipe.name)
         self.machine = MachineLoad()
-        self.flops_per_step: float | None = None
         # the newest one, on every rank: checkpoints are compared by it
         self.validation_loss = math.inf
         self._reset()
@@ -50,6 +49,7 @@ class TrainingMetrics:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.steps = self.images = self.tokens = 0
+        self.flops: Flops | None = Flops(0.0, 0.0)
 
     def step(self, batch: Batch, result: StepResult, seconds: float, data_wait: float) -> None:
         """Count a step that was taken or skipped; log every `train.log_every` steps and the last.
@@ -64,7 +64,10 @@ class TrainingMetrics:
         self.steps += 1
         self.images += self.engine.recipe.train.batch_size
         self.tokens += batch.tokens * self.engine.world_size
-        self.prometheus.step(seconds, data_wait, result.loss, self._mfu(1, seconds))
+        flops = self.engine.step_flops(batch)
+        self.flops = self.flops.plus(flops) if self.flops and flops else None
+        mfu = self._mfu(flops.useful, seconds) if flops else None
+        self.prometheus.step(seconds, data_wait, result.loss, mfu)
 
         done = batch.step + 1
         if done % self.recipe.train.log_every and done != self.recipe.train.steps:
@@ -88,10 +91,14 @@ class TrainingMetrics:
                 "loss": float(np.mean(self.losses)),
                 "gradient_norm": float(np.mean(self.norms)),
             }
-        if self.flops_per_step:
-            values["teraflops_per_worker"] = self.flops_per_step * self.steps / elapsed / 1e12
-        if (mfu := self._mfu(self.steps, elapsed)) is not None:
-            values["mfu"] = mfu
+        if self.flops:
+            values["teraflops_per_worker"] = self.flops.useful / elapsed / 1e12
+            for name, done_flops in (
+                ("mfu", self.flops.useful),
+                ("mfu_with_padding", self.flops.computed),
+            ):
+                if (share := self._mfu(done_flops, elapsed)) is not None:
+                    values[name] = share
         self.log({f"train/{name}": value for name, value in values.items()} | self._system(), done)
         self._reset()
 
@@ -109,23 +116,13 @@ class TrainingMetrics:
         """Load of rank 0's node, under the names by which MLflow shows them as system metrics."""
         return self.machine.read() if self.tracker else {}
 
-    def _mfu(self, steps: int, seconds: float) -> float | None:
-        if self.flops_per_step is None:
-            return None
-        return utilisation(self.flops_per_step * steps, seconds, self.engine.device)
+    def _mfu(self, flops: float, seconds: float) -> float | None:
+        return utilisation(flops, seconds, self.engine.device)
 
     def _memory(self) -> float:
         if self.engine.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-    def count_flops(self, batch: Batch) -> None:
-        """FLOPs of one step on this worker, counted on the forward pass of one sample."""
-        # a lone forward would wait for the other ranks
-        if self.recipe.engine.zero_stage == 3 or not self.is_rank_zero:
-            return
-        one = batch.split(len(batch.keys))[0]
-        self.flops_per_step = step_flops(lambda: self.engine.forward(one), len(batch.keys))
 
     def not_finite(self) -> None:
         """Count a step that was not taken because a loss or gradient was not finite."""

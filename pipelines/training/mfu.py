@@ -8,11 +8,24 @@ memory counts once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 # Dense bf16 peak, FLOP/s, of the data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+class Flops(NamedTuple):
+    """FLOPs of a step on one worker: what captions and images need, and what is computed with the
+    padding.
+    """
+
+    useful: float
+    computed: float
+
+    def plus(self, other: Flops) -> Flops:
+        return Flops(self.useful + other.useful, self.computed + other.computed)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lidit.codecs import load_codec
 from lidit.config import Recipe
@@ -25,9 +26,11 @@ from lidit.pipeline.checksums import check_model
 from lidit.pipeline.model_encoder import ModelEncoder
 from lidit.store import Corpus
 from pipelines.evaluation.models import read_index
-from pipelines.training.driver import FREE_ENGINE, TrainResult, open_run
+from pipelines.training.drift import FREE_ENGINE, settings_facts
+from pipelines.training.driver import TrainResult, open_run
 from pipelines.training.engine import Engine, set_up_device
 from pipelines.training.loop import TrainingLoop, TrainWorker, reports_failure
+from pipelines.training.partition import is_partitioned
 from pipelines.training.sample_prompts import prompt_states, sample_grid
 from pipelines.training.validation import validation_loss
 
@@ -39,7 +42,8 @@ FREE_SETTINGS = {
     "tracking": ..., "plan": ..., "teacher": ...,
     "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
     "engine": FREE_ENGINE,
-    "data": {"prefetch_batches"},
+    "model": {"checkpointed_every"},
+    "data": {"prefetch_batches", "readers"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_best", "async_upload", "log_every",
               "sample_every",
               "sample_prompts", "validate_every", "validation_samples"},
@@ -108,7 +112,7 @@ def run_facts(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
     """
     texts = {encoder.name: matching_family(corpus, encoder) for encoder in recipe.encoders}
     check_layers(recipe.model.layers, stored_layers(texts))
-    config = recipe.model_dump(mode="json", exclude=FREE_SETTINGS)  # type: ignore[arg-type]
+    config = settings_facts(recipe, FREE_SETTINGS)
     if recipe.model.layers == "one":  # runs of earlier releases, which had no other, go on
         del config["model"]["layers"]
     return {
@@ -172,10 +176,10 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         self.corpus = Corpus.open(recipe.corpus)
         self.families = Families.open(self.corpus, recipe.data, facts["latents"], facts["text"])
 
-        model = self.initial(recipe)
         # Another training's network may not know its families' codes: then states are read as
-        # states.
-        coded = [name for name, family in self.families.texts.items() if family.shared().code]
+        # states. (Shared states are read here, where no default device is set.)
+        coded = [name for name, family in self.families.texts.items() if family.has_steps]
+        model = self.network(recipe)
         self.coded = all(model.conditioner.knows_code(name) for name in coded)
         engine = self.make_engine(recipe, model, device)
         fresh = self.untrained(recipe) if engine.rank == 0 else None
@@ -184,6 +188,15 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
     def untrained(self, recipe: Recipe) -> LIDiT:
         """A network of the recipe's shape, for weights that are put into it."""
         return untrained_model(recipe, self.families)
+
+    def network(self, recipe: Recipe) -> LIDiT:
+        """The network before the first step; where rank 0 gives every rank its share, without
+        numbers elsewhere.
+        """
+        if dist.get_rank() == 0 or not is_partitioned(recipe.engine):
+            return self.initial(recipe)
+        with torch.device("meta"):
+            return self.untrained(recipe).train()
 
     def initial(self, recipe: Recipe) -> LIDiT:
         """The network before the first step."""
@@ -216,6 +229,11 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         model = self.averaged()
         if model is None:  # another rank
             return
+        # On a GPU in bfloat16, as later; its memory is the training's again after the grid. Not by
+        # diffusers' `to`, which warns of statistics that stay in float32 by themselves.
+        torch.nn.Module.to(
+            model, self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        )
         path = self.recipe.run_folder / "samples" / f"step-{self.step:09}.png"
         sample_grid(
             model, self.engine.objective, self.recipe, self.config["prompts"], self.families, path
@@ -268,8 +286,9 @@ def untrained_model(recipe: Recipe, families: Families) -> LIDiT:
         recipe.model, families.widths, families.latent_shape[0], families.stored_layers
     )
     for name, family in families.texts.items():
-        if code := family.shared().code:
-            model.conditioner.set_code(name, code.back)
+        if family.has_steps:
+            code = family.shared().code
+            model.conditioner.set_code(name, code.back if code else None)
     return model
 
 

@@ -34,9 +34,11 @@ from lidit.store import Corpus
 from pipelines.corpus.latents import run_latents
 from pipelines.runtime.progress import ProgressBar
 from pipelines.runtime.resources import connect
-from pipelines.training.driver import FREE_ENGINE, TrainResult, open_run
+from pipelines.training.drift import FREE_ENGINE, settings_facts
+from pipelines.training.driver import TrainResult, open_run
 from pipelines.training.engine import ShardedEngine, micro_steps, set_up_device
 from pipelines.training.loop import TrainingLoop, reports_failure
+from pipelines.training.mfu import Flops, step_flops
 
 SCALE_BATCHES = 32  # of training images, from which the latents' mean and deviation are measured
 FREE_SETTINGS = {
@@ -69,7 +71,7 @@ def train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> TrainResult:
         settings = CodecSettings(name=name, scale=recipe.data.scale)
         pixels = run_latents(corpus.folder.location, settings, PoolSettings(), progress)
     facts = {
-        "config": recipe.model_dump(mode="json", exclude=FREE_SETTINGS),  # type: ignore[arg-type]
+        "config": settings_facts(recipe, FREE_SETTINGS),
         "corpus": corpus.digest,
         "pixels": pixels.fingerprint,
     }
@@ -85,7 +87,10 @@ def train_codec(recipe: CodecRecipe, allow_drift: bool = False) -> TrainResult:
 def _rows_settings(recipe: CodecRecipe) -> DataSettings:
     data = recipe.data
     return DataSettings(
-        seed=data.seed, window_units=data.window_units, validation_fraction=data.validation_fraction
+        seed=data.seed,
+        window_units=data.window_units,
+        prefetch_batches=data.prefetch_batches,
+        validation_fraction=data.validation_fraction,
     )
 
 
@@ -113,6 +118,7 @@ class CodecEngine(ShardedEngine[PixelBatch]):
     ) -> None:
         super().__init__(recipe, model, device)
         self.reconstruction = ReconstructionLoss(recipe.loss, device)
+        self._flops_per_image: float | None = None
 
     def loss(self, batch: PixelBatch) -> torch.Tensor:
         outputs = self.deepspeed(
@@ -120,9 +126,18 @@ class CodecEngine(ShardedEngine[PixelBatch]):
         )
         return self.reconstruction(batch.pixels, outputs)
 
-    def forward(self, batch: PixelBatch) -> None:
-        dtype = next(self.deepspeed.module.parameters()).dtype
-        self.deepspeed.module(batch.pixels.to(dtype), batch.noise.to(dtype))
+    def step_flops(self, batch: PixelBatch) -> Flops | None:
+        """Counted once, on the forward pass of one image: every image has the same size."""
+        if self.recipe.engine.zero_stage == 3:  # a lone forward would wait for the other ranks
+            return None
+        if self._flops_per_image is None:
+            one, dtype = (
+                batch.split(len(batch.keys))[0],
+                next(self.deepspeed.module.parameters()).dtype,
+            )
+            forward = lambda: self.deepspeed.module(one.pixels.to(dtype), one.noise.to(dtype))  # noqa: E731
+            self._flops_per_image = step_flops(forward, 1)
+        return Flops(*[self._flops_per_image * len(batch.keys)] * 2)
 
 
 class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
@@ -150,9 +165,7 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         assembler = PixelAssembler(
             self.pixels, rows, data.seed, model.latent_channels, model.factor
         )
-        return Feed(
-            rows.order(recipe.train.batch_size), assembler, rank, world_size, data.prefetch_batches
-        )
+        return Feed(rows.order(recipe.train.batch_size), assembler, rank, world_size, rows.settings)
 
     def _images(self, part: Part, most: int) -> Iterator[torch.Tensor]:
         """Images [B, 3, H, W] of at most `most` global batches of the first epoch, whole.
@@ -172,7 +185,7 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         if self.step != self.recipe.train.steps and not self.due(self.recipe.train.validate_every):
             return
         model = self.averaged()
-        measured = self._measure(model) if model is not None else [0.0, 0.0]
+        measured = self._measure(model.to(self.device)) if model is not None else [0.0, 0.0]
         shared = torch.tensor(measured, device=self.device)
         # every rank's report names the loss by which checkpoints are compared
         dist.broadcast(shared, 0)
@@ -210,6 +223,7 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         """diffusers' folder: averaged weights, shift and scaling factor measured on training
         images.
         """
+        model.to(self.device)
         images = self._images("train", SCALE_BATCHES)
         shift, scaling = measure_scale(model.autoencoder, images, self.recipe.data.seed)
         model.autoencoder.register_to_config(shift_factor=shift, scaling_factor=scaling)

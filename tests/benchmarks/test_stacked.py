@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.gpu.resident import ResidentCorpus
 from benchmarks.gpu.stacked import Stack, encoder_name
 from lidit.config import LoopSettings, ModelSettings, ObjectiveSettings
 from lidit.data.assembler import TrainingBatch
+from lidit.data.feed import open_feed
 from lidit.diffusion import Objective, build_objective
 from lidit.models import LIDiT, TextStates
 from pipelines.training.schedule import learning_rate
+from tests.helpers.trained import SmallWorld
 
 STEPS, SIZE, WIDTHS = 4, 3, (16, 24)
 SETTINGS = LoopSettings.model_validate(
@@ -109,3 +112,28 @@ def test_a_stack_trains_each_model_as_if_it_were_alone(kind: str) -> None:
             found.conditioner.branches[0].projection.mean,
             model.conditioner.branches[0].projection.mean,
         )
+
+
+def test_a_corpus_on_the_device_feeds_what_the_feed_does(small_world: SmallWorld) -> None:
+    recipe = small_world.recipe(
+        small_world.folder / "none", data={"window_units": 2, "caption_dropout": 0.3}
+    )
+    corpus = small_world.open()
+    texts = {name: corpus.text_family(name).fingerprint for name in ("llama", "qwen2")}
+    data = ResidentCorpus(
+        str(small_world.corpus), corpus.latent_family("pixels").fingerprint, torch.device("cpu")
+    )
+    feed = data.feed(recipe, texts)
+    expected = open_feed(corpus, recipe.data, batch_size=recipe.train.batch_size).batches(0, 10)
+    for step, right in enumerate(expected):
+        found = feed.batch(step)
+        assert found.keys == right.keys
+        assert torch.equal(found.latents, right.latents)
+        assert torch.equal(found.u, right.u)
+        for name, states in right.text.items():
+            mine = found.text[name]
+            assert torch.equal(mine.mask.sum(1), states.mask.sum(1))
+            assert torch.equal(mine.states[mine.mask], states.states[states.mask].float())
+            assert torch.equal(mine.prefix, states.prefix.float())
+        assert torch.equal(found.noise, feed.batch(step).noise)
+        assert not torch.equal(found.noise, feed.batch(step + 1).noise)

@@ -87,6 +87,14 @@ def test_a_mistake_gives_one_clear_error(
         ),
         (["train.keep_best=true"], "train.keep_best: .* set train.validate_every"),
         (["train.validate_every=5"], "nothing is held out; set data.validation_fraction"),
+        (
+            ["engine.gpus_per_worker=2"],
+            "gpus_per_worker: 2 is no number of GPUs that a worker can use; give 0 or 1",
+        ),
+        (
+            ["engine.workers=2", "engine.gpus_per_worker=0.5"],
+            "gpus_per_worker: 0.5 is no number of GPUs",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing_or_harm_together(

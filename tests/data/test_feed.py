@@ -4,6 +4,7 @@ damage noticed.
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lidit.config import DataSettings
+from lidit.data.ahead import copied_ahead, with_tensors
 from lidit.data.assembler import TrainingBatch
 from lidit.data.families import Families
 from lidit.data.feed import Feed, FeedDataset, open_feed
@@ -60,6 +62,58 @@ def test_global_batches_do_not_depend_on_the_number_of_workers(
             ]
             for index, row in enumerate(rows):
                 assert torch.equal(states.states[index][states.mask[index]], row)
+
+
+def test_workers_that_share_a_batch_by_unit_take_the_same_batch(small_world: SmallWorld) -> None:
+    drawn = DataSettings(window_units=4)
+    by_unit = drawn.model_copy(update={"sort_by_unit": True})
+    alone = list(make_feed(small_world.corpus, drawn).batches(0, 8))
+    noise = {(one.step, key): value for one in alone for key, value in zip(one.keys, one.noise)}
+    for one, parts in zip(
+        alone, whole([make_feed(small_world.corpus, by_unit, rank, 3) for rank in range(3)], 0, 8)
+    ):
+        assert sorted(one.keys) == sorted(key for part in parts for key in part.keys)
+        for part in parts:
+            for key, value in zip(part.keys, part.noise):
+                assert torch.equal(value, noise[part.step, key])
+    held = [
+        settings.model_copy(update={"validation_fraction": 0.3}) for settings in (drawn, by_unit)
+    ]
+    first, second = (
+        next(make_feed(small_world.corpus, one, part="validation").batches(0, 1)) for one in held
+    )
+    assert first.keys == second.keys  # whose noise goes by the place in the batch
+
+
+def test_every_tensor_of_a_batch_is_changed_and_nothing_else(small_world: SmallWorld) -> None:
+    batch = next(make_feed(small_world.corpus, DataSettings()).batches(0, 1))
+    twice = with_tensors(batch, lambda tensor: torch.cat([tensor, tensor]))
+    assert (twice.keys, twice.step, twice.tokens) == (batch.keys, batch.step, batch.tokens)
+    assert len(twice.noise) == len(twice.latents) == len(twice.u) == 2 * BATCH
+    for name, states in batch.text.items():
+        found = twice.text[name]
+        assert [len(t) for t in (found.states, found.mask)] == [2 * BATCH] * 2
+        assert len(found.prefix) == 2 * len(states.prefix)
+
+
+def test_a_batch_is_on_its_way_before_the_one_before_it_is_worked_on(
+    small_world: SmallWorld,
+) -> None:
+    begun = []
+
+    def read() -> Iterator[TrainingBatch]:
+        for batch in make_feed(small_world.corpus, DataSettings()).batches(0, 4):
+            begun.append(batch.step)
+            yield batch
+
+    copies = copied_ahead(read(), torch.device("cpu"))
+    for step, wanted in enumerate(make_feed(small_world.corpus, DataSettings()).batches(0, 4)):
+        batch = next(copies)
+        assert begun[-1] == min(step + 1, 3)
+        assert batch.keys == wanted.keys
+        assert torch.equal(batch.text["qwen2"].states, wanted.text["qwen2"].states)
+    assert next(copies, None) is None
+    assert next(copied_ahead([], torch.device("cpu")), None) is None
 
 
 def test_resuming_anywhere_gives_the_batches_of_the_uninterrupted_run(
@@ -192,6 +246,34 @@ def test_coded_captions_come_as_steps_that_are_their_states(
         (half, _) = other.split(2)
         assert half.text["llama"].size is not None
         assert half.text["llama"].size.shape == half.text["llama"].mask.shape
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_int8_captions_come_as_they_are_stored(
+    small_world: SmallWorld, tmp_path: Path, dropout: float
+) -> None:
+    """A byte a number, two where an empty caption, which is not quantised, stands among them."""
+    copy = tmp_path / "corpus"
+    shutil.copytree(small_world.corpus, copy)
+    shutil.rmtree(copy / "text")
+    for encoder in small_world.encoders:
+        embed_here(str(copy), encoder.model_copy(update={"storage": "int8"}))
+    corpus, settings = Corpus.open(copy), DataSettings(window_units=2, caption_dropout=dropout)
+    plain, stored = (
+        open_feed(corpus, settings, batch_size=BATCH, coded=coded) for coded in (False, True)
+    )
+    for one, other in zip(plain.batches(0, 4), stored.batches(0, 4), strict=True):
+        assert one.keys == other.keys
+        for name, states in one.text.items():
+            family, steps = corpus.text_family(name), other.text[name]
+            assert family.has_steps
+            assert steps.states.dtype == (torch.int16 if dropout else torch.int8)
+            assert steps.size is not None
+            assert torch.equal(states.mask, steps.mask)
+            shared = family.shared()
+            z = (steps.states * steps.size[..., None]).clamp(-LIMIT, LIMIT)
+            expected = standardise(states.states, shared.mean, shared.deviation)
+            assert torch.allclose(z[steps.mask], expected[steps.mask], atol=2e-3)
 
 
 def test_a_torch_loader_yields_the_feeds_batches(small_world: SmallWorld) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit.data.order import Order
+from lidit.data.order import Order, shares
 from lidit.data.rng import Purpose, draw, permutation, uniform
 
 
@@ -51,6 +51,22 @@ def test_every_sample_once_per_epoch(
     assert everything == {
         (e, u, r) for e in range(epochs) for u, size in enumerate(sizes) for r in range(size)
     }
+
+
+def test_a_batch_by_unit_is_the_same_batch_and_its_shares_open_few_units() -> None:
+    order = make_order([64] * 16, 1, 128, 16)
+    drawn = opened = 0
+    for step in range(order.batches_before(2)):
+        batch = order.batch(step)
+        by_unit = batch.by_unit()
+        both = [
+            sorted(zip(b.epoch.tolist(), b.unit.tolist(), b.row.tolist())) for b in (batch, by_unit)
+        ]
+        assert both[0] == both[1]
+        for share in shares(128, 8):
+            drawn += len(set(batch.slice(share.start, share.stop).unit.tolist()))
+            opened += len(set(by_unit.slice(share.start, share.stop).unit.tolist()))
+    assert opened < drawn / 3
 
 
 def test_one_bucket_per_batch() -> None:

@@ -1,5 +1,6 @@
 """Jobs of engines in `world_size` real processes: trains tiny models, writes losses as JSON."""
 
+import contextlib
 import gc
 import json
 import math
@@ -16,7 +17,7 @@ from lidit.data.assembler import TrainingBatch
 from lidit.diffusion import build_objective
 from lidit.models import LIDiT, TextStates
 from pipelines.training import checkpoints
-from pipelines.training.ema import full_shapes, gather_full
+from pipelines.training.ema import averaged_model, full_shapes, gather_full
 from pipelines.training.engine import Engine
 from pipelines.training.gradients import measure_at_once
 
@@ -139,7 +140,9 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
     recipe = recipe_of(job, world_size)
     torch.manual_seed(0)
     before = live_bytes() if job.get("measure") else 0
-    model = LIDiT.from_settings(recipe.model, {"a": 16, "b": 24}, CHANNELS)
+    without_numbers = job.get("numbers_on_rank_zero") and rank > 0
+    with torch.device("meta") if without_numbers else contextlib.nullcontext():
+        model = LIDiT.from_settings(recipe.model, {"a": 16, "b": 24}, CHANNELS)
     initial = (
         {name: p.detach().clone() for name, p in model.named_parameters()}
         if job.get("watch_average")
@@ -201,11 +204,34 @@ def run(job: dict, rank: int, world_size: int, folder: Path) -> dict:
         gather_full(shapes, engine.ema.fragments, v, engine.device)
         for v in (masters, engine.ema.average)
     )
+    result = {"losses": losses, "norms": norms, "finite": finite}
+    if job.get("average_model"):
+        empty = (
+            LIDiT.from_settings(recipe.model, {"a": 16, "b": 24}, CHANNELS).to("meta")
+            if rank == 0
+            else None
+        )
+        found = averaged_model(engine.deepspeed, engine.ema, empty, engine.device)
+        result |= {"flops": list(engine.step_flops(part)), "kept_whole": kept_whole(engine)}
+        if rank == 0:
+            numbers = found.state_dict()
+            assert all(torch.equal(numbers[name], value) for name, value in average.items())
+            assert not any(tensor.is_meta for tensor in numbers.values())
+            assert all(parameter.is_meta for parameter in empty.parameters()), (
+                "the numbers are the caller's alone"
+            )
     if rank == 0:
         torch.save(
             {"weights": weights, "ema": average, "plain": plain or {}}, folder / f"{job['name']}.pt"
         )
-    return {"losses": losses, "norms": norms, "finite": finite}
+    return result
+
+
+def kept_whole(engine: Engine) -> list[bool]:
+    """Of each parameter under ZeRO-3, whether it is too small to be cut into shares
+    between steps.
+    """
+    return [p.ds_persist for p in engine.module.parameters() if hasattr(p, "ds_persist")]
 
 
 def measured(engine: Engine, before: int, count: int, world_size: int) -> dict:

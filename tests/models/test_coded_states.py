@@ -11,7 +11,7 @@ from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
 from lidit.store.coding.fit import fit_code
 from lidit.store.coding.transform import StateCode, quantise, standardise, step_sizes, varying
-from lidit.store.packing import decode
+from lidit.store.packing import decode, encode
 
 NAME = "first"
 
@@ -68,6 +68,24 @@ def test_in_bfloat16_the_steps_lose_no_more_than_the_states(make_model, make_tex
             for text in (states, coded)
         ]
     assert errors[1] < 1.5 * errors[0] + 0.002
+
+
+def test_int8_states_need_no_more_than_their_scale(make_model, make_text) -> None:
+    model, text = make_model(), make_text()
+    projection = model.conditioner.branch(NAME).projection
+    entry, known = text[NAME], (projection.mean, projection.deviation)
+    values, scale = encode(entry.states.reshape(-1, entry.states.shape[-1]), "int8", *known)
+    states = decode(values, "int8", scale, *known).view_as(entry.states)
+    size = scale.view(entry.mask.shape)
+    coded = text | {NAME: replace(entry, states=values.view_as(entry.states), size=size)}
+    assert not model.conditioner.knows_code(NAME)
+    with pytest.raises(InputError, match="set_code"):
+        condition(model, coded)
+    model.conditioner.set_code(NAME, None)
+    assert model.conditioner.knows_code(NAME)
+    with torch.no_grad():
+        expected = condition(model, text | {NAME: replace(entry, states=states)})
+        assert torch.allclose(condition(model, coded), expected, atol=2e-5)
 
 
 def test_the_code_is_in_no_checkpoint(make_model, code) -> None:

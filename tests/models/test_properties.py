@@ -282,6 +282,27 @@ def test_activation_checkpointing_changes_no_gradient(make_model, make_text):
         torch.testing.assert_close(found.grad, expected.grad, **ROUNDING)
 
 
+def test_of_several_blocks_one_is_computed_again(make_model, make_text):
+    settings = ModelSettings(
+        width=32,
+        depth=5,
+        heads=2,
+        patch_size=4,
+        activation_checkpointing=True,
+        checkpointed_every=3,
+    )
+    model = LIDiT.from_settings(settings, widths(make_text()), 3)
+    calls = Counter()
+    for number, block in enumerate(model.transformer.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: calls.update([number]))
+    run(model, make_text(), latents()).square().mean().backward()
+    assert calls == {0: 2, 1: 1, 2: 1, 3: 2, 4: 1}
+
+
+def widths(text):
+    return {name: entry.states.shape[-1] for name, entry in text.items()}
+
+
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
     assert "longer than it saves" in why_not_compiled(torch.device("cpu"))
     monkeypatch.delenv("CC", raising=False)
@@ -461,6 +482,29 @@ def test_compiled_blocks_compute_the_same_whatever_the_length(make_model, make_t
         "PositionBlock",
         "RefinerBlock",
     }
+
+
+@pytest.mark.slow  # compiles
+def test_blocks_are_compiled_once_for_all_lengths_and_sizes(make_model, make_text):
+    """Every caption length, aspect and batch of a training runs in graphs that are there already,
+    without a break in any.
+    """
+    model, text, graphs = make_model(), make_text(), []
+
+    def counting(module, _):
+        graphs.append(module)
+        return module.forward
+
+    torch.compiler.reset()
+    compile_blocks(model, backend=counting)
+    sizes = [(8, 8), (8, 16), (16, 8), (4, 12)]
+    run(model, text, latents())
+    once = len(graphs)
+    kinds = [part for part in model.modules() if getattr(part, "_compiled_call_impl", None)]
+    assert once <= len(kinds)
+    for extra, size in zip((3, 11, 27, 60), sizes):
+        run(model, lengthened(text, extra), latents(size=size))
+    assert len(graphs) == once
 
 
 def lengthened(text, extra):

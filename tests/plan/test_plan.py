@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,20 +12,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lidit.config import EncoderSettings, Recipe
 from lidit.config.shipped import load_recipe
+from lidit.data.order import Order, shares
 from lidit.errors import InputError, StorageError
 from lidit.models import LIDiT, TextStates
 from lidit.plan.facts import encoder_shape, gather_facts
-from lidit.plan.plan import (
-    Facts,
-    PlannedEncoder,
+from lidit.plan.memory import (
+    REDUCE_BUCKET,
     activation_bytes,
+    buffer_bytes,
+    checkpointing_that_fits,
+    saved_bytes,
+    state_bytes,
+)
+from lidit.plan.plan import (
     embedding_flops,
     latent_bytes,
     make_plan,
-    saved_bytes,
+    opened_share,
     step_flops,
 )
 from lidit.plan.states import rolling_passes, text_bytes, windows_ahead
+from lidit.plan.subject import Facts, PlannedEncoder
 from lidit.store import channel_statistics, latents_table, text_table
 from lidit.store.files.atomic import arrow_writer
 from lidit.store.files.folder import Folder
@@ -101,6 +109,47 @@ def test_activations_are_what_a_forward_pass_keeps(
         assert kept < whole
         kept += whole // 3
     assert expected == pytest.approx(kept, rel=0.15)
+
+
+@pytest.mark.parametrize("every", [4, 2, 1])
+def test_no_more_blocks_are_computed_again_than_memory_asks_for(
+    small_world: SmallWorld, every: int
+) -> None:
+    facts, shape = facts_of(small_world, 20, 9), {"width": 64, "depth": 8}
+    model = {**shape, "activation_checkpointing": True, "checkpointed_every": every}
+    needed = activation_bytes(recipe_of(small_world, model=model), facts, 6)
+    recipe = recipe_of(small_world, model=shape)
+    assert checkpointing_that_fits(recipe, facts, 6, 1.05 * needed) == every
+    assert checkpointing_that_fits(recipe, facts, 6, activation_bytes(recipe, facts, 6)) == 0
+    assert checkpointing_that_fits(recipe, facts, 6, 0.0) is None
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 8])
+def test_a_node_opens_the_units_that_its_part_of_the_batches_needs(
+    small_world: SmallWorld, nodes: int
+) -> None:
+    recipe = recipe_of(small_world, data={"window_units": 32, "sort_by_unit": True})
+    order = Order(np.full((64, 1), 256), lambda unit: np.zeros(256, np.int64), 1024, 0, 32, True)
+    opened = [
+        {
+            int(unit)
+            for step in range(8)
+            for unit in order.batch(step).slice(part.start, part.stop).unit
+        }
+        for part in shares(1024, nodes)
+    ]
+    mean = sum(map(len, opened)) / nodes / 32
+    assert opened_share(recipe, nodes) == pytest.approx(mean, rel=0.15)
+    drawn = recipe_of(small_world, data={"window_units": 32})
+    assert opened_share(drawn, nodes) == 1
+
+
+def test_gradients_of_several_parts_and_overlapping_sums_take_memory() -> None:
+    count = 10**9
+    parts = [state_bytes(count, 2, 8, "bfloat16", accumulated) for accumulated in (False, True)]
+    assert parts[1] - parts[0] == 2 * count / 8
+    buffers = [buffer_bytes(count, 2, "bfloat16", overlapping) for overlapping in (False, True)]
+    assert buffers == [2 * REDUCE_BUCKET, 4 * REDUCE_BUCKET]
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
@@ -355,6 +404,13 @@ def test_encoders_are_as_far_ahead_as_a_unit_takes() -> None:
 
 def test_a_node_reads_what_its_samples_need() -> None:
     recipe = papers_recipe("10B", 512, 10**9, 250_000, gpus=512)
-    states = make_plan(recipe, gather_facts(recipe)).states
+    plan = make_plan(recipe, gather_facts(recipe))
+    # Behind a URL states come by rows, latents by units that every node opens.
+    batch = recipe.train.batch_size / plan.seconds_per_step
+    latents = plan.latent_bytes / 10**9 * batch
+    assert plan.fetched_bytes_per_second_per_node == pytest.approx(
+        plan.read_bytes_per_second_per_node + (1 - 1 / 64) * latents
+    )
+    states = plan.states
     assert states.gigabytes_per_second["bfloat16"] == pytest.approx(8 * 0.017, rel=0.1)
     assert states.gigabytes_per_second["coded"] == pytest.approx(8 * 0.017 * 3.2 / 16, rel=0.1)

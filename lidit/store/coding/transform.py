@@ -75,8 +75,8 @@ class StateCode:
 
 
 class CodedStates(NamedTuple):
-    """One caption's states as they are coded: whole steps [T, W] int16, and the size [T] float32 of
-    a token's step.
+    """One caption's states as they are coded: whole steps [T, W] int16 or int8, and the size [T]
+    float32 of a token's step.
     """
 
     values: torch.Tensor
@@ -126,10 +126,10 @@ def restore(values: torch.Tensor, scale: torch.Tensor, code: StateCode) -> torch
     return z.mul_(step_sizes(scale, code.step)[:, None]).clamp_(-LIMIT, LIMIT)
 
 
-def exactly(z: torch.Tensor, code: StateCode) -> CodedStates:
+def exactly(z: torch.Tensor, code: StateCode | None) -> CodedStates:
     """z [T, W] in whole steps so small that they lose no more than float32 arithmetic: for states
-    beside coded ones.
+    beside coded ones. None: beside int8 ones, whose steps are z's own.
     """
-    components = z @ code.basis  # [T, W]
+    components = z if code is None else z @ code.basis  # [T, W]
     size = components.abs().amax(-1).clamp_min(1e-9) / 32767  # [T]
     return CodedStates((components / size[:, None]).round().to(torch.int16), size)

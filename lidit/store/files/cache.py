@@ -11,15 +11,18 @@ share it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import mmap
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 CONTENT_NAME = re.compile(r"-([0-9a-f]{12})\.arrow$")
 DEFAULT_GIGABYTES = 20.0
+LOCKS = 64  # files that downloads share, so that no unit leaves one behind
 
 
 def cache_limit() -> int:
@@ -44,6 +47,23 @@ def cached_map(place: Path) -> mmap.mmap | None:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (FileNotFoundError, ValueError):  # mmap refuses an empty file
         return None
+
+
+@contextlib.contextmanager
+def one_download(place: Path) -> Iterator[None]:
+    """Wait until no other process or thread of this machine is fetching this file; then look for it
+    again.
+
+    Without a folder that can be written there is no lock, and everybody fetches.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            number = int(hashlib.sha256(place.name.encode()).hexdigest(), 16) % LOCKS
+            locks = place.parent.with_name(f"{place.parent.name}-locks")
+            locks.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((locks / str(number)).open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def keep(place: Path, content: bytes | bytearray) -> None:

@@ -18,7 +18,7 @@ import fsspec
 import pyarrow as pa
 
 from lidit.errors import InputError
-from lidit.store.files.cache import cache_place, cached_map, keep
+from lidit.store.files.cache import cache_place, cached_map, keep, one_download
 from lidit.store.files.remote import plain_refusals
 
 
@@ -159,10 +159,16 @@ class Folder:
         """
         if not self.local:
             place = cache_place(self.where(name)) if keep_local else None
-            if place and (kept := cached_map(place)) is not None:
+            if place is None:
+                return bytearray(self.read_bytes(name))
+            if (kept := cached_map(place)) is not None:
                 return kept
-            content = bytearray(self.read_bytes(name))
-            if place:
+            with one_download(place):
+                if (
+                    kept := cached_map(place)
+                ) is not None:  # while this process waited for another one's download
+                    return kept
+                content = bytearray(self.read_bytes(name))
                 keep(place, content)
             return content
         with (self.path / name).open("rb") as file:

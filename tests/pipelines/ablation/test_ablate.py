@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from benchmarks.gpu import evidence
 from lidit.config.shipped import load_ablation
 from lidit.errors import InputError
 from lidit.store import Corpus
@@ -132,6 +134,28 @@ def test_only_what_is_missing_is_done_again(
     after = json.loads(lost.read_text())
     # the same numbers again
     assert (after["points"], after["losses"]) == (before["points"], before["losses"])
+
+
+@pytest.mark.slow  # a corpus of its own
+def test_arms_that_were_trained_as_stacks_are_finished_arms(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["seeds=[0,1]"]
+    assert 0 < evidence.prepare(str(folder / "tiny.yaml"), tmp_path, words) < evidence.MOST_BYTES
+    lines = evidence.train(tmp_path, torch.device("cpu"), seconds=600)
+    assert [line["trained"] for line in lines] == [2, 2]  # of two shapes, two seeds each
+    assert evidence.train(tmp_path, torch.device("cpu"), seconds=600) == []
+    capsys.readouterr()
+    places = [f"recipe.output={tmp_path}", f"recipe.corpus={tmp_path}/corpus"]
+    assert lidit("ablate", folder / "tiny.yaml", *words, *places) == 0
+    assert "0 arms trained, 4 already there" in capsys.readouterr().out
+    found = json.loads((tmp_path / "tiny/arms/refiner-seed0/result.json").read_text())
+    usual = json.loads((folder / RESULT.format("refiner")).read_text())
+    assert found["parameters"] == usual["parameters"]
+    assert [point["step"] for point in found["points"]] == [2, 4]
+    # Other noise, the same weights, samples, captions and noise levels: losses of one size from the
+    # first step on.
+    assert found["losses"][0][1] == pytest.approx(usual["losses"][0][1], rel=0.1)
 
 
 def test_a_result_the_tracker_never_saw_is_sent_by_the_next_call(

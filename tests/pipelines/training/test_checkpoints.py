@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lidit.errors import InputError, JobError
-from pipelines.training import checkpoints, driver
+from pipelines.training import checkpoints, drift, driver
 
 
 def write(run: Path, step: int, starts: tuple[str, str] = ("a", "a"), model: bool = False) -> Path:
@@ -148,9 +148,9 @@ def test_any_part_of_a_parameter_is_read(tmp_path: Path, first: int, last: int) 
 
 @pytest.mark.parametrize("content", ["", "{", "[" * 100_000])
 def test_a_torn_list_of_facts_is_one_line_with_a_remedy(tmp_path: Path, content: str) -> None:
-    (tmp_path / driver.FACTS).write_text(content)
+    (tmp_path / drift.FACTS).write_text(content)
     with pytest.raises(InputError, match=r"run\.json: cannot be read .*; delete it if"):
-        driver.check_drift(tmp_path, {"config": {}}, allow_drift=False)
+        drift.check_drift(tmp_path, {"config": {}}, allow_drift=False)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"step": null}', "[" * 100_000])

@@ -9,7 +9,9 @@ from mlflow import MlflowClient
 
 from lidit.config import Recipe
 from lidit.errors import InputError, JobError
+from pipelines.training.drift import settings_facts
 from pipelines.training.driver import UNTRACKED, _job_error, open_run
+from pipelines.training.train import FREE_SETTINGS
 from tests.helpers.trained import SmallWorld
 
 FACTS = {"config": {"seed": 0}, "corpus": "c"}
@@ -47,6 +49,39 @@ def test_a_run_with_other_facts_is_refused_unless_drift_is_allowed(
         refused.__enter__()
     with open_run(recipe, corpus, other, {}, allow_drift=True) as run:
         assert json.loads((run.folder / "run.json").read_text()) == other
+
+
+def test_how_fast_a_run_goes_is_no_drift_of_older_runs(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
+    recipe, corpus = recipe_in(small_world, tmp_path), small_world.open()
+    older = {"config": {"engine": {"compile": False, "precision": "float32"},
+                        "model": {"activation_checkpointing": True, "width": 8}}}  # fmt: skip
+    with open_run(recipe, corpus, older, {}, allow_drift=False):
+        pass
+    now = {"config": {"engine": {"compile": True, "precision": "float32"}, "model": {"width": 8}}}
+    with open_run(recipe, corpus, now, {}, allow_drift=False):
+        pass
+    other = {"config": {"engine": {"precision": "bfloat16"}, "model": {"width": 8}}}
+    with pytest.raises(InputError, match=r"engine\.precision"):
+        open_run(recipe, corpus, other, {}, allow_drift=False).__enter__()
+
+
+def test_settings_newer_than_a_run_are_no_facts_until_they_are_set(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
+    """Arms of an ablation are known by a digest of their facts: one key more, and none would be
+    found again.
+    """
+    recipe = recipe_in(small_world, tmp_path)
+    config = settings_facts(recipe, FREE_SETTINGS)
+    assert config["engine"]["compile"] is False
+    assert not {"sort_by_unit", "readers"} & set(config["data"])
+    assert "checkpointed_every" not in config["model"]
+    sorting = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"sort_by_unit": True})}
+    )
+    assert settings_facts(sorting, FREE_SETTINGS)["data"]["sort_by_unit"] is True
 
 
 def test_a_finished_run_tracks_only_what_a_kill_left_untracked(

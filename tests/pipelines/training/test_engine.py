@@ -11,8 +11,9 @@ import torch
 
 from lidit.config import Recipe
 from lidit.data.order import shares
-from pipelines.training.engine import micro_steps
-from tests.helpers.engine_process import launch
+from lidit.errors import JobError
+from pipelines.training.engine import deepspeed_config, micro_steps, require_tools
+from tests.helpers.engine_process import launch, recipe_of
 
 STEPS, SAVED, SHORT = 8, 5, 6
 # Stage 1 shares stage 2's optimizer and all that is ours around it: its grid is a second opinion.
@@ -48,6 +49,12 @@ def straight_and_resumed(number: int) -> list[Job]:
         {"name": f"average-{number}", "engine": stage(number), "steps": 4, "watch_average": True},
         {"name": f"bf16-{number}", "engine": stage(number, precision="bfloat16"), "steps": STEPS},
     ]
+
+
+def in_parts(number: int) -> Job:
+    """A bfloat16 training whose batches come one sample after the other."""
+    engine = stage(number, accumulation=6, precision="bfloat16")
+    return {"name": f"bf16-parts-{number}", "engine": engine, "steps": STEPS}
 
 
 def not_finite() -> list[Job]:
@@ -100,13 +107,31 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         if several:
             two = [
                 {"name": "accumulated", "engine": stage(2, accumulation=3), "steps": STEPS},
+                in_parts(2),
                 *not_finite(),
                 *two,
             ]
             two += [
                 {"name": "at-once", "engine": stage(2), "steps": 4, "overflow": 1, "at_once": True}
             ]
-            two += [{"name": "overflow-3", "engine": stage(3), "steps": 4, "overflow": 1}]
+            two += [
+                {"name": "overflow-3", "engine": stage(3), "steps": 4, "overflow": 1},
+                in_parts(3),
+            ]
+            two += [
+                {"name": "large-3", "engine": stage(3), "model": {"width": 192}, "steps": 4,
+                 "average_model": True,
+                 "numbers_on_rank_zero": True}
+            ]  # fmt: skip
+            one += [
+                {
+                    "name": "large",
+                    "engine": stage(0),
+                    "model": {"width": 192},
+                    "steps": 4,
+                    "average_model": True,
+                }
+            ]
             two += [
                 {"name": "three-to-one", "engine": stage(1), "steps": STEPS, "restore": "two-3"}
             ]
@@ -162,6 +187,30 @@ def test_resume_is_bit_identical(launched: Launched, number: int) -> None:
             assert torch.equal(value, resumed[part][name]), f"{part} {name}"
 
 
+def test_weights_that_are_cut_into_shares_come_from_rank_zero(results: dict) -> None:
+    """ZeRO-3 gathers what is above its threshold for each use; smaller parameters it would keep
+    whole.
+    """
+    assert set(results["large-3"]["kept_whole"]) == {False, True}
+    same_curve(results["large-3"], results["large"])
+
+
+def test_flops_count_captions_and_their_padding_under_every_stage(results: dict) -> None:
+    useful, computed = results["large-3"]["flops"]  # of half a batch
+    assert 0 < useful < computed
+    assert results["large"]["flops"][1] == pytest.approx(2 * computed)
+
+
+def test_compiling_that_cannot_work_is_refused_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    require_tools(torch.device("cpu"))
+    with pytest.raises(JobError, match=r"no C compiler.*engine\.compile=false"):
+        require_tools(torch.device("cuda"))
+
+
 def test_gradients_measured_at_once_are_clipped_and_refused_as_deepspeed_does(
     results: dict,
 ) -> None:
@@ -190,6 +239,29 @@ def test_fewer_workers_than_the_recipe_has_share_the_batch_unevenly(
     results: dict, number: int
 ) -> None:
     same_curve(results[f"uneven-{number}"], results["sixteen"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulates", "overlaps"),
+    [
+        ({"zero_stage": 2, "accumulation": 3}, "fp32", False),
+        ({"zero_stage": 3, "accumulation": 3}, "fp32", False),
+        ({"zero_stage": 2}, None, False),
+        ({"zero_stage": 1, "accumulation": 3}, None, False),
+        ({"zero_stage": 2, "gpus_per_worker": 1}, None, True),
+        ({"zero_stage": 1, "gpus_per_worker": 1}, None, True),
+        ({"zero_stage": 0, "gpus_per_worker": 1}, None, False),
+    ],
+)
+def test_several_parts_are_summed_in_float32_and_sums_overlap_on_gpus(
+    engine: dict, accumulates: str | None, overlaps: bool
+) -> None:
+    recipe = recipe_of({"engine": {"precision": "bfloat16", **engine}}, 2)
+    config = deepspeed_config(recipe, 2, 10**9)
+    assert config.get("data_types", {}).get("grad_accum_dtype") == accumulates
+    assert bool(config["zero_optimization"].get("overlap_comm")) == overlaps
+    alone = deepspeed_config(recipe_of({"engine": engine}, 1), 1, 10**9)
+    assert "overlap_comm" not in alone["zero_optimization"]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +339,14 @@ def test_a_checkpoint_before_any_step_was_taken_goes_on_too(results: dict) -> No
     assert first["finite"] == [False, True, True]
     assert math.isfinite(first["losses"][0]), "this worker's part was sound"
     assert results["poisoned-first-again"]["losses"] == first["losses"][1:]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_bfloat16_follows_float32_in_parts_as_whole(results: dict, number: int) -> None:
+    """Sums of parts lose nothing that whole batches keep."""
+    parts = results[f"bf16-parts-{number}"]
+    close(parts["losses"], results["one"]["losses"], 0.03)
+    close(parts["norms"], results[f"bf16-{number}"]["norms"], 0.02)
 
 
 @pytest.mark.parametrize("number", STAGES)

@@ -5,6 +5,7 @@ verify's way.
 import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -13,6 +14,7 @@ import torch
 
 from lidit.errors import InputError
 from lidit.store import Corpus, TextFamily
+from lidit.store.files.folder import Folder
 from lidit.store.verify import verify_corpus
 from tests.helpers import family_job
 from tests.helpers.corpus_factory import WORDS, make_corpus
@@ -67,6 +69,25 @@ def test_what_was_read_once_is_local(url: str, cache: Path) -> None:
         assert not verify_corpus(url).sound, "verify looked at the local copy"
     finally:
         file_system.pipe_file(f"{root}/{name}", content)
+
+
+def test_processes_that_want_the_same_unit_fetch_it_once(
+    url: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched, read = [], Folder.read_bytes
+
+    def counted(folder: Folder, name: str) -> bytes:
+        fetched.append(name)
+        return read(folder, name)
+
+    monkeypatch.setattr(Folder, "read_bytes", counted)
+    family = opened(url)
+    name = family.record(0)["file"]
+    fetched.clear()
+    with ThreadPoolExecutor(4) as pool:  # each opens the lock's file for itself, as processes do
+        found = list(pool.map(lambda _: bytes(family.folder.map(name, keep_local=True)), range(4)))
+    assert fetched == [name]
+    assert len(set(found)) == 1
 
 
 def test_it_stays_below_its_limit(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
