@@ -26,7 +26,7 @@ def kill_a_worker_after(run: Path, step: int, killed: list[int]) -> threading.Th
         return found
 
     def hunt() -> None:
-        wait_until((run / checkpoints.checkpoint_name(step) / "position.json").exists, seconds=200)
+        wait_until((run / checkpoints.checkpoint_name(step) / "position.json").exists, seconds=900)
         victim = wait_until(workers, seconds=20)[0]
         os.kill(victim, signal.SIGKILL)
         killed.append(victim)
