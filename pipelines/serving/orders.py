@@ -226,8 +226,8 @@ def _sampler(body: DrawBody, facts: ModelFacts, limits: LimitSettings) -> Sample
 
 
 def _seeds(first: int | None, count: int) -> tuple[int, ...]:
-    if first is None:
-        return tuple(secrets.randbelow(CHOSEN_SEEDS) for _ in range(count))
+    if first is None:  # one for all of them: it is all that is needed to draw them again
+        first = secrets.randbelow(CHOSEN_SEEDS)
     if first + count - 1 > LARGEST_SEED:
         raise invalid(f"seeds count up from the first and end at {LARGEST_SEED}", "seed")
     return tuple(range(first, first + count))

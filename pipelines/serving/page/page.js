@@ -188,7 +188,8 @@ class Card {
   }
 
   // lasting: the server may still be drawing it, so a page that is loaded again asks once more
-  end(problem, { calm = false, lasting = false } = {}) {
+  // refused: the same words would be refused again
+  end(problem, { calm = false, lasting = false, refused = false } = {}) {
     this.state("");
     if (this.job.open && !lasting) {
       delete this.job.open;
@@ -196,7 +197,9 @@ class Card {
     }
     this.part("cancel").hidden = true;
     const drawn = this.job.pictures.length > 0;
-    for (const name of ["another", "again", "forget"]) this.part(name).hidden = false;
+    for (const name of ["again", "forget"]) this.part(name).hidden = false;
+    this.part("another").hidden = refused;
+    this.part("another").textContent = drawn ? "Draw another" : "Try again";
     this.part("program").hidden = !drawn;
     this.element.classList.toggle("bare", !drawn);
     for (const frame of this.frames.filter((one) => one.classList.contains("coming"))) frame.remove();
@@ -239,12 +242,13 @@ class Card {
           this.facts();
           await keep(job);
         } else if (event.type === "job.cancelled") this.end("Cancelled.", { calm: true });
-        else if (event.type === "job.failed") this.end(inWords(event.error));
+        else if (event.type === "job.failed") {
+          this.end(inWords(event.error), { refused: event.error.code === "moderation_blocked" });
+        }
       }
     } catch (error) {
       this.end(inWords(error), { lasting: error.code === "unreachable" });
     }
-    if (!this.part("problem").hidden) say(this.part("problem").textContent);
   }
 
   facts() {
@@ -427,7 +431,7 @@ at("key-change").onclick = () => {
 };
 at("draw-form").addEventListener("submit", draw);
 at("draw-form").addEventListener("input", showValues);
-at("prompt").addEventListener("keydown", (event) => {
+at("draw-form").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("draw-form").requestSubmit();
 });
 for (const example of at("examples").children) {

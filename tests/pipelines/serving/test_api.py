@@ -87,6 +87,15 @@ def test_a_picture_is_the_pipelines(served: Platform, model: Path) -> None:
             assert abs(pixels(image["b64_json"]) - np.asarray(own)).max() <= 1
 
 
+def test_the_first_seed_is_all_that_draws_pictures_again(served: Platform) -> None:
+    drawn = served.draw(PROMPT, n=3).json["data"]
+    first = drawn[0]["seed"]
+    assert [image["seed"] for image in drawn] == [first, first + 1, first + 2]
+    again = served.draw(PROMPT, n=3, seed=first).json["data"]
+    for image, same in zip(drawn, again, strict=True):
+        assert abs(pixels(image["b64_json"]) - pixels(same["b64_json"])).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

@@ -146,7 +146,7 @@ def test_the_page_takes_up_what_it_was_drawing_when_it_was_left(
     expect(card.locator(".state")).to_contain_text("Step")
     page.reload()
     expect(card.get_by_role("button", name="Cancel")).to_be_visible()
-    expect(card.get_by_role("button", name="Enlarge picture 1")).to_be_visible()
+    expect(card.get_by_role("button", name="Enlarge picture 1")).to_be_visible(timeout=300_000)
     # Its settings with another seed are another picture, without a word being typed.
     card.get_by_role("button", name="Draw another").click()
     expect(page.get_by_role("button", name="Enlarge picture 1")).to_have_count(2)
@@ -160,6 +160,8 @@ def test_the_page_says_why_it_was_refused(served: Platform, visit: Visit) -> Non
     card = visit.page.get_by_role("article", name=f"{FORBIDDEN} in a field")
     expect(card.get_by_role("alert")).to_contain_text("The safety checks refused this.")
     expect(card.locator("img")).to_have_count(0)
+    expect(card.get_by_role("button", name="Use these settings")).to_be_visible()
+    expect(card.get_by_role("button", name="Try again")).to_have_count(0)
 
 
 def test_the_page_goes_on_after_a_broken_stream(served: Platform, visit: Visit) -> None:
