@@ -20,7 +20,9 @@ from lidit.config import SamplerSettings
 from lidit.diffusion.stepper import Caption, Row, Stepper
 
 ENOUGH = 0.9  # of the best rate: more rows than that takes only make everybody wait
-BRISK = 2.0  # times a single image's pass: what a short request may have to bear beside others
+# Times a single image's pass: what a short request may have to bear beside others. Less would cost
+# more of the rate than short requests gain: benchmarks/README.md has both.
+BRISK = 3.0
 GAIN = 1.05  # of rate: two passes in a row with less end the measuring
 MEMORY_SHARE = 0.5  # of what is free: codec and LLMs may want the rest
 REPETITIONS = 3
