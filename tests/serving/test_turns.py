@@ -52,7 +52,7 @@ def test_the_cap_ends_where_rows_stop_paying_or_memory_ends(memory: int, cap: in
         ([Pass(2, 1.0, 0)], 2),
     ],
 )
-def test_a_brisk_pass_takes_no_more_than_three_times_one_images(passes: list[Pass], rows: int) -> None:
+def test_a_brisk_pass_takes_at_most_three_times_one_images(passes: list[Pass], rows: int) -> None:
     assert brisk_rows(passes) == rows
 
 
