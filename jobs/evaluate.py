@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from jobs.support.options import apart
+from jobs.support.run_folders import require_model
 from jobs.support.start import HELP_OPTIONS, enter
 from lidit.errors import InputError
 
@@ -88,6 +89,7 @@ def scenes(
 
     **Example:** `lidit evaluate scenes runs/demo/model per_tag=24`
     """
+    require_model(model)
     settings = _settings("scenes", overrides)
     from pipelines.evaluation.models import tracking_of
     from pipelines.evaluation.scenes import evaluate_scenes
@@ -107,6 +109,7 @@ def binding(
 
     **Example:** `lidit evaluate binding runs/demo/model binding_scenes=200`
     """
+    require_model(model)
     settings = _settings("binding", overrides)
     from pipelines.evaluation.binding import evaluate_binding
     from pipelines.evaluation.models import tracking_of
@@ -179,6 +182,7 @@ def pictures(
     sources, words = apart(source)
     if not sources:
         raise InputError("lidit evaluate pictures: give a folder or file of pictures with captions")
+    require_model(model)
     settings = _settings("pictures", words)
     from pipelines.evaluation.held_out import evaluate_held_out
     from pipelines.evaluation.models import tracking_of

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.support.run_folders import require_model
 from jobs.support.start import run
 
 
@@ -37,6 +38,7 @@ def command(
     **Example:** `lidit sample runs/demo/model --prompt "a red circle left of a blue square" --out
     pictures`
     """
+    require_model(model)
     from lidit.config.fields import check_prompts, check_seeds
     from lidit.grids import labelled_grid
     from pipelines.evaluation.models import load_pipeline

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.support.run_folders import require_model
 from jobs.support.start import run
 
 
@@ -38,6 +39,7 @@ def command(
 
     **Example:** `lidit tune-sampler runs/demo/model evaluations=100000`
     """
+    require_model(model)
     from lidit.config.settings import apply_overrides, validate
     from lidit.config.tune import TuneSettings
 

@@ -13,6 +13,7 @@ from lidit.errors import InputError
 
 RECIPE, POSITION = "recipe.json", "position.json"
 FACTS = "run.json"  # what a run is made of; the tracker's copy of a recipe has none beside it
+MODEL, MODEL_INDEX = "model", "model_index.json"
 STEP = re.compile(r"step-(\d{9})$")
 
 
@@ -120,3 +121,16 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def _step(checkpoint: Path | None) -> int:
     match = STEP.search(checkpoint.name) if checkpoint is not None else None
     return int(match.group(1)) if match else 0
+
+
+def require_model(model: Path) -> None:
+    """Refuse a folder that is no model's before torch is loaded; what else can be wrong with one,
+    its loader says.
+    """
+    if not model.is_dir() or (model / MODEL_INDEX).is_file():
+        return
+    inside = model / MODEL
+    remedy = f"; give {inside}" if (inside / MODEL_INDEX).is_file() else ""
+    raise InputError(
+        f"{model}: no {MODEL_INDEX}, so this is not a model folder written by lidit train{remedy}"
+    )

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs.recipe import KINDS
+from jobs.support.run_folders import require_model
 from lidit.config.shipped import SETTINGS
+from lidit.errors import InputError
 from tests.helpers.command import lidit
 
 # All that the help and a wrong word may load besides the standard library: torch and its like take
@@ -70,7 +72,15 @@ def loaded_by(*words: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [("--help",), ("embed", "--help"), ("evaluate", "m", "--per-tag", "3"), ("trian",)]
+    "words",
+    [
+        ("--help",),
+        ("embed", "--help"),
+        ("evaluate", "m", "--per-tag", "3"),
+        ("trian",),
+        ("sample", "docs", "--prompt", "a cat", "--out", "pictures"),
+        ("evaluate", "scenes", "docs"),
+    ],
 )
 def test_help_and_wrong_words_load_no_library(words: tuple[str, ...]) -> None:
     assert loaded_by(*words) - MAY_BE_LOADED - OURS == set()
@@ -205,3 +215,11 @@ def test_the_pages_of_a_folder_without_runs_are_refused(
 ) -> None:
     assert lidit("ui", tmp_path) == 2
     assert f"{tmp_path}: no mlflow.db; give the OUTPUT of your trainings" in capsys.readouterr().err
+
+
+def test_a_run_folder_in_a_models_place_names_the_model_in_it(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match=f"give {tmp_path / 'model'}$"):
+        require_model(tmp_path)
+    require_model(tmp_path / "model")
