@@ -89,8 +89,8 @@ def scenes(
 
     **Example:** `lidit evaluate scenes runs/demo/model per_tag=24`
     """
-    require_model(model)
     settings = _settings("scenes", overrides)
+    require_model(model)
     from pipelines.evaluation.models import tracking_of
     from pipelines.evaluation.scenes import evaluate_scenes
 
@@ -109,8 +109,8 @@ def binding(
 
     **Example:** `lidit evaluate binding runs/demo/model binding_scenes=200`
     """
-    require_model(model)
     settings = _settings("binding", overrides)
+    require_model(model)
     from pipelines.evaluation.binding import evaluate_binding
     from pipelines.evaluation.models import tracking_of
 
@@ -182,8 +182,8 @@ def pictures(
     sources, words = apart(source)
     if not sources:
         raise InputError("lidit evaluate pictures: give a folder or file of pictures with captions")
-    require_model(model)
     settings = _settings("pictures", words)
+    require_model(model)
     from pipelines.evaluation.held_out import evaluate_held_out
     from pipelines.evaluation.models import tracking_of
 

@@ -79,7 +79,6 @@ def loaded_by(*words: str) -> set[str]:
         ("evaluate", "m", "--per-tag", "3"),
         ("trian",),
         ("sample", "docs", "--prompt", "a cat", "--out", "pictures"),
-        ("evaluate", "scenes", "docs"),
     ],
 )
 def test_help_and_wrong_words_load_no_library(words: tuple[str, ...]) -> None:
