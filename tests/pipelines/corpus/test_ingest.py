@@ -22,7 +22,8 @@ from lidit.store import Corpus
 from lidit.store.files.folder import Folder
 from lidit.store.files.owner import MARK, owned
 from lidit.store.verify import verify_corpus
-from pipelines.corpus.ingest import _in_tasks, run_ingest
+from pipelines.corpus.ingest import run_ingest
+from pipelines.runtime.tasks import in_tasks
 from tests.helpers.command import lidit
 from tests.helpers.pictures import bomb, encoded, picture, sample, write_tar
 from tests.helpers.recorded_progress import RecordedProgress
@@ -413,6 +414,6 @@ def test_a_worker_that_dies_each_time_gives_its_refusal_and_the_others_go_on() -
         return number * number
 
     calls = [(str(number), (number,)) for number in range(5)]
-    assert sorted(_in_tasks(square, calls, lambda number: -number)) == [-3, 0, 1, 4, 16]
+    assert sorted(in_tasks(square, calls, lambda number: -number)) == [-3, 0, 1, 4, 16]
     with pytest.raises(JobError, match=r"^3: the process reading it died three times"):
-        list(_in_tasks(square, calls[3:4]))
+        list(in_tasks(square, calls[3:4]))
