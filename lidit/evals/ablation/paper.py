@@ -49,6 +49,11 @@ MEANING = {
     "layers-learned": "four layers by learned weights (ours)",
     "layers-per-block": "four layers by learned weights of each transformer block (ours)",
     "suffix-kept": "one layer, the template's tokens behind the caption kept (ours)",
+    "states-exact": "states in float32 (ours)",
+    "states-int8": "states in int8 (ours)",
+    "states-coded-1": "coded states, storage_error 0.1 (ours)",
+    "states-coded-2": "coded states, storage_error 0.2 (ours)",
+    "states-coded-3": "coded states, storage_error 0.3 (ours)",
     "control": "the transformer sees the caption's first words only, a full-attention refiner all "
     "of them (ours)",
     "control-causal": "the same with a causal refiner, which cannot carry anything back",
@@ -60,8 +65,9 @@ MEANING = {
 class Claim:
     """`better` scores higher than `worse`; `table`: where the paper says so.
 
-    "ours" compares with an arm the paper has not, "layers" arms of several layers of an LLM, which
-    it has not either; "control" is the demonstration of the mechanism (docs/evidence.md).
+    "ours" compares with an arm the paper has not, "layers" arms of several layers of an LLM and
+    "storage" arms on states as they are stored, which it has not either; "control" is the
+    demonstration of the mechanism (docs/evidence.md).
     by: what decides. Arms that all learn differ in how fast; the control asks what can be learned
     at all.
     """
@@ -94,6 +100,10 @@ CLAIMS = (
     Claim("layers", "layers-learned", "one-layer"),
     Claim("layers", "layers-per-block", "layers-learned"),
     Claim("layers", "suffix-kept", "one-layer"),
+    Claim("storage", "states-exact", "states-int8", by="final"),
+    Claim("storage", "states-exact", "states-coded-1", by="final"),
+    Claim("storage", "states-exact", "states-coded-2", by="final"),
+    Claim("storage", "states-exact", "states-coded-3", by="final"),
     Claim("control", "control", "control-causal", by="final"),
     Claim("control", "control", "control-none", by="final"),
 )

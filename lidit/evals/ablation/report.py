@@ -119,9 +119,8 @@ def words(comparisons: Sequence[Comparison]) -> str:
 
 def _source(comparison: Comparison) -> str:
     table = comparison.claim.table
-    return {"ours": "our own arm", "layers": "our own arm", "control": "the control"}.get(
-        table, f"table {table}"
-    )
+    own = dict.fromkeys(("ours", "layers", "storage"), "our own arm")
+    return {**own, "control": "the control"}.get(table, f"table {table}")
 
 
 def _facts_table(facts: Mapping[str, str]) -> str:
@@ -133,9 +132,9 @@ def _facts_table(facts: Mapping[str, str]) -> str:
 def _claims_table(comparisons: Sequence[Comparison], arms: Mapping[str, ArmSummary]) -> str:
     lines = [
         "| table | ordering | paper: T2I-CompBench / DPG | learning | difference | final | "
-        "difference | loss gap "
+        "difference | loss gap | validation loss "
         "| verdict |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in comparisons:
         better, worse = one.claim.better, one.claim.worse
@@ -144,7 +143,7 @@ def _claims_table(comparisons: Sequence[Comparison], arms: Mapping[str, ArmSumma
             f"| {one.claim.table} | {better} > {worse} | {_paper_pair(better, worse)} | "
             f"{first.learning.value:.3f}, {second.learning.value:.3f} | {_signed(one.learning)} | "
             f"{first.final.value:.3f}, {second.final.value:.3f} | {_signed(one.final)} | "
-            f"{_signed(one.gap, 5)} | "
+            f"{_signed(one.gap, 5)} | {_signed(one.loss, 5)} | "
             f"**{one.verdict}**{' (by final)' if one.claim.by == 'final' else ''} |"
         )
     return "\n".join(lines)

@@ -175,8 +175,8 @@ def _positions(result: ArmResult) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`learning`, `final`, `gap`: better minus worse in learning, final accuracy and final loss
-    gap, paired by seed.
+    """`learning`, `final`, `gap`, `loss`: better minus worse in learning, final accuracy, final
+    loss gap and final validation loss, paired by seed.
 
     `saturated`: both arms end so near to perfect that their order is a matter of speed alone.
     """
@@ -185,6 +185,7 @@ class Comparison:
     learning: Interval
     final: Interval
     gap: Interval
+    loss: Interval
     verdict: Verdict
     saturated: bool
 
@@ -204,10 +205,19 @@ def compare(results: Sequence[ArmResult], claims: Sequence[Claim] = CLAIMS) -> l
         ends = np.array([[one.points[-1].accuracy for one in pair] for pair in pairs])  # [seeds, 2]
         final = mean_over_seeds((ends[:, 0] - ends[:, 1]).tolist())
         gap = mean_over_seeds([a.points[-1].gap - b.points[-1].gap for a, b in pairs])
+        loss = mean_over_seeds(
+            [a.points[-1].validation_loss - b.points[-1].validation_loss for a, b in pairs]
+        )
         decisive = final if claim.by == "final" else speed
         found.append(
             Comparison(
-                claim, speed, final, gap, verdict(decisive), bool(ends.mean(axis=0).min() > 0.97)
+                claim,
+                speed,
+                final,
+                gap,
+                loss,
+                verdict(decisive),
+                bool(ends.mean(axis=0).min() > 0.97),
             )
         )
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lidit.config.shipped import load_ablation
+from lidit.config.shipped import load_ablation, load_recipe
 from lidit.errors import InputError
 from lidit.evals.ablation.paper import CLAIMS, PAPER
 from lidit.evals.ablation.report import words, write_ablation_report
@@ -76,6 +76,8 @@ def test_verdicts_follow_the_paired_difference() -> None:
         ("refiner", "baseline"),
         ("refiner", "own-token"),
     }
+    # The made-up losses fall as accuracy rises, averaged over two timesteps.
+    assert found["instruction", "baseline"].loss.value == pytest.approx(-0.021 / 2)
     text = words(list(found.values()))
     assert "**Hold**: instruction > baseline (table 2)" in text
     assert "the other way round): refiner > baseline (table 2)" in text
@@ -125,7 +127,7 @@ def test_the_page_puts_our_figures_beside_the_papers(tmp_path: Path) -> None:
 
 def test_the_papers_orderings_agree_with_its_figures() -> None:
     for claim in CLAIMS:
-        if claim.table not in ("ours", "layers", "control"):
+        if claim.table not in ("ours", "layers", "storage", "control"):
             assert PAPER[claim.better][0] > PAPER[claim.worse][0], claim
     assert summaries([result("x", 0, (0.5,))])["x"].final == Interval(
         0.5, float("-inf"), float("inf")
@@ -139,7 +141,7 @@ def test_shipped_recipes_hold_every_arm_of_the_tables(name: str) -> None:
         arm
         for claim in CLAIMS
         for arm in (claim.better, claim.worse)
-        if claim.table not in ("layers", "control")
+        if claim.table not in ("layers", "storage", "control")
     }
     assert compared <= set(ablation.arms)
     assert len(ablation.seeds) >= 3
@@ -200,9 +202,47 @@ def test_the_shipped_layers_differ_in_the_states_read_only() -> None:
     )
 
 
+def test_the_shipped_arms_of_stored_states_differ_in_storage_only() -> None:
+    ablation = load_ablation("ablate-storage")
+    assert {arm for c in CLAIMS for arm in (c.better, c.worse) if c.table == "storage"} == set(
+        ablation.arms
+    )
+    recipes = {arm: ablation.arm_recipe(arm, 0) for arm in ablation.arms}
+    stored = {
+        arm: {(e.storage, e.storage_error) for e in recipe.encoders}
+        for arm, recipe in recipes.items()
+    }
+    assert stored == {
+        "states-exact": {("float32", None)},
+        "states-int8": {("int8", None)},
+        "states-coded-1": {("coded", 0.1)},
+        "states-coded-2": {("coded", 0.2)},
+        "states-coded-3": {("coded", 0.3)},
+    }
+    alike = {
+        tuple(
+            e.model_copy(update={"name": "", "storage": "int8", "storage_error": None})
+            for e in recipe.encoders
+        )
+        for recipe in recipes.values()
+    }
+    assert len(alike) == 1
+    demo = load_recipe("demo")
+    assert (ablation.recipe.model, ablation.recipe.objective, ablation.recipe.data) == (
+        demo.model,
+        demo.objective,
+        demo.data,
+    )
+    assert ablation.recipe.train.optimizer == demo.train.optimizer
+
+
 def test_settings_an_arm_would_not_obey_are_refused() -> None:
     load_ablation("ablate-2cores")
-    for word in ("recipe.train.init_from=runs/base/model", "recipe.train.non_finite=skip"):
+    for word in (
+        "recipe.train.init_from=runs/base/model",
+        "recipe.train.non_finite=skip",
+        "recipe.online={ahead: 2}",
+    ):
         with pytest.raises(InputError, match=word.partition("=")[0]):
             load_ablation("ablate-2cores", [word])
     load_ablation("ablate-2cores", ["recipe.train.non_finite=skip", "recipe.engine.workers=2"])
