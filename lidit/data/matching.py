@@ -10,6 +10,7 @@ from lidit.config import CodecSettings, EncoderSettings
 from lidit.errors import InputError
 from lidit.store import Corpus, TextFamily, spec_differences
 from lidit.text.rules import Reading, TextRules, resolve_reading, set_fields, text_rules
+from lidit.text.specs import STORAGE_ERROR
 
 
 def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
@@ -24,6 +25,8 @@ def matching_family(corpus: Corpus, encoder: EncoderSettings) -> TextFamily:
         | {"max_tokens", "storage", "dtype"},
     )
     wanted = {k: v for k, v in wanted.items() if v not in ("auto", "compute", None)}
+    if encoder.storage == "coded":
+        wanted["storage_error"] = encoder.storage_error or STORAGE_ERROR
     differences, matches = [], []
     for handle in corpus.text_families():
         if handle.name != encoder.name:

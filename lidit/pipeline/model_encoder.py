@@ -62,9 +62,8 @@ class ModelEncoder:
         holds.
         """
         shared: SharedStates = family.shared()
-        fixed = settings.model_copy(
-            update={"dtype": family.spec["dtype"], "storage": family.spec["storage"]}
-        )
+        exact = {name: family.spec.get(name) for name in ("dtype", "storage", "storage_error")}
+        fixed = settings.model_copy(update=exact)
         found = (shared.prefix, shared.empty, shared.mean, shared.deviation)
         return cls(fixed, family.spec, family.fingerprint, *found, code=shared.code)
 

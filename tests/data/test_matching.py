@@ -135,6 +135,19 @@ def test_one_name_for_two_llms_is_refused(corpus: Corpus, tmp_path: Path) -> Non
         matching_family(corpus, first)
 
 
+def test_states_of_another_error_are_no_match(corpus: Corpus, tmp_path: Path) -> None:
+    llm = tiny_llm(tmp_path / "llm", "llama")
+    coarse = encoder(llm, storage="coded", storage_error=0.2)
+    embed_here(corpus.folder.path, coarse)
+    assert matching_family(corpus, coarse).spec["storage_error"] == 0.2
+    for usual in (encoder(llm, storage="coded"), encoder(llm, storage="coded", storage_error=0.1)):
+        with pytest.raises(InputError, match=r"storage_error: 0\.2 -> 0\.1"):
+            matching_family(corpus, usual)
+    embed_here(corpus.folder.path, encoder(llm, storage="coded"))
+    assert matching_family(corpus, encoder(llm, storage="coded")).spec["storage_error"] == 0.1
+    assert matching_family(corpus, coarse).spec["storage_error"] == 0.2
+
+
 @pytest.mark.parametrize("finished", ["cpu", "cuda"])
 def test_an_unfinished_family_is_no_second_one(
     corpus: Corpus, tmp_path: Path, finished: str
