@@ -1,10 +1,10 @@
 """Precomputing prompt states: this project's encoder against the two loops everyone writes, in the
 same run.
 
-    python benchmarks/embed.py [--quick]                                          SmolLM2 on the CPU
-    python benchmarks/embed.py --device cuda --model FOLDER                       a real LLM on a
-    GPU python benchmarks/embed.py --device cuda --random-llama 8b --batch 64         LLaMA-3-8B's
-    shape, no download
+    python benchmarks/embed.py [--quick]                SmolLM2 on the CPU
+    python benchmarks/embed.py --device cuda --model FOLDER               a real LLM on a GPU
+    python benchmarks/embed.py --device cuda --random-llama 8b --batch 64
+                                                        LLaMA-3-8B's shape, no download
 
 Peer "plain": the whole causal LM with its head, arrival order, padded to the longest caption of the
 batch, `output_hidden_states`. Peer "fixed": the same, padded to 300 tokens as PixArt-style

@@ -1,9 +1,10 @@
 """Prompt states as public pipelines want them: ours against their own `encode_prompt`, in the same
 run.
 
-    python benchmarks/embed_pipelines.py fibo  [--quick]      BRIA FIBO's rule: two layers, bare
-    captions python benchmarks/embed_pipelines.py flux2 [--quick]      FLUX.2's rule: three layers,
-    chat template, 512 tokens
+    python benchmarks/embed_pipelines.py fibo  [--quick]
+        BRIA FIBO's rule: two layers, bare captions
+    python benchmarks/embed_pipelines.py flux2 [--quick]
+        FLUX.2's rule: three layers, chat template, 512 tokens
 
 Peer "one": one caption per call, as NeMo AutoModel's preprocessing and many scripts do it. Peer
 "padded": batches, padded as the pipeline pads. Both run diffusers' own code on SmolLM2-135M (or

@@ -1,8 +1,8 @@
 """One training step and one sampling step of LI-DiT against diffusers' PixArtTransformer2DModel, in
 the same run.
 
-    python -m benchmarks.model --quick            two CPU cores, some minutes python -m
-    benchmarks.model --device cuda      the 1B shape, bfloat16, both models compiled block by block
+    python -m benchmarks.model --quick         two CPU cores, some minutes
+    python -m benchmarks.model --device cuda   the 1B shape, bfloat16, both models compiled by block
 
 Both models have the same depth, width, heads, patch size and latents, and see the same number of
 text tokens: LI-DiT refines the states of two LLMs into them (instruction tokens on top), PixArt

@@ -1,9 +1,11 @@
 """What a student is taught: an example per sample, made from a batch and its teacher. No step of an
 optimizer here.
 
-    guidance      the teacher's guided prediction at any noise level progressive   the one
-    prediction that lands where the teacher lands after several steps (arXiv 2202.00512) consistency
-    the one that lands where the student lands after one step of the teacher (arXiv 2403.06807)
+    guidance      the teacher's guided prediction at any noise level
+    progressive   the one prediction that lands where the teacher lands after several steps
+                  (arXiv 2202.00512)
+    consistency   the one that lands where the student lands after one step of the teacher
+                  (arXiv 2403.06807)
 
 Shapes: B batch, C latent channels, H x W latent size.
 """

@@ -2,7 +2,7 @@
 
     instruction + caption -> frozen LLM, one or several       lidit/text/encoder.py
       -> states, standardised and projected, per LLM          conditioner.py, StateProjection
-      (layers: mixture.py)
+                                                              (layers: mixture.py)
       -> linguistic token refiner, per LLM                    refiner.py
       -> collaborative refiner, over all LLMs                 fusion.py
       -> instruction cut off, captions joined: the condition  conditioner.py, PromptConditioner

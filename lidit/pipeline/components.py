@@ -2,10 +2,11 @@
 scheduler.
 
     FOLDER/model_index.json   class, objective, sampler and codec settings, training size
-           model/             LIDiT: config.json + safetensors vae/               the autoencoder,
-           unless latents are pixels encoders/NAME.*    one LLM each: its identity, and the prefix
-           and empty states training used pipeline.py        what diffusers runs for
-           `custom_pipeline` README.md          model card
+           model/             LIDiT: config.json + safetensors
+           vae/               the autoencoder, unless latents are pixels
+           encoders/NAME.*    one LLM each: its identity, its prefix and empty states of training
+           pipeline.py        what diffusers runs for `custom_pipeline`
+           README.md          model card
 
 Shapes: B batch, T caption tokens, P prefix tokens, W width of an LLM.
 """

@@ -49,8 +49,7 @@ def follow(
     while True:
         try:
             # Within the try, because Ctrl-C is answered while waiting, too.
-            # zero but after a broken connection: a cluster that restarts is not to be hammered
-            time.sleep(pause)
+            time.sleep(pause)  # zero but after a broken connection: a cluster restarts in peace
             pause = RETRY_SECONDS
             with understood(name):
                 if client.get_job_status(name).is_terminal():

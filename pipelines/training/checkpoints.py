@@ -1,11 +1,13 @@
 """Checkpoints: complete or absent, checked before use, independent of ZeRO stage and world size.
 
     step-00001000/
-      rank-00000.safetensors   this rank's fragments: master weights, both moments, EMA (keys
-      KIND|NAME|START) rank-00000.json          sha256 and size of the file beside it, rank 0's also
-      of the model's; written last position.json            rank 0: step, world size, run facts
-      (config, corpus digest, family fingerprints) model/                   rank 0, after the last
-      step: the folder people load
+      rank-00000.safetensors   this rank's fragments: master weights, both moments, EMA
+                               (keys KIND|NAME|START)
+      rank-00000.json          sha256 and size of the file beside it, rank 0's also of the model's;
+                               written and sent last
+      position.json            rank 0: step, world size, run facts (config, corpus digest, family
+                               fingerprints)
+      model/                   rank 0, after the last step: the folder people load
 
 No pickle is written or read. DeepSpeed's own checkpoints are pickles that load only at the world
 size and stage they were written with; these are plain tensors named by parameter and offset.

@@ -35,7 +35,9 @@ def test_diffusers_loads_the_folder_as_a_pipeline_of_ones_own(saved, expected):
     """Only its own loader runs, not ours: LLMs and checks have to come with the first prompt."""
     # The code that diffusers wants to be trusted is the pipeline.py that `save` wrote a moment ago.
     pipeline = DiffusionPipeline.from_pretrained(
-        str(saved), custom_pipeline=str(saved), trust_remote_code=True
+        str(saved),
+        custom_pipeline=str(saved),
+        trust_remote_code=True,  # the pipeline.py that `save` wrote a moment ago
     )
     assert type(pipeline) is LIDiTPipeline
     assert torch.equal(drawn(pipeline), expected)
@@ -50,7 +52,9 @@ def test_diffusers_finds_damage_and_missing_llms_at_the_first_prompt(saved, tmp_
 
     def load():  # trusts the folder's own pipeline.py, which this test's fixture wrote
         return DiffusionPipeline.from_pretrained(
-            str(folder), custom_pipeline=str(folder), trust_remote_code=True
+            str(folder),
+            custom_pipeline=str(folder),
+            trust_remote_code=True,  # the same file: the test copied it
         )
 
     with pytest.raises(InputError, match=r"qwen.safetensors: damaged"):

@@ -22,8 +22,7 @@ def test_what_fits_runs_together_and_what_does_not_waits() -> None:
     def large() -> str:
         if not alone.acquire(blocking=False):
             overlaps.append("large")
-        # hold the lock: another one that were started beside this one must meet it taken
-        time.sleep(0.05)
+        time.sleep(0.05)  # hold the lock: one started beside this one must meet it taken
         alone.release()
         return "large"
 

@@ -75,8 +75,8 @@ class VqaReward:
             headers["Authorization"] = f"Bearer {key}"
         request = Request(self.address, json.dumps(body).encode(), headers)
         for number in range(TRIES):
-            if number:  # a model behind an address restarts, or has too much to do
-                time.sleep(PAUSE * 2 ** (number - 1))
+            if number:
+                time.sleep(PAUSE * 2 ** (number - 1))  # for a server that restarts or is too busy
             try:
                 with urlopen(request, timeout=self.settings.timeout) as reply:
                     return json.load(reply)
