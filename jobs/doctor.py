@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -99,6 +98,8 @@ def python() -> Finding:
 
 
 def libraries() -> Finding:
+    from importlib.metadata import PackageNotFoundError, version  # slow: not for every help
+
     found, missing = [], []
     for name in (*PACKAGES, *CLUSTER_PACKAGES):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,6 +92,9 @@ def embed_file(
     captions: str, encoders: Sequence[EncoderSettings], pool: PoolSettings, out: Path
 ) -> None:
     """The states of a file of captions as one Parquet file, in this process."""
+    # Before torch is imported: threads that wait in a loop would take half of the CPU time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from lidit.config import IngestSettings
     from lidit.sources.ingest import ingest
     from lidit.store.export import export_states

@@ -4,6 +4,7 @@ later one.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from types import FrameType
@@ -17,8 +18,12 @@ def main() -> None:
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
         signal.signal(signal.SIGINT, _end)
+    # What modules make while they are read stays: no garbage is looked for in it.
+    gc.disable()
     from jobs.main import main as start
 
+    gc.freeze()
+    gc.enable()
     if ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     start()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.support.start import HELP_OPTIONS
 from lidit.errors import InputError, plain
-from lidit.serving.keys import SCOPES, Key, KeysUnavailable
-from lidit.serving.shared_keys import Keys, open_keys
+
+if TYPE_CHECKING:
+    from lidit.serving.keys import Key
+    from lidit.serving.shared_keys import Keys
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
 File = Annotated[
@@ -23,6 +25,7 @@ File = Annotated[
 ]
 DEFAULT = str(Path("serving") / "keys.sqlite")
 DAY = 86400
+SCOPES = "generate, moderate, verify, admin"  # the help must not wait for what opens a file of keys
 
 
 @app.callback()
@@ -39,9 +42,7 @@ def keys() -> None:
 @app.command("add")
 def add(
     name: Annotated[str, typer.Argument(help="Whose key it is; shown in lists.")],
-    scope: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(SCOPES)}; repeat for several.")
-    ] = None,
+    scope: Annotated[list[str] | None, typer.Option(help=f"{SCOPES}; repeat for several.")] = None,
     days: Annotated[
         float | None, typer.Option(min=0.001, help="Until it expires; never without it.")
     ] = None,
@@ -91,6 +92,9 @@ def revoke(
 
 
 def _open(file: str, create: bool = False) -> Keys:
+    from lidit.serving.keys import KeysUnavailable
+    from lidit.serving.shared_keys import open_keys
+
     try:
         return open_keys(file, create)
     except KeysUnavailable as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from types import ModuleType
 from typing import Annotated
 
@@ -47,14 +48,19 @@ from jobs import (
 )
 from jobs.support.start import HELP_OPTIONS, QUIET, enter
 
-app = typer.Typer(
-    help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on them, "
-    "track every run.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings=HELP_OPTIONS,
-)
+
+def _without_commands() -> typer.Typer:
+    return typer.Typer(
+        help="LI-DiT on Ray: compute LLM prompt states once, train a diffusion transformer on "
+        "them, track every run.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings=HELP_OPTIONS,
+    )
+
+
+app = _without_commands()
 # The help shows the commands of a panel together, in this order. Modules of jobs import no library
 # at the top: the help, and whatever is wrong with a command's words, must not wait for torch.
 PANELS: dict[str, tuple[tuple[str, ModuleType], ...]] = {
@@ -155,8 +161,30 @@ def options(
         os.environ[QUIET] = "1"
 
 
+def overview() -> typer.Typer:
+    """The same commands without their options, which the list of commands does not show: typer
+    takes longer to read them than to write that list.
+    """
+    listing = _without_commands()
+    listing.callback()(options)
+    for group in app.registered_groups:
+        registered = group.typer_instance and group.typer_instance.registered_callback
+        about = registered.callback.__doc__ if registered and registered.callback else None
+        empty = typer.Typer(help=about)
+        listing.add_typer(empty, name=group.name, rich_help_panel=group.rich_help_panel)
+    for command in app.registered_commands:
+        about = command.callback.__doc__ if command.callback else None
+        listing.command(command.name, help=about, rich_help_panel=command.rich_help_panel)(_nothing)
+    return listing
+
+
+def _nothing() -> None:
+    """Stands for a command in a list of them."""
+
+
 def main() -> None:
-    enter(app)
+    listed = sys.argv[1:] in ([], ["-h"], ["--help"])
+    enter(overview() if listed else app)
 
 
 if __name__ == "__main__":

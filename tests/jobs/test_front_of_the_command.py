@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from jobs.keys import SCOPES
+from jobs.main import overview
 from jobs.recipe import KINDS
 from jobs.support.run_folders import require_model
+from jobs.support.start import guarded
 from lidit.config.shipped import SETTINGS
 from lidit.errors import InputError
+from lidit.serving import keys
 from tests.helpers.command import lidit
 
 # All that the help and a wrong word may load besides the standard library: torch and its like take
@@ -38,13 +42,7 @@ MAY_BE_LOADED = {
     "typing_inspection",
 }
 # Which import no library.
-OURS = {
-    "lidit",
-    "lidit.errors",
-    "lidit.serving",
-    "lidit.serving.keys",
-    "lidit.serving.shared_keys",
-}
+OURS = {"lidit", "lidit.errors"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -94,8 +92,19 @@ def test_commands_stand_in_panels(capsys: pytest.CaptureFixture[str]) -> None:
     assert "─ Commands ─" not in text, "a command without a panel"
 
 
-def test_the_kinds_in_the_help_are_those_there_are() -> None:
+def test_the_list_of_commands_is_that_of_the_whole_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lidit", "--help"])
+    guarded(overview())
+    listed = capsys.readouterr().out
+    assert lidit("--help") == 0
+    assert capsys.readouterr().out == listed
+
+
+def test_names_in_the_help_are_those_there_are() -> None:
     assert ", ".join(SETTINGS) == KINDS
+    assert ", ".join(keys.SCOPES) == SCOPES
 
 
 def test_a_shell_completes_commands() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lidit.config import EncoderSettings, IngestSettings
 from lidit.sources.ingest import ingest
@@ -14,6 +16,7 @@ from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
 from lidit.text.local import embed_here
 from pipelines.corpus.embed import run_embed
+from tests.helpers import embed_job
 from tests.helpers.command import lidit
 from tests.helpers.tiny_models import tiny_llm
 
@@ -58,6 +61,26 @@ def test_the_bytes_are_those_of_the_cluster(
     mine, theirs = (files(tmp_path / name / "text") for name in ("here", "ray"))
     assert len(mine) == 3
     assert mine == theirs
+
+
+def test_a_caption_of_a_small_corpus_is_computed_once(
+    encoder: EncoderSettings, captions: Path, tmp_path: Path
+) -> None:
+    for name in ("here", "plain"):
+        ingest([str(captions)], str(tmp_path / name), IngestSettings(captions_only=True))
+    read: list[int] = []
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(module, nn.Embedding):
+            read.append(1)
+
+    with register_module_forward_hook(count):
+        family = embed_here(str(tmp_path / "here"), encoder)
+        once = len(read)
+        embed_job.embed_here(tmp_path / "plain", encoder)
+    # Of both: the instruction, its trial and the empty caption; the captions' only batch.
+    assert len(read) - once == once + 1
+    assert files(Path(family.folder.location)) == files(tmp_path / "plain" / "text")
 
 
 def test_an_interrupted_one_is_finished_and_a_finished_one_loads_no_model(
