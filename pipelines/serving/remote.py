@@ -1,16 +1,21 @@
 """Stages and the ledger behind Serve's handles, with the same methods as in one process.
 
-What goes wrong in another process arrives as what it was, or as a worker that was lost.
+What goes wrong in another process arrives as what it was, or as a worker that was lost. Calls go
+to the other process directly; only states, and what the network gets of them, go by reference
+through Ray's object store, where no process between sees them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 from ray.exceptions import RayError, RayTaskError
+from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -22,6 +27,10 @@ from pipelines.serving.orders import Delivery, ModelFacts, Order
 from pipelines.serving.parts import Part, Picture
 
 log = logging.getLogger(__name__)
+# Every Ray process's environment: bytes of a message between processes, and whether Serve's proxies
+# send such messages.
+MESSAGE_BYTES, LONGEST_MESSAGE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", 64 << 20
+PROXY_DIRECT = "RAY_SERVE_PROXY_USE_GRPC"
 
 
 @contextmanager
@@ -29,15 +38,35 @@ def arriving() -> Iterator[None]:
     """Errors of another process as this one's."""
     try:
         yield
+    except ApiError:
+        raise
     except RayTaskError as error:
         if isinstance(error.cause, ApiError):
             raise error.cause from None
         log.error("a stage failed: %s", error)
         raise broken() from None
-    except (RayError, RayServeException) as error:
+    except (RayError, RayServeException, grpc.RpcError) as error:
         # killed, cancelled from outside, or none is there
         log.warning("a stage was lost: %s", type(error).__name__)
         raise worker_lost() from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # this side gave up
+            raise
+        log.warning("a stage was cancelled")
+        raise worker_lost() from None
+    except Exception as error:
+        log.error("a stage failed: %s", error)
+        raise broken() from None
+
+
+def directly(handle: DeploymentHandle) -> DeploymentHandle:
+    """A handle whose calls are a message there and one back, where messages may be as long as a
+    picture; else they are tasks of Ray's, which take twice as long.
+    """
+    if RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH < LONGEST_MESSAGE:
+        return handle
+    return handle.options(_by_reference=False)
 
 
 async def _one(response: Any) -> Any:
@@ -57,7 +86,7 @@ async def _many(response: Any) -> AsyncGenerator[Any, None]:
 
 class RemoteGuards:
     def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
+        self.handle = directly(handle)
 
     async def demand(self, texts: list[str]) -> None:
         await _one(self.handle.demand.remote(texts))
@@ -112,7 +141,7 @@ class RemoteFinisher:
 
 class RemoteStudio:
     def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
+        self.handle = directly(handle)
 
     async def facts(self) -> ModelFacts:
         facts: ModelFacts = await _one(self.handle.facts.remote())
@@ -128,7 +157,7 @@ class RemoteStudio:
 
 class RemoteLedger:
     def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
+        self.handle = directly(handle)
 
     async def check(self, text: str, scope: str) -> str:
         return str(await _one(self.handle.check.remote(text, scope)))

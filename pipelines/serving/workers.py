@@ -188,10 +188,10 @@ async def _state(entry: torch.Tensor | Awaitable[torch.Tensor]) -> torch.Tensor:
 
 
 def shown_after(steps: int, previews: int) -> dict[int, int]:
-    """Step -> number of the preview that is due after it: the first one a sixth of the way, so that
-    there is something to see within a quarter of the time, the others at equal distances.
+    """Step -> number of the preview that is due after it: the first one an eighth of the way, so
+    that there is something to see within a quarter of the time, the others at equal distances.
     """
     at = sorted(
-        {-(-steps * (previews + 5 * number) // (6 * previews)) for number in range(previews)}
+        {-(-steps * (previews + 7 * number) // (8 * previews)) for number in range(previews)}
     )
     return {step: number for number, step in enumerate(step for step in at if step < steps)}
