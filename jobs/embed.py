@@ -42,6 +42,9 @@ def command(
     token_budget: Annotated[
         int, typer.Option(min=1, help="Padded tokens of one forward pass.")
     ] = 8192,
+    distinct: Annotated[
+        bool, typer.Option("--distinct", help="Compute a caption once that several units hold.")
+    ] = False,
     node_label: Annotated[
         list[str] | None, typer.Option(help="Ray node label to ask for: lidit/pool=large")
     ] = None,
@@ -72,7 +75,12 @@ def command(
         load_encoder_settings(name, [*(overrides or []), *(setting or [])]) for name in encoder
     ]
     pool = PoolSettings(
-        actors=actors, cpus=cpus, gpus=gpus, token_budget=token_budget, label_selector=labels
+        actors=actors,
+        cpus=cpus,
+        gpus=gpus,
+        token_budget=token_budget,
+        label_selector=labels,
+        distinct=distinct,
     )
     if out is not None:
         embed_file(corpus, chosen, pool, out)
@@ -125,11 +133,11 @@ def embed_file(
 
 def embed(corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
     """Compute one family with a progress bar and say what came of it, cut captions included."""
-    from pipelines.corpus.embed import run_embed
+    from pipelines.corpus.distinct import embed_corpus
     from pipelines.runtime.progress import ProgressBar
 
     with ProgressBar(f"embed {settings.name}", None, "captions") as progress:
-        made = run_embed(corpus, settings, pool, progress)
+        made = embed_corpus(corpus, settings, pool, progress)
     show(corpus, made)
     if has_tracker():
         from pipelines.corpus.tracked import track_embed

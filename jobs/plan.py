@@ -123,7 +123,7 @@ def _show(recipe: Recipe, facts: Facts, plan: Plan) -> None:
             f"{hours} GPU-hours at {setting.embed_mfu:.0%} of {setting.peak_tflops:.0f} TFLOP/s",
         ),
         *(
-            (("repeated", f"{repeated}: larger units (ingest.unit_samples) repeat less"),)
+            (("repeated", f"{repeated}: lidit embed --distinct computes each once"),)
             if repeated
             else ()
         ),

@@ -28,7 +28,8 @@ from lidit.config import (
 )
 from lidit.store import Corpus, FamilyWriter
 from lidit.text import resolve_encoder
-from pipelines.corpus.embed import EmbedSummary, run_embed
+from pipelines.corpus.distinct import embed_corpus
+from pipelines.corpus.embed import EmbedSummary
 from pipelines.corpus.ingest import run_ingest
 from pipelines.corpus.latents import run_latents
 from pipelines.corpus.tracked import track_embed, track_ingest, track_latents
@@ -135,7 +136,7 @@ def _embed(recipe: Recipe, corpus: Corpus, cpus: int, show: ShowSummary) -> None
             with ProgressBar(
                 f"embed {encoder.name}", None, "captions", display=display
             ) as progress:
-                summary = run_embed(
+                summary = embed_corpus(
                     recipe.corpus, encoder, recipe.pool_of(encoder.name), progress, cpus
                 )
             track_embed(recipe.corpus, encoder, summary, recipe.tracking, Path(recipe.output))

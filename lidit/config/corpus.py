@@ -67,6 +67,9 @@ class PoolSettings(Settings):
     label_selector: dict[str, str] = Field(
         default_factory=dict, description="Ray node labels each actor asks for"
     )
+    distinct: bool = Field(
+        False, description="embedding computes a caption once that several units hold"
+    )
 
 
 class CodecSettings(Settings):

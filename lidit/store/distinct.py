@@ -1,16 +1,25 @@
-"""Which captions units repeat: each unit holds distinct captions, and may hold those of earlier
-units, too.
+"""Which captions units repeat, and each of them once: a unit holds distinct captions, and may hold
+those of earlier units, too.
+
+CORPUS/distinct is a corpus of the same units, each with the captions that no earlier unit has. Who
+owns a caption follows from the corpus alone, so what is computed for it does not depend on which
+unit comes first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from lidit.store.corpus import Corpus
+from lidit.store.corpus import CORPUS_FILE, Corpus, publish_corpus, publish_unit
+from lidit.store.families import TextFamily
+from lidit.store.schema import SAMPLES, with_metadata
 
+FOLDER = "distinct"
 DIGEST_WORDS = 2  # of 64 bits, of a caption's sha256: two captions in 2^128 are alike
 Ints = NDArray[np.int64]
 
@@ -70,3 +79,52 @@ def _digests(corpus: Corpus, unit: int) -> NDArray[np.uint64]:
     column = corpus.captions(unit)["sha256"].combine_chunks()
     content = b"".join(column.to_pylist())
     return np.frombuffer(content, np.uint64).reshape(-1, 4)[:, :DIGEST_WORDS].copy()
+
+
+def distinct_corpus(corpus: Corpus, index: CaptionIndex) -> Corpus:
+    """CORPUS/distinct, made unless it is there."""
+    folder, digits = corpus.folder.child(FOLDER), int(corpus.facts["unit_digits"])
+    made_from = {"distinct_of": corpus.digest}
+    if folder.exists(CORPUS_FILE):
+        known = Corpus.open(folder.location)
+        if known.facts["settings"] == made_from:
+            return known
+    nothing = with_metadata(SAMPLES, kind="samples").empty_table()
+    rows = []
+    for unit in range(corpus.num_units):
+        owners, _ = index.unit(unit)
+        captions = corpus.captions(unit).take(pa.array(np.flatnonzero(owners == unit)))
+        rows.append(publish_unit(folder, unit, digits, str(unit), nothing, captions))
+    none = corpus.sources.slice(0, 0)
+    return publish_corpus(folder, rows, digits, corpus.facts["root"], none, made_from, {})
+
+
+def assembled_tables(
+    family: TextFamily, owners: Ints, rows: Ints, most_tokens: int
+) -> Iterator[pa.Table]:
+    """One unit's rows in order, out of a family of `distinct_corpus`, as tables of about
+    `most_tokens` tokens.
+    """
+    tables = {int(unit): _unit_table(family, int(unit)) for unit in np.unique(owners)}
+    if not tables:
+        yield _unit_table(family, 0).slice(0, 0)
+        return
+    tokens = np.empty(len(owners), np.int64)
+    for unit, table in tables.items():
+        mine = owners == unit
+        tokens[mine] = table["tokens"].to_numpy()[rows[mine]]
+    piece = np.cumsum(tokens) // max(1, most_tokens)
+    for number in np.unique(piece):
+        chosen = piece == number
+        yield _gathered(tables, owners[chosen], rows[chosen])
+
+
+def _gathered(tables: dict[int, pa.Table], owners: Ints, rows: Ints) -> pa.Table:
+    order = np.argsort(owners, kind="stable")
+    taken = [tables[int(unit)].take(pa.array(rows[owners == unit])) for unit in np.unique(owners)]
+    return pa.concat_tables(taken).take(pa.array(np.argsort(order))).combine_chunks()
+
+
+def _unit_table(family: TextFamily, unit: int) -> pa.Table:
+    content = family.folder.map(family.record(unit)["file"], keep_local=True)
+    return pa.ipc.open_file(pa.py_buffer(content)).read_all()

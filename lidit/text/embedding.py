@@ -135,6 +135,18 @@ def ensure_shared(
     return writer.write_shared(table if pooled is None else with_empty_pooled(table, pooled))
 
 
+def token_counts(captions: Sequence[CaptionTokens]) -> dict[str, int]:
+    """What a record counts of its captions: those that were cut, and those that were read in
+    another way than as they stand.
+    """
+    counts = {"truncated": sum(tokens.truncated for tokens in captions)}
+    for name in ("control", "merged"):
+        # absent otherwise: records stay as they were
+        if count := sum(getattr(tokens, name) for tokens in captions):
+            counts[name] = count
+    return counts
+
+
 def encoded_tables(
     encoder: PromptEncoder,
     shared: SharedStates,
@@ -160,14 +172,8 @@ def encoded_tables(
             for rows, found in encoder.run(ids, token_budget, stored.pack):
                 stored.take(rows, found)
         table = stored.table(ids)
-        counts = {
-            "truncated": sum(tokens.truncated for tokens in piece),
-            "computed_tokens": encoder.padding(ids, token_budget).computed,
-        }
-        for name in ("control", "merged"):
-            # absent otherwise: records stay as they were
-            if count := sum(getattr(tokens, name) for tokens in piece):
-                counts[name] = count
+        counts = token_counts(piece)
+        counts["computed_tokens"] = encoder.padding(ids, token_budget).computed
         statistics.add(stored.extremes, counts=counts)
         statistics.add(
             stored.exact,

@@ -172,7 +172,7 @@ def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int
     # come first. A code is told of before anything else is computed.
     coded = job.spec.storage == "coded"
     if (pool.actors > 1 or coded) and _writer(job.corpus, job.spec).shared() is None:
-        _raise_problem(ray.get(ray.remote(**resources.demands(pool))(prepare).remote(job)))
+        raise_problem(ray.get(ray.remote(**resources.demands(pool))(prepare).remote(job)))
     if coded and (shared := _writer(job.corpus, job.spec).shared()) and shared.code:
         for line in in_words(shared.code):
             log.warning(line)  # a fact to see in time, before the units are computed
@@ -226,7 +226,7 @@ def _consume(dataset: Any, job: EncodeJob, pending: list[int], progress: Progres
     progress.expect(total, done=captions)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in batch.to_pylist():
-            _raise_problem(row)
+            raise_problem(row)
             done.append(row["unit"])
             metrics.unit_done(
                 captions=counts[row["unit"]],
@@ -249,7 +249,7 @@ def _problem(unit: int, error: InputError | JobError) -> dict[str, Any]:
     return {"unit": unit, "problem": {"text": str(error), "input": isinstance(error, InputError)}}
 
 
-def _raise_problem(row: dict[str, Any]) -> None:
+def raise_problem(row: dict[str, Any]) -> None:
     if problem := row["problem"]:
         raise (InputError if problem["input"] else JobError)(problem["text"])
 
@@ -315,7 +315,7 @@ def prepare(job: EncodeJob) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(spec: EncoderSpec) -> PromptTokenizer:
+def worker_tokenizer(spec: EncoderSpec) -> PromptTokenizer:
     # a large vocabulary takes seconds to parse: once per worker process
     return PromptTokenizer(spec)
 
@@ -326,7 +326,7 @@ def tokenize_units(batch: pa.Table, job: EncodeJob) -> pa.Table:
     rows = []
     for unit in batch["unit"].to_pylist():
         try:
-            tokens = _tokenizer(job.local_spec()).tokenize(
+            tokens = worker_tokenizer(job.local_spec()).tokenize(
                 corpus.captions(unit)["text"].to_pylist()
             )
         except (InputError, JobError) as error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import ray
-
 from pipelines.runtime import resources
 
 
@@ -20,6 +18,8 @@ def in_tasks(
 
     instead: called here with the arguments of a task whose worker died each time.
     """
+    import ray
+
     # A worker that dies is retried twice: bytes that kill a decoder do so every time and must not
     # loop for ever.
     task = ray.remote(num_cpus=1, max_retries=2)(function)
