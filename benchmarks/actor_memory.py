@@ -29,7 +29,8 @@ from lidit.config import EncoderSettings, PoolSettings
 from lidit.store import FamilyWriter
 from lidit.text.embedding import PIECE_BYTES
 from lidit.text.specs import resolve_encoder
-from pipelines.corpus.embed import CALLS_PER_ACTOR, TOKENIZED, EncodeJob, EncodeUnits
+from pipelines.corpus.embed import CALLS_PER_ACTOR
+from pipelines.corpus.encode_units import TOKENIZED, EncodeJob, EncodeUnits
 
 WIDTH, LONGEST = 1024, 4096
 # Captions in a unit, tokens of each.

@@ -17,18 +17,27 @@ from lidit.errors import InputError
 
 if TYPE_CHECKING:
     from lidit.config import EncoderSettings, PoolSettings
+    from lidit.data.producer import State
     from pipelines.corpus.embed import EmbedSummary
+    from pipelines.corpus.rolling import RollingSummary
 
 
 def command(
     corpus: Annotated[
         str, typer.Argument(help="Corpus folder written by `lidit ingest`; with --out, captions.")
     ],
-    encoder: Annotated[
-        list[str], typer.Option(help="Encoder file or shipped name; repeat for several LLMs.")
-    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Encoder settings: layer=-2")
+    ] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(help="Encoder file or shipped name; repeat for several LLMs."),
+    ] = None,
+    rolling: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe or run folder: compute what its training needs next, until it ends."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Parquet file for the states of a file of captions.")
@@ -63,7 +72,13 @@ def command(
     **writes** a row per caption, [tokens, width] each, and FILE.shared.parquet with the
     instruction's states.
 
+    With --rolling RECIPE units are computed in the order of that recipe's training, a few windows
+    before it, and deleted behind it: the recipe's `online` section says how many. Encoders, pools
+    and settings are the recipe's; --encoder NAME takes one of them.
+
     **Example:** `lidit embed corpus --encoder smollm2 --encoder gemma3`
+
+    **Example:** `lidit embed corpus --rolling recipe.yaml`
 
     **Example:** `lidit embed captions.txt --encoder smollm2 --out states.parquet`
     """
@@ -71,9 +86,6 @@ def command(
     from lidit.config.shipped import load_encoder_settings
 
     labels = node_labels(node_label)
-    chosen = [
-        load_encoder_settings(name, [*(overrides or []), *(setting or [])]) for name in encoder
-    ]
     pool = PoolSettings(
         actors=actors,
         cpus=cpus,
@@ -82,6 +94,19 @@ def command(
         label_selector=labels,
         distinct=distinct,
     )
+    if rolling is not None:
+        if pool != PoolSettings() or out is not None or dry_run:
+            raise InputError(
+                "--rolling takes its pools from the recipe: give pool.actors=2 in place of "
+                "--actors 2, and leave out --out and --dry-run"
+            )
+        embed_rolling(corpus, rolling, encoder or [], [*(overrides or []), *(setting or [])])
+        return
+    if not encoder:
+        raise InputError("give an LLM with --encoder, or a recipe with --rolling")
+    chosen = [
+        load_encoder_settings(name, [*(overrides or []), *(setting or [])]) for name in encoder
+    ]
     if out is not None:
         embed_file(corpus, chosen, pool, out)
         return
@@ -131,6 +156,60 @@ def embed_file(
         print(f"  refused {count} x {reason}")
 
 
+def embed_rolling(corpus: str, run: str, encoders: Sequence[str], overrides: list[str]) -> None:
+    """Produce rolling families for the training of a recipe, until that is finished."""
+    import math
+
+    from lidit.config import OnlineSettings
+    from lidit.config.shipped import load_recipe
+    from lidit.data.credit import credit_of, forget_credit
+    from lidit.plan.states import rolling_passes
+    from lidit.store import Corpus
+    from pipelines.corpus.rolling import RollingRun, announce, most_actors, run_rolling
+    from pipelines.runtime import resources
+    from pipelines.runtime.progress import ProgressBar
+
+    saved = Path(run) / "recipe.json"  # of a run that was started already
+    recipe = load_recipe(str(saved) if saved.is_file() else run, overrides)
+    if unknown := set(encoders) - {settings.name for settings in recipe.encoders}:
+        raise InputError(f"--encoder {min(unknown)}: the recipe {run} has no encoder of that name")
+    chosen = [settings for settings in recipe.encoders if not encoders or settings.name in encoders]
+    opened, online = Corpus.open(corpus), recipe.online or OnlineSettings()
+    rolling_run = RollingRun(online, credit_of(recipe, opened))
+    pools = [recipe.pool_of(settings.name) for settings in chosen]
+    most = [most_actors(pool, online) for pool in pools]
+    resources.connect(math.ceil(sum(pool.actors * pool.cpus for pool in most)) + 1)
+    jobs = [
+        announce(corpus, settings, pool, rolling_run)
+        for settings, pool in zip(chosen, pools, strict=True)
+    ]
+    rolling = [job for job in jobs if job is not None]
+    resources.check_together(most, "encoders")
+    if not recipe.run_folder.exists():
+        for job in rolling:
+            forget_credit(job.writer().folder, rolling_run.expected)
+    for settings, made_ready in zip(chosen, jobs, strict=True):
+        if made_ready is None:
+            print(f"{corpus}/text: {settings.name} is complete; training reads it as it is")
+    computed: dict[str, int] = {}
+
+    def told(state: State) -> None:
+        computed[state.family] = state.computed
+        note = (
+            f"{state.ahead} windows ahead, {state.actors} actors ({state.wanted_actors} would do)"
+        )
+        progress.update(sum(computed.values()), note)
+
+    passes = rolling_passes(
+        recipe.train.steps * recipe.train.batch_size / opened.num_samples, online.keep
+    )
+    units = math.ceil(passes * opened.num_units) * len(jobs)
+    with ProgressBar(f"embed for {recipe.name}", units, "units") as progress:
+        made = run_rolling(rolling, rolling_run, told)
+    for summary in made:
+        show(corpus, summary)
+
+
 def embed(corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
     """Compute one family with a progress bar and say what came of it, cut captions included."""
     from pipelines.corpus.distinct import embed_corpus
@@ -145,8 +224,16 @@ def embed(corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
         track_embed(corpus, settings, made)
 
 
-def show(corpus: str, made: EmbedSummary) -> None:
+def show(corpus: str, made: EmbedSummary | RollingSummary) -> None:
     """What came of one family."""
+    from pipelines.corpus.rolling import RollingSummary
+
+    if isinstance(made, RollingSummary):
+        print(
+            f"{corpus}/text/{made.directory}: rolling, {made.computed} units computed, "
+            f"{made.met} met on disk, {made.on_disk} left there"
+        )
+        return
     state = (
         f"{made.computed_units} computed in {made.seconds:.0f} s"
         if made.computed_units

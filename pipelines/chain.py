@@ -12,7 +12,8 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -26,16 +27,20 @@ from lidit.config import (
     SamplerChanges,
     Stage,
 )
+from lidit.data.credit import credit_of, forget_credit
 from lidit.store import Corpus, FamilyWriter
 from lidit.text import resolve_encoder
 from pipelines.corpus.distinct import embed_corpus
 from pipelines.corpus.embed import EmbedSummary
+from pipelines.corpus.encode_units import EncodeJob
 from pipelines.corpus.ingest import run_ingest
 from pipelines.corpus.latents import run_latents
+from pipelines.corpus.rolling import RollingRun, announce, most_actors, producing
 from pipelines.corpus.tracked import track_embed, track_ingest, track_latents
 from pipelines.evaluation.scenes import evaluate_scenes
 from pipelines.runtime import resources
 from pipelines.runtime.progress import Display, ProgressBar
+from pipelines.training.driver import TrainResult, finished_step
 from pipelines.training.train import train
 
 log = logging.getLogger(__name__)
@@ -45,6 +50,14 @@ SPARE_CPUS = 2  # workers of the stage before may still be on their way out
 Made = dict[Stage, Any]
 ShowSummary = Callable[[Stage, Any], None]
 Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RollingStage:
+    """Families that are produced beside training, and for which run."""
+
+    jobs: Sequence[EncodeJob]
+    run: RollingRun
 
 
 def run_chain(
@@ -77,7 +90,10 @@ def run_chain(
         )
         keep("ingest", made_corpus)
     corpus = Corpus.open(recipe.corpus)
-    if "embed" in stages:
+    rolling: RollingStage | None = None
+    if "embed" in stages and recipe.online:
+        rolling = _announce(recipe, corpus, cpus)
+    elif "embed" in stages:
         _embed(recipe, corpus, cpus, keep)
     if "latents" in stages:
         with ProgressBar(f"latents {recipe.codec.name}", None, "units") as progress:
@@ -86,12 +102,52 @@ def run_chain(
         keep("latents", latents)
     if "train" not in stages:
         return made
-    trained = train(recipe, allow_drift)
-    keep("train", trained)
+    trained = _train(recipe, rolling, allow_drift, keep)
     if "evaluate" in stages:
         out = recipe.run_folder / "evaluation"
         keep("evaluate", evaluate_scenes(trained.model, _evaluation(recipe), recipe.tracking, out))
     return made
+
+
+def _announce(recipe: Recipe, corpus: Corpus, cpus: int) -> RollingStage | None:
+    """Make the families of all encoders ready for training; None where nothing is left to be
+    produced beside it.
+    """
+    assert recipe.online
+    # Whatever a run says of itself, it may go back to a checkpoint until it has published its
+    # model.
+    run = RollingRun(recipe.online, credit_of(recipe, corpus), ends=False)
+    made = [
+        announce(recipe.corpus, encoder, recipe.pool_of(encoder.name), run, cpus)
+        for encoder in recipe.encoders
+    ]
+    jobs = [job for job in made if job is not None]
+    if not recipe.run_folder.exists():
+        for job in jobs:
+            forget_credit(job.writer().folder, run.expected)
+    if not jobs or (finished_step(recipe.run_folder) or 0) >= recipe.train.steps:
+        return None
+    resources.connect(cpus)
+    pools = [most_actors(job.pool, recipe.online) for job in jobs]
+    resources.check_together(
+        [*pools, resources.worker_pool(recipe.engine)], "encoders and training"
+    )
+    return RollingStage(jobs, run)
+
+
+def _train(
+    recipe: Recipe, rolling: RollingStage | None, allow_drift: bool, keep: ShowSummary
+) -> TrainResult:
+    """Train; beside it, produce rolling families, each encoder on its own pool."""
+    if rolling is None:
+        trained = train(recipe, allow_drift)
+    else:
+        with producing(rolling.jobs, rolling.run) as produced:
+            trained = train(recipe, allow_drift)
+        for summary in produced:
+            keep("embed", summary)
+    keep("train", trained)
+    return trained
 
 
 def _check(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
@@ -118,8 +174,12 @@ def _device(pool: PoolSettings) -> str:
 
 def _logical_cpus(recipe: Recipe) -> int:
     """What an embedded Ray needs so that no stage waits for itself."""
-    embedding = sum(_demand(recipe.pool_of(encoder.name))["CPU"] for encoder in recipe.encoders)
+    pools = [recipe.pool_of(encoder.name) for encoder in recipe.encoders]
     training = recipe.engine.workers * recipe.engine.cpus_per_worker + 2
+    if recipe.online:  # both sides at once
+        pools = [most_actors(pool, recipe.online) for pool in pools]
+        training += sum(_demand(pool)["CPU"] for pool in pools)
+    embedding = sum(_demand(pool)["CPU"] for pool in pools)
     return math.ceil(max(embedding, _demand(recipe.pool)["CPU"], training)) + SPARE_CPUS
 
 

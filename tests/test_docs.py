@@ -96,7 +96,9 @@ def check_command(text: str) -> None:
         tree["train"]["batch_size"] = 2048
         validate(Recipe, apply_overrides(tree, overrides), text)
     elif words[0] == "embed":
-        for name in found["encoder"]:  # type: ignore[attr-defined]
+        if not found["encoder"] and not found["rolling"]:
+            raise InputError("neither an LLM nor a recipe")
+        for name in found["encoder"] or ():  # type: ignore[attr-defined]
             if not name.endswith(".yaml"):
                 load_encoder_settings(name, found["setting"])  # type: ignore[arg-type]
 

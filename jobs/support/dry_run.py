@@ -33,6 +33,8 @@ def stages(recipe: Recipe, until: str) -> Iterator[tuple[str, str]]:
             if corpus
             else "to do, after ingest"
         )
+        if recipe.online and left.startswith("to do"):
+            left = "beside training, as it needs states"
         yield f"embed {encoder.name}", left
     if until == "embed":
         return

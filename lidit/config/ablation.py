@@ -82,6 +82,8 @@ class Ablation(Settings):
             raise ValueError(
                 "recipe.train.init_from: arms start from weights drawn by their seed; leave it out"
             )
+        if self.recipe.online:
+            raise ValueError("recipe.online: all arms read the same stored states; leave it out")
         if self.recipe.train.non_finite == "skip" and self.recipe.engine.workers == 1:
             raise ValueError(
                 "recipe.train.non_finite: an arm of one worker stops at a bad loss; leave "

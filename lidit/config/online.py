@@ -23,7 +23,9 @@ class OnlineSettings(Settings):
         600.0, gt=0, description="seconds: waiting for a unit, or silence of a reader, is an error"
     )
     max_actors: int | None = Field(
-        None, ge=1, description="of each encoder, while trainers wait; None: the pool's"
+        None,
+        ge=1,
+        description="most actors of each encoder, added while trainers wait; None: the pool's",
     )
     exact: bool = Field(
         False,

@@ -22,6 +22,7 @@ from lidit.config.model import (
     ObjectiveSettings,
     SamplerSettings,
 )
+from lidit.config.online import OnlineSettings
 from lidit.config.settings import Settings
 from lidit.config.training import (
     DataSettings,
@@ -138,6 +139,9 @@ class Recipe(RunRecipe):
     pools: dict[str, PoolSettings] = Field(
         default_factory=dict, description="encoder -> a pool of its own"
     )
+    online: OnlineSettings | None = Field(
+        None, description="compute states as training needs them, beside it"
+    )
     codec: CodecSettings = CodecSettings()
     model: ModelSettings = ModelSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -166,6 +170,8 @@ class Recipe(RunRecipe):
             raise ValueError(
                 f"pools: no encoder is called {unknown[0]!r}; encoders: {', '.join(names)}"
             )
+        if self.online and any(self.pool_of(name).distinct for name in names):
+            raise ValueError("pool.distinct: with online each unit is computed alone; leave it out")
         if self.model.fusion.mode == "none" and len(names) != 1:
             raise ValueError(
                 f"model.fusion.mode: 'none' takes exactly one encoder, found {len(names)}: {names}"

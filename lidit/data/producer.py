@@ -22,7 +22,14 @@ from typing import Any, Literal, Protocol
 from lidit.config import DataSettings, OnlineSettings
 from lidit.data.credit import Credit, read_credits
 from lidit.data.demand import Demand, kept_units, validation_units
-from lidit.data.production import Needs, Reader, needs, plan_step, windows_ready
+from lidit.data.production import (
+    Needs,
+    Reader,
+    beyond_budget,
+    needs,
+    plan_step,
+    windows_ready,
+)
 from lidit.data.rows import Rows
 from lidit.errors import InputError, JobError, StorageError, one_line
 from lidit.store import Corpus, FamilyWriter
@@ -199,12 +206,7 @@ class Producer:
         # A demand is of an order and its end; what changes from beat to beat is not part of it.
         key = replace(credit, step=0, checkpoint=0, step_seconds=0.0, beat=0)
         if key not in self._demands:
-            settings = DataSettings(
-                seed=credit.seed,
-                window_units=credit.window_units,
-                validation_fraction=credit.validation_fraction,
-            )
-            self._demands[key] = demand_of(self.corpus, settings, credit)
+            self._demands[key] = demand_of(self.corpus, credit)
         return Reader(credit, self._demands[key])
 
     def _wants(self, readers: list[Reader]) -> Needs:
@@ -238,7 +240,7 @@ class Producer:
             # start
             return
         if step.stuck and not full:
-            raise JobError(f"{self.folder.location}: {step.stuck}")
+            raise InputError(f"{self.folder.location}: {step.stuck}")
         for unit in step.start:
             self.in_flight.add(unit)
             self.pool.start(unit)
@@ -338,8 +340,21 @@ class Producer:
             log.debug("%s: %s", self.folder.location, one_line(error, 200))
 
 
-def demand_of(corpus: Corpus, settings: DataSettings, credit: Credit) -> Demand:
+def check_budget(writer: FamilyWriter, online: OnlineSettings, credit: Credit) -> None:
+    """Raise InputError where the first window alone takes more units than the budget allows."""
+    wants = needs([Reader(credit, demand_of(writer.corpus, credit))], online.ahead)
+    kept = kept_units(writer.fingerprint, writer.corpus.num_units, online.keep)
+    if problem := beyond_budget(wants, kept, online.budget):
+        raise InputError(f"{writer.folder.location}: {problem}")
+
+
+def demand_of(corpus: Corpus, credit: Credit) -> Demand:
     """What a reader of this credit needs of a corpus."""
+    settings = DataSettings(
+        seed=credit.seed,
+        window_units=credit.window_units,
+        validation_fraction=credit.validation_fraction,
+    )
     rows, held_out = Rows(corpus, settings), Rows(corpus, settings, "validation")
     pinned = frozenset[int]()
     if credit.validation_batches:

@@ -145,20 +145,22 @@ def plan_step(
                     room += 1
                 if room <= 0:
                     if distance == 0 and not in_flight and not step.start:
-                        return Step(step.remove, [], _stuck(wants, lasting, budget or 0))
+                        return Step(step.remove, [], beyond_budget(wants, kept, budget))
                     continue
                 room -= 1
             step.start.append(unit)
     return step
 
 
-def _stuck(wants: Needs, lasting: AbstractSet[int], budget: int) -> str:
-    at_once = len(set(wants.wanted[0]) - lasting)
+def beyond_budget(wants: Needs, kept: AbstractSet[int], budget: int | None) -> str:
+    """Why a budget cannot do: the window in use alone needs more units at once; "" where it can."""
+    at_once = len(set(wants.wanted[0]) - kept - wants.pinned)
+    if budget is None or at_once <= budget:
+        return ""
     return (
         f"online.budget: {budget} units are too few, the window in use needs {at_once} at once; "
-        "raise it, or lower "
-        "data.window_units. A rare aspect bucket keeps the units of many windows until a batch "
-        "of it is full"
+        "raise it, or lower data.window_units. A rare aspect bucket keeps the units of many "
+        "windows until a batch of it is full"
     )
 
 

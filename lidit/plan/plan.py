@@ -218,7 +218,7 @@ def _states(
     """Where the states should live. train, embed: GPU-hours; samples_per_second: of
     the whole run.
     """
-    setting, online = recipe.plan, OnlineSettings()
+    setting, online = recipe.plan, recipe.online or OnlineSettings()
     samples = recipe.train.batch_size * recipe.train.steps
     window = recipe.data.window_units * recipe.ingest.unit_samples
     storages = {_storage(encoder) for encoder in recipe.encoders}

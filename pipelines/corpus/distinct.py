@@ -23,12 +23,14 @@ from lidit.store.manifest import FAMILY_FILE
 from lidit.store.writer import SHARED_FILE
 from lidit.text import resolve_encoder
 from lidit.text.embedding import PIECE_BYTES, check_tokenizer, token_counts
-from pipelines.corpus.embed import (
-    EmbedSummary,
+from pipelines.corpus.embed import EmbedSummary, run_embed
+from pipelines.corpus.encode_units import (
     EncodeJob,
+    device_of,
+    open_writer,
     prepare,
+    provenance,
     raise_problem,
-    run_embed,
     worker_tokenizer,
 )
 from pipelines.runtime import resources
@@ -50,9 +52,9 @@ def embed_corpus(
     if not pool.distinct or opened.num_units < 2:
         return run_embed(corpus, settings, pool, progress, cpus)
     started, location = time.monotonic(), opened.folder.location
-    spec = resolve_encoder(settings, "cuda" if pool.gpus else "cpu")
+    spec = resolve_encoder(settings, device_of(pool))
     check_tokenizer(opened, spec)
-    writer = FamilyWriter.open_or_create(location, "text", spec.name, spec.to_dict())
+    writer = open_writer(location, spec)
     pending = [] if writer.complete() else writer.pending()
     apart = opened.folder.child(FOLDER).child("text").child(writer.directory)
     # A mended unit is computed alone: the states of all distinct captions are gone by then.
@@ -69,7 +71,7 @@ def embed_corpus(
         raise_problem(ray.get(ray.remote(**resources.demands(pool))(prepare).remote(job)))
     index = CaptionIndex.of(opened)
     once = distinct_corpus(opened, index)
-    copy = FamilyWriter.open_or_create(once.folder.location, "text", spec.name, spec.to_dict())
+    copy = open_writer(once.folder.location, spec)
     copy.write_shared(writer.folder.read_table(SHARED_FILE))
     computed = run_embed(once.folder.location, settings, pool, progress, cpus)
 
@@ -78,7 +80,7 @@ def embed_corpus(
     )
     for _ in in_tasks(assemble_unit, calls):
         pass
-    writer.finish(extra={"encoder": settings.model_dump(mode="json"), "folder": spec.folder})
+    writer.finish(extra=provenance(settings, spec))
     copy.folder.remove_tree()
     return replace(
         run_embed(corpus, settings, pool),

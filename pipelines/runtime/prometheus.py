@@ -50,6 +50,15 @@ METRICS = {
     "lidit_unit_seconds_total": Declaration(
         "counter", "encoder", "Time encoders spent on published units"
     ),
+    "lidit_online_ahead_windows": Declaration(
+        "gauge",
+        "encoder",
+        "Whole windows on disk beyond the slowest reader's own; -1 while readers wait",
+    ),
+    "lidit_online_wanted_actors": Declaration(
+        "gauge", "encoder", "Encoder actors that would keep readers supplied"
+    ),
+    "lidit_online_units": Declaration("gauge", "encoder", "Units of a rolling family on disk"),
     "lidit_step_seconds": Declaration("histogram", "run", "Time of an optimizer step"),
     # Ray sums a histogram from the middles of its buckets, so shares of time need an exact counter
     # beside it.
@@ -182,6 +191,12 @@ class EmbedMetrics:
     def units_left(self, left: int) -> None:
         """Call once at the start too, so that a job stuck before its first unit is seen."""
         _record("lidit_units_left", left, self.encoder)
+
+    def rolling(self, ahead: int, wanted_actors: int, on_disk: int) -> None:
+        """How a rolling family stands: windows ready, encoders that would do, units on disk."""
+        _record("lidit_online_ahead_windows", ahead, self.encoder)
+        _record("lidit_online_wanted_actors", wanted_actors, self.encoder)
+        _record("lidit_online_units", on_disk, self.encoder)
 
 
 class TrainMetrics:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,7 +97,7 @@ def check_resources(
     """
     if os.environ.get(CLUSTER_ADDRESS):
         return
-    for resource, each in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}.items():
+    for resource, each in _of_each(pool).items():
         wanted, offered = pool.actors * each, total(resource)
         if wanted > offered:
             raise InputError(
@@ -105,6 +105,28 @@ def check_resources(
                 f"{offered:g}; lower "
                 f"{lower}, or set {CLUSTER_ADDRESS} to a cluster"
             )
+
+
+def check_together(pools: Sequence[PoolSettings], who: str) -> None:
+    """`check_resources` for pools that compute at the same time. who: what they are, in words."""
+    if os.environ.get(CLUSTER_ADDRESS):
+        return
+    wanted: dict[str, float] = {}
+    for pool in pools:
+        for resource, each in _of_each(pool).items():
+            wanted[resource] = wanted.get(resource, 0.0) + pool.actors * each
+    for resource, asked in wanted.items():
+        if asked > (offered := total(resource)):
+            raise InputError(
+                f"{who} beside each other ask for {asked:g} {resource}, this machine offers "
+                f"{offered:g}; lower pool.actors, online.max_actors or engine.workers, or compute "
+                f"the states before with lidit embed, or set {CLUSTER_ADDRESS} to a cluster"
+            )
+
+
+def _of_each(pool: PoolSettings) -> dict[str, float]:
+    """What each actor of a pool asks for."""
+    return {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}
 
 
 def check_engine(engine: EngineSettings) -> None:

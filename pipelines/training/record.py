@@ -73,7 +73,7 @@ def _families(corpus: Corpus, tags: dict[str, str]) -> Families | None:
         return None
     return Families(
         corpus.latent_family(tags["lidit.latents"]),
-        {name: corpus.text_family(value) for name, value in texts.items()},
+        {name: corpus.text_family(value, rolling=True) for name, value in texts.items()},
     )
 
 

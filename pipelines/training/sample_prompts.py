@@ -73,7 +73,9 @@ def _encode_on_cluster(
 def _encode(
     settings: EncoderSettings, corpus: str, fingerprint: str, prompts: list[str]
 ) -> list[torch.Tensor]:
-    encoder = ModelEncoder.of_family(settings, Corpus.open(corpus).text_family(fingerprint))
+    encoder = ModelEncoder.of_family(
+        settings, Corpus.open(corpus).text_family(fingerprint, rolling=True)
+    )
     # Cloned: a view would carry the states of the whole batch with it.
     return [row.clone() for row in encoder.encode(prompts)]
 

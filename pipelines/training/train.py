@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import torch.distributed as dist
 from lidit.codecs import load_codec
 from lidit.config import Recipe
 from lidit.data.assembler import TrainingBatch
+from lidit.data.credit import CreditKeeper, credit_of
 from lidit.data.families import Families, stored_layers
 from lidit.data.feed import Feed, open_feed
 from lidit.data.matching import matching_family, matching_latents
-from lidit.data.rows import Part, require_held_out
+from lidit.data.rows import Part, Rows, require_held_out
 from lidit.diffusion import build_objective
 from lidit.models import LIDiT
 from lidit.models.mixture import check_layers
@@ -39,7 +42,7 @@ log = logging.getLogger(__name__)
 FREE_SETTINGS = {
     "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ...,
     "evaluate": ...,
-    "tracking": ..., "plan": ..., "teacher": ...,
+    "tracking": ..., "plan": ..., "teacher": ..., "online": ...,
     "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
     "engine": FREE_ENGINE,
     "model": {"checkpointed_every"},
@@ -154,7 +157,7 @@ def take_all_steps(job: TrainingJob) -> None:
             job.validate_if_due()
             job.save_if_due()
     finally:
-        job.metrics.close()
+        job.close()
 
 
 class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
@@ -184,6 +187,43 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         engine = self.make_engine(recipe, model, device)
         fresh = self.untrained(recipe) if engine.rank == 0 else None
         super().__init__(config, engine, self._feed(engine, "train"), fresh)
+        self.credit = (
+            self._give_credit(recipe) if engine.rank == 0 and self.families.rolling else None
+        )
+
+    def _give_credit(self, recipe: Recipe) -> CreditKeeper:
+        """Tell the producers of rolling families where this run stands, from now on."""
+        credit = replace(credit_of(recipe, self.corpus), step=self.step, checkpoint=self.step)
+        # An order of its own: the feed's has caches that its threads use.
+        order = Rows(self.corpus, recipe.data).order(recipe.train.batch_size)
+        folders = [family.folder for family in self.families.rolling]
+        return CreditKeeper(
+            folders, credit, order.window_of, min(f.patience for f in self.families.rolling)
+        )
+
+    def take_step(self, batch: TrainingBatch) -> None:
+        began = time.perf_counter()
+        super().take_step(batch)
+        if self.credit is not None:
+            self.credit.advance(self.step, time.perf_counter() - began)
+
+    def save(self) -> None:
+        before = self.saved
+        super().save()
+        if not self.families.rolling:
+            return
+        # Units are deleted up to the newest checkpoint that is complete: on every worker, and
+        # uploaded.
+        dist.barrier()
+        if self.credit is not None:
+            behind = self.recipe.train.async_upload and self.step < self.recipe.train.steps
+            self.credit.saved(before if behind else self.step)
+
+    def close(self) -> None:
+        """The metrics' and the credit's last word."""
+        self.metrics.close()
+        if self.credit is not None:
+            self.credit.close()
 
     def untrained(self, recipe: Recipe) -> LIDiT:
         """A network of the recipe's shape, for weights that are put into it."""

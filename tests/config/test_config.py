@@ -86,6 +86,10 @@ def test_a_mistake_gives_one_clear_error(
             "'skip' needs whole batches",
         ),
         (["train.keep_best=true"], "train.keep_best: .* set train.validate_every"),
+        (
+            ["online={}", "pool.distinct=true"],
+            "pool.distinct: with online each unit is computed alone",
+        ),
         (["train.validate_every=5"], "nothing is held out; set data.validation_fraction"),
         (
             ["engine.gpus_per_worker=2"],

@@ -8,6 +8,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 from lidit.config import DataSettings, OnlineSettings
 from lidit.data.credit import Credit, CreditKeeper, publish_credit, read_credits
 from lidit.data.demand import kept_units
-from lidit.data.order import Order
+from lidit.data.feed import Feed
+from lidit.data.order import GlobalBatch, Order
 from lidit.data.producer import Finished
 from lidit.data.rows import Rows
 from lidit.errors import InputError, JobError
@@ -173,15 +176,19 @@ def test_who_leaves_waits_no_longer(corpus: Path) -> None:
 def test_a_unit_that_was_deleted_and_computed_again_is_read_anew(corpus: Path) -> None:
     writer, family = announced(corpus), opened(corpus)
     family_job.publish(writer, 3)
-    before = family.read(3)
+    assert family.read(3)
     delete_unit(writer, 3)
     assert units_on_disk(writer) == set()
     family_job.publish(writer, 4)
     assert family.read(4)  # which lets go of the file that is gone
     assert 3 not in family._files
-    family_job.publish(writer, 3)
+    # With other bits, as of another device: what was known of the first file is no longer true.
+    common = writer.shared()
+    assert common
+    captions = writer.corpus.captions(4)["text"].to_pylist()
+    writer.publish(3, family_job.table_of(captions, "int8", common))
     family.verify_unit(3)
-    assert all(torch.equal(a, b) for a, b in zip(before, family.read(3), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(family.read(4), family.read(3), strict=True))
 
 
 def test_threads_that_read_at_once_wait_for_their_own_units_alone(corpus: Path) -> None:
@@ -295,6 +302,37 @@ def test_a_slow_encoder_is_told_with_the_number_that_would_do(corpus: Path) -> N
     assert producing.last
     assert producing.last.wanted_actors > 3
     assert producing.last.actors == 3, "as many as are allowed were to be added"
+
+
+def test_waiting_for_encoders_is_data_wait(corpus: Path) -> None:
+    """Of a training whose steps take no time it is most of the time."""
+    order, writer = order_of(corpus), announced(corpus)
+    steps = order.batches_before(1)
+    given = credit(DATA, BATCH, steps)
+
+    class Slow(HerePool):
+        def finished(self, seconds: float) -> list[Finished]:
+            threading.Event().wait(0.05)
+            return super().finished(seconds)
+
+    class Texts:
+        def assemble(self, batch: GlobalBatch) -> int:
+            for unit in set(batch.unit.tolist()):
+                family.read(unit)
+            return batch.step
+
+    family = opened(corpus)
+    with Producing(writer, OnlineSettings(ahead=1), given, Slow(writer)) as producing:
+        keeper = keeper_of(writer, order, given)
+        feed, began = Feed(order_of(corpus), Texts(), 0, 1, DATA), time.monotonic()
+        for step in feed.batches(0, steps):
+            keeper.advance(step + 1, 1e-5)
+        took = time.monotonic() - began
+        keeper.saved(steps)
+        keeper.close()
+        producing.wait()
+    assert took > 24 * 0.05
+    assert feed.waited > 0.5 * took
 
 
 def test_credits_are_read_as_written_and_torn_ones_are_none(corpus: Path) -> None:

@@ -248,6 +248,7 @@ metrics = EmbedMetrics("smollm2")
 metrics.units_left(10)
 metrics.unit_done(captions=5, tokens=45, padded_tokens=60, seconds=2.0, left=9)
 metrics.unit_done(captions=5, tokens=45, padded_tokens=50, seconds=2.0, left=8)
+metrics.rolling(ahead=1, wanted_actors=3, on_disk=40)
 IngestMetrics("pictures").source_read(kept=7, refused=2)
 requests, engine = RequestMetrics("demo"), EngineMetrics("demo")
 requests.queue(5000)
@@ -309,6 +310,7 @@ def test_a_running_job_exports_every_metric_the_panels_and_rules_name(
     assert values["lidit_padding_waste_ratio"] == pytest.approx(0.1)
     assert values["lidit_units_done_total"] == 2
     assert values["lidit_units_left"] == 8
+    assert values["lidit_online_wanted_actors"] == 3
     assert values["lidit_quarantined_rows_total"] == 2
     assert values["lidit_ingested_rows_total"] == 7
     assert values["lidit_step_seconds_count"] == 2

@@ -76,7 +76,12 @@ def test_words_the_command_line_does_not_know_are_one_line(
     assert "lidit run: Invalid value for '--until': 'trin' is not one of 'ingest', 'embed'" in told
     assert told.endswith("lidit run --help)")
     assert "'json' is not one of" in fails(capsys, "export", "c", "--to", "json", "--out", "o")
-    assert "Missing option '--encoder'" in fails(capsys, "embed", "c")
+    assert "Missing option '--corpus'" in fails(capsys, "ingest", "a")
+    assert "give an LLM with --encoder, or a recipe with --rolling" in fails(capsys, "embed", "c")
+    told = fails(capsys, "embed", "c", "--rolling", "demo", "--actors", "2")
+    assert "--rolling takes its pools from the recipe: give pool.actors=2" in told
+    told = fails(capsys, "plan", "demo", "online.keep=2")
+    assert "online.keep" in told
     assert "did you mean 'embed'" in fails(capsys, "embd", "c").lower()
     assert lidit() == 2
     captured = capsys.readouterr()

@@ -241,6 +241,7 @@ def test_settings_an_arm_would_not_obey_are_refused() -> None:
     for word in (
         "recipe.train.init_from=runs/base/model",
         "recipe.train.non_finite=skip",
+        "recipe.online={ahead: 2}",
     ):
         with pytest.raises(InputError, match=word.partition("=")[0]):
             load_ablation("ablate-2cores", [word])

@@ -11,7 +11,8 @@ from lidit.store.distinct import CaptionIndex, distinct_corpus
 from lidit.store.writer import SHARED_FILE
 from lidit.text import resolve_encoder
 from pipelines.corpus.distinct import assemble_unit, embed_corpus
-from pipelines.corpus.embed import EncodeJob, run_embed
+from pipelines.corpus.embed import run_embed
+from pipelines.corpus.encode_units import EncodeJob
 from tests.helpers.corpus_factory import make_corpus
 from tests.helpers.embed_job import contents, embed_here, encoder
 from tests.helpers.tiny_models import tiny_llm

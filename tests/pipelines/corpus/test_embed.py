@@ -17,12 +17,12 @@ from lidit.config import EncoderSettings, PoolSettings
 from lidit.errors import InputError
 from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
-from pipelines.corpus.embed import (
+from pipelines.corpus.embed import run_embed
+from pipelines.corpus.encode_units import (
     TOKENIZED,
     EncodeJob,
     EncodeUnits,
     prepare,
-    run_embed,
     tokenize_units,
 )
 from pipelines.runtime import resources
@@ -167,7 +167,7 @@ def test_a_workers_files_are_looked_at_once(
 ) -> None:
     job, looked = job_of(make_job(tmp_path / "corpus", units=3, rows=2), encoder(model)), []
     monkeypatch.setattr(
-        "pipelines.corpus.embed.resolve_encoder",
+        "pipelines.corpus.encode_units.resolve_encoder",
         lambda *asked: looked.append(asked) or resolve_encoder(*asked),
     )
     assert not any(

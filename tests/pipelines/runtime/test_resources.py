@@ -26,11 +26,17 @@ def test_a_running_ray_that_is_too_small_is_named(caplog: pytest.LogCaptureFixtu
 def test_a_cluster_may_grow_and_is_not_measured(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    offered = resources.total("CPU")
     with pytest.raises(InputError, match="999 actors ask for 999 CPU"):
         resources.check_resources(PoolSettings(actors=999))
+    encoders = [PoolSettings(actors=3, cpus=offered / 4) for _ in range(2)]
+    resources.check_together(encoders[:1], "encoders")
+    with pytest.raises(InputError, match="encoders and training beside each other ask for"):
+        resources.check_together(encoders, "encoders and training")
     monkeypatch.setenv(resources.CLUSTER_ADDRESS, "auto")
     resources.connect(999)
     resources.check_resources(PoolSettings(actors=999))
+    resources.check_together(encoders, "encoders and training")
     assert caplog.text == ""
 
 
