@@ -33,6 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 FINAL = "model/diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parents[2]
 STEPS = 16  # two epochs of five units
+START = 1200  # seconds: two Rays on a busy machine take minutes to start their workers
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_both_sides_may_be_started_apart(
 ) -> None:
     path = written(online, tmp_path)
     with command(online, tmp_path, "embed", online.corpus, "--rolling", path) as encoders:
-        wait_until(lambda: len(records(online)) >= 2, 600, ended(encoders))
+        wait_until(lambda: len(records(online)) >= 2, START, ended(encoders))
         with command(online, tmp_path, "train", path) as training:
             output = training.communicate(timeout=900)[0]
             assert training.returncode == 0, output[-6000:]
@@ -180,7 +181,7 @@ def test_the_driver_is_killed(
     """Before the first step, and in the middle: the janitor and both schedulers die with it."""
     with command(online, tmp_path) as process:
         wait_until(
-            lambda: saved(online, step).exists() if step else records(online), 600, ended(process)
+            lambda: saved(online, step).exists() if step else records(online), START, ended(process)
         )
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -194,7 +195,7 @@ def test_a_trainer_or_an_encoder_is_killed(
     name: str, undisturbed: tuple[Recipe, TrainResult], online: Recipe, tmp_path: Path
 ) -> None:
     with command(online, tmp_path) as process:
-        wait_until(saved(online, 3).exists, 600, ended(process))
+        wait_until(saved(online, 3).exists, START, ended(process))
         victim = wait_until(lambda: processes(process.pid, name), 60, ended(process))[0]
         victim.kill()
         output = process.communicate(timeout=900)[0]
