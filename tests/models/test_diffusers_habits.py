@@ -2,11 +2,13 @@
 refused.
 """
 
+import json
 from copy import deepcopy
+from importlib.util import find_spec
 
 import pytest
 import torch
-from diffusers import BitsAndBytesConfig, FirstBlockCacheConfig
+from diffusers import BitsAndBytesConfig, FirstBlockCacheConfig, TorchAoConfig
 from torch import nn
 
 from lidit.errors import InputError
@@ -88,3 +90,28 @@ def test_a_quantization_that_cannot_be_had_says_which_package_it_wants(
     with pytest.raises((ImportError, RuntimeError), match=r"bitsandbytes|GPU"):
         LIDiT.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     assert isinstance(LIDiT.from_pretrained(tmp_path).transformer.final_linear, nn.Linear)
+    # A folder that was saved quantized, on a machine without the package.
+    config = tmp_path / "config.json"
+    eight_bits = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}
+    saved = {"quant_method": "torchao", "quant_type": {"default": eight_bits}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": saved}))
+    if find_spec("torchao") is None:
+        with pytest.raises((ImportError, NotImplementedError), match="torchao"):
+            LIDiT.from_pretrained(tmp_path)
+
+
+def test_torchao_stores_linear_layers_in_eight_bits(make_model, make_text, tmp_path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model, text = make_model(), make_text()
+    model.save_pretrained(tmp_path / "whole")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    small = LIDiT.from_pretrained(
+        tmp_path / "whole", quantization_config=config, torch_dtype=torch.float32
+    )
+    layers = [each for each in small.modules() if isinstance(each, nn.Linear)]
+    assert {type(each.weight).__name__ for each in layers} == {"Int8Tensor"}
+    expected, found = outputs(model, text), outputs(small, text)
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+    small.save_pretrained(tmp_path / "small")
+    again = LIDiT.from_pretrained(tmp_path / "small", torch_dtype=torch.float32)
+    torch.testing.assert_close(outputs(again, text), found, rtol=0, atol=0)
