@@ -211,10 +211,9 @@ class CodecJob(TrainingLoop[PixelBatch, TrainableAutoencoder]):
         images = [_as_bytes(original) for original, _ in shown] + [
             _as_bytes(rebuilt) for _, rebuilt in shown
         ]
-        labels = ["original"] * len(shown) + [
-            f"{float(psnr(b[None], a[None])):.1f} dB" for a, b in shown
-        ]
-        labelled_grid(images, labels, columns=len(shown)).save(path)
+        labels = [""] * len(shown) + [f"{float(psnr(b[None], a[None])):.1f} dB" for a, b in shown]
+        headings = ("original", "through the codec")
+        labelled_grid(images, labels, columns=len(shown), headings=headings).save(path)
         if self.metrics.tracker:
             self.metrics.tracker.image(path, "reconstructions", self.step)
         return [float(torch.cat(ratios).mean()), float(torch.cat(errors).mean())]
