@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 from zipfile import ZipFile
@@ -21,6 +22,17 @@ EXTRAS = {
     "cluster": (
         "import ray, deepspeed, mlflow, psutil, pipelines.training.train; print('cluster')",
         "cluster",
+    ),
+    "compiled": (
+        "from lidit.store.coding.compiled import is_compiled; print(is_compiled())",
+        "True",
+    ),
+    "lora": (
+        "from lidit.config import ModelSettings; from lidit.config.align import LoraSettings; "
+        "from lidit.models import LIDiT; from lidit.models.lora import add_lora; "
+        "model = LIDiT.from_settings(ModelSettings(), {'llm': 8}, 4); "
+        "add_lora(model, LoraSettings()); print(len(model.peft_config))",
+        "1",
     ),
     "serve": ("import c2pa, pipelines.serving.api; print('serve')", "serve"),
     "gguf": (
@@ -89,6 +101,14 @@ def test_the_wheel_holds_what_commands_read(wheel: Path, tmp_path: Path) -> None
     assert {row["name"] for row in json.loads(listed)} == expected
 
 
+def test_every_extra_is_tried() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = set(extras["optional-dependencies"])
+    assert named - {"all", "dev"} == set(EXTRAS)
+    (everything,) = extras["optional-dependencies"]["all"]
+    assert set(everything.partition("[")[2].rstrip("]").split(",")) == set(EXTRAS) - {"server"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_an_empty_environment_installs_the_wheel_with_its_extras(
@@ -117,10 +137,13 @@ def test_an_empty_environment_installs_the_wheel_with_its_extras(
     )
 
     # Each extra, by a command or a module of ours that needs it.
-    listed = ",".join(EXTRAS)
-    run(*pip, "--no-build-isolation", f"{wheel}[{listed}]", cwd=tmp_path, environment=environment)
+    everything = f"{wheel}[all,server]"
+    run(*pip, "--no-build-isolation", everything, cwd=tmp_path, environment=environment)
     assert "2 captions in 1 units" in run(*ingest, cwd=tmp_path, environment=environment)
     assert "demo" in run(command, "recipes", "list", cwd=tmp_path, environment=environment)
+    cache = environment | {"LIDIT_CACHE": str(tmp_path / "cache")}
+    embed = (command, "embed", "captions.txt", "--encoder", "smollm2", "--out", "states.parquet")
+    assert "2 captions" in run(*embed, cwd=tmp_path, environment=cache)
     for code, expected in EXTRAS.values():
         assert (
             run(python, "-c", code, cwd=tmp_path, environment=environment).split()[-1] == expected
