@@ -12,6 +12,7 @@ import typer
 import lidit
 from jobs import (
     ablate,
+    align,
     audit,
     demo,
     demo_pictures,
@@ -84,6 +85,7 @@ PANELS: dict[str, tuple[tuple[str, ModuleType], ...]] = {
         ("train", train),
         ("train-codec", train_codec),
         ("distill", distill),
+        ("align", align),
         ("runs", runs),
         ("status", status),
         ("ui", ui),

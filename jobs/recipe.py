@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lidit.config.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", context_settings=HELP_OPTIONS)
-KINDS = "recipe, ablation recipe, codec recipe, distillation recipe, encoder"
+KINDS = "recipe, ablation recipe, codec recipe, distillation recipe, alignment recipe, encoder"
 File = Annotated[str, typer.Argument(help="Recipe or encoder file, or the name of a shipped one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON instead.")]
 
@@ -122,6 +122,7 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
         find,
         kind_of,
         load_ablation,
+        load_alignment,
         load_codec_recipe,
         load_distillation,
     )
@@ -131,6 +132,7 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[str, Settings]:
         "ablation recipe": load_ablation,
         "codec recipe": load_codec_recipe,
         "distillation recipe": load_distillation,
+        "alignment recipe": load_alignment,
         "encoder": load_encoder,
     }
     is_path = name.endswith((".yaml", ".yml")) or "/" in name

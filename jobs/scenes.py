@@ -21,6 +21,12 @@ def command(
     layout: Annotated[
         str, typer.Option(help="simple (fixed slots, learned in minutes) or free.")
     ] = "simple",
+    style: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How captions are written, such as photo; again for more. Default: bare."
+        ),
+    ] = None,
 ) -> None:
     """Render scenes of coloured shapes with captions and GenEval-style records.
 
@@ -33,11 +39,14 @@ def command(
             f"--out {out}: scenes are written into a local folder; copy the tars to the URL "
             "afterwards"
         )
+    from lidit.datasets.scenes.captions import CaptionStyles
     from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
     from pipelines.runtime.progress import ProgressBar
 
+    styles = CaptionStyles(original=tuple(style), synthetic=()) if style else None
+    scenes = SceneSet(count, size, seed, layout, per_shard, styles=styles)
     with ProgressBar("scenes", None, "scenes") as progress:
-        made = write_scene_shards(out, SceneSet(count, size, seed, layout, per_shard), progress)
+        made = write_scene_shards(out, scenes, progress)
     state = "already there" if made.skipped else "written"
     print(f"{out}: {made.scenes} scenes, {made.distinct_captions} distinct captions, {state}")
 

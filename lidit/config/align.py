@@ -1,4 +1,4 @@
-"""Settings of what a model is aligned by: rewards of pictures, losses over pairs, adapters."""
+"""Settings of `lidit align`: a model learns from rewards of the pictures that it draws itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from lidit.config import (
+    CodecSettings,
+    DataSettings,
+    EvaluateSettings,
+    Recipe,
+    RunRecipe,
+    SamplerChanges,
+    TrainSettings,
+)
+from lidit.config.fields import Place, Seed
 from lidit.config.settings import Settings
 
 
@@ -92,3 +102,89 @@ class AlignSettings(Settings):
     kl: float = Field(
         0.0, ge=0, description="weight of the squared distance from the start's predictions"
     )
+
+
+class RolloutSettings(Settings):
+    """A round: pictures of the corpus's captions are drawn and rewarded, then so many steps learn
+    from them.
+    """
+
+    prompts: int = Field(64, ge=1, description="captions of a round, over all workers")
+    pictures: int = Field(4, ge=2, description="of each caption; half as many pairs at most")
+    steps: int = Field(8, ge=1, description="optimizer steps of a round")
+    batch_size: int = Field(64, ge=1, description="pictures that a worker draws at once")
+    sampler: SamplerChanges = Field(
+        SamplerChanges(), description="how they are drawn; default: as the start samples"
+    )
+
+
+class WatchSettings(Settings):
+    """The scene benchmark's prompts, among them pairs and templates that no caption has, scored as
+    training goes.
+    """
+
+    every: int = Field(0, ge=0, description="optimizer steps; 0: never")
+    per_tag: int = Field(8, ge=1, description="prompts per category")
+    seed: Seed = Field(
+        2, description="another than that of the evaluation, whose prompts stay unseen"
+    )
+
+
+class Alignment(RunRecipe):
+    """One run of `lidit align`, as its file has it."""
+
+    start: Place = Field(description="model folder; its weights are where the run starts")
+    prompts: Place | None = Field(
+        None,
+        description="corpus of the captions that are drawn, with states and without images; None: "
+        "`corpus`",
+    )
+    align: AlignSettings = AlignSettings()
+    reward: RewardSettings = RewardSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    lora: LoraSettings | None = Field(None, description="adapters only; None: all weights")
+    watch: WatchSettings = WatchSettings()
+    codec: CodecSettings | None = Field(
+        None, description="of the corpus's latents; None: as the start's folder says"
+    )
+    activation_checkpointing: bool = False
+    sampler: SamplerChanges = Field(
+        SamplerChanges(), description="how the published model samples; default: the same"
+    )
+    data: DataSettings = DataSettings()
+    train: TrainSettings = Field(TrainSettings(), description="batch_size counts pairs")
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.train.init_from is not None:
+            raise ValueError(
+                "train.init_from: an alignment starts with the weights of `start`; leave it out"
+            )
+        if self.train.validate_every:
+            raise ValueError("train.validate_every: rewards are what counts here; use watch.every")
+        if self.engine.zero_stage == 3 and (
+            self.engine.min_workers or self.rollout.prompts % self.engine.workers
+        ):
+            raise ValueError(
+                f"rollout.prompts: {self.rollout.prompts} must be divisible by engine.workers = "
+                f"{self.engine.workers}, "
+                "and engine.min_workers be left out, under ZeRO 3, whose workers draw in step"
+            )
+        if self.lora and self.engine.zero_stage == 3:
+            raise ValueError("lora: adapters are small; use engine.zero_stage 0, 1 or 2")
+        return self
+
+
+class AlignRecipe(Recipe):
+    """An alignment as the training engine takes it: the start's own recipe with pictures, rewards
+    and a loss.
+    """
+
+    start: Place
+    prompts: Place | None = None
+    align: AlignSettings
+    reward: RewardSettings
+    rollout: RolloutSettings
+    lora: LoraSettings | None = None
+    watch: WatchSettings

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lidit.config.ablation import Ablation
+from lidit.config.align import Alignment
 from lidit.config.codec import CodecRecipe
 from lidit.config.distill import Distillation
 from lidit.config.encoder import EncoderSettings
@@ -27,6 +28,7 @@ KINDS = {
     "ablation recipe": ("an ablation recipe", "ablate", "arms"),
     "codec recipe": ("a codec recipe", "train-codec", "loss"),
     "distillation recipe": ("a distillation recipe", "distill", "stages"),
+    "alignment recipe": ("an alignment recipe", "align", "reward"),
 }
 # Of every kind of file that ships.
 SETTINGS: dict[str, type[Settings]] = {
@@ -34,6 +36,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "ablation recipe": Ablation,
     "codec recipe": CodecRecipe,
     "distillation recipe": Distillation,
+    "alignment recipe": Alignment,
     "encoder": EncoderSettings,
 }
 
@@ -98,6 +101,12 @@ def load_distillation(recipe: str, overrides: list[str] | None = None) -> Distil
     """
     tree = apply_overrides(load_yaml(find(recipe, RECIPES, "distillation recipe")), overrides or [])
     return validate(Distillation, tree, str(recipe))
+
+
+def load_alignment(recipe: str, overrides: list[str] | None = None) -> Alignment:
+    """An alignment recipe by path or shipped name, with overrides."""
+    tree = apply_overrides(load_yaml(find(recipe, RECIPES, "alignment recipe")), overrides or [])
+    return validate(Alignment, tree, str(recipe))
 
 
 def kind_of(path: Path) -> str:

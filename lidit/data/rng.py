@@ -31,6 +31,9 @@ class Purpose(IntEnum):
     LATENT = 8
     HOLDOUT = 9
     KEEP = 10
+    PROMPT = 11
+    PICTURE = 12
+    PAIR = 13
 
 
 def draw(seed: int, purpose: Purpose, *keys: ArrayLike) -> NDArray[np.uint64]:

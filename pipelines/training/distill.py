@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from lidit.config import ModelSettings, SamplerSettings
+from lidit.config import SamplerSettings
 from lidit.config.distill import Distillation, DistillStage, StudentRecipe
-from lidit.config.model import FusionSettings, RefinerSettings
 from lidit.data.assembler import TrainingBatch
-from lidit.data.matching import matching_family, matching_latents
+from lidit.data.matching import matching_latents
 from lidit.diffusion import Objective, build_objective
 from lidit.diffusion.distillation import Lessons, Teacher
 from lidit.diffusion.jumps import JumpGrid
 from lidit.errors import InputError
 from lidit.models import LIDiT, TextStates
 from lidit.pipeline import LIDiTPipeline
-from lidit.store import Corpus, spec_differences
+from lidit.store import Corpus
 from pipelines.evaluation.models import weights_digest
 from pipelines.training.driver import TrainResult
 from pipelines.training.engine import Engine
+from pipelines.training.inherit import check_states, codec_of, shape_of
 from pipelines.training.loop import reports_failure
 from pipelines.training.train import TrainingJob, take_all_steps, train
 
@@ -71,8 +71,8 @@ def student_recipe(
         output=distillation.output,
         corpus=distillation.corpus,
         encoders=tuple(encoder.settings for encoder in pipe.encoders.values()),
-        codec=distillation.codec or pipe.found_codec,
-        model=_shape_of(pipe.model, distillation.activation_checkpointing),
+        codec=distillation.codec or codec_of(pipe),
+        model=shape_of(pipe.model, distillation.activation_checkpointing),
         objective=pipe.objective.settings,
         data=distillation.data,
         train=distillation.train.model_copy(update={"steps": steps}),
@@ -90,17 +90,7 @@ def check_teacher(recipe: StudentRecipe, corpus: Corpus) -> None:
     steps can be taken.
     """
     pipe = LIDiTPipeline.from_pretrained(recipe.teacher, check_files=False)
-    for name, encoder in pipe.encoders.items():
-        family = matching_family(corpus, encoder.settings)
-        if family.fingerprint != encoder.fingerprint:
-            listed = "\n  ".join(spec_differences(encoder.spec, family.spec))
-            raise InputError(
-                f"{corpus.folder.location}: the states of encoder {name!r} are not those that "
-                f"{recipe.teacher} was "
-                f"trained on (trained -> found):\n  {listed}\ndistil on the corpus of the "
-                "teacher, or embed this one "
-                "with the teacher's encoder"
-            )
+    check_states(Path(recipe.teacher), corpus)
     latents = corpus.latent_family(matching_latents(corpus, recipe.codec)).shapes(0)[0]
     if latents[0] != pipe.model.config.channels:
         raise InputError(
@@ -112,26 +102,6 @@ def check_teacher(recipe: StudentRecipe, corpus: Corpus) -> None:
         # refuses what the objective cannot tell apart
         JumpGrid.of(pipe.objective, *recipe.distill.walk_steps)
     pipe.objective.scheduler(recipe.sampler)
-
-
-def _shape_of(model: LIDiT, checkpointing: bool) -> ModelSettings:
-    config = model.config
-    return ModelSettings(
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        patch_size=config.patch_size,
-        refiner=RefinerSettings(
-            depth=config.refiner_depth,
-            causal=config.refiner_causal,
-            gated=config.refiner_gated,
-            mixing=config.refiner_mixing,
-        ),
-        fusion=FusionSettings(mode=config.fusion_mode, depth=config.fusion_depth),
-        visible_tokens=config.visible_tokens,
-        layers=config.layers,
-        activation_checkpointing=checkpointing,
-    )
 
 
 def _student_sampler(pipe: LIDiTPipeline, stage: DistillStage) -> SamplerSettings:

@@ -43,6 +43,7 @@ FREE_SETTINGS = {
     "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ...,
     "evaluate": ...,
     "tracking": ..., "plan": ..., "teacher": ..., "online": ...,
+    "start": ..., "prompts": ..., "watch": ...,
     "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
     "engine": FREE_ENGINE,
     "model": {"checkpointed_every"},
