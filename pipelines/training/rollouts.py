@@ -117,6 +117,25 @@ def pair_up(rewards: Rewards) -> list[tuple[int, int, int, float]]:
     return pairs
 
 
+class Asked:
+    """The engine's network, sharded or not, as sampling asks it: in its own precision. One that
+    takes a guidance scale is not aligned.
+    """
+
+    takes_guidance = False
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def __call__(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: Any, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        predicted: torch.Tensor = self.engine.deepspeed(
+            x_t.to(self.engine.compute_dtype), t, text, rows
+        )
+        return predicted
+
+
 class Rollouts(Feed[TrainingBatch]):
     """One worker's part of every batch, drawn as the training goes; collective, so all workers ask
     for the same steps.
@@ -245,7 +264,7 @@ class Rollouts(Feed[TrainingBatch]):
         generators = seeded_generators(seeds)
         noise = initial_noise(generators, self.shape, device)
         rows = [row for row in range(len(own)) for _ in range(count)]
-        network: Any = self._network
+        network: Any = Asked(self.engine)
         predict = GuidedPredictor(network, self._text(own), self._empty, sampler, rows=rows)
         latents = sample(predict, self.engine.objective, noise, sampler, generators)
         shown = unit_to_bytes(self.codec.decode(latents)).permute(0, 2, 3, 1).cpu().numpy()
@@ -255,12 +274,6 @@ class Rollouts(Feed[TrainingBatch]):
         return latents.view(*shape, *self.shape), torch.tensor(given, dtype=torch.float64).view(
             shape
         )
-
-    def _network(self, x_t: torch.Tensor, t: torch.Tensor, text: Any, rows: Any) -> torch.Tensor:
-        predicted: torch.Tensor = self.engine.deepspeed(
-            x_t.to(self.engine.compute_dtype), t, text, rows
-        )
-        return predicted
 
     def _predicted(self, network: Any, part: PairBatch) -> torch.Tensor:
         """What a network predicts for the pairs of a part of a batch, [b, 2, C, H, W]."""
