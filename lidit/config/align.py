@@ -96,6 +96,12 @@ class AlignSettings(Settings):
     strength: float = Field(
         1.0, gt=0, description="difference: how far the target moves, for rewards of 1 and 0"
     )
+    away: float = Field(
+        0.25,
+        ge=0,
+        description="difference: how far from the worse picture, for 1 towards the better one; a "
+        "run that flees as far as it approaches loses its way after some rounds",
+    )
     beta: float = Field(
         5.0, gt=0, description="dpo: how much of the difference of errors decides a pair"
     )

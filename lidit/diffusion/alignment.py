@@ -40,11 +40,15 @@ def pair_losses(
     """The loss of each pair [P] for the network's prediction [2 P, C, H, W], float32."""
     if settings.kind == "dpo":
         return dpo(objective, prediction, pairs, settings.beta)
-    return difference(objective, prediction, pairs, settings.strength)
+    return difference(objective, prediction, pairs, settings.strength, settings.away)
 
 
 def difference(
-    objective: Objective, prediction: torch.Tensor, pairs: Pairs, strength: float
+    objective: Objective,
+    prediction: torch.Tensor,
+    pairs: Pairs,
+    strength: float,
+    away: float = 1.0,
 ) -> torch.Tensor:
     """Squared distance from `drawn` moved by strength x gap towards the better picture, away from
     the worse one.
@@ -53,7 +57,7 @@ def difference(
     differ from this by what the weights cannot change. The move is bounded, so a worse picture is
     left, not fled.
     """
-    moved = strength * torch.cat([pairs.gap, -pairs.gap]).view(-1, 1, 1, 1)
+    moved = strength * torch.cat([pairs.gap, -away * pairs.gap]).view(-1, 1, 1, 1)
     truth = objective.prediction(pairs.x0, pairs.x_t, pairs.t)
     target = pairs.drawn + moved * (truth - pairs.drawn)
     better, worse = distance(objective, prediction, target, pairs).chunk(2)
