@@ -70,6 +70,20 @@ def test_difference_is_the_two_implicit_policies_loss_but_for_what_no_weight_cha
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_worse_picture_is_fled_a_share_as_far_as_the_better_one_is_approached(
+    kind: str,
+) -> None:
+    objective, pairs, _ = made(kind)
+    truth, _ = truth_and_weight(kind, pairs)
+    strength, away = 0.5, 0.25
+    share = torch.cat([pairs.gap, -away * pairs.gap]).double().view(-1, 1, 1, 1)
+    reached = (1 - strength * share) * pairs.drawn.double() + strength * share * truth
+    settings = AlignSettings(strength=strength, away=away)
+    left = pair_losses(settings, objective, reached.float(), pairs)
+    torch.testing.assert_close(left, torch.zeros(PAIRS), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_dpo_equals_its_formula(kind: str) -> None:
     objective, pairs, prediction = made(kind)
     truth, weight = truth_and_weight(kind, pairs)
