@@ -164,7 +164,9 @@ class Rollouts(Feed[TrainingBatch]):
         self.round: Round | None = None
         self.fresh: dict[str, float] = {}
 
-    def batches(self, start: int, stop: int) -> Iterator[TrainingBatch]:
+    def batches(
+        self, start: int, stop: int, device: torch.device | None = None
+    ) -> Iterator[TrainingBatch]:
         for step in range(start, stop):
             began = time.perf_counter()
             number, place = divmod(step, self.recipe.rollout.steps)
@@ -172,7 +174,7 @@ class Rollouts(Feed[TrainingBatch]):
                 self.round = (self._kept(number) if place else None) or self._collect(number)
             batch = self._batch(self.round, step)
             self.waited += time.perf_counter() - began
-            yield batch
+            yield batch if device is None else batch.to(device)
 
     # -- a round -----------------------------------------------------------------------------------
 
