@@ -164,6 +164,12 @@ class Rollouts(Feed[TrainingBatch]):
         self.round: Round | None = None
         self.fresh: dict[str, float] = {}
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until as many captions have been drawn as there are samples."""
+        rollout = self.recipe.rollout
+        return -(-int(self.captions.before[-1]) // rollout.prompts) * rollout.steps
+
     def batches(
         self, start: int, stop: int, device: torch.device | None = None
     ) -> Iterator[TrainingBatch]:
