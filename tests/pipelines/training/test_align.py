@@ -90,6 +90,7 @@ def aligned(
     return recipe, align(recipe)
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_the_distance_begins_at_nothing(
     aligned: tuple[Alignment, TrainResult],
 ) -> None:
@@ -103,6 +104,7 @@ def test_the_reward_rises_and_the_distance_begins_at_nothing(
     assert distances[0] < 1e-9 < distances[1]
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_watched_from_the_start_to_the_end(
     aligned: tuple[Alignment, TrainResult],
 ) -> None:
@@ -111,6 +113,7 @@ def test_held_out_prompts_are_watched_from_the_start_to_the_end(
     assert all(0 <= value <= 1 for value in logged(result, "watch/lax"))
 
 
+@pytest.mark.slow
 def test_the_result_is_an_ordinary_model_that_names_its_start(
     aligned: tuple[Alignment, TrainResult], start: Path
 ) -> None:
