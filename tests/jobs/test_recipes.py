@@ -38,7 +38,7 @@ def test_a_mistake_is_named(tmp_path: Path) -> None:
         load(str(path))
     with pytest.raises(InputError, match="no such recipe or encoder file"):
         load("missing.yaml")
-    with pytest.raises(InputError, match=r"give a YAML file or one of .*codec-small.*demo"):
+    with pytest.raises(InputError, match=r"one of .*demo.*lidit recipes list"):
         load("dem0")
 
 
