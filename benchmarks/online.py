@@ -126,7 +126,7 @@ class SleepingEncoders:
         until = time.monotonic() + seconds
         if self._running:
             until = min(until, self._running[0][0])
-        time.sleep(max(0.0, until - time.monotonic()))
+        time.sleep(max(0.0, until - time.monotonic()))  # the encoder's work
         found = []
         while self._running and self._running[0][0] <= time.monotonic():
             _, unit = heapq.heappop(self._running)
@@ -198,7 +198,7 @@ def run(
     thread.start()
     # A run begins when the first windows are there: what that takes is paid once, and told apart.
     while not (states and states[-1].ahead >= shape.ahead):
-        time.sleep(0.05)
+        time.sleep(0.05)  # between two looks at what the producer has told
     filled = time.monotonic() - began
 
     nodes = shape.trainers // NODE
@@ -224,7 +224,7 @@ def run(
         for step in feed.batches(0, steps):
             waits[rank][step], before = feed.waited - before, feed.waited
             together.wait()
-            time.sleep(stretched_step)
+            time.sleep(stretched_step)  # the trainer's work
             if rank == 0:
                 keeper.advance(step + 1, stretched_step)
                 if step % 20 == 19:

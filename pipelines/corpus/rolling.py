@@ -298,7 +298,7 @@ class ActorPool:
     def finished(self, seconds: float) -> list[Finished]:
         expected = [*self._calls, *self._starting]
         if not expected:
-            time.sleep(seconds)
+            time.sleep(seconds)  # nothing is under way: the caller's own limit
             return []
         self.ray.wait(expected, timeout=seconds)
         ready, _ = self.ray.wait(expected, num_returns=len(expected), timeout=0)
