@@ -133,13 +133,10 @@ def write_grid(path: Path, models: Sequence[Model], items: Sequence[dict[str, An
         for p in [i for i, item in enumerate(items) if item["tag"] == tag][:SHOWN_PER_TAG]
     ]
     images = [model.images[place] for model in models for place in places]
-    labels = [
-        f"{model.folder.resolve().parent.name}: {items[place]['prompt']}"
-        for model in models
-        for place in places
-    ]
+    labels = [items[place]["prompt"] for _ in models for place in places]
     right = [bool(model.strict[place]) for model in models for place in places]
-    labelled_grid(images, labels, columns=len(places), right=right).save(path)
+    rows = [model.folder.resolve().parent.name for model in models]
+    labelled_grid(images, labels, columns=len(places), right=right, headings=rows).save(path)
 
 
 def main() -> None:
