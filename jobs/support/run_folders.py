@@ -123,6 +123,17 @@ def _step(checkpoint: Path | None) -> int:
     return int(match.group(1)) if match else 0
 
 
+def model_folder(folder: Path) -> Path:
+    """The model folder of a run, OUTPUT/NAME, or the folder itself where it is a model's. Raises
+    InputError for others.
+    """
+    model = folder / MODEL if (folder / MODEL / MODEL_INDEX).is_file() else folder
+    if not model.is_dir():
+        raise InputError(f"{folder}: no run or model here; give OUTPUT/NAME or OUTPUT/NAME/model")
+    require_model(model)
+    return model
+
+
 def require_model(model: Path) -> None:
     """Refuse a folder that is no model's before torch is loaded; what else can be wrong with one,
     its loader says.

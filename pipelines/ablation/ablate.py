@@ -22,7 +22,7 @@ from lidit.datasets.scenes.captions import CaptionStyles
 from lidit.datasets.scenes.shards import SceneSet, write_scene_shards
 from lidit.diffusion import build_objective
 from lidit.errors import InputError
-from lidit.evals.ablation.report import write_ablation_report
+from lidit.evals.ablation.report import LEARNING_PLOT, write_ablation_report
 from lidit.evals.ablation.results import RESULT_FILE, ArmResult, Point
 from lidit.store import Corpus, digest_of
 from lidit.store.files.owner import owned
@@ -33,6 +33,7 @@ from pipelines.chain import run_chain
 from pipelines.evaluation.models import load_pipeline
 from pipelines.runtime import resources
 from pipelines.runtime.progress import ProgressBar
+from pipelines.tracking.origin import DESCRIPTION
 from pipelines.training.train import run_facts, train
 
 TRACKED = "tracked"  # a file in an arm's folder, made when the tracker has all of its numbers
@@ -95,9 +96,13 @@ def _run(ablation: Ablation, folder: Path, report: Report) -> AblationSummary:
     # The report is written after every arm: an early look already compares what is trained.
     key = digest_of({"ablation": ablation.recipe.name, "output": str(folder)})[:32]
     params = flatten(ablation)
+    about = (
+        f"{len(ablation.arms)} arms of {len(ablation.seeds)} seeds over "
+        f"`{ablation.recipe.corpus}`, judged on {judged}. Folder: `{folder}`."
+    )
     name, experiment = ablation.recipe.name, ablation.recipe.tracking.experiment
     with tracking.tracked_run(
-        uri, experiment, name, key, params, {"lidit.job": "ablate"}, folder
+        uri, experiment, name, key, params, {"lidit.job": "ablate", DESCRIPTION: about}, folder
     ) as parent:
         for job in jobs:
             # a kill or an outage between its result and the tracker
@@ -113,6 +118,7 @@ def _run(ablation: Ablation, folder: Path, report: Report) -> AblationSummary:
                 report(f"{job.name}: final accuracy {result.points[-1].accuracy:.3f}, {page}")
         page = _write(ablation, corpus, folder, results, jobs, judged)
         parent.artifact(page.parent, "report")
+        parent.picture(page.parent / LEARNING_PLOT)
     return AblationSummary(page, len(pending), len(jobs) - len(pending), uri)
 
 

@@ -23,6 +23,10 @@ from lidit.store.files.atomic import publish_bytes
 from lidit.store.files.folder import Folder
 from lidit.store.files.owner import owned
 from pipelines import tracking
+from pipelines.tracking.origin import DESCRIPTION
+
+# Longer tables are read in the artifacts: MLflow takes 8,000 characters, the picture's among them.
+TABLE_LIMIT = 6000
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Job:
 
     home: folder of the sqlite store, unless settings or environment name another store. prefix: of
     the metrics' names.
-    file: the score file; without one every call computes anew.
+    file: the score file; without one every call computes anew. training: id of the run above this
+    one. about: begins the run's description.
     """
 
     run: str
@@ -53,6 +58,7 @@ class Job:
     prefix: str = ""
     file: str | None = None
     training: str = ""
+    about: str = ""
 
     @classmethod
     def of_model(
@@ -73,7 +79,14 @@ class Job:
         if training:
             tags[tracking.PARENT] = training
         return cls(
-            f"{title} {run_folder.name}", run_folder.parent, tags, params, prefix, file, training
+            f"{title} {run_folder.name}",
+            run_folder.parent,
+            tags,
+            params,
+            prefix,
+            file,
+            training,
+            f"Of the model `{model}`.",
         )
 
 
@@ -130,19 +143,27 @@ class Scorecard:
         record: Mapping[str, Any] | None = None,
     ) -> None:
         """Track the metrics and the `files` of `out` in a run of their own, then write `record` as
-        the score file.
+        the score file. The run's description shows the record's table and the first picture.
         """
         job, prefix = self.job, f"{self.job.prefix}/" if self.job.prefix else ""
         recognised = {"lidit.identity": self.identity} if job.file is not None else {}
         uri = tracking.store_uri(self.settings.uri, job.home)
-        key, tags = self.identity[:32], {**job.tags, **recognised}
+        table = str((record or {}).get("table", ""))
+        described = [job.about, table if len(table) < TABLE_LIMIT else ""]
+        about = "\n\n".join(filter(None, described))
+        key = self.identity[:32]
+        tags = {**job.tags, **recognised, **({DESCRIPTION: about} if about else {})}
         with tracking.tracked_run(
             uri, self.settings.experiment, job.run, key, job.params, tags, self.out
         ) as run:
             run.metrics(
                 {f"{prefix}{name}": value for name, value in metrics.items()}, 0, job.training
             )
+            pictures = [file for file in files if file.endswith(".png")]
             for file in files:
-                run.artifact(self.out / file)
+                if file in pictures[:1]:
+                    run.picture(self.out / file)
+                else:
+                    run.artifact(self.out / file)
         if job.file is not None:
             publish_bytes(Folder.at(self.out), job.file, json.dumps(record, indent=1).encode())

@@ -33,7 +33,7 @@ CLOSE_AT_MOST = 600.0  # in all, beyond what the waiting files may take
 log = logging.getLogger(__name__)
 # Told apart by a key: "values" metrics, "artifact" a file or folder that goes into "folder",
 # "register" a model that is made "from" such a folder, "whole" a model whose files are all sent,
-# "image" a picture of a step, "dataset".
+# "image" a picture of a step, "picture" one that the description shows, "dataset".
 Record = dict[str, Any]
 
 
@@ -349,7 +349,7 @@ def _parsed(line: str) -> Record:
 
 
 def _name(record: Record) -> str:
-    for kind in ("artifact", "image", "dataset"):
+    for kind in ("artifact", "image", "picture", "dataset"):
         if kind in record:
             return f"{kind} {record[kind]}"
     if "whole" in record:
@@ -358,7 +358,12 @@ def _name(record: Record) -> str:
 
 
 def _files(record: Record) -> list[Path]:
-    return files_in(Path(record["artifact"])) if "artifact" in record else []
+    return [
+        file
+        for kind in ("artifact", "picture")
+        if kind in record
+        for file in files_in(Path(record[kind]))
+    ]
 
 
 def _size(file: Path) -> int:

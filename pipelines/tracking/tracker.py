@@ -29,7 +29,7 @@ from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 
 from lidit.errors import InputError, one_line
 from pipelines.tracking.delivery import Delivery, GoneError, Record, files_in, patience
-from pipelines.tracking.images import send_image
+from pipelines.tracking.images import send_image, show_in_description
 from pipelines.tracking.inputs import DIGEST_LENGTH, InputData
 from pipelines.tracking.logged_model import create_logged_model, finish_logged_model, logged_model
 from pipelines.tracking.runs import RunHandle, RunSpec, accepted_name, find_or_create, history
@@ -165,6 +165,10 @@ class Tracker:
         """A picture of a step: MLflow shows the pictures of one key with a slider over steps."""
         self._delivery.put({"image": str(path.absolute()), "key": key, "step": step})
 
+    def picture(self, path: Path) -> None:
+        """A picture that the run's description shows; among its artifacts under its own name."""
+        self._delivery.put({"picture": str(path.absolute())})
+
     def dataset(self, data: InputData, context: str = "training") -> None:
         """What the run reads; the corpus's digest is what training verified."""
         digest, told = (
@@ -268,6 +272,10 @@ class Tracker:
                 self._send_files(
                     Path(path), folder, self.client.get_run(self.handle.run_id).info.artifact_uri
                 )
+            case {"picture": path}:
+                root = self.client.get_run(self.handle.run_id).info.artifact_uri
+                self._send_files(Path(path), "", root)
+                show_in_description(self.client, self.handle.run_id, Path(path).name)
             case {"image": path, "key": key, "step": step}:
                 send_image(self.client, self.handle.run_id, Path(path), key, step)
             case {"whole": name, "model_step": step}:

@@ -2,10 +2,13 @@
 real LLMs.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from lidit.config import EncoderSettings
 from lidit.datasets.scenes.shapes import vocabulary_for
@@ -19,8 +22,11 @@ from lidit.evals.probes.probe import (
 )
 from lidit.text import PromptEncoder, resolve_encoder
 from lidit.text.every_layer import every_layer, prefix_layers
+from pipelines import tracking
 from tests.helpers.command import lidit
 from tests.helpers.tiny_models import tiny_llm
+
+RELEASED = Path(__file__).parents[2] / "fixtures" / "first_release"
 
 
 def settings_of(folder: Path, family: str, **changes: object) -> EncoderSettings:
@@ -123,6 +129,39 @@ def test_the_report_is_written_and_tracked(
         assert label in page
     assert (out / "accuracy.png").stat().st_size > 5000
     assert (tmp_path / "mlflow.db").exists()
+
+
+def test_a_probe_of_a_model_goes_below_its_training(tmp_path: Path) -> None:
+    run, uri = tmp_path / "runs" / "demo", tracking.local_store(tmp_path / "runs")
+    shutil.copytree(RELEASED / "model", run / "model")
+    for path in (run / "model" / "encoders").glob("qwen2.*"):
+        path.unlink()  # one LLM is enough
+    facts = json.loads((run / "model" / "encoders" / "llama.json").read_text())
+    facts["settings"]["model"] = str(RELEASED / "llms" / "llama")
+    (run / "model" / "encoders" / "llama.json").write_text(json.dumps(facts))
+    with tracking.tracked_run(uri, "lidit", "demo", "key", {}, {}, run) as training:
+        (run / tracking.RUN_FILE).write_text(training.handle.run_id)
+    assert lidit("probe", "--model", run, "--captions", "16", "--style", "clauses") == 0
+    client = MlflowClient(uri)
+    (experiment,) = [each for each in client.search_experiments() if each.name == "lidit"]
+    runs = client.search_runs([experiment.experiment_id], "tags.`lidit.job` = 'probe'")
+    (tags,) = [found.data.tags for found in runs]
+    assert tags[tracking.PARENT] == training.handle.run_id
+    assert tags["mlflow.runName"] == "probe demo"
+    description = tags["mlflow.note.content"]
+    assert "the last token tells the first segment's colour" in description
+    assert "(get-artifact?path=accuracy.png&run_uuid=" in description
+    assert (run / "probe" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [([], "name the LLMs"), (["--model", "elsewhere"], "no run or model here")]
+)
+def test_a_probe_of_nothing_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lidit("probe", *words) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_settings_of_one_llm(tmp_path: Path) -> None:

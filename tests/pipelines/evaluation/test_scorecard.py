@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
 from lidit.config import TrackingSettings
 from lidit.errors import InputError
@@ -99,6 +100,23 @@ def test_the_tracker_gets_one_run_per_identity(tmp_path: Path, tracker: Tracking
     assert [file.path for file in MlflowClient(tracker.uri).list_artifacts(run.info.run_id)] == [
         "table.md"
     ]
+
+
+def test_the_description_has_the_table_and_the_first_picture(
+    tmp_path: Path, tracker: TrackingSettings
+) -> None:
+    card = card_of(tmp_path, tracker, settings={"seed": 5})
+    card.begin()
+    for name in ("grid.png", "positions.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    card.publish({"overall": 0.5}, ["grid.png", "positions.png"], {"table": "| b |"})
+    run = run_of(tracker, card)
+    assert run.data.tags["mlflow.note.content"] == (
+        f"Of the model `{tmp_path / 'demo' / 'model'}`.\n\n| b |\n\n"
+        f"![grid](get-artifact?path=grid.png&run_uuid={run.info.run_id})"
+    )
+    files = MlflowClient(tracker.uri).list_artifacts(run.info.run_id)
+    assert {file.path for file in files} == {"grid.png", "positions.png"}
 
 
 def test_without_a_score_file_nothing_is_recognised_or_left_behind(

@@ -79,6 +79,28 @@ def test_a_picture_that_is_sent_again_is_shown_once(tmp_path: Path) -> None:
     assert sorted(Path(name).suffix for name in names) == [".png", ".webp"]
 
 
+def test_the_description_shows_the_newest_picture(tmp_path: Path) -> None:
+    uri, client = tracking.local_store(tmp_path), MlflowClient(tracking.local_store(tmp_path))
+    for grey in (1, 5, 3):
+        Image.new("RGB", (8, 8), (grey, grey, grey)).save(tmp_path / f"{grey}.png")
+    tags = {"mlflow.note.content": "as people edited it"}
+    with tracking.tracked_run(uri, "test", "run", "key", {}, tags, tmp_path) as run:
+        # The store was silent when the picture of step 3 was drawn.
+        for step in (1, 5, 3):
+            run.image(tmp_path / f"{step}.png", "samples", step)
+    run_id = run.handle.run_id
+    shown = f"![samples](get-artifact?path=samples.png&run_uuid={run_id})"
+    described = client.get_run(run_id).data.tags["mlflow.note.content"]
+    assert described == f"as people edited it\n\n{shown}"
+    with Image.open(client.download_artifacts(run_id, "samples.png", str(tmp_path))) as newest:
+        assert newest.getpixel((0, 0)) == (5, 5, 5)
+    # Who takes it out wants it out.
+    client.set_tag(run_id, "mlflow.note.content", "short")
+    with tracking.tracked_run(uri, "test", "run", "key", {}, tags, tmp_path) as run:
+        run.image(tmp_path / "5.png", "samples", 7)
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == "short"
+
+
 def test_a_parent_of_another_store_is_left_out(tmp_path: Path) -> None:
     uri = tracking.local_store(tmp_path)
     with tracking.tracked_run(
