@@ -64,8 +64,16 @@ def read_run(folder: Path) -> RunFolder | None:
         step=step,
         steps=steps,
         checkpoint=None if checkpoint is None else str(checkpoint),
-        resume=f"lidit {'train' if kind == 'model' else 'train-codec'} {folder / RECIPE}",
+        resume=_resume(recipe, folder / RECIPE),
     )
+
+
+def _resume(recipe: dict[str, Any], path: Path) -> str:
+    """What takes up the run: an alignment's or a student's recipe is made of another file."""
+    for command, section in (("align", "align"), ("distill", "distill")):
+        if section in recipe:
+            return f"the same lidit {command} command as before"
+    return f"lidit {'train' if 'encoders' in recipe else 'train-codec'} {path}"
 
 
 def required_run(folder: Path) -> RunFolder:

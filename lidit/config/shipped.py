@@ -99,14 +99,16 @@ def load_distillation(recipe: str, overrides: list[str] | None = None) -> Distil
     """A distillation recipe by path or shipped name, with overrides; a stage by its place:
     stages.0.train_steps=200.
     """
-    tree = apply_overrides(load_yaml(find(recipe, RECIPES, "distillation recipe")), overrides or [])
-    return validate(Distillation, tree, str(recipe))
+    path = find(recipe, RECIPES, "distillation recipe")
+    tree = apply_overrides(load_yaml(path), overrides or [])
+    return validate(Distillation, tree, str(recipe)).keep_written(_written(path, overrides))
 
 
 def load_alignment(recipe: str, overrides: list[str] | None = None) -> Alignment:
     """An alignment recipe by path or shipped name, with overrides."""
-    tree = apply_overrides(load_yaml(find(recipe, RECIPES, "alignment recipe")), overrides or [])
-    return validate(Alignment, tree, str(recipe))
+    path = find(recipe, RECIPES, "alignment recipe")
+    tree = apply_overrides(load_yaml(path), overrides or [])
+    return validate(Alignment, tree, str(recipe)).keep_written(_written(path, overrides))
 
 
 def kind_of(path: Path) -> str:

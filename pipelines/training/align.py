@@ -116,7 +116,7 @@ def align_recipe(alignment: Alignment) -> AlignRecipe:
         rollout=alignment.rollout.model_copy(update={"sampler": drawing}),
         lora=alignment.lora,
         watch=alignment.watch,
-    )
+    ).keep_written(alignment.written)
 
 
 def watched(recipe: AlignRecipe) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ def student_recipe(
         evaluate=distillation.evaluate,
         teacher=str(teacher.resolve()),
         distill=stage.model_dump(exclude={"train_steps"}),
-    )
+    ).keep_written(distillation.written)
 
 
 def check_teacher(recipe: StudentRecipe, corpus: Corpus) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import ray
 import torch
 
 from lidit.config import Recipe, RunRecipe
+from lidit.config.codec import CodecRecipe
 from lidit.config.settings import flatten
 from lidit.data.families import Families
 from lidit.errors import one_line
@@ -24,7 +26,7 @@ from lidit.store import Corpus, digest_of
 from pipelines import tracking
 from pipelines.tracking.flavor import write_flavor
 from pipelines.tracking.inputs import corpus_input, family_input
-from pipelines.tracking.origin import DESCRIPTION, write_environment
+from pipelines.tracking.origin import DESCRIPTION, command_line, write_environment
 from pipelines.tracking.runs import MADE_FROM
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,12 @@ def _parameters(recipe: RunRecipe, families: Families | None) -> dict[str, str]:
 
 def _description(recipe: RunRecipe, folder: Path, corpus: Corpus, families: Families | None) -> str:
     """The run's page in MLflow, in Markdown."""
-    command = "train" if isinstance(recipe, Recipe) else "train-codec"
+    if isinstance(recipe, CodecRecipe):
+        command = f"lidit train-codec {folder / 'recipe.json'}"
+    elif type(recipe) is Recipe:
+        command = f"lidit train {folder / 'recipe.json'}"
+    else:  # an alignment's or a student's recipe is made of another file
+        command = command_line(sys.argv)
     lines = [
         f"**{recipe.name}**, {recipe.train.steps:,} steps of {recipe.train.batch_size} samples."
     ]
@@ -110,7 +117,7 @@ def _description(recipe: RunRecipe, folder: Path, corpus: Corpus, families: Fami
         lines.append(f"Prompts are read by {read_by}; latents are `{families.latents.directory}`.")
     lines += [
         f"Data: `{corpus.folder.location}`, {corpus.num_samples:,} samples.",
-        f"Folder: `{folder}`. Goes on with `lidit {command} {folder / 'recipe.json'}`.",
+        f"Folder: `{folder}`. Goes on with `{command}`.",
         "Pictures of every step: *Model metrics*, section *samples*.",
     ]
     return "\n\n".join(lines)

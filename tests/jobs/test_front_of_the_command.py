@@ -187,6 +187,11 @@ def test_runs_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.splitlines()[1].startswith("half  stopped   step 4 of 8")
     assert lidit("status", tmp_path / "runs" / "half") == 0
     assert f"resume     lidit train {tmp_path}/runs/half/recipe.json" in capsys.readouterr().out
+    # An alignment's recipe is made of another file: the path would not be taken.
+    aligned = json.loads((tmp_path / "runs/half/recipe.json").read_text()) | {"align": {}}
+    (tmp_path / "runs/half/recipe.json").write_text(json.dumps(aligned))
+    assert lidit("status", tmp_path / "runs" / "half") == 0
+    assert "resume     the same lidit align command as before" in capsys.readouterr().out
     assert lidit("status", tmp_path / "runs") == 2
     assert "no run here; there are" in capsys.readouterr().err
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
+from mlflow.pyfunc import scoring_server
 from PIL import Image
+from starlette.testclient import TestClient
 
 from lidit.pipeline import LIDiTPipeline
 from pipelines import tracking
@@ -72,6 +75,11 @@ def test_the_alias_loads_a_model_that_draws(
     np.testing.assert_array_equal(
         np.stack(found), np.stack([np.asarray(image) for image in expected])
     )
+    # What `mlflow models serve` runs; it sets this variable, which ends with the test.
+    monkeypatch.setenv(_MLFLOW_IS_IN_SERVING_ENVIRONMENT.name, "true")
+    asked = {"inputs": PROMPTS, "params": {"seed": 3, "steps": 2}}
+    answer = TestClient(scoring_server.init(loaded)).post("/invocations", json=asked)
+    assert answer.json()["predictions"] == pngs
     own = loaded.predict(PROMPTS[:1])
     assert base64.b64decode(own[0]).startswith(b"\x89PNG")
     assert loaded.metadata.signature.params.to_dict()[0]["name"] == "seed"
