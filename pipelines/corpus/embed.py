@@ -14,8 +14,10 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+
+import pyarrow as pa
 
 from lidit.config import EncoderSettings, PoolSettings
 from lidit.errors import JobError, one_line
@@ -47,6 +49,7 @@ ACTOR_RESTARTS = 3  # a caption that kills the process must not be tried for eve
 TASK_RETRIES = -1
 MOST_BLOCKS = 10_000
 TOKENIZERS_PER_ACTOR = 2
+FEW_UNITS = 2  # that one process computes while a Ray would still be starting
 CALLS_PER_ACTOR = 2  # one unit is packed and written while the next one computes
 
 
@@ -112,9 +115,12 @@ def run_embed(
                     "; ".join(fields),
                 )
             pending = writer.pending()
-            if pending:
+            job = EncodeJob(corpus, settings, spec, pool)
+            if pending and _is_small(pool, pending):
+                computed = _compute_here(job, pending, progress)
+            elif pending:
                 resources.connect(max(cpus, math.ceil(pool.actors * pool.cpus) + 1))
-                computed = _compute(EncodeJob(corpus, settings, spec, pool), pending, progress)
+                computed = _compute(job, pending, progress)
         # A fresh writer: the one above may remember that there were no shared states.
         manifest = open_writer(corpus, spec).finish(extra=provenance(settings, spec))
     counts = manifest["counts"]
@@ -145,6 +151,30 @@ def _alone(writer: FamilyWriter) -> contextlib.AbstractContextManager[None]:
     """
     rolling = writer.folder.exists(ROLLING_FILE) and not writer.complete()
     return owned(writer.folder, "computed as a whole") if rolling else contextlib.nullcontext()
+
+
+def _is_small(pool: PoolSettings, pending: list[int]) -> bool:
+    """Whether this process is done sooner than a Ray of its own has started."""
+    placed = pool.gpus or pool.resources or pool.label_selector
+    few = len(pending) <= FEW_UNITS and pool.actors == 1
+    return few and not placed and resources.is_alone()
+
+
+def _compute_here(job: EncodeJob, pending: list[int], progress: Progress) -> list[int]:
+    """What a cluster's actor does, in this process: the same code, so the same bytes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        encode = EncodeUnits(job)
+        if encode.problem:
+            raise encode.problem
+        tell_code(job)
+        units = (tokenize_units(pa.table({"unit": [unit]}), job) for unit in pending)
+        return _consume(map(encode, units), job, pending, progress)
+    finally:
+        # as many as the actor had computed with; whoever called has their own again
+        torch.set_num_threads(threads)
 
 
 def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int]:
@@ -191,7 +221,8 @@ def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int
         **resources.demands(pool),
     )
     try:
-        return _consume(dataset, job, pending, progress)
+        batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        return _consume(batches, job, pending, progress)
     except ray.exceptions.RayError as error:
         reason = one_line(error)[-500:]
         raise JobError(
@@ -199,7 +230,10 @@ def _compute(job: EncodeJob, pending: list[int], progress: Progress) -> list[int
         ) from error
 
 
-def _consume(dataset: Any, job: EncodeJob, pending: list[int], progress: Progress) -> list[int]:
+def _consume(
+    batches: Iterable[pa.Table], job: EncodeJob, pending: list[int], progress: Progress
+) -> list[int]:
+    """The units of the batches, told as they come. Raises what a batch says is wrong."""
     counts = Corpus.open(job.corpus).units["captions"].to_pylist()
     missing, total = sum(counts[unit] for unit in pending), sum(counts)
     done: list[int] = []
@@ -207,7 +241,7 @@ def _consume(dataset: Any, job: EncodeJob, pending: list[int], progress: Progres
     metrics = EmbedMetrics(job.spec.name)
     metrics.units_left(len(pending))
     progress.expect(total, done=captions)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    for batch in batches:
         for row in batch.to_pylist():
             raise_problem(row)
             done.append(row["unit"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,12 @@ def connect(cpus: int = 1, temp_dir: str | None = None) -> None:
         join(os.environ[CLUSTER_ADDRESS])
     else:
         embedded.start(max(cpus, os.cpu_count() or 1), temp_dir, quiet)
+
+
+def is_alone() -> bool:
+    """Whether this process is part of no cluster so far, and named none to join."""
+    ray = sys.modules.get("ray")
+    return not os.environ.get(CLUSTER_ADDRESS) and not (ray and ray.is_initialized())
 
 
 def cluster_resources() -> dict[str, float]:

@@ -98,6 +98,18 @@ def test_complete_rerun_loads_no_model_and_changes_nothing(undisturbed: Path, mo
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
+def test_few_units_are_computed_without_ray(model: Path, tmp_path: Path, ray_cluster: None) -> None:
+    alone, joined = make_job(tmp_path / "alone", units=2), make_job(tmp_path / "joined", units=2)
+    process = start(alone, encoder(model))
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    told = json.loads(output.splitlines()[-1])
+    assert (told["computed"], told["ray"]) == (2, False)
+    # The session's Ray is this process's cluster.
+    run_embed(str(joined), encoder(model), PoolSettings(actors=1, cpus=1))
+    assert contents(alone) == contents(joined)
+
+
 def test_a_changed_spec_is_a_new_family_and_says_what_differs(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:

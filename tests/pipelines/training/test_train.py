@@ -124,6 +124,8 @@ def test_a_run_says_who_what_and_on_which_machine(undisturbed: tuple[Recipe, Tra
     assert len(tags["mlflow.source.git.commit"]) == 40
     for said in (str(recipe.run_folder), "8 steps", *(encoder.name for encoder in recipe.encoders)):
         assert said in tags["mlflow.note.content"]
+    shown = f"![samples](get-artifact?path=samples.png&run_uuid={result.run_id})"
+    assert tags["mlflow.note.content"].endswith(shown)
     # No defaults, and what the defaults came to.
     assert "train.non_finite" not in run.data.params
     assert run.data.params["engine.world_size"] == str(recipe.engine.workers)
