@@ -34,6 +34,24 @@ class Assembles(Protocol[AnyBatch_co]):
     def assemble(self, batch: GlobalBatch) -> AnyBatch_co: ...
 
 
+class Batches(Protocol[AnyBatch_co]):
+    """What a training steps through: one worker's samples `start` to `stop` of every global batch.
+
+    `waited` are the seconds that `batches` has kept the training waiting.
+    """
+
+    start: int
+    stop: int
+    waited: float
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def batches(
+        self, start: int, stop: int, device: torch.device | None = None
+    ) -> Iterator[AnyBatch_co]: ...
+
+
 class Feed(Generic[AnyBatch_co]):
     """One worker's part of the global batches, read ahead by threads. Made by `open_feed`.
 

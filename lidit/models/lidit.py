@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -165,7 +165,11 @@ class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def load(
-        cls, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None
+        cls,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        quantization_config: Any = None,
     ) -> Self:
         """Load what `save_pretrained` wrote.
 
@@ -173,6 +177,8 @@ class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
             folder: A folder with config.json and safetensors: `model` in a model folder.
             dtype: Of the weights; None keeps them as saved.
             variant: Which of several saved sets of weights, such as "bf16".
+            quantization_config: How diffusers stores the linear layers, such as `TorchAoConfig`;
+                None as they were saved.
 
         Returns:
             The model, on the CPU.
@@ -196,6 +202,7 @@ class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
                 torch_dtype=dtype,
                 output_loading_info=True,
                 variant=variant,
+                quantization_config=quantization_config,
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = one_line(error, 300)

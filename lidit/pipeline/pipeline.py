@@ -35,6 +35,7 @@ from lidit.pipeline.output import LIDiTPipelineOutput, OutputType, as_images, ch
 from lidit.pipeline.places import (
     device_of,
     local_folder,
+    network_config,
     one_dtype,
     replace_encoder,
 )
@@ -72,6 +73,7 @@ class LIDiTPipeline(ShareableParts):
         device_map: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
+        quantization_config: Any = None,
     ) -> Self:
         """Load a model folder that `lidit train` wrote. No LLM is loaded before a prompt needs it.
 
@@ -88,6 +90,10 @@ class LIDiTPipeline(ShareableParts):
             device_map: The device that all parts go to, such as "cuda".
             variant: Which of several saved sets of the network's weights, such as "bf16".
             local_files_only: Never ask the hub for the folder: it was fetched before.
+            quantization_config: How the network's linear layers are stored: diffusers'
+                `TorchAoConfig` and the like, or
+                a `PipelineQuantizationConfig`, whose entry `model` or `transformer` is taken. LLMs
+                and codec stay as they are.
 
         Returns:
             The pipeline, on the CPU unless `device_map` says otherwise; `to("cuda")` moves it.
@@ -107,7 +113,8 @@ class LIDiTPipeline(ShareableParts):
         # diffusers takes whatever the file holds for an object, a text even for a name on the hub.
         read_object(path / INDEX, "copy the model folder again")
         try:
-            model = LIDiT.load(path / "model", dtype, variant)
+            quantized = network_config(quantization_config)
+            model = LIDiT.load(path / "model", dtype, variant, quantized)
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can
             # run code.
             pipeline = super().from_pretrained(

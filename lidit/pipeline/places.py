@@ -1,12 +1,14 @@
 """Where a pipeline is loaded from and to: a folder or the hub, an LLM's files elsewhere, a device,
-a dtype.
+a dtype, fewer bits.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import PipelineQuantizationConfig
 
 from lidit.errors import InputError
 from lidit.hub import fetch_snapshot, is_hub_id
@@ -60,6 +62,25 @@ def one_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> tor
     if chosen is not None and not isinstance(chosen, torch.dtype):
         raise InputError(f"torch_dtype: {chosen!r} is no dtype; give one such as torch.bfloat16")
     return chosen
+
+
+def network_config(config: Any) -> Any:
+    """How diffusers is to store the network, out of what a caller gives for a whole pipeline.
+
+    Raises InputError where it names parts and none of them is the network, or only a backend, for
+    then the LLMs would be meant too.
+    """
+    if not isinstance(config, PipelineQuantizationConfig):
+        return config
+    entries = config.quant_mapping or {}
+    found = [entries[name] for name in ("model", "transformer") if name in entries]
+    others = sorted(set(entries) - {"model", "transformer"})
+    if len(found) != 1 or others:
+        raise InputError(
+            "quantization_config: give quant_mapping one entry, `model`, with the network's config"
+            + (f"; {', '.join(others)}: only the network is quantized" if others else "")
+        )
+    return found[0]
 
 
 def device_of(device_map: str | None) -> torch.device | None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -25,8 +26,8 @@ import torch.distributed as dist
 from ray.train import CheckpointUploadMode
 
 from lidit.config import RunRecipe
-from lidit.data.feed import Feed
-from lidit.errors import InputError, JobError
+from lidit.data.feed import Batches
+from lidit.errors import InputError, JobError, one_line
 from pipelines.training import checkpoints
 from pipelines.training.ema import AnyModel, averaged_model
 from pipelines.training.engine import AnyBatch, ShardedEngine, StepResult
@@ -35,13 +36,15 @@ from pipelines.training.metrics import TrainingMetrics
 from pipelines.training.ray_checkpoints import WORST
 
 TrainWorker = Callable[[dict[str, Any]], None]
+# Mistakes in code, a reward function's for one: the same on every machine and at every start.
+MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
 
 
 def reports_failure(worker: TrainWorker) -> TrainWorker:
     """Run one worker. Ray restarts workers after any error; some errors would only come again.
 
-    An InputError or JobError is recorded on the driver's board (`config["board"]`), so that
-    restarts exit at once.
+    An InputError, a JobError or a mistake in code is recorded on the driver's board
+    (`config["board"]`), so that restarts exit at once.
     """
 
     @functools.wraps(worker)
@@ -54,8 +57,20 @@ def reports_failure(worker: TrainWorker) -> TrainWorker:
         except (InputError, JobError) as error:
             ray.get(board.fail.remote(error))
             raise
+        except MISTAKES as error:
+            ray.get(board.fail.remote(_mistake(error)))
+            raise
 
     return reporting
+
+
+def _mistake(error: Exception) -> JobError:
+    """What and where, in a line; Ray prints the whole traceback with the worker's output."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return JobError(
+        f"{frame.filename}, line {frame.lineno}: {type(error).__name__}: {one_line(error, 300)}; "
+        "everything saved is kept: mend the code and run the same command again"
+    )
 
 
 class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
@@ -72,7 +87,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         self,
         config: dict[str, Any],
         engine: ShardedEngine[AnyBatch],
-        feed: Feed[AnyBatch],
+        feed: Batches[AnyBatch],
         fresh: AnyModel | None,
     ) -> None:
         self.config, self.engine, self.feed = config, engine, feed

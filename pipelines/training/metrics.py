@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lidit.config import RunRecipe
-from lidit.data.feed import Feed
+from lidit.data.feed import Batches
 from pipelines.runtime.prometheus import TrainMetrics
 from pipelines.tracking import RunHandle, Tracker
 from pipelines.tracking.machine import MachineLoad
@@ -31,7 +31,7 @@ class TrainingMetrics:
         self,
         recipe: RunRecipe,
         engine: ShardedEngine[Any],
-        feed: Feed[Any],
+        feed: Batches[Any],
         handle: RunHandle | None,
         board: Any,
     ) -> None:

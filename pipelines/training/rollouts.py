@@ -27,7 +27,6 @@ from lidit.codecs import load_codec
 from lidit.config.align import AlignRecipe
 from lidit.data.assembler import TrainingBatch
 from lidit.data.captions import Caption, CaptionDraws
-from lidit.data.feed import Feed
 from lidit.data.order import shares
 from lidit.data.rng import Purpose, draw, fill_gaussian, permutation, uniform
 from lidit.diffusion import GuidedPredictor, initial_noise, sample, seeded_generators
@@ -136,7 +135,7 @@ class Asked:
         return predicted
 
 
-class Rollouts(Feed[TrainingBatch]):
+class Rollouts:
     """One worker's part of every batch, drawn as the training goes; collective, so all workers ask
     for the same steps.
 
@@ -156,8 +155,6 @@ class Rollouts(Feed[TrainingBatch]):
         self.reward = open_reward(recipe.reward)
         self.codec = load_codec(recipe.codec, str(engine.device))
         self.folder = recipe.run_folder / FOLDER
-        # Of what a feed of a corpus has: the share of a batch; there is no order and nothing to
-        # read ahead.
         share = shares(recipe.train.batch_size, engine.world_size)[engine.rank]
         self.start, self.stop = share.start, share.stop
         self.waited = 0.0

@@ -18,7 +18,7 @@ from lidit.config import Recipe
 from lidit.data.assembler import TrainingBatch
 from lidit.data.credit import CreditKeeper, credit_of
 from lidit.data.families import Families, stored_layers
-from lidit.data.feed import Feed, open_feed
+from lidit.data.feed import Batches, open_feed
 from lidit.data.matching import matching_family, matching_latents
 from lidit.data.rows import Part, Rows, require_held_out
 from lidit.diffusion import build_objective
@@ -247,7 +247,7 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
         """What takes steps; its loss is what the training is about."""
         return Engine(recipe, model, build_objective(recipe.objective), device)
 
-    def _feed(self, engine: Engine, part: Part) -> Feed[TrainingBatch]:
+    def _feed(self, engine: Engine, part: Part) -> Batches[TrainingBatch]:
         """This worker's part of the global batches; without history, so it begins at any step."""
         return open_feed(
             self.corpus,

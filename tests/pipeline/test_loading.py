@@ -9,12 +9,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    BitsAndBytesConfig,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    TorchAoConfig,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from lidit.errors import InputError
 from lidit.pipeline import LIDiTPipeline
+from lidit.pipeline.places import network_config
 from tests.helpers.prompts import PROMPTS
 
 WEIGHTS = "model/diffusion_pytorch_model.safetensors"
@@ -215,3 +221,38 @@ def test_the_cards_example_draws(saved, pipe):
     exec(code, found)
     assert 'pipe("a \\"red\\" circle"' in code
     assert found["image"].size == (24, 16)
+
+
+# -- the network in fewer bits ---------------------------------------------------------------------
+
+
+def test_of_a_configuration_of_parts_the_network_s_is_taken(saved):
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    assert network_config(PipelineQuantizationConfig(quant_mapping={"model": eight})) is eight
+    assert network_config(PipelineQuantizationConfig(quant_mapping={"transformer": eight})) is eight
+    assert network_config(eight) is eight
+    with pytest.raises(InputError, match="vae: only the network is quantized"):
+        LIDiTPipeline.from_pretrained(
+            saved,
+            quantization_config=PipelineQuantizationConfig(
+                quant_mapping={"model": eight, "vae": eight}
+            ),
+        )
+    with pytest.raises(InputError, match="one entry, `model`"):
+        network_config(PipelineQuantizationConfig("bitsandbytes_8bit", {"load_in_8bit": True}))
+    with pytest.raises((ImportError, RuntimeError), match=r"bitsandbytes|GPU"):
+        LIDiTPipeline.from_pretrained(saved, quantization_config=eight)
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_eight_bits_draw_nearly_the_same(saved, expected, kind):
+    quantization = pytest.importorskip("torchao.quantization")
+    small = LIDiTPipeline.from_pretrained(
+        saved,
+        dtype=torch.float32,
+        quantization_config=TorchAoConfig(getattr(quantization, kind)()),
+    )
+    linear = [each for each in small.model.modules() if isinstance(each, torch.nn.Linear)]
+    assert {type(each.weight).__name__ for each in linear} == {"Int8Tensor"}
+    error = (drawn(small) - expected).abs()
+    assert 0 < error.mean() < 0.02
