@@ -22,6 +22,9 @@ class ConditionSettings(Settings):
         None, description="argument for the mask; None: the pipeline takes none"
     )
     pooled: str | None = Field(None, description="argument for the pooled vectors")
+    pooled_as_token: bool = Field(
+        False, description="whether a pooled vector is a row of one token: [rows, 1, width]"
+    )
     mask_dtype: Literal["int64", "bool", "states"] = "int64"
     mask_if_full: bool = Field(True, description="whether a mask without any padding is given")
     instruction: int | Literal["all"] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,9 +35,18 @@ class PaddingSettings(Settings):
         "right", description="left: before everything, the instruction too"
     )
     masked: bool = Field(False, description="whether no token attends to padding")
-    token: Literal["pad", "eos"] = Field(
-        "pad", description="which of the tokenizer's tokens it is made of"
+    token: Literal["pad", "eos"] | Annotated[int, Field(ge=0)] = Field(
+        "pad", description="which of the tokenizer's tokens it is made of, or the id of one"
     )
+    position: int | None = Field(
+        None, ge=0, description="of each of its tokens; None: positions go on behind the text"
+    )
+
+    @model_validator(mode="after")
+    def _positions_are_behind_text(self) -> PaddingSettings:
+        if self.position is not None and (self.side == "left" or not self.masked):
+            raise ValueError("position is for padding on the right that is masked")
+        return self
 
 
 class EncoderSettings(Settings):
@@ -194,6 +203,8 @@ class EncoderSettings(Settings):
             )
         if self.kind == "unmasked" and self.padding is not None:
             raise ValueError("padding is for the kinds causal and encoder")
+        if self.padding is not None and self.padding.position is not None and self.kind != "causal":
+            raise ValueError("padding.position is for kind: causal")
         return self
 
     @property

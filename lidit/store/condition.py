@@ -55,7 +55,10 @@ def arguments(
                 f"{family.folder.location}: the family has no pooled vectors; set pooled "
                 "and embed anew"
             )
-        found[layout["pooled"]] = torch.stack(list(pooled))  # [B, X]
+        vectors = torch.stack(list(pooled))  # [B, X]
+        # families of earlier releases have no such entry
+        as_token = layout.get("pooled_as_token", False)
+        found[layout["pooled"]] = vectors[:, None] if as_token else vectors
     return found
 
 

@@ -261,7 +261,8 @@ class PromptEncoder:
         lengths = torch.tensor([len(row) for row in rows])
         if self.spec.kind == "causal":
             # [B, T, W]
-            states = self.trunk.after_context(self._padded(rows), self._padding_mask(rows))
+            mask = self._padding_mask(rows)
+            states = self.trunk.after_context(self._padded(rows), mask, self._positions(mask))
             start = 0
         else:
             context, suffix = self.tokenizer.context_ids, self._unstored_suffix
@@ -297,6 +298,16 @@ class PromptEncoder:
                 ]
             )
         return mask.to(self.trunk.device)
+
+    def _positions(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """[B, T] behind the context, where a spec puts its padding somewhere else than behind the
+        text; mask: [B, C + T].
+        """
+        rule = self.spec.text.padding
+        if rule is None or rule.position is None or mask is None:
+            return None
+        place = torch.arange(mask.shape[1], device=mask.device)  # [C + T]
+        return torch.where(mask, place, rule.position)[:, len(self.tokenizer.context_ids) :]
 
     def _check_context(self) -> None:
         """Some models cut their cache to a window that their attention does not have, where the

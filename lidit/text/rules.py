@@ -34,7 +34,8 @@ class PaddingRule:
     multiple_of: int | None
     side: Literal["right", "left"]
     masked: bool
-    token: Literal["pad", "eos"]
+    token: Literal["pad", "eos"] | int
+    position: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,15 @@ def set_fields(rules: Reading | TextRules) -> dict[str, Any]:
     return {
         name: list(value)
         if isinstance(value, tuple)
-        else asdict(value)
+        else _padding_fields(value)
         if isinstance(value, PaddingRule)
         else value
         for name, value in plain.items()
     }
+
+
+def _padding_fields(rule: PaddingRule) -> dict[str, Any]:
+    found = asdict(rule)
+    if rule.position is None:  # families of earlier releases have no such field
+        del found["position"]
+    return found

@@ -87,10 +87,15 @@ class PromptTokenizer:
         rule = self.spec.text.padding
         if rule is None:
             return -1
-        found = getattr(self.tokenizer, f"{rule.token}_token_id")
+        if isinstance(rule.token, int):
+            name = f"token {rule.token}"
+            found = rule.token if rule.token < len(self.tokenizer) else None
+        else:
+            name = f"{rule.token} token"
+            found = getattr(self.tokenizer, f"{rule.token}_token_id")
         if found is None:
             raise InputError(
-                f"{self.spec.folder}: the tokenizer has no {rule.token} token to make this "
+                f"{self.spec.folder}: the tokenizer has no {name} to make this "
                 "encoder's padding of; take "
                 "the tokenizer that the system comes with, or set padding.token"
             )

@@ -261,13 +261,21 @@ class Trunk:
                 )
 
     @torch.inference_mode()
-    def after_context(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def after_context(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """States [B, T, W] of right-padded captions [B, T] behind the context, if there is one.
 
         Needs no padding mask: a causal model never looks at what stands to the right, and padding
-        only stands there. mask [B, C + T] is for padding whose own states are wanted.
+        only stands there. mask [B, C + T] and positions [B, T] are for padding whose own states are
+        wanted.
         """
         inputs: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
+        if positions is not None:
+            inputs["position_ids"] = positions
         if self._context is None:
             return self._states(input_ids=ids, use_cache=False, **inputs)
         cache = _shared_context(self._context, ids.shape[0], self._release_keys)

@@ -15,6 +15,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BertConfig,
+    BertModel,
     ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
@@ -59,6 +61,10 @@ QWEN3 = CHATML.replace(
     "assistant\n{% if enable_thinking is defined and enable_thinking is false "
     "%}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}",
+)
+QWEN2_VL = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant."
+    "<|im_end|>\n{% endif %}" + CHATML
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}[SYSTEM_PROMPT]" + CONTENT
@@ -202,6 +208,13 @@ def clip(pad: str = "<|endoftext|>", longest: int = 77) -> PreTrainedTokenizerFa
     )  # fmt: skip
 
 
+def bert_words() -> PreTrainedTokenizerFast:
+    return tokenizer(
+        ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), around=(("[CLS]",), ("[SEP]",)), cls_token="[CLS]",
+        sep_token="[SEP]", pad_token="[PAD]",
+    )  # fmt: skip
+
+
 def lively(model: torch.nn.Module) -> torch.nn.Module:
     """The same, with weights so large that everything matters."""
     torch.manual_seed(0)
@@ -233,11 +246,13 @@ def trunk(family: str, blocks: int, **shape: Any) -> torch.nn.Module:
 def multimodal(family: str, blocks: int, body: bool = False) -> torch.nn.Module:
     """A vision-language model; body: without its head."""
     text = {**TEXT, "num_hidden_layers": blocks, "vocab_size": 1024}
-    if family == "qwen2_5_vl":
+    if family in ("qwen2_vl", "qwen2_5_vl"):
         text = {k: v for k, v in text.items() if k != "head_dim"} | {
             "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}
         }
         vision = {**VISION, "fullatt_block_indexes": [0]}
+        if family == "qwen2_vl":
+            vision = {"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2}
         numbers = {
             "image_token_id": 3,
             "vision_start_token_id": 4,
@@ -298,6 +313,14 @@ def clip_text(projected: bool, longest: int = 77) -> torch.nn.Module:
         pad_token_id=2,
     )  # fmt: skip
     return lively(CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config))
+
+
+def bert() -> torch.nn.Module:
+    config = BertConfig(
+        vocab_size=1024, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=128,
+    )  # fmt: skip
+    return lively(BertModel(config))
 
 
 def t5gemma2() -> torch.nn.Module:

@@ -74,6 +74,14 @@ def flux2_dev(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[st
     return {"prompt_embeds": states}
 
 
+def minimax_h3(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+    """One caption, as its step takes them, which has no words for none."""
+    steps = importlib.import_module("diffusers.modular_pipelines.minimax_h3.encoders")
+    ids = tokens(*captions, add_special_tokens=False)["input_ids"] or [tokens.eos_token_id]
+    texts = SimpleNamespace(create_mm_token_type_ids=lambda rows: [[0] * len(row) for row in rows])
+    return {"states": steps.get_qwen3vl_prompt_embeds(model, texts, ids)}
+
+
 def krea2(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     """The pipeline puts the suffix behind the padding; no token's place counts there, so here
     padding comes last.
@@ -236,6 +244,25 @@ def sana(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -
         captions, False, device="cpu", complex_human_instruction=instruction
     )
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
+
+
+def sana_video(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+    pipe = bare("SanaVideoPipeline", text_encoder=model, tokenizer=tokens)
+    call = inspect.signature(pipe.__call__).parameters
+    instruction = call["complex_human_instruction"].default
+    states, mask, *_ = pipe.encode_prompt(
+        captions, False, device="cpu", complex_human_instruction=instruction
+    )
+    return {"prompt_embeds": states, "prompt_attention_mask": mask}
+
+
+def easyanimate(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+    """The mask has to be given to the call, but no transformer reads it: every state counts."""
+    forward = diffusers.EasyAnimateTransformer3DModel.forward
+    assert not [name for name in inspect.signature(forward).parameters if "mask" in name]
+    pipe = bare("EasyAnimatePipeline", text_encoder=model, tokenizer=tokens)
+    states, _, mask, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+    return {"prompt_embeds": states, "prompt_attention_mask": torch.ones_like(mask)}
 
 
 def hidream_llama(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lidit.text import PromptEncoder
+from tests.helpers import public_earlier_pipelines as earlier
 from tests.helpers import public_models as tiny
 from tests.helpers import public_pipelines as asks
 from tests.helpers.public_pipelines import Answer
@@ -134,4 +135,37 @@ SYSTEMS = {
     "cogview3-plus": System(t5, asks.masked_t5("CogView3PlusPipeline")),
     "allegro": System(t5, asks.allegro, padded=512),
     "motif-video": System(lambda: (tiny.t5gemma2(), tiny.gemma()), asks.motif, padded=512),
+    "minimax-h3": System(q3vl(52), asks.minimax_h3, one_by_one=True),
+    "anyflow": System(umt5, asks.masked_t5("AnyFlowPipeline"), padded=512),
+    "cosmos2": System(t5, asks.masked_t5("Cosmos2TextToImagePipeline"), padded=512),
+    "deepfloyd-if": System(t5, earlier.deepfloyd),
+    "kandinsky2.2": System(
+        lambda: (tiny.clip_text(projected=True), tiny.clip()), earlier.kandinsky22
+    ),
+    "sana-video": System(
+        lambda: (tiny.trunk("gemma2", 4), tiny.gemma()), asks.sana_video, padded=300
+    ),
+    "easyanimate": System(
+        lambda: (tiny.multimodal("qwen2_vl", 4), tiny.qwen(tiny.QWEN2_VL)), asks.easyanimate
+    ),
+    "hunyuan-dit-bert": System(
+        lambda: (tiny.bert(), tiny.bert_words()), earlier.hunyuan_dit_bert, padded=77
+    ),
+    "hunyuan-dit-t5": System(t5, earlier.hunyuan_dit_t5, padded=256),
+    "kandinsky3": System(t5, earlier.kandinsky3),
+    "latte": System(t5, earlier.latte, one_by_one=True),
+    "bria3.2": System(t5, earlier.bria, padded=128),
+    "sd1": System(lambda: (tiny.clip_text(projected=False), tiny.clip()), earlier.stable_diffusion),
+    "sd2": System(
+        lambda: (tiny.clip_text(projected=False), tiny.clip("!!")), earlier.stable_diffusion
+    ),
+    "sdxl-clip-l": System(
+        lambda: (tiny.clip_text(projected=False), tiny.clip()), earlier.xl_clip_l
+    ),
+    "sdxl-clip-g": System(
+        lambda: (tiny.clip_text(projected=True), tiny.clip("!!")), earlier.xl_clip_g
+    ),
+    "stable-cascade": System(
+        lambda: (tiny.clip_text(projected=True), tiny.clip()), earlier.stable_cascade
+    ),
 }

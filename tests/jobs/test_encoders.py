@@ -32,7 +32,7 @@ def test_every_shipped_encoder_is_listed(capsys: pytest.CaptureFixture[str]) -> 
     assert lidit("encoders") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 3
-    assert lines[-1].startswith("left out, with the reason when asked for: glm-image, ")
+    assert lines[-1].startswith("left out, with the reason when asked for: anima, ")
     assert next(line for line in lines if line.startswith("z-image ")).split()[1] == "2560"
 
 

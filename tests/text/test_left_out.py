@@ -2,12 +2,14 @@
 reason holds.
 """
 
+import importlib
 import inspect
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 
 from lidit.config import EncoderSettings
@@ -54,9 +56,24 @@ def test_prompts_of_an_editor_hold_pictures() -> None:
     assert "image" in inspect.signature(diffusers.QwenImageEditPipeline.encode_prompt).parameters
 
 
-def test_omnigen_has_no_text_encoder() -> None:
-    assert not [
-        part
-        for part in inspect.signature(diffusers.OmniGenPipeline).parameters
-        if "text_encoder" in part
-    ]
+@pytest.mark.parametrize("name", ["omnigen", "cosmos3"])
+def test_a_denoiser_that_reads_prompts_has_no_text_encoder(name: str) -> None:
+    kind = getattr(diffusers, LEFT_OUT[name].pipeline)
+    parts = inspect.signature(kind.__init__).parameters
+    assert "transformer" in parts
+    assert not [part for part in parts if "text_encoder" in part]
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("kandinsky2.1", "MultilingualCLIP"), ("latent-diffusion", "LDMBertModel")]
+)
+def test_a_text_encoder_is_code_of_diffusers(name: str, model: str) -> None:
+    module = importlib.import_module(getattr(diffusers, LEFT_OUT[name].pipeline).__module__)
+    assert getattr(module, model).__module__.startswith("diffusers.")
+    assert not hasattr(transformers, model)
+
+
+def test_anima_reads_token_ids_of_a_second_tokenizer() -> None:
+    steps = importlib.import_module("diffusers.modular_pipelines.anima.encoders")
+    given = {output.name for output in steps.AnimaTextEncoderStep().intermediate_outputs}
+    assert {"qwen_prompt_embeds", "t5_input_ids"} <= given

@@ -18,7 +18,7 @@ from lidit.store import Corpus
 from lidit.text import PromptEncoder, resolve_encoder
 from lidit.text.cleaning import clean, split_quoted
 from lidit.text.embedding import ensure_shared
-from lidit.text.rules import ONE_BLOCK, PLAIN_TEXT, set_fields
+from lidit.text.rules import ONE_BLOCK, PLAIN_TEXT, PaddingRule, TextRules, set_fields
 from tests.helpers.corpus_factory import make_corpus
 from tests.helpers.tiny_models import LAYERS
 from tests.text.test_embedding import embed
@@ -126,6 +126,8 @@ def test_one_layer_has_one_name(model_of: Callable[[str], Path], settings: Make)
         {"template": "{}", "clean": ["strip"]},
         {"template": "{}", "empty": 7},
         {"template": "{}", "padding": {"masked": True}},
+        {"template": "{}", "padding": {"token": 9}},
+        {"template": "{}", "padding": {"masked": True, "position": 1}},
         {"template": "{}", "counted": "whole"},
     ],
 )
@@ -277,6 +279,34 @@ def test_padding_is_what_the_whole_model_makes_of_it(
         assert close(found.states, states[0, len(prefix) :])
 
 
+@pytest.mark.parametrize("template", ["{}", "photo:\n{}"])
+def test_padding_of_a_given_token_at_a_given_position(
+    template: str, model_of: Callable[[str], Path], settings: Make
+) -> None:
+    padding = {"multiple_of": 8, "masked": True, "token": 9, "position": 1}
+    changes = {"template": template, "padding": padding, "counted": "whole"}
+    encoder = load(settings(model_of("qwen2"), **changes))
+    prefix = encoder.tokenizer.prefix_ids
+    model = AutoModel.from_pretrained(model_of("qwen2")).eval()
+    for found in encoder.encode(CAPTIONS):
+        ids = torch.tensor([[*prefix, *found.token_ids]])
+        text = len(prefix) + encoder.tokenizer.without_padding(found.token_ids)
+        assert ids.shape[1] % 8 == 0
+        assert ids[0, text:].tolist() == [9] * (ids.shape[1] - text)
+        place = torch.arange(ids.shape[1])[None]
+        inputs = {"attention_mask": (place < text).long(), "position_ids": place.clone()}
+        inputs["position_ids"][:, text:] = 1
+        with torch.no_grad():
+            states = model(ids, **inputs, output_hidden_states=True).hidden_states[-3]
+        assert close(found.states, states[0, len(prefix) :])
+
+
+def test_a_rule_of_an_earlier_release_keeps_its_name() -> None:
+    rule = PaddingRule(multiple_of=None, side="right", masked=True, token="pad")
+    fields = {"multiple_of": None, "side": "right", "masked": True, "token": "pad"}
+    assert set_fields(TextRules(padding=rule)) == {"padding": fields}
+
+
 def test_pooled_vectors_are_stored(
     tmp_path: Path, model_of: Callable[[str], Path], settings: Make
 ) -> None:
@@ -363,6 +393,8 @@ def test_layers_that_a_model_lacks(
         ({"kind": "encoder", "template": "a {}"}, "bare caption"),
         ({"pooled": "text_embeds"}, "set kind: encoder"),
         ({"kind": "unmasked", "padding": {}}, "causal and encoder"),
+        ({"padding": {"position": 1}}, "on the right that is masked"),
+        ({"padding": {"position": 1, "masked": True}, "kind": "encoder"}, "for kind: causal"),
         ({"template": "{} b", "suffix": "dropped", "padding": {}}, "behind the suffix"),
     ],
 )
@@ -397,6 +429,8 @@ def test_padding_and_empty_captions_without_the_tokens_for_it(
     tokens.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="no pad token"):
         load(settings(tmp_path / "model", template="{}", padding={}))
+    with pytest.raises(InputError, match="has no token 99999"):
+        load(settings(tmp_path / "model", template="{}", padding={"token": 99999}))
     with pytest.raises(InputError, match="no beginning-of-text token"):
         load(settings(tmp_path / "model", template="{}", empty="bos"))
 
