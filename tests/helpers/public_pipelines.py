@@ -74,6 +74,13 @@ def flux2_dev(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[st
     return {"prompt_embeds": states}
 
 
+def flux3(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+    """One caption, as its step takes them."""
+    steps = importlib.import_module("diffusers.modular_pipelines.flux3.encoders")
+    embeds = steps.Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds
+    return {"prompt_embeds": embeds(model, tiny.Processor(tokens), *captions)}
+
+
 def minimax_h3(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     """One caption, as its step takes them, which has no words for none."""
     steps = importlib.import_module("diffusers.modular_pipelines.minimax_h3.encoders")

@@ -67,6 +67,7 @@ SYSTEMS = {
         changes={"max_tokens": 224},
         captions=(*CAPTIONS, "two [IMG] marks [IMG]"),
     ),
+    "flux3": System(q3vl(36), asks.flux3, one_by_one=True, changes={"max_tokens": 400}),
     "krea2": System(q3vl(36, body=True), asks.krea2, padded=None),
     "ideogram4": System(q3vl(36, body=True), asks.ideogram4, padded=200),
     "hunyuan-image": System(q25, asks.hunyuan_image, padded=160, changes=SHORT),
