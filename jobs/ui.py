@@ -30,6 +30,7 @@ def command(
 
     **Example:** `lidit ui demo/runs`
     """
+    from pipelines.tracking.runs import first_page
     from pipelines.tracking.store import local_store, server_environment
 
     if not (folder / "mlflow.db").is_file():
@@ -48,8 +49,8 @@ def command(
         "--port",
         str(port),
     ]
-    # The view for models, not for chats: MLflow remembers it, but must be told once.
-    print(f"http://{host}:{port}/#/experiments?workflowType=machine_learning", flush=True)
+    # The view for models, not for chats: MLflow remembers only what its switch was set to.
+    print(f"http://{host}:{port}/{first_page(local_store(folder))}", flush=True)
     os.environ.update(server_environment())
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *words])
 

@@ -27,6 +27,12 @@ JOB = "lidit.job"  # tag: the kind of job
 MADE, MADE_FROM = "lidit.made", "lidit.made_from"
 # tag: MLflow opens the experiment in its view for training, not for chats
 KIND = "mlflow.experimentKind"
+# What every link of ours carries: without it MLflow's pages turn to their view for chats.
+VIEW = "workflowType=machine_learning"
+ABOUT = (
+    "Trainings of LI-DiT; below each what was measured of its model; beside them the ingests, "
+    "embeddings and latents that they read."
+)
 RUN_FILE = "mlflow-run"  # in a run's folder: the id of its run
 PARAM_LIMIT = 6000
 NAME_LIMIT = 250
@@ -121,6 +127,20 @@ def read_run_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
+def first_page(uri: str) -> str:
+    """Where MLflow's pages begin: the runs of the experiment that was changed last.
+
+    A click in the list of experiments leads to the view for chats, whatever its address says.
+    """
+    found: list[Experiment] = []
+    try:
+        found = MlflowClient(uri).search_experiments(order_by=["last_update_time DESC"])
+    except MlflowException as error:  # the server says it, too, and what to do
+        log.info("the experiments of %s cannot be listed: %s", uri, one_line(error, 200))
+    ours = [each.experiment_id for each in found if each.name != Experiment.DEFAULT_EXPERIMENT_NAME]
+    return f"#/experiments/{ours[0]}/runs?{VIEW}" if ours else f"#/experiments?{VIEW}"
+
+
 def check_experiment(uri: str, experiment: str) -> None:
     """Raise InputError where the store answers and refuses the experiment, before a long job's work
     is done.
@@ -201,7 +221,7 @@ def _links(client: MlflowClient, experiment_id: str, digests: str) -> str:
     for digest in digests.split():
         found = client.search_runs([experiment_id], f"tags.`{MADE}` = '{digest}'", max_results=1)
         lines += [
-            f"- [{run.info.run_name}](#/experiments/{experiment_id}/runs/{run.info.run_id})"
+            f"- [{run.info.run_name}](#/experiments/{experiment_id}/runs/{run.info.run_id}?{VIEW})"
             for run in found
         ]
     return "\n\nMade from the results of\n" + "\n".join(lines) if lines else ""
@@ -220,10 +240,9 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> Experiment:
     if found is None:
         file = sqlite_file(uri)
         root = (file.parent / "artifacts").resolve().as_uri() if file else None
+        tags = {KIND: "custom_model_development", DESCRIPTION: ABOUT}
         try:
-            return client.get_experiment(
-                client.create_experiment(name, root, {KIND: "custom_model_development"})
-            )
+            return client.get_experiment(client.create_experiment(name, root, tags))
         except MlflowException:  # another job created it a moment ago
             found = client.get_experiment_by_name(name)
             if found is None:

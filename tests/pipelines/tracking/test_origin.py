@@ -14,6 +14,7 @@ from lidit.store import Corpus
 from pipelines import tracking
 from pipelines.tracking.inputs import corpus_input, family_input
 from pipelines.tracking.origin import command_line
+from pipelines.tracking.runs import first_page
 from pipelines.tracking.stages import Stage, track_stage
 
 RELEASED = Path(__file__).parents[2] / "fixtures" / "first_release"
@@ -56,7 +57,23 @@ def test_a_training_leads_to_the_stages_behind_it(tmp_path: Path) -> None:
     made = runs[f"embed {family.name}"]
     assert made.data.metrics == {"embed/bytes": 57078.0}
     assert {entry.tags[0].value for entry in made.inputs.dataset_inputs} == {"embed", "made"}
-    assert f"/runs/{made.info.run_id})" in runs["run"].data.tags["mlflow.note.content"]
+    assert (
+        f"/runs/{made.info.run_id}?workflowType=machine_learning)"
+        in runs["run"].data.tags["mlflow.note.content"]
+    )
+
+
+def test_the_pages_begin_with_the_runs(tmp_path: Path) -> None:
+    uri = tracking.local_store(tmp_path)
+    client = MlflowClient(uri)  # a store has an experiment Default
+    assert first_page(uri) == "#/experiments?workflowType=machine_learning"
+    with tracking.tracked_run(uri, "test", "run", "key", {}, {}, tmp_path):
+        pass
+    experiment = client.get_experiment_by_name("test")
+    assert experiment is not None
+    assert "Trainings of LI-DiT" in experiment.tags["mlflow.note.content"]
+    page = f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    assert first_page(uri) == page
 
 
 def test_without_a_store_a_stage_is_not_tracked(
