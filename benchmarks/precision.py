@@ -26,6 +26,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,10 @@ def in_bfloat16(folder: Path) -> LIDiTPipeline:
     return LIDiTPipeline.from_pretrained(folder, dtype=torch.bfloat16)
 
 
-def int8_weights(folder: Path) -> LIDiTPipeline:
-    from torchao.quantization import Int8WeightOnlyConfig
+def in_eight_bits(folder: Path, torchao_config: str) -> LIDiTPipeline:
+    import torchao.quantization
 
-    config = TorchAoConfig(Int8WeightOnlyConfig())
-    return LIDiTPipeline.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
-
-
-def int8(folder: Path) -> LIDiTPipeline:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-    config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+    config = TorchAoConfig(getattr(torchao.quantization, torchao_config)())
     return LIDiTPipeline.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
 
 
@@ -73,8 +67,8 @@ def compiled(folder: Path) -> LIDiTPipeline:
 VARIANTS: dict[str, Callable[[Path], LIDiTPipeline]] = {
     "float32": in_float32,
     "bfloat16": in_bfloat16,
-    "int8-weights": int8_weights,
-    "int8": int8,
+    "int8-weights": partial(in_eight_bits, torchao_config="Int8WeightOnlyConfig"),
+    "int8": partial(in_eight_bits, torchao_config="Int8DynamicActivationInt8WeightConfig"),
     "compiled": compiled,
 }
 

@@ -159,9 +159,9 @@ class Scorecard:
             run.metrics(
                 {f"{prefix}{name}": value for name, value in metrics.items()}, 0, job.training
             )
-            pictures = [file for file in files if file.endswith(".png")]
+            shown = next((file for file in files if file.endswith(".png")), None)
             for file in files:
-                if file in pictures[:1]:
+                if file == shown:
                     run.picture(self.out / file)
                 else:
                     run.artifact(self.out / file)
