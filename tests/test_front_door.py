@@ -120,7 +120,7 @@ def test_an_encoder_is_loaded_by_file_or_by_settings_and_is_the_same(tmp_path: P
 def test_an_encoder_that_does_not_ship_is_told_with_those_that_do() -> None:
     near = (
         r"'smolm2': no such encoder; give a YAML file or one of smollm2.*, those that lidit "
-        r"recipes list names"
+        r"encoders names"
     )
     with pytest.raises(lidit.InputError, match=near):
         lidit.load_encoder("smolm2")

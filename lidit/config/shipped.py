@@ -143,7 +143,7 @@ def find(name: str, shipped: Path, what: str) -> Path:
             if len(known) > LISTED:  # of many the near ones
                 known = [
                     *difflib.get_close_matches(name, known, LISTED),
-                    "those that lidit recipes list names",
+                    f"those that lidit {'encoders' if what == 'encoder' else 'recipes list'} names",
                 ]
             raise InputError(
                 f"{name!r}: no such {what}; give a YAML file or one of {', '.join(known)}"
