@@ -49,7 +49,6 @@ ACTOR_RESTARTS = 3  # a caption that kills the process must not be tried for eve
 TASK_RETRIES = -1
 MOST_BLOCKS = 10_000
 TOKENIZERS_PER_ACTOR = 2
-FEW_UNITS = 2  # that one process computes while a Ray would still be starting
 CALLS_PER_ACTOR = 2  # one unit is packed and written while the next one computes
 
 
@@ -116,7 +115,7 @@ def run_embed(
                 )
             pending = writer.pending()
             job = EncodeJob(corpus, settings, spec, pool)
-            if pending and _is_small(pool, pending):
+            if pending and resources.is_small(pool, len(pending)):
                 computed = _compute_here(job, pending, progress)
             elif pending:
                 resources.connect(max(cpus, math.ceil(pool.actors * pool.cpus) + 1))
@@ -151,13 +150,6 @@ def _alone(writer: FamilyWriter) -> contextlib.AbstractContextManager[None]:
     """
     rolling = writer.folder.exists(ROLLING_FILE) and not writer.complete()
     return owned(writer.folder, "computed as a whole") if rolling else contextlib.nullcontext()
-
-
-def _is_small(pool: PoolSettings, pending: list[int]) -> bool:
-    """Whether this process is done sooner than a Ray of its own has started."""
-    placed = pool.gpus or pool.resources or pool.label_selector
-    few = len(pending) <= FEW_UNITS and pool.actors == 1
-    return few and not placed and resources.is_alone()
 
 
 def _compute_here(job: EncodeJob, pending: list[int], progress: Progress) -> list[int]:

@@ -1,4 +1,8 @@
-"""Ingest over many machines: `lidit.sources.ingest` with one Ray task per source file."""
+"""Ingest over many machines: `lidit.sources.ingest` with one Ray task per source file.
+
+One file of captions is read in this process instead: it would be one task whatever the cluster, and
+no decoder meets its bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 from lidit.config import IngestSettings
 from lidit.progress import SILENT, Progress
 from lidit.sources import SourceFile
-from lidit.sources.ingest import Ingest, IngestSummary
+from lidit.sources.ingest import Ingest, IngestSummary, ingest
 from lidit.sources.staging import StagedSource, refused_unread, stage_source
 from lidit.sources.units import write_units
 from lidit.store.files.folder import Folder
@@ -34,8 +38,20 @@ def run_ingest(
     job = Ingest(sources, corpus, settings)
     if (summary := job.finished()) is not None:
         return summary
+    if _is_one_list(job) and resources.is_alone():
+        return ingest(sources, corpus, settings, progress)
     with owned(job.folder, "made"):
         return _compute(job, settings, progress, cpus)
+
+
+def _is_one_list(job: Ingest) -> bool:
+    """Whether the only source is a file of captions, whose pictures, if it names any, are not
+    read.
+    """
+    if len(job.files) != 1:
+        return False
+    kind = job.files[0].kind
+    return kind == "text" or (job.settings.captions_only and kind not in ("tar", "folder"))
 
 
 def _compute(job: Ingest, settings: IngestSettings, progress: Progress, cpus: int) -> IngestSummary:

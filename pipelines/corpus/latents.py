@@ -5,7 +5,8 @@ Ray tasks and actors rather than a Ray Data pipeline: one actor must see all of 
 it, and a unit's pixels need not fit in memory. So each actor takes its unit's chunks through a
 short window of decode tasks that runs ahead into its next unit, and the codec never waits for a
 picture. Where actors hold every CPU of a cluster no such task can start, and a blocked actor gives
-none back: then its chunks are decoded on its own node, beside it.
+none back: then its chunks are decoded on its own node, beside it. Few units for one actor are
+computed in this process, without Ray.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lidit.codecs import Codec, codec_spec, load_codec
 from lidit.codecs.encoding import LatentEncoder, Pixels, check_buckets, unit_chunks
@@ -119,7 +117,10 @@ def run_latents(
     writer = FamilyWriter.open_or_create(job.corpus, "latents", settings.name, spec)
     pending = [] if writer.complete() else writer.pending()
     busy = [0.0, 0.0]
-    if pending:
+    if pending and resources.is_small(pool, len(pending)):
+        progress.expect(opened.num_units, done=opened.num_units - len(pending))
+        busy = _compute_here(job, pool, pending, opened.num_units, progress)
+    elif pending:
         resources.connect(max(cpus, math.ceil(pool.actors * pool.cpus) + 1))
         resources.check_resources(pool)
         progress.expect(opened.num_units, done=opened.num_units - len(pending))
@@ -139,12 +140,36 @@ def run_latents(
     )
 
 
+def _compute_here(
+    job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, progress: Progress
+) -> list[float]:
+    """What an actor does, in this process: the same code, so the same bytes."""
+    import torch
+
+    corpus, writer, busy = Corpus.open(job.corpus), job.writer(), [0.0, 0.0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(pool.cpus)))  # as many as an actor has
+    try:
+        encoder = LatentEncoder(job.load(), job.device)
+        for done, unit in enumerate(pending, total - len(pending) + 1):
+            chunks = unit_chunks(corpus, unit, job.settings.scale)
+            pixels = (_decode(job, unit, *chunk) for chunk in chunks)
+            encoded = _publish(encoder, writer, unit, pixels)
+            busy = [busy[0] + encoded.codec_seconds, busy[1] + encoded.seconds]
+            progress.update(done, str(encoded))
+    finally:
+        torch.set_num_threads(threads)
+    return busy
+
+
 def _compute(
     job: LatentsJob, pool: PoolSettings, pending: list[int], total: int, progress: Progress
 ) -> list[float]:
     """Give every actor a unit and the one after it; returns codec seconds and wall seconds over all
     units.
     """
+    import ray
+
     lives = {"max_restarts": ACTOR_RESTARTS, "max_task_retries": TASK_RETRIES}
     actor_type = ray.remote(**resources.demands(pool), **lives)(LatentsActor)
     actors = [actor_type.remote(job) for _ in range(min(pool.actors, len(pending)))]
@@ -183,10 +208,24 @@ def _decode(job: LatentsJob, unit: int, start: int, stop: int) -> Pixels:
     return bucket_images(corpus, unit, start, stop, job.settings.scale, max_pixels)
 
 
+def _publish(
+    encoder: LatentEncoder, writer: FamilyWriter, unit: int, pixels: Iterator[Pixels]
+) -> EncodedUnit:
+    """Encode the unit's chunks as they are decoded, and publish them."""
+    started, statistics = time.monotonic(), UnitStatistics()
+    encoder.codec_seconds = 0.0
+    record = writer.publish(unit, encoder.tables(pixels, statistics), statistics=statistics)
+    seconds = time.monotonic() - started
+    return EncodedUnit(encoder.codec_seconds, seconds, record.rows, decoded_here=0)
+
+
 class LatentsActor:
     """Holds the codec; encodes and publishes whole units."""
 
     def __init__(self, job: LatentsJob) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         self.job = job
         self.problem: InputError | JobError | None = None
         try:
@@ -205,14 +244,9 @@ class LatentsActor:
         """Publish one unit. Raises what kept the actor from starting, too."""
         if self.problem:
             raise self.problem
-        started = time.monotonic()
-        self.encoder.codec_seconds, self.decoded_here = 0.0, 0
-        statistics = UnitStatistics()
-        tables = self.encoder.tables(self._pixels(unit, following), statistics)
-        record = self.writer.publish(unit, tables, statistics=statistics)
-        return EncodedUnit(
-            self.encoder.codec_seconds, time.monotonic() - started, record.rows, self.decoded_here
-        )
+        self.decoded_here = 0
+        encoded = _publish(self.encoder, self.writer, unit, self._pixels(unit, following))
+        return replace(encoded, decoded_here=self.decoded_here)
 
     def _pixels(self, unit: int, following: int | None) -> Iterator[Pixels]:
         """The unit's chunks decoded, while tasks decode the next chunks, also of the unit that
@@ -238,6 +272,8 @@ class LatentsActor:
 
         After a task beside this actor has won, the next chunk is decoded beside it at once.
         """
+        import ray
+
         task = self.ahead.pop(chunk)
         ready, _ = ray.wait([task], timeout=self.patience)
         self.patience = DECODE_PATIENCE

@@ -18,6 +18,7 @@ from pipelines.runtime import embedded
 from pipelines.runtime.joined import CLUSTER_ADDRESS, join
 
 log = logging.getLogger(__name__)
+FEW_UNITS = 2  # that one process computes while a Ray would still be starting
 
 
 def connect(cpus: int = 1, temp_dir: str | None = None) -> None:
@@ -55,6 +56,12 @@ def is_alone() -> bool:
     """Whether this process is part of no cluster so far, and named none to join."""
     ray = sys.modules.get("ray")
     return not os.environ.get(CLUSTER_ADDRESS) and not (ray and ray.is_initialized())
+
+
+def is_small(pool: PoolSettings, units: int) -> bool:
+    """Whether this process has computed `units` sooner than a Ray of its own has started."""
+    placed = pool.gpus or pool.resources or pool.label_selector
+    return units <= FEW_UNITS and pool.actors == 1 and not placed and is_alone()
 
 
 def cluster_resources() -> dict[str, float]:

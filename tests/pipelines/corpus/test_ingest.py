@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +31,7 @@ from tests.helpers.pictures import bomb, encoded, picture, sample, write_tar
 from tests.helpers.recorded_progress import RecordedProgress
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+ROOT = Path(__file__).parents[3]
 SETTINGS = IngestSettings(unit_samples=3, resolution=32, bucket_multiple=8)
 
 
@@ -417,3 +420,24 @@ def test_a_worker_that_dies_each_time_gives_its_refusal_and_the_others_go_on() -
     assert sorted(in_tasks(square, calls, lambda number: -number)) == [-3, 0, 1, 4, 16]
     with pytest.raises(JobError, match=r"^3: the process reading it died three times"):
         list(in_tasks(square, calls[3:4]))
+
+
+ALONE = """
+import sys
+from lidit.config import IngestSettings
+from pipelines.corpus.ingest import run_ingest
+print(run_ingest([sys.argv[1]], sys.argv[2], IngestSettings()).digest)
+assert "ray" not in sys.modules
+"""
+
+
+def test_a_file_of_captions_is_ingested_without_ray_to_the_same_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
+    sources = [str(tmp_path / "captions.txt")]
+    command = [sys.executable, "-c", ALONE, *sources, str(tmp_path / "alone")]
+    alone = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run_ingest(sources, str(tmp_path / "c"), IngestSettings()).digest == alone.stdout.strip()
+    assert tree(tmp_path / "c") == tree(tmp_path / "alone")

@@ -59,6 +59,27 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
+ALONE = """
+import sys
+from lidit.config import CodecSettings, IngestSettings, PoolSettings
+from pipelines.corpus.latents import run_latents
+made = run_latents(sys.argv[1], CodecSettings(), PoolSettings())
+assert made.computed_units == 2 and made.images == 7, made
+assert "ray" not in sys.modules
+"""
+
+
+def test_few_units_are_encoded_without_ray_to_the_same_bytes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run_ingest([str(tmp_path / "x.tar")], str(tmp_path / "alone"), SETTINGS)
+    subprocess.run([sys.executable, "-c", ALONE, str(tmp_path / "alone")], cwd=ROOT, check=True)
+    run_latents(str(corpus), CodecSettings(), PoolSettings())
+    assert len(files(corpus)) == 2
+    assert files(corpus) == files(tmp_path / "alone")
+
+
 def files(corpus: Path) -> dict[str, str]:
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
