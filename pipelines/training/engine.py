@@ -183,6 +183,12 @@ class ShardedEngine(ABC, Generic[AnyBatch]):
         settings = recipe.train.optimizer
         count = sum(p.numel() for p in model.parameters())
         config = deepspeed_config(recipe, self.world_size, count)
+        # Before its settings are read: they would count one worker where its own communication has
+        # not begun.
+        deepspeed.init_distributed(
+            deepspeed.accelerator.get_accelerator().communication_backend_name(),
+            dist_init_required=False,
+        )
         if is_partitioned(recipe.engine):
             partition_from_rank_zero(model, config, device, self.compute_dtype)
         optimizer = None
