@@ -37,7 +37,7 @@ def command(
     **Reads** a model folder; loads its LLMs. **Writes** tune-sampler.md, tune-sampler.json and
     tune-sampler.png, evaluations against score with 95 % intervals, and an MLflow run.
 
-    **Example:** `lidit tune-sampler runs/demo/model evaluations=100000`
+    **Example:** `lidit tune-sampler runs/demo/model evaluations=300000`
     """
     require_model(model)
     from lidit.config.settings import apply_overrides, validate

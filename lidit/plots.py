@@ -105,10 +105,17 @@ def label_lines(axes: Axes) -> None:
         height = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
         ends.append((float(height), line))
     ends.sort(key=lambda end: end[0])
-    # Upwards, each at least a label's height above the one below.
-    place = -np.inf
-    for height, line in ends:
-        place = max(height, place + LABEL_GAP)
+    # Upwards, each at least a label's height above the one below; then down again from the top,
+    # where the title is.
+    places, lowest = [], -np.inf
+    for height, _ in ends:
+        places.append(max(height, lowest))
+        lowest = places[-1] + LABEL_GAP
+    highest = 1.0
+    for at in reversed(range(len(places))):
+        places[at] = min(places[at], highest)
+        highest = places[at] - LABEL_GAP
+    for place, (_, line) in zip(places, ends, strict=True):
         axes.annotate(
             str(line.get_label()), (1.0, place), xycoords="axes fraction", xytext=(5, 0),
             textcoords="offset points",

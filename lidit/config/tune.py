@@ -32,6 +32,11 @@ class TuneSettings(Settings):
         4, ge=1, description="prompts per category in a round; of captions, in all"
     )
     rounds: int = Field(6, ge=1)
+    margin: Fraction = Field(
+        0.03,
+        description="the recommended sampler is the cheapest whose score is, with 95 % certainty, "
+        "less than the best one's by no more than this",
+    )
     captions: Place | None = Field(
         None,
         description="text file, a caption per line: judged by the model's own losses in place of "

@@ -137,10 +137,15 @@ def front(finalists: Sequence[Candidate], tags: Sequence[str]) -> list[Candidate
     return chosen
 
 
-def recommended(finalists: Sequence[Candidate], tags: Sequence[str]) -> Candidate:
-    """The cheapest that the best one does not surely beat."""
+def recommended(
+    finalists: Sequence[Candidate], tags: Sequence[str], margin: float = 0.0
+) -> Candidate:
+    """The cheapest that is surely worse than the best one by no more than `margin`.
+
+    Few pictures prove nothing: then it is the best one, not the one of which least is known.
+    """
     best = max(finalists, key=lambda candidate: candidate.mean(tags))
-    even = [c for c in finalists if c is best or gain(best, c, tags).low <= 0]
+    even = [c for c in finalists if c is best or gain(best, c, tags).high <= margin]
     return min(even, key=lambda c: (c.evaluations, -c.mean(tags)))
 
 
@@ -182,5 +187,5 @@ def plot_pareto(
         ylabel="score",
         ylim=(-0.02, 1.02),
     )
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     save_figure(figure, path)

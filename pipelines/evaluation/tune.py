@@ -100,7 +100,7 @@ def tune_sampler(
         tags, spent = _race(pipe, racing, settings)
         # Those that came to the end have drawn the same pictures; of the others less is known.
         finalists = [candidate for candidate in racing if candidate.running]
-        chosen = recommended(finalists, tags)
+        chosen = recommended(finalists, tags, settings.margin)
         best = front(finalists, tags)
         shown = sorted({id(c): c for c in [*best, chosen]}.values(), key=lambda c: c.evaluations)
         table = pareto_table(shown, chosen, tags)

@@ -73,13 +73,22 @@ def test_whoever_is_surely_beaten_for_no_more_evaluations_leaves() -> None:
     assert gain(dearest, cheap, TAGS).value == pytest.approx(-gain(cheap, dearest, TAGS).value)
 
 
+def test_few_pictures_recommend_no_cheap_sampler() -> None:
+    few = [racer(4, 0.8, count=24), racer(16, 0.9, count=24)]
+    assert gain(few[1], few[0], TAGS).low <= 0  # nothing tells them apart
+    assert recommended(few, TAGS, margin=0.03) is few[1]
+    many = [racer(4, 0.89), racer(16, 0.9)]
+    assert recommended(many, TAGS, margin=0.03) is many[0]
+    assert recommended(many, TAGS) is many[1]
+
+
 def test_the_front_rises_and_the_recommended_is_the_cheapest_of_the_best() -> None:
     finalists = [racer(4, 0.5), racer(8, 0.9), racer(8, 0.85), racer(16, 0.905), racer(32, 0.7)]
     best = front(finalists, TAGS)
     assert [c.evaluations for c in best] == [4, 8, 16]
     assert best[1] is finalists[1]
-    chosen = recommended(finalists, TAGS)
-    assert chosen is finalists[1]  # 0.905 is no sure gain over 0.9
+    chosen = recommended(finalists, TAGS, margin=0.03)
+    assert chosen is finalists[1]  # 0.905 is surely less than .03 above 0.9
     table = pareto_table(best, chosen, TAGS)
     assert table.count("\n") == 4
     assert f"| 8 | **{chosen.label}** |" in table

@@ -166,7 +166,7 @@ def _plot_accuracy(path: Path, results: Sequence[ProbeResult]) -> None:
     # Style by style, a panel per question, in two columns: each is wide enough to be read.
     panels = [(style, question) for style in _styles(results) for question in QUESTIONS]
     rows = -(-len(panels) // 2)
-    figure, every = new_panels((9, 2.4 * rows + 0.8), rows, 2, sharex=True, sharey=True)
+    figure, every = new_panels((9, 2.4 * rows + 1.2), rows, 2, sharex=True, sharey=True)
     for axes, (style, question) in zip(every, panels):
         for result in (result for result in results if result.style == style):
             values = result.accuracy[question].mean(axis=1)
@@ -179,7 +179,7 @@ def _plot_accuracy(path: Path, results: Sequence[ProbeResult]) -> None:
     figure.supxlabel("depth of the block; dotted: chance", fontsize=9)
     figure.supylabel("probe accuracy", fontsize=9)
     handles, labels = every[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
