@@ -39,7 +39,8 @@ class ModelEncoder:
     `spec` is the text family's identity and `fingerprint` its sha256; `prefix` [P, W] and `empty`
     [T, W] are the states training used, so sampling from stored states needs no LLM. `settings` say
     where to find it when prompts come as text; it is loaded at the first prompt and refused if its
-    fingerprint is another.
+    fingerprint is another, or if it reads other `token_ids`: of the instruction, and of the empty
+    caption. Folders of earlier releases do not say these.
     """
 
     settings: EncoderSettings
@@ -51,6 +52,7 @@ class ModelEncoder:
     deviation: torch.Tensor
     loaded: PromptEncoder | None = None
     code: StateCode | None = None
+    token_ids: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def name(self) -> str:
@@ -65,7 +67,8 @@ class ModelEncoder:
         exact = {name: family.spec.get(name) for name in ("dtype", "storage", "storage_error")}
         fixed = settings.model_copy(update=exact)
         found = (shared.prefix, shared.empty, shared.mean, shared.deviation)
-        return cls(fixed, family.spec, family.fingerprint, *found, code=shared.code)
+        ids = (shared.prefix_ids, shared.empty_ids)
+        return cls(fixed, family.spec, family.fingerprint, *found, code=shared.code, token_ids=ids)
 
     def save(self, folder: Path) -> None:
         """`<name>.json` with spec, fingerprint and settings; `<name>.safetensors` with the shared
@@ -78,6 +81,8 @@ class ModelEncoder:
             "spec": self.spec,
             "settings": self.settings.model_dump(mode="json"),
         }
+        if self.token_ids is not None:
+            facts["prefix_ids"], facts["empty_ids"] = map(list, self.token_ids)
         (folder / f"{self.name}.json").write_text(
             json.dumps(facts, indent=2, sort_keys=True) + "\n"
         )
@@ -103,10 +108,13 @@ class ModelEncoder:
             spec, fingerprint, settings = facts["spec"], facts["fingerprint"], facts["settings"]
             tensors = load_file(states)
             prefix, empty, mean, deviation = (tensors[label] for label in SHARED_TENSORS)
+            ids = None
+            if "prefix_ids" in facts:
+                ids = (tuple(facts["prefix_ids"]), tuple(facts["empty_ids"]))
             code = None
             if spec["storage"] == "coded":
                 code = StateCode(tensors["basis"], float(tensors["step"]))
-        except (OSError, ValueError, LookupError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
             raise InputError(
                 f"{path}: encoder {name!r} cannot be read ({one_line(error, 200)}); copy the "
                 "model folder again"
@@ -116,13 +124,16 @@ class ModelEncoder:
                 f"{path}: the fingerprint does not belong to the spec; the file was edited"
             )
         checked = validate(EncoderSettings, settings, str(path))
-        return cls(checked, spec, fingerprint, prefix, empty, mean, deviation, code=code)
+        return cls(
+            checked, spec, fingerprint, prefix, empty, mean, deviation, code=code, token_ids=ids
+        )
 
     def share(self, encoder: PromptEncoder) -> None:
         """Use an LLM that is already loaded. Raises InputError naming the fields in which it
         differs.
         """
         self._check(encoder.spec.to_dict())
+        self._check_tokens(encoder)
         self.loaded = encoder
 
     def encoder(self, device: str | None = None) -> PromptEncoder:
@@ -132,7 +143,9 @@ class ModelEncoder:
         if self.loaded is None:
             spec = resolve_encoder(self.settings)
             self._check(spec.to_dict())
-            self.loaded = PromptEncoder.load(spec, device)
+            encoder = PromptEncoder.load(spec, device)
+            self._check_tokens(encoder)
+            self.loaded = encoder
         return self.loaded
 
     def encode(self, captions: Sequence[str], device: str | None = None) -> list[torch.Tensor]:
@@ -182,4 +195,14 @@ class ModelEncoder:
                 f"encoder {self.name!r}: {self.settings.model} is not what the model was "
                 "trained with "
                 f"(trained -> found): {listed}"
+            )
+
+    def _check_tokens(self, encoder: PromptEncoder) -> None:
+        """The spec names the template; what it renders to is the installed transformers' too."""
+        found = (encoder.tokenizer.prefix_ids, encoder.tokenizer.empty_ids)
+        if self.token_ids is not None and found != self.token_ids:
+            raise InputError(
+                f"encoder {self.name!r}: the model was trained behind an instruction of other "
+                f"tokens ({len(self.token_ids[0])} then, {len(found[0])} now, or as many others): "
+                "another transformers renders the chat template otherwise; install the earlier one"
             )

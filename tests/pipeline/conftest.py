@@ -45,6 +45,7 @@ def trained_on(settings):
         encoder.empty_states()[1],
         mean,
         deviation,
+        token_ids=(encoder.tokenizer.prefix_ids, encoder.tokenizer.empty_ids),
     )
 
 

@@ -99,6 +99,23 @@ def test_the_card_names_encoders_data_and_scores(saved, llms):
         assert text in card
 
 
+def test_a_template_that_renders_otherwise_is_told_at_the_first_prompt(saved, tmp_path):
+    """As another release of transformers would: the spec is the same, the instruction is not."""
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    path = copy / "encoders" / "qwen.json"
+    facts = json.loads(path.read_text())
+    facts["prefix_ids"][-1] += 1
+    path.write_text(json.dumps(facts))
+    (copy / "checksums.json").unlink()
+    pipe = LIDiTPipeline.from_pretrained(copy)
+    with pytest.raises(InputError, match="'qwen': the model was trained behind an instruction"):
+        pipe(PROMPTS[:1])
+    for name in ("prefix_ids", "empty_ids"):  # as an earlier release wrote it
+        del facts[name]
+    path.write_text(json.dumps(facts))
+    assert len(LIDiTPipeline.from_pretrained(copy)(PROMPTS[:1]).images) == 1
+
+
 def test_bfloat16_weights_keep_exact_statistics(saved, pipe):
     half = LIDiTPipeline.from_pretrained(saved, dtype=torch.bfloat16)
     assert half.model.transformer.final_linear.weight.dtype == torch.bfloat16
