@@ -140,13 +140,26 @@ def gather_full(
     return full if dist.get_rank() == 0 else None
 
 
+def without_trained_numbers(model: AnyModel) -> AnyModel:
+    """The model with everything that training changes on the meta device. Frozen weights, as they
+    are below adapters, stay: no average has them.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"))
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to("meta")
+    return model
+
+
 def averaged_model(
     engine: Any, ema: ShardedEMA, fresh: AnyModel | None, device: torch.device
 ) -> AnyModel | None:
     """A model with the averaged weights, on the CPU. Collective; None on other ranks than 0.
 
-    fresh: rank 0's copy of the model, without numbers (on the meta device), because a sharded
-    engine has no whole model to put weights into. It stays as it is: what is returned is the
+    fresh: rank 0's copy of the model `without_trained_numbers`, because a sharded engine has no
+    whole model to put weights into. It stays as it is: what is returned is the
     caller's alone, and its memory is free again when the caller is done.
     device: the worker's, on which its process group computes.
     """

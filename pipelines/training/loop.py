@@ -29,7 +29,7 @@ from lidit.config import RunRecipe
 from lidit.data.feed import Batches
 from lidit.errors import InputError, JobError, one_line
 from pipelines.training import checkpoints
-from pipelines.training.ema import AnyModel, averaged_model
+from pipelines.training.ema import AnyModel, averaged_model, without_trained_numbers
 from pipelines.training.engine import AnyBatch, ShardedEngine, StepResult
 from pipelines.training.interrupt import Action, Listener, is_disk_full
 from pipelines.training.metrics import TrainingMetrics
@@ -91,7 +91,7 @@ class TrainingLoop(ABC, Generic[AnyBatch, AnyModel]):
         fresh: AnyModel | None,
     ) -> None:
         self.config, self.engine, self.feed = config, engine, feed
-        self.fresh = fresh if fresh is None else fresh.to("meta")
+        self.fresh = fresh if fresh is None else without_trained_numbers(fresh)
         self.recipe, self.device = engine.recipe, engine.device
         self.rank, self.world_size = engine.rank, engine.world_size
         # Rank 0 logs to the tracker with the driver's credentials, which no worker's environment

@@ -13,14 +13,17 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lidit.config.align import Alignment
+from lidit.config.align import Alignment, LoraSettings
 from lidit.data.captions import CaptionDraws
 from lidit.data.families import Families
 from lidit.errors import InputError
+from lidit.models import LIDiT
+from lidit.models.lora import add_lora
 from lidit.pipeline import LIDiTPipeline, PipelineSettings, save_pipeline
 from lidit.pipeline.model_encoder import ModelEncoder
 from pipelines.training.align import align
 from pipelines.training.driver import TrainResult
+from pipelines.training.ema import without_trained_numbers
 from pipelines.training.rollouts import pair_up
 from pipelines.training.train import untrained_model
 from tests.helpers.killing import kill_a_worker_after
@@ -173,6 +176,18 @@ def test_adapters_are_trained_alone_and_published_merged_and_apart(
         text = {name: entry.collate([states[name]]) for name, entry in pipe.encoders.items()}
         drawn.append(np.asarray(pipe(states=text, seed=0, output_type="pt").images))
     np.testing.assert_allclose(drawn[0], drawn[1], rtol=0, atol=1e-4)
+
+
+def test_weights_below_adapters_wait_with_their_numbers_for_the_average(start: Path) -> None:
+    model = LIDiT.load(start / "model")
+    add_lora(model, LoraSettings(rank=2))
+    frozen = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    without_trained_numbers(model)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert all(buffer.is_meta for buffer in model.buffers())
+    for name, parameter in model.named_parameters():
+        assert parameter.is_meta == ("lora_" in name)
+        assert parameter.is_meta or torch.equal(parameter, frozen[name])
 
 
 def test_captions_are_drawn_anew_each_round_and_always_the_same(small_world: SmallWorld) -> None:
