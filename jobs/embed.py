@@ -108,8 +108,17 @@ def command(
         load_encoder_settings(name, [*(overrides or []), *(setting or [])]) for name in encoder
     ]
     if out is not None:
-        embed_file(corpus, chosen, pool, out)
+        if pool != PoolSettings(gpus=gpus, token_budget=token_budget):
+            raise InputError(
+                "--out computes in this process: leave out --actors, --cpus, --distinct and "
+                "--node-label"
+            )
+        embed_file(corpus, chosen, pool, out, dry_run)
         return
+    if Path(corpus).is_file():
+        raise InputError(
+            f"{corpus}: a file, not a corpus; its states in one file: --out states.parquet"
+        )
     if dry_run:
         from lidit.store import Corpus
 
@@ -122,18 +131,21 @@ def command(
 
 
 def embed_file(
-    captions: str, encoders: Sequence[EncoderSettings], pool: PoolSettings, out: Path
+    captions: str,
+    encoders: Sequence[EncoderSettings],
+    pool: PoolSettings,
+    out: Path,
+    dry_run: bool = False,
 ) -> None:
-    """The states of a file of captions as one Parquet file, in this process."""
+    """The states of a file of captions as one Parquet file, in this process.
+
+    dry_run: say how many captions of which model, and load none.
+    """
     # Before torch is imported: threads that wait in a loop would take half of the CPU time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from lidit.config import IngestSettings
     from lidit.sources.ingest import ingest
-    from lidit.store.export import export_states
-    from lidit.store.parquet import ParquetLayout
-    from lidit.text.local import embed_here
-    from pipelines.runtime.progress import ProgressBar
 
     if out.suffix != ".parquet":
         raise InputError(f"--out {out}: give a file that ends in .parquet")
@@ -146,14 +158,26 @@ def embed_file(
     with TemporaryDirectory(prefix="lidit-embed-") as folder:
         corpus = f"{folder}/corpus"
         made = ingest([captions], corpus, IngestSettings(captions_only=True))
-        with ProgressBar(f"embed {settings.name}", None, "captions") as progress:
-            family = embed_here(
-                corpus, settings, "cuda" if pool.gpus else "cpu", pool.token_budget, progress
-            )
-        rows = export_states(corpus, out, family.directory, ParquetLayout())
-        print(f"{out}: {rows} captions, {family.manifest['tokens']} tokens of width {family.width}")
+        if dry_run:
+            print(f"{made.captions} captions to compute into {out}, model {settings.model}")
+        else:
+            _embed_into(out, corpus, settings, pool)
     for reason, count in made.reasons.items():
         print(f"  refused {count} x {reason}")
+
+
+def _embed_into(out: Path, corpus: str, settings: EncoderSettings, pool: PoolSettings) -> None:
+    from lidit.store.export import export_states
+    from lidit.store.parquet import ParquetLayout
+    from lidit.text.local import embed_here
+    from pipelines.runtime.progress import ProgressBar
+
+    with ProgressBar(f"embed {settings.name}", None, "captions") as progress:
+        family = embed_here(
+            corpus, settings, "cuda" if pool.gpus else "cpu", pool.token_budget, progress
+        )
+    rows = export_states(corpus, out, family.directory, ParquetLayout())
+    print(f"{out}: {rows} captions, {family.manifest['tokens']} tokens of width {family.width}")
 
 
 def embed_rolling(corpus: str, run: str, encoders: Sequence[str], overrides: list[str]) -> None:

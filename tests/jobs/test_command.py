@@ -89,6 +89,29 @@ def test_words_the_command_line_does_not_know_are_one_line(
     assert captured.err == ""
 
 
+@pytest.mark.parametrize(
+    "option", [("--actors", "2"), ("--cpus", "2"), ("--distinct",), ("--node-label", "a=b")]
+)
+def test_one_file_of_captions_has_no_pool(
+    option: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.txt").write_text("a cat\n")
+    words = ("embed", tmp_path / "c.txt", "--encoder", "smollm2")
+    told = fails(capsys, *words, "--out", tmp_path / "states.parquet", *option)
+    assert "--out computes in this process: leave out --actors" in told
+    assert not (tmp_path / "states.parquet").exists()
+
+
+def test_a_file_of_captions_needs_a_place_for_its_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.txt").write_text("a cat\n")
+    told = fails(capsys, "embed", tmp_path / "c.txt", "--encoder", "smollm2")
+    assert told.endswith(
+        "c.txt: a file, not a corpus; its states in one file: --out states.parquet"
+    )
+
+
 def test_places_that_cannot_be_written_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

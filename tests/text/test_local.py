@@ -139,6 +139,17 @@ def test_one_command_from_captions_to_parquet(
     assert "ends in .parquet" in capsys.readouterr().err
 
 
+def test_a_dry_run_of_one_file_writes_nothing(
+    encoder: EncoderSettings, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "tiny.yaml", tmp_path / "states.parquet"
+    file.write_text(f"name: tiny\nmodel: {encoder.model}\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert lidit("embed", captions, "--encoder", file, "--out", out, "--dry-run") == 0
+    assert capsys.readouterr().out == f"3 captions to compute into {out}, model {encoder.model}\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_dry_run_says_what_is_left(
     encoder: EncoderSettings, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
