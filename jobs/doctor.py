@@ -217,12 +217,24 @@ def encoders() -> Finding:
 
     names = sorted(path.stem for path in ENCODERS.glob("*.yaml"))
     settings = {name: load_encoder_settings(name) for name in names}
-    here = [name for name, one in settings.items() if at_hand(one.model, one.revision)]
-    missing = [name for name in names if name not in here]
-    remedy = f"fetched at first use: {', '.join(missing)}" if missing else ""
-    return Finding(
-        "ok" if here else "note", "encoders", f"{', '.join(here) or 'none'} at hand", remedy
-    )
+    # A hub id without a commit is refused by every job, also where the hub's newest is at hand.
+    unpinned = {name for name, one in settings.items() if needs_commit(one.model, one.revision)}
+    usable = [name for name in names if name not in unpinned]
+    here = [name for name in usable if at_hand(settings[name].model, settings[name].revision)]
+    missing = [name for name in usable if name not in here]
+    remedies = [f"fetched at first use: {', '.join(missing)}"] if missing else []
+    if unpinned:
+        remedies.append(f"{len(unpinned)} others need a commit or folder: lidit encoders")
+    found = f"{', '.join(here) or 'none'} at hand"
+    return Finding("ok" if here else "note", "encoders", found, "; ".join(remedies))
+
+
+def needs_commit(model: str, revision: str | None) -> bool:
+    """Whether every job refuses a model as it is named: no package, no folder here, no commit."""
+    from lidit.text.packaged import PREFIX
+
+    named = model.startswith(PREFIX) or Path(model).expanduser().is_dir()
+    return not named and revision is None
 
 
 def at_hand(model: str, revision: str | None) -> bool:

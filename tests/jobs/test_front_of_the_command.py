@@ -13,7 +13,7 @@ from jobs.main import overview
 from jobs.recipe import KINDS
 from jobs.support.run_folders import require_model
 from jobs.support.start import guarded
-from lidit.config.shipped import SETTINGS
+from lidit.config.shipped import ENCODERS, SETTINGS, load_encoder_settings
 from lidit.errors import InputError
 from lidit.serving import keys
 from tests.helpers.command import lidit
@@ -76,6 +76,9 @@ def loaded_by(*words: str) -> set[str]:
         ("embed", "--help"),
         ("evaluate", "m", "--per-tag", "3"),
         ("trian",),
+        ("inspect", "docs"),
+        ("ui", "/nowhere"),
+        ("train", "--steps", "100", "demo"),
         ("sample", "docs", "--prompt", "a cat", "--out", "pictures"),
     ],
 )
@@ -216,7 +219,13 @@ def test_a_doctor_names_what_is_missing(
     ]
     assert found["mlflow"]["state"] == "bad"
     assert "http://127.0.0.1:9 does not answer" in found["mlflow"]["found"]
-    assert "smollm2" in found["encoders"]["remedy"]
+    told = found["encoders"]["remedy"]
+    fetched, unpinned = told.split("; ")
+    assert "smollm2" in fetched
+    assert "qwen-image" not in fetched
+    settings = [load_encoder_settings(path.stem) for path in ENCODERS.glob("*.yaml")]
+    count = sum(one.revision is None and "package:" not in one.model for one in settings)
+    assert unpinned == f"{count} others need a commit or folder: lidit encoders"
     assert found["store"]["state"] == "ok"
     assert "failed: lidit doctor: mlflow: see above" in captured.err
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
