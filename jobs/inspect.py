@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.support.run_folders import require_corpus
 from jobs.support.start import run
 from lidit.errors import plain
 
@@ -35,6 +36,7 @@ def command(
 
     **Example:** `lidit inspect corpus --plots pictures`
     """
+    require_corpus(corpus)
     from lidit.store import Corpus
     from lidit.store.summary import plot_corpus, summarise
 

@@ -30,14 +30,15 @@ def command(
 
     **Example:** `lidit ui demo/runs`
     """
-    from pipelines.tracking.runs import first_page
-    from pipelines.tracking.store import local_store, server_environment
-
     if not (folder / "mlflow.db").is_file():
         raise InputError(
             f"{folder}: no mlflow.db; give the OUTPUT of your trainings, or open your MLflow "
             "server's page"
         )
+    # MLflow takes seconds to load: the folder is looked at before.
+    from pipelines.tracking.runs import first_page
+    from pipelines.tracking.store import local_store, server_environment
+
     words = [
         "server",
         "--backend-store-uri",

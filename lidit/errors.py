@@ -28,6 +28,23 @@ class StorageError(OSError):
     """
 
 
+def no_corpus(location: str, exists: bool, used: bool) -> InputError:
+    """What to say of a place without a corpus; a folder that somebody uses is no place for one.
+
+    exists: there is a file or folder; used: it is not an empty folder.
+    """
+    state = "is not a corpus" if exists else "does not exist"
+    if used:
+        return InputError(
+            f"{location}: {state} (no corpus.json); give the folder of one, or make one in a new "
+            "folder with: lidit ingest SOURCE --corpus CORPUS"
+        )
+    return InputError(
+        f"{location}: {state} (no corpus.json); make one with: lidit ingest SOURCE --corpus "
+        f"{location}"
+    )
+
+
 def one_line(error: object, limit: int | None = None) -> str:
     """The error's text with every run of white space as one space, at most `limit` characters of
     it.

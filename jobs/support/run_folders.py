@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lidit.errors import InputError
+from lidit.errors import InputError, no_corpus
 
 RECIPE, POSITION = "recipe.json", "position.json"
 FACTS = "run.json"  # what a run is made of; the tracker's copy of a recipe has none beside it
 MODEL, MODEL_INDEX = "model", "model_index.json"
+CORPUS_FILE = "corpus.json"
 STEP = re.compile(r"step-(\d{9})$")
 
 
@@ -140,6 +141,20 @@ def model_folder(folder: Path) -> Path:
         raise InputError(f"{folder}: no run or model here; give OUTPUT/NAME or OUTPUT/NAME/model")
     require_model(model)
     return model
+
+
+def require_corpus(corpus: str) -> None:
+    """Refuse a place on this machine without a corpus before Arrow is loaded; what else can be
+    wrong with one, and with an address, its reader says.
+    """
+    if "://" in corpus:
+        return
+    folder = Path(corpus).expanduser().absolute()
+    if (folder / CORPUS_FILE).exists():
+        return
+    exists = folder.exists()
+    empty = folder.is_dir() and not any(folder.iterdir())
+    raise no_corpus(str(folder), exists, used=exists and not empty)
 
 
 def require_model(model: Path) -> None:

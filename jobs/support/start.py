@@ -7,9 +7,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -26,6 +28,7 @@ from lidit.errors import InputError, JobError, StorageError, one_line
 
 EXIT_INPUT = 2
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+SETTINGS_HELP = re.compile(r"[Ss]ettings[^:]*: (\S+=\S+)")  # "Settings to change: a=1 b=2"
 QUIET = "LIDIT_QUIET"  # read where progress is shown, in processes that a job starts too
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # Packages that only some commands need -> the extra that brings them.
@@ -137,8 +140,18 @@ def _usage(error: typer.TyperException) -> str:
     text = one_line(error.format_message()).replace(": Value error, ", ": ").rstrip(".")
     # a usage error's; none where a file given as an option cannot be opened
     context = getattr(error, "ctx", None)
+    example = _example_of_a_setting(context) if type(error).__name__ == "NoSuchOption" else ""
+    hint = f"; settings are written key=value: {example}" if example else ""
+    if context and context.command.hidden and context.parent:
+        context = context.parent  # a name that no help offers
     command = context.command_path if context else "lidit"
-    return f"error: {command}: {text} (see {command} --help)"
+    return f"error: {command}: {text}{hint} (see {command} --help)"
+
+
+def _example_of_a_setting(context: Any) -> str:
+    """The example in the help of a command's settings; nothing where it takes none."""
+    helps = [getattr(one, "help", None) or "" for one in context.command.params] if context else []
+    return next((found[1] for text in helps if (found := SETTINGS_HELP.search(text))), "")
 
 
 def _refused(error: OSError) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lidit.errors import InputError
+from lidit.errors import InputError, no_corpus
 from lidit.store.families import LatentFamily, TextFamily
 from lidit.store.family import OPEN_FILES
 from lidit.store.files.atomic import publish_bytes, publish_table
@@ -71,12 +71,10 @@ class Corpus:
         try:
             facts = unseal(folder.read_bytes(CORPUS_FILE))
         except (FileNotFoundError, NotADirectoryError):
-            state = "is not a corpus" if folder.exists() else "does not exist"
-            raise InputError(
-                f"{folder.location}: {state} (no {CORPUS_FILE}); make one with: lidit ingest "
-                "SOURCE --corpus "
-                f"{folder.location}"
-            ) from None
+            exists = folder.exists()
+            # An object store has no empty folders; a file is no place for a corpus, too.
+            empty = folder.local and folder.path.is_dir() and not any(folder.path.iterdir())
+            raise no_corpus(folder.location, exists, used=exists and not empty) from None
         except (ValueError, IsADirectoryError):
             raise InputError(f"{folder.location}/{CORPUS_FILE}: damaged; {INGEST_ANEW}") from None
         version = facts.get("format")

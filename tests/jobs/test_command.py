@@ -112,6 +112,32 @@ def test_a_file_of_captions_needs_a_place_for_its_states(
     )
 
 
+def test_a_setting_as_an_option_is_told_how_it_is_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = fails(capsys, "train", "--steps", "100", "demo")
+    assert "--steps" in told
+    assert "settings are written key=value: train.steps=200 (see " in told
+    told = fails(capsys, "evaluate", "M", "--per-tag", "3")
+    assert "lidit evaluate: No such option: --per-tag" in told
+    assert "key=value: per_tag=24 (see " in told
+    assert told.endswith("lidit evaluate --help)")
+    assert "key=value" not in fails(capsys, "runs", "--steps", "100")
+
+
+def test_the_users_own_folder_is_no_place_for_a_corpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    told = fails(capsys, "inspect", tmp_path / "mine")
+    assert told.endswith(f"--corpus {tmp_path / 'mine'}"), "an empty folder can become one"
+    (tmp_path / "mine" / "photo.jpg").touch()
+    for job in (("inspect",), ("verify",), ("embed", "--encoder", "smollm2")):
+        told = fails(capsys, *job, tmp_path / "mine")
+        assert told.startswith(f"error: {tmp_path / 'mine'}: is not a corpus (no corpus.json)")
+        assert told.endswith("in a new folder with: lidit ingest SOURCE --corpus CORPUS")
+
+
 def test_places_that_cannot_be_written_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
