@@ -23,10 +23,10 @@ def command(
     weights' licence.
 
     **Reads** the shipped encoder files. **Writes** nothing; loads no model. A model on a hub needs
-    the commit that you reviewed, and any of them can be a folder: `--set revision=...`,
-    `--set model=./folder`.
+    the commit that you reviewed, and any of them can be a folder: `revision=...`,
+    `model=./folder`.
 
-    **Example:** `lidit embed corpus --encoder qwen-image --set model=./Qwen2.5-VL-7B-Instruct`
+    **Example:** `lidit embed corpus --encoder qwen-image model=./Qwen2.5-VL-7B-Instruct`
     """
     from lidit.config.left_out import LEFT_OUT
     from lidit.config.shipped import ENCODERS, load_encoder_settings

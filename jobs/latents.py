@@ -82,7 +82,7 @@ def codec_settings(
     if recipe and (tree or codec):
         raise InputError(
             "--recipe names the codec: leave --codec, --name and --revision out, or change "
-            "it with --set"
+            "it with settings, such as storage=bfloat16"
         )
     if recipe:
         tree = load_recipe(recipe).codec.model_dump()

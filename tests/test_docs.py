@@ -100,7 +100,8 @@ def check_command(text: str) -> None:
             raise InputError("neither an LLM nor a recipe")
         for name in found["encoder"] or ():  # type: ignore[attr-defined]
             if not name.endswith(".yaml"):
-                load_encoder_settings(name, found["setting"])  # type: ignore[arg-type]
+                settings = [*(found["overrides"] or ()), *(found["setting"] or ())]  # type: ignore[misc]
+                load_encoder_settings(name, settings)
 
 
 def test_there_is_much_to_check() -> None:

@@ -105,7 +105,7 @@ def lines_about(
         )
     if more_images and not images and not fields.captions_only:
         told.append(
-            f"--set 'image_fields=[{more_images[0]}]' takes images from {' or '.join(more_images)}"
+            f"'image_fields=[{more_images[0]}]' takes images from {' or '.join(more_images)}"
         )
     if more_captions:
         kept = {name: origin for name, origin in fields.captions.items() if name in columns}
@@ -113,8 +113,7 @@ def lines_about(
             f"{name}: {kept.get(name, ORIGINAL)}" for name in [*kept, *more_captions[:3]]
         )
         told.append(
-            f"--set 'caption_fields={{{origins}}}' takes captions from "
-            f"{', '.join(more_captions[:3])}"
+            f"'caption_fields={{{origins}}}' takes captions from {', '.join(more_captions[:3])}"
         )
     return told
 

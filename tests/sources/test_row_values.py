@@ -142,7 +142,7 @@ def test_a_list_with_one_image_is_read_where_a_setting_names_it(tmp_path: Path) 
         "captions only, without images: no column is called image, jpg, png, image_path, "
         "file_name, path; set "
         "captions_only=true where that is meant",
-        "--set 'image_fields=[images]' takes images from images",
+        "'image_fields=[images]' takes images from images",
     )
     summary, corpus = made(table, tmp_path, image_fields=("images",))
     assert (summary.samples, summary.images) == (1, 1)
@@ -161,10 +161,10 @@ def test_images_named_by_another_column_are_told(tmp_path: Path, name: str) -> N
         summary.told[0] == f"columns found: caption (text, a caption), {name} (image path), score "
         "(number)"
     )
-    assert summary.told[-1] == f"--set 'image_fields=[{name}]' takes images from {name}"
+    assert summary.told[-1] == f"'image_fields=[{name}]' takes images from {name}"
     summary, _ = made(tmp_path / "x.csv", tmp_path, image_fields=(name,))
     assert (summary.samples, summary.images) == (1, 1)
-    assert not any("--set" in line or "only" in line for line in summary.told)
+    assert not any("takes" in line or "only" in line for line in summary.told)
 
 
 def test_captions_that_nobody_takes_are_told(tmp_path: Path) -> None:
