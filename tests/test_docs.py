@@ -139,8 +139,22 @@ def test_settings_in_the_pages_are_valid(page: Path) -> None:
             validate(ServeSettings, {"model": "x", **tree}, page.name)
             continue
         names = list(tree.get("pools", {})) or demo["encoders"]
-        base = {**demo, "encoders": [{"name": name, "model": "x"} for name in names]}
-        validate(Recipe, {**base, **tree}, page.name)
+        names = tree.pop("encoders", names)
+        encoders = [{"name": one, "model": "x"} if isinstance(one, str) else one for one in names]
+        validate(Recipe, {**demo, **tree, "encoders": encoders}, page.name)
+
+
+def test_the_recipe_of_ones_own_data_names_what_its_page_embeds() -> None:
+    """Followed from top to bottom, every family that the training reads has been computed."""
+    page = ROOT / "docs" / "own-data.md"
+    (written,) = blocks(page, "yaml")
+    tree = yaml.safe_load(written)
+    tree["encoders"] = [load_encoder_settings(name).model_dump() for name in tree["encoders"]]
+    recipe = validate(Recipe, tree, page.name)
+    embeds = [parse(shlex.split(text)) for name, text in commands() if name == page.name]
+    embedded = [word for found in embeds for word in found.get("encoder") or ()]  # type: ignore
+    assert [one.name for one in recipe.encoders] == embedded
+    assert recipe.pool.gpus == 1, "the encoders' dtype is that of the page's --gpus 1"
 
 
 def messages() -> list[str]:
