@@ -60,7 +60,7 @@ pipe = LIDiTPipeline.from_pretrained("this/folder")
 image = pipe({prompt}, height={settings.height}, width={settings.width}, seed=0).images[0]
 ```
 
-With `pip install lidit-pipeline` diffusers loads it, too:
+With the package lidit-pipeline installed (`pip install .` in its checkout) diffusers loads it, too:
 `DiffusionPipeline.from_pretrained("this/folder", custom_pipeline="this/folder", trust_remote_code=True)`. The code that
 it asks to be trusted is this folder's pipeline.py, which only imports lidit: read it first, or use the lines above.
 
