@@ -40,6 +40,7 @@ from lidit.store.parquet import (
     SHARED_SUFFIX,
     ParquetLayout,
     identity_of,
+    pooled_column,
     read_identity,
     shared_table,
     state_columns,
@@ -308,6 +309,10 @@ def _parquet_table(
     for family in families:
         states, ids = family.read(unit, rows), family.token_ids(unit, rows)
         columns |= state_columns(family.name, states, ids, family.width, layout.dtype)
+        # asked of what the family shares: a unit without captions has the column, too
+        if (empty := family.shared().empty_pooled) is not None:
+            vectors = family.pooled(unit, rows) or []
+            columns |= pooled_column(family.name, vectors, len(empty), layout.dtype)
     return pa.table(columns)
 
 

@@ -62,6 +62,14 @@ def state_columns(
     }
 
 
+def pooled_column(
+    name: str, vectors: Sequence[torch.Tensor], width: int, dtype: str
+) -> dict[str, pa.Array]:
+    """NAME_pooled of R captions, from vectors [X] each; width: X."""
+    rows = [torch.stack(list(vectors))] if vectors else []
+    return {f"{name}_pooled": _vectors(rows, width, dtype)}
+
+
 def _vectors(states: Sequence[torch.Tensor], width: int, dtype: str) -> pa.FixedSizeListArray:
     """All tokens' states one after the other. Raises InputError where a value does not fit the
     dtype.
@@ -84,12 +92,15 @@ def _offsets(lengths: Sequence[int]) -> pa.Array:
 
 def family_facts(family: TextFamily) -> dict[str, Any]:
     """What a reader without the corpus needs to know of a family's states."""
-    spec = family.spec
+    spec, encoder = family.spec, family.manifest.get("extra", {}).get("encoder", {})
     return {
         "fingerprint": family.fingerprint,
-        "model": family.manifest.get("extra", {}).get("encoder", {}).get("model"),
+        "model": encoder.get("model"),
+        "revision": encoder.get("revision"),
         "width": family.width,
         "block": spec.get("blocks"),
+        "layers": spec.get("layers"),
+        "join": spec.get("join", "concatenate") if spec.get("layers") else None,
         "blocks_of_the_model": spec.get("total_blocks"),
         "instruction": spec.get("instruction"),
         "computed_in": spec.get("dtype"),
@@ -128,6 +139,9 @@ def shared_table(families: Iterable[TextFamily], dtype: str) -> pa.Table:
                 "prefix_states": [row.numpy() for row in shared.prefix.to(torch_dtype)],
                 "empty_token_ids": list(shared.empty_ids),
                 "empty_states": [row.numpy() for row in shared.empty.to(torch_dtype)],
+                "empty_pooled": None
+                if shared.empty_pooled is None
+                else shared.empty_pooled.to(torch_dtype).numpy(),
                 "mean": shared.mean.float().numpy(),
                 "deviation": shared.deviation.float().numpy(),
             }
@@ -137,8 +151,11 @@ def shared_table(families: Iterable[TextFamily], dtype: str) -> pa.Table:
             ("family", pa.string()),
             ("fingerprint", pa.string()),
             ("model", pa.string()),
+            ("revision", pa.string()),
             ("width", pa.int32()),
             ("block", pa.int32()),
+            ("layers", pa.list_(pa.int32())),
+            ("join", pa.string()),
             ("blocks_of_the_model", pa.int32()),
             ("instruction", pa.string()),
             ("computed_in", pa.string()),
@@ -147,6 +164,7 @@ def shared_table(families: Iterable[TextFamily], dtype: str) -> pa.Table:
             ("prefix_states", lists),
             ("empty_token_ids", pa.list_(pa.int32())),
             ("empty_states", lists),
+            ("empty_pooled", pa.list_(kind)),
             ("mean", pa.list_(pa.float32())),
             ("deviation", pa.list_(pa.float32())),
         ]
