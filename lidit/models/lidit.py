@@ -18,6 +18,7 @@ Shapes: B batch, C latent channels, H x W latent size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -37,6 +38,9 @@ from lidit.models.mixture import Layers
 from lidit.models.presets import resolve_shape
 from lidit.models.states import TextStates
 from lidit.models.transformer import LIDiTTransformer
+
+WEIGHTS_NAME = "diffusion_pytorch_model"
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -184,8 +188,8 @@ class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
             The model, on the CPU.
 
         Raises:
-            InputError: No such folder, or its safetensors cannot be loaded, lack a tensor or hold
-                an unknown tensor.
+            InputError: No such folder or variant, or its safetensors cannot be loaded, lack a
+                tensor or hold an unknown tensor.
         """
         if not folder.is_dir():  # else it would be taken for the name of a model on the hub
             raise InputError(
@@ -193,6 +197,8 @@ class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         # diffusers takes whatever the file holds for an object, a text even for a name on the hub.
         read_object(folder / "config.json", "fetch or train the model again")
+        if variant:
+            _require_variant(folder, variant)
         try:
             # Without the flag a folder that has only a pickle is opened as one, and a pickle can
             # run code.
@@ -273,3 +279,18 @@ class LIDiT(PlainAttention, ModelMixin, ConfigMixin, PeftAdapterMixin):
                 "the caption of each latent, where latents share captions"
             )
         return self.transformer(latents, timestep, self.conditioner(text, timestep), guidance)
+
+
+def _require_variant(folder: Path, variant: str) -> None:
+    """Raises InputError, which names the variants that are there, where this one is not."""
+    # Of every name only the variant is left: shards have it before or behind their number.
+    stems = [
+        SHARD.sub("", path.name.removesuffix(".safetensors"))
+        for path in folder.glob(f"{WEIGHTS_NAME}*.safetensors")
+    ]
+    found = sorted({stem.removeprefix(f"{WEIGHTS_NAME}.") for stem in stems} - {WEIGHTS_NAME})
+    if variant not in found:
+        raise InputError(
+            f"{folder}: has no variant {variant!r}; "
+            + (f"give one of {', '.join(found)}, or none" if found else "it has none: leave it out")
+        )

@@ -97,8 +97,10 @@ def test_a_variant_lies_beside_the_weights(saved, expected, tmp_path, shard):
     assert torch.equal(
         again.transformer.final_linear.weight, half.transformer.final_linear.weight.float()
     )
-    with pytest.raises(InputError, match="fp16"):
+    with pytest.raises(InputError, match=r"no variant 'fp16'; give one of bf16, or none$"):
         LIDiTPipeline.from_pretrained(folder, variant="fp16")
+    with pytest.raises(InputError, match=r"no variant 'bf16'; it has none: leave it out$"):
+        LIDiTPipeline.from_pretrained(saved, variant="bf16")
 
 
 def test_pickles_are_not_written(pipe, tmp_path):
