@@ -75,7 +75,7 @@ class ModelEncoder:
         states.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {
+        facts: dict[str, Any] = {
             "name": self.name,
             "fingerprint": self.fingerprint,
             "spec": self.spec,
