@@ -204,7 +204,7 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(ENCODERS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_encoder_is_valid(path: Path) -> None:
-    assert load_encoder_settings(path.stem).name == path.stem
+    assert load_encoder_settings(path.stem).name == path.stem.removeprefix("lidit-")
 
 
 def test_settings_are_frozen_and_flatten_to_parameters(recipe_file: Path) -> None:

@@ -145,5 +145,6 @@ def test_latte_fills_several_prompts_up_and_its_negative_prompt_with_padding(
 
 def test_every_public_encoder_is_compared() -> None:
     shipped = {path.stem for path in ENCODERS.glob("*.yaml")}
-    assert shipped - set(SYSTEMS) == {"smollm2", "gemma3"}
+    own = {"smollm2", "gemma3", "lidit-llama3", "lidit-qwen1.5"}
+    assert shipped - set(SYSTEMS) == own
     assert set(SYSTEMS) <= shipped
