@@ -31,23 +31,27 @@ def command(
     from lidit.config.left_out import LEFT_OUT
     from lidit.config.shipped import ENCODERS, load_encoder_settings
 
-    found = [row(load_encoder_settings(path.stem)) for path in sorted(ENCODERS.glob("*.yaml"))]
+    found = [
+        row(path.stem, load_encoder_settings(path.stem)) for path in sorted(ENCODERS.glob("*.yaml"))
+    ]
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    print(f"{'name':21} {'width':>7} {'bytes':>7}  {'layers':24} {'model':45} licence")
+    print(
+        f"{'name':21} {'system':19} {'width':>7} {'bytes':>7}  {'layers':16} {'model':45} licence"
+    )
     for line in found:
         layers = ",".join(map(str, line["layers"]))
-        layers = layers if len(layers) <= 24 else f"{len(line['layers'])} of {line['blocks']}"
+        layers = layers if len(layers) <= 16 else f"{len(line['layers'])} of {line['blocks']}"
         print(
-            f"{line['name']:21} {line['width']:7} {line['bytes']:7}  {layers:24} "
-            f"{line['model']:45} {line['licence']}"
+            f"{line['name']:21} {line['system']:19} {line['width']:7} {line['bytes']:7}  "
+            f"{layers:16} {line['model']:45} {line['licence']}"
         )
     print(f"\nleft out, with the reason when asked for: {', '.join(LEFT_OUT)}")
 
 
-def row(settings: EncoderSettings) -> dict[str, Any]:
-    """One encoder: `width` and `bytes` are of a stored token."""
+def row(name: str, settings: EncoderSettings) -> dict[str, Any]:
+    """One encoder: `name` is what `--encoder` takes; `width` and `bytes` are of a stored token."""
     from lidit.text.rules import joined_width, resolve_reading
 
     facts = settings.facts
@@ -55,7 +59,7 @@ def row(settings: EncoderSettings) -> dict[str, Any]:
     blocks, reading = resolve_reading(settings, facts.blocks)
     width = joined_width(reading, facts.width)
     return {
-        "name": settings.name,
+        "name": name,
         "system": facts.system,
         "model": settings.model,
         "layers": list(reading.layers or (blocks,)),

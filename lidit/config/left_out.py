@@ -33,6 +33,10 @@ LEFT_OUT = {
         "other, and a language model "
         "draws visual tokens besides; an encoder reads one text per caption",
     ),
+    "joyimage": LeftOut(
+        "JoyImageEditPipeline",
+        "it edits, and its prompts then hold the pictures; an encoder reads texts alone",
+    ),
     "kandinsky2.1": LeftOut(
         "KandinskyPipeline",
         "its MultilingualCLIP is code of its own; only models that transformers itself has are run",
@@ -49,8 +53,18 @@ LEFT_OUT = {
         "OmniGenPipeline",
         "its language model is the denoiser itself, so no states of a prompt are a condition",
     ),
+    "prx-pixel": LeftOut(
+        "PRXPixelPipeline",
+        "no public page says which Qwen3-VL it reads; a file of one's own with its folder as model "
+        "and template '{}' does what it asks",
+    ),
     "qwen-image-edit": LeftOut(
         "QwenImageEditPipeline",
         "its prompts hold the pictures that are edited; an encoder reads texts alone",
+    ),
+    "sana-wm": LeftOut(
+        "SanaWMPipeline",
+        "it goes on from a first frame along a camera's path, of which a corpus of captions has "
+        "neither; sana.yaml with another template reads its prompts",
     ),
 }

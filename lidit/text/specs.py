@@ -225,7 +225,8 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     if revision is None:
         raise InputError(
             f"{model}: neither a folder here nor a pinned hub id: set `revision:` to the commit "
-            "(40 hexadecimal digits)"
+            "(40 hexadecimal digits) or `model:` to a folder; for lidit embed "
+            "--set revision=... or --set model=./folder"
         )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     return fetch_snapshot(model, revision, patterns)

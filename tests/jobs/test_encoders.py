@@ -33,7 +33,10 @@ def test_every_shipped_encoder_is_listed(capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 3
     assert lines[-1].startswith("left out, with the reason when asked for: anima, ")
-    assert next(line for line in lines if line.startswith("z-image ")).split()[1] == "2560"
+    line = next(line for line in lines if line.startswith("z-image "))
+    assert line.split()[1:3] == ["Z-Image", "2560"]
+    # two files of one family each, named after the system too
+    assert rows["lidit-llama3"]["bytes"] == 4096 + 8
 
 
 def test_a_model_of_the_hub_needs_its_commit(
@@ -43,4 +46,5 @@ def test_a_model_of_the_hub_needs_its_commit(
     assert lidit("embed", tmp_path / "corpus", "--encoder", "qwen-image") == 2
     message = capsys.readouterr().err
     assert "Qwen/Qwen2.5-VL-7B-Instruct" in message
-    assert "set `revision:`" in message
+    assert "--set revision=..." in message
+    assert "--set model=./folder" in message
