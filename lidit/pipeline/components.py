@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lidit.codecs import AutoencoderCodec, Codec, load_codec
 from lidit.config import CodecSettings, ObjectiveSettings, SamplerChanges, SamplerSettings
+from lidit.config.json_object import read_object
 from lidit.config.settings import validate
 from lidit.diffusion import build_objective, check_scheduler
 from lidit.errors import InputError
@@ -34,6 +35,17 @@ from lidit.pipeline.model_encoder import ModelEncoder
 
 ENCODERS, VAE = "encoders", "vae"
 INDEX = "model_index.json"
+
+
+def _settings_beside(model: LIDiT) -> dict[str, Any]:
+    """What the model folder of a network says of its pipeline: `LIDiTPipeline(**pipe.components)`
+    has the network alone, and would draw with another objective.
+    """
+    place = model.config.get("_name_or_path")
+    index = Path(place).parent / INDEX if place else None
+    if index is None or not index.is_file():
+        return {}
+    return read_object(index, "copy the model folder again")
 
 
 class PipelineParts(PipelineAdapters, DiffusionPipeline):
@@ -50,10 +62,16 @@ class PipelineParts(PipelineAdapters, DiffusionPipeline):
         objective: dict[str, Any] | None = None,
         sampler: dict[str, Any] | None = None,
         codec: dict[str, Any] | None = None,
-        height: int = 256,
-        width: int = 256,
+        height: int | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__()
+        beside = _settings_beside(model)
+        objective, sampler, codec = (
+            beside.get(name) if given is None else given
+            for name, given in (("objective", objective), ("sampler", sampler), ("codec", codec))
+        )
+        height, width = height or beside.get("height", 256), width or beside.get("width", 256)
         self.register_modules(model=model)
         self.register_to_config(
             objective=objective, sampler=sampler, codec=codec, height=height, width=width

@@ -48,6 +48,13 @@ def test_images_are_an_attribute_and_the_output_is_their_list(reader):
     assert [image.tobytes() for image in images] == [image.tobytes() for image in found.images]
 
 
+def test_a_pipeline_of_another_ones_components_draws_the_same(reader):
+    again = LIDiTPipeline(**reader.components)
+    again.set_progress_bar_config(disable=True)
+    assert again(PROMPTS[0], seed=1)[0].tobytes() == reader(PROMPTS[0], seed=1)[0].tobytes()
+    assert LIDiTPipeline(**reader.components, sampler={"steps": 2}).sampler.steps == 2
+
+
 def test_sizes_may_be_given_by_place(reader):
     by_place = reader(PROMPTS[0], 32, 8, seed=1)[0]
     assert by_place.size == (8, 32)
