@@ -25,6 +25,7 @@ from lidit.config.model import (
 from lidit.config.online import OnlineSettings
 from lidit.config.settings import Settings
 from lidit.config.training import (
+    CardSettings,
     DataSettings,
     EvaluateSettings,
     LoopSettings,
@@ -150,6 +151,7 @@ class Recipe(RunRecipe):
     sampler: SamplerSettings = SamplerSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     plan: PlanSettings = PlanSettings()
+    card: CardSettings = CardSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

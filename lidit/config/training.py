@@ -123,6 +123,17 @@ class TrackingSettings(Settings):
         return alias
 
 
+class CardSettings(Settings):
+    """What the published model's card says in the hub's words; nothing that is computed depends on
+    it.
+    """
+
+    license: str | None = Field(
+        None, min_length=1, description="of the model, a name of the hub: apache-2.0"
+    )
+    datasets: tuple[str, ...] = Field((), description="hub ids of what the corpus was made of")
+
+
 class EncoderShape(Settings):
     """An LLM's size, for plans made before its files are there."""
 

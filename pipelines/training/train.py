@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # Settings that decide where and how fast a run goes, never what it computes.
 FREE_SETTINGS = {
     "output": ..., "sources": ..., "ingest": ..., "pool": ..., "pools": ..., "sampler": ...,
-    "evaluate": ...,
+    "evaluate": ..., "card": ...,
     "tracking": ..., "plan": ..., "teacher": ..., "online": ...,
     "start": ..., "prompts": ..., "watch": ...,
     "corpus": ..., "encoders": ..., "codec": ...,  # their fingerprints are facts of their own
@@ -317,7 +317,12 @@ class TrainingJob(TrainingLoop[TrainingBatch, LIDiT]):
                 height=height * factor,
                 width=width * factor,
             ),
-            facts={**self.config["facts"], "prompts": list(self.recipe.train.sample_prompts)},
+            facts={
+                **self.config["facts"],
+                "prompts": list(self.recipe.train.sample_prompts),
+                "license": self.recipe.card.license,
+                "datasets": list(self.recipe.card.datasets),
+            },
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
@@ -37,6 +38,7 @@ def undisturbed(
                "validation_samples": 12},
         data={"validation_fraction": 0.2},
         tracking={"registered_model": "lidit-test"},
+        card={"license": "cc-by-4.0", "datasets": ["someone/scenes"]},
     )  # fmt: skip
     return recipe, train(recipe)
 
@@ -54,6 +56,16 @@ def test_the_model_folder_draws(undisturbed: tuple[Recipe, TrainResult]) -> None
     assert not np.array_equal(images[0], images[1])
     for step in (4, 8):
         assert (recipe.run_folder / "samples" / f"step-{step:09}.png").stat().st_size > 500
+
+
+def test_the_card_says_what_the_recipe_says_of_it(
+    undisturbed: tuple[Recipe, TrainResult],
+) -> None:
+    recipe, result = undisturbed
+    card = ModelCard.load(result.model / "README.md").data
+    assert (card.license, card.datasets) == ("cc-by-4.0", ["someone/scenes"])
+    renamed = recipe.card.model_copy(update={"license": "mit"})
+    assert not train(recipe.model_copy(update={"card": renamed})).trained  # no drift
 
 
 def test_sample_grids_and_the_published_pipeline_see_the_same_states(
