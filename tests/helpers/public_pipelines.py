@@ -140,8 +140,10 @@ def hunyuan_image_glyphs(
 
 
 def hunyuan_video(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
     pipe = bare("HunyuanVideoPipeline", text_encoder=model, tokenizer=tokens)
-    template = {"template": encoder.spec.text.template, "crop_start": prefix(encoder)}
+    template = {**DEFAULT_PROMPT_TEMPLATE, "crop_start": prefix(encoder)}
     states, mask = pipe._get_llama_prompt_embeds(
         captions, template, max_sequence_length=encoder.spec.max_tokens
     )
@@ -246,7 +248,8 @@ def lumina2(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]
 
 def sana(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("SanaPipeline", text_encoder=model, tokenizer=tokens)
-    instruction = encoder.spec.text.template.removesuffix("{}").split("\n")
+    call = inspect.signature(pipe.__call__).parameters
+    instruction = call["complex_human_instruction"].default
     states, mask, *_ = pipe.encode_prompt(
         captions, False, device="cpu", complex_human_instruction=instruction
     )
@@ -366,7 +369,9 @@ def pixart(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str])
 
 def auraflow(model: Any, tokens: Any, encoder: PromptEncoder, captions: list[str]) -> Answer:
     pipe = bare("AuraFlowPipeline", text_encoder=model, tokenizer=tokens)
-    return {"states": pipe.encode_prompt(captions, do_classifier_free_guidance=False)[0]}
+    states, mask, *_ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+    # one number of the mask for every channel, in one row: of each token all are alike
+    return {"states": states, "mask": mask.view(states.shape)[..., 0]}
 
 
 def masked_t5(name: str) -> Any:
