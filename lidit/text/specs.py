@@ -226,7 +226,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         raise InputError(
             f"{model}: neither a folder here nor a pinned hub id: set `revision:` to the commit "
             "(40 hexadecimal digits) or `model:` to a folder; for lidit embed "
-            "--set revision=... or --set model=./folder"
+            "revision=... or model=./folder behind the options"
         )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     return fetch_snapshot(model, revision, patterns)

@@ -46,5 +46,4 @@ def test_a_model_of_the_hub_needs_its_commit(
     assert lidit("embed", tmp_path / "corpus", "--encoder", "qwen-image") == 2
     message = capsys.readouterr().err
     assert "Qwen/Qwen2.5-VL-7B-Instruct" in message
-    assert "--set revision=..." in message
-    assert "--set model=./folder" in message
+    assert "lidit embed revision=... or model=./folder" in message
