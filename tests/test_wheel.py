@@ -129,9 +129,6 @@ def test_an_empty_environment_installs_the_wheel_with_its_extras(
     (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
     ingest = (command, "ingest", "captions.txt", "--corpus", "corpus", "captions_only=true")
     assert "2 captions in 1 units" in run(*ingest, cwd=tmp_path, environment=environment)
-    cache = environment | {"LIDIT_CACHE": str(tmp_path / "cache")}
-    embed = (command, "embed", "captions.txt", "--encoder", "smollm2", "--out", "states.parquet")
-    assert "2 captions" in run(*embed, cwd=tmp_path, environment=cache)
     run(command, "scenes", "--out", "scenes", "--count", "4", cwd=tmp_path, environment=environment)
     pictures = (command, "ingest", "scenes", "--corpus", "pictures", "resolution=32")
     refused = subprocess.run(
@@ -147,6 +144,9 @@ def test_an_empty_environment_installs_the_wheel_with_its_extras(
     run(*pip, "--no-build-isolation", everything, cwd=tmp_path, environment=environment)
     assert "4 samples" in run(*pictures, cwd=tmp_path, environment=environment)
     assert "demo" in run(command, "recipes", "list", cwd=tmp_path, environment=environment)
+    cache = environment | {"LIDIT_CACHE": str(tmp_path / "cache")}
+    embed = (command, "embed", "captions.txt", "--encoder", "smollm2", "--out", "states.parquet")
+    assert "2 captions" in run(*embed, cwd=tmp_path, environment=cache)
     for code, expected in EXTRAS.values():
         assert (
             run(python, "-c", code, cwd=tmp_path, environment=environment).split()[-1] == expected

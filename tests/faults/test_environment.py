@@ -66,8 +66,10 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def ingest(folder: Path) -> list[str]:
-    (folder / "a.jsonl").write_text('{"caption": "a red circle"}\n')
-    return [*COMMAND, "ingest", "a.jsonl", "--corpus", "corpus", "--set", "captions_only=true"]
+    for name in ("a.jsonl", "b.jsonl"):  # a single file of captions needs no Ray
+        (folder / name).write_text(f'{{"caption": "a red circle of {name}"}}\n')
+    sources = ("a.jsonl", "b.jsonl")
+    return [*COMMAND, "ingest", *sources, "--corpus", "corpus", "--set", "captions_only=true"]
 
 
 def child_of(process: subprocess.Popen[str], name: str) -> psutil.Process | None:
