@@ -137,9 +137,7 @@ def front(finalists: Sequence[Candidate], tags: Sequence[str]) -> list[Candidate
     return chosen
 
 
-def recommended(
-    finalists: Sequence[Candidate], tags: Sequence[str], margin: float = 0.0
-) -> Candidate:
+def recommended(finalists: Sequence[Candidate], tags: Sequence[str], margin: float) -> Candidate:
     """The cheapest that is surely worse than the best one by no more than `margin`.
 
     Few pictures prove nothing: then it is the best one, not the one of which least is known.

@@ -104,13 +104,16 @@ def ingest(
     for a corpus made from something else.
     """
     job = Ingest(sources, corpus, settings)
-    if (summary := job.finished()) is not None:
-        return summary
+    return job.finished() or ingest_here(job, progress)
+
+
+def ingest_here(job: Ingest, progress: Progress = SILENT) -> IngestSummary:
+    """An ingest that is not finished, in this process."""
     with owned(job.folder, "made"):
         # Read and check every source that no earlier call has read.
         unread = job.begin(progress)
         for index, file in unread:
-            job.add_read(stage_source(job.staging, file, index, settings), progress)
+            job.add_read(stage_source(job.staging, file, index, job.settings), progress)
 
         # Write every source's units; writing them again after a crash gives the same bytes.
         written = [write_units(job.folder, job.staging, listing) for listing in job.number_units()]

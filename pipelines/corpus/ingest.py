@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from lidit.config import IngestSettings
 from lidit.progress import SILENT, Progress
 from lidit.sources import SourceFile
-from lidit.sources.ingest import Ingest, IngestSummary, ingest
+from lidit.sources.ingest import Ingest, IngestSummary, ingest_here
 from lidit.sources.staging import StagedSource, refused_unread, stage_source
 from lidit.sources.units import write_units
 from lidit.store.files.folder import Folder
@@ -39,7 +39,7 @@ def run_ingest(
     if (summary := job.finished()) is not None:
         return summary
     if _is_one_list(job) and resources.is_alone():
-        return ingest(sources, corpus, settings, progress)
+        return ingest_here(job, progress)
     with owned(job.folder, "made"):
         return _compute(job, settings, progress, cpus)
 
